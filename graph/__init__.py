@@ -1,0 +1,1 @@
+"""What a program is: capture, linear sites, custom ops, equivalence, hierarchy."""

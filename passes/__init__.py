@@ -1,0 +1,1 @@
+"""What to rewrite and why: one file per pass, one per criterion."""

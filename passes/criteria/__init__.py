@@ -1,0 +1,1 @@
+"""One-shot pruning criteria, one file each, all behind one function signature."""

@@ -1,0 +1,1 @@
+"""sparsepass: a compiler for N:M sparsity of transformer models."""
