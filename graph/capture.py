@@ -1,0 +1,361 @@
+"""Capturing a model as a Program: torch.export in non-strict mode, through transformers' exporter for its models."""
+
+import contextlib
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsepass.graph import structure
+from sparsepass.graph.errors import CaptureError
+from sparsepass.graph.program import Origin, Program
+
+_DROPPED = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
+# Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
+_EXAMPLE_BATCH, _EXAMPLE_TOKENS = 2, 8
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Tensor, ...] | Tensor | None = None,
+    *,
+    dynamic_axes: Mapping[str, tuple[int, ...]] | None = None,
+    inplace: bool = False,
+) -> Program:
+    """Capture a model as a Program.
+
+    Args:
+        model: A transformers model or any nn.Module, on one device (the meta device too: see `Program.fill`). Captured
+            in evaluation mode; its mode and configuration are as before afterwards.
+        example_inputs: Arguments of its forward, tensors only, with a batch of at least 2. A transformers model can do
+            without: small random ones are made from its configuration.
+        dynamic_axes: Input name -> axes that may vary. By default batch, sequence, and image height and width do, where
+            the model allows it.
+        inplace: Whether the program takes over the model's own tensors (saves memory; leave the model alone from then
+            on). By default it has copies.
+
+    Returns:
+        The program, bit-equal to the model on the example inputs.
+
+    Raises:
+        CaptureError: If the model cannot be captured, with the place in its source and what to try; or if it is already
+            quantized, wrapped by PEFT, or spread over several devices.
+
+    Example:
+        >>> import torch
+        >>> program = capture(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()), torch.randn(2, 8))
+        >>> program(torch.ones(3, 8)).shape
+        torch.Size([3, 4])
+    """
+    _check_model(model)
+    named = _named_inputs(model, example_inputs)
+    axes = {name: tuple(found) for name, found in (dynamic_axes or _default_axes(named)).items()}
+    if unknown := sorted(set(axes) - set(named)):
+        raise CaptureError(f"dynamic_axes names {unknown}, but the inputs are {sorted(named)}")
+    exported = _export(model, named, axes)
+    return _to_program(model, exported, named, axes, inplace=inplace)
+
+
+def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
+    """Make small random inputs for a transformers model from its configuration, the same each time.
+
+    Raises:
+        CaptureError: If its kind of input is not known here.
+    """
+    config, device = getattr(model, "config", None), next(iter(model.parameters())).device
+    main = getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        raise CaptureError(
+            f"{type(model).__name__} is no transformers model, so its inputs are not known: pass example_inputs, for "
+            "example example_inputs=torch.randn(2, 8) or a dict of tensors"
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    generator = torch.Generator().manual_seed(0)
+    shape = (_EXAMPLE_BATCH, _EXAMPLE_TOKENS)
+
+    def ids() -> Tensor:
+        vocabulary = int(getattr(text, "vocab_size", None) or config.vocab_size)
+        return torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
+
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs: dict[str, Tensor]
+    if main == "input_ids":
+        inputs = {"input_ids": ids()}
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    elif main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
+        inputs = {
+            "pixel_values": torch.randn(_EXAMPLE_BATCH, vision.num_channels, *size, generator=generator).to(dtype)
+        }
+        if getattr(config, "model_type", "") == "clip" and hasattr(config, "text_config"):
+            inputs |= {"input_ids": ids(), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    elif main == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions
+        inputs = {"input_features": torch.randn(_EXAMPLE_BATCH, config.num_mel_bins, frames, generator=generator).to(dtype)}
+    else:
+        raise CaptureError(
+            f"no example inputs are known for {type(model).__name__}, whose main input is {main!r}: pass example_inputs"
+        )
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = ids()
+    return {name: t.to(device) for name, t in inputs.items()}
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, Program):
+        raise CaptureError("this is a program already; pass it on as it is")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected an nn.Module, got {type(model).__name__}; load the checkpoint first")
+    kinds = {type(m).__module__.split(".")[0] for m in model.modules()}
+    if "peft" in kinds:
+        raise CaptureError(
+            "the model is wrapped by PEFT: merge the adapter first (model = model.merge_and_unload()), then prune the "
+            "result; merged after pruning, an adapter would destroy the pattern"
+        )
+    if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
+        raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if type(tensor) not in (Tensor, nn.Parameter) and "Parameter" not in type(tensor).__name__:
+            raise CaptureError(
+                f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
+                "sharded; prune the original floating-point checkpoint"
+            )
+        if tensor.layout != torch.strided:
+            raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
+    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        raise CaptureError(
+            f"parts of the model are on different devices ({', '.join(sorted(devices))}); move it to one device first "
+            "(model.to('cpu')), or load it without device_map"
+        )
+
+
+def _named_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
+    if given is None:
+        given = example_inputs_for(model)
+    if isinstance(given, Tensor):
+        given = (given,)
+    parameters = [
+        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if isinstance(given, list | tuple):
+        if len(given) > len(parameters):
+            raise CaptureError(f"forward takes {len(parameters)} arguments ({', '.join(parameters)}), got {len(given)}")
+        given = dict(zip(parameters, given, strict=False))
+    named = {name: value for name, value in given.items() if value is not None and not isinstance(value, bool)}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"example input {name!r} is a {type(value).__name__}; a program's inputs are tensors")
+        if value.dim() and value.shape[0] == 0:
+            raise CaptureError(f"example input {name!r} is empty (shape {tuple(value.shape)}); give a batch of at least 2")
+    if not named:
+        raise CaptureError("example_inputs is empty; give at least one tensor")
+    return named
+
+
+def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Batch always; the second axis of [B, T] and [B, T, D]; height and width of images. Mel spectrograms are fixed."""
+    axes = {}
+    for name, tensor in named.items():
+        by_rank: dict[int, tuple[int, ...]] = {0: (), 1: (0,), 2: (0, 1), 3: (0, 1), 4: (0, 2, 3)}
+        found = by_rank.get(tensor.dim(), (0,))
+        if tensor.dim() == 2 and tensor.is_floating_point():
+            found = (0,)
+        if name == "input_features":
+            found = (0,)
+        axes[name] = tuple(axis for axis in found if tensor.shape[axis] > 1)
+    return axes
+
+
+def _export(
+    model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]
+) -> torch.export.ExportedProgram:
+    shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if _is_pretrained(model):
+                return _export_pretrained(model, named, shapes)
+            return torch.export.export(
+                model, (), kwargs=dict(named), dynamic_shapes=_by_signature(model, shapes), strict=False
+            )
+    except Exception as error:  # torch.export raises anything the model's own code raises
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured{_where(error)}: {type(error).__name__}: {_first_line(error)}. "
+            "Common causes: control flow that depends on tensor values (use torch.where or torch.cond), .item() or .numpy() "
+            "in forward, inputs that the model does not take. Try other example_inputs, fixed sizes "
+            "(dynamic_axes={}), or capture a submodule"
+        ) from error
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _export_pretrained(
+    model: nn.Module, named: Mapping[str, Tensor], shapes: Mapping[str, Any]
+) -> torch.export.ExportedProgram:
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    config = DynamoConfig(dynamic=True, dynamic_shapes=dict(shapes))
+    with _quiet_transformers(), _without_cache(model):
+        exported, _ = DynamoExporter().export_program(model, copy.copy(dict(named)), config)  # type: ignore[arg-type]
+    return exported
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Switch the cache off in every configuration of the model; encoder-decoders hold one for each half."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    old = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
+    for config, _ in old:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in old:
+            config.use_cache = value
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """The exporter warns about each torch version that is not the one it was tried with; our tests try the ones we take."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _to_program(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    named: Mapping[str, Tensor],
+    axes: Mapping[str, tuple[int, ...]],
+    *,
+    inplace: bool,
+) -> Program:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = exported.module(check_guards=False)
+    aliases = _aliases(model)
+    flat = fx.GraphModule(module, _flat_graph(module.graph, aliases, module))
+    pytree_info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    program = Program(
+        flat,
+        output_structure=structure.describe(pytree_info.out_spec),
+        example_inputs={name: t.detach().clone() for name, t in named.items()},
+        dynamic_axes=axes,
+        aliases=aliases,
+        origin=_origin(model),
+    )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in aliases:
+            program.set_tensor(name, tensor)
+    if not inplace:
+        for name, tensor in program.tensors().items():
+            program.set_tensor(name, tensor.detach().clone())
+    return program
+
+
+def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphModule) -> fx.Graph:
+    """Copy a graph with plain placeholders and output, without guards and dtype assertions, reading canonical names."""
+    flat = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and str(node.target).startswith("_guards"):
+            continue
+        if node.target in _DROPPED or (node.op == "get_attr" and not node.users):
+            continue
+        if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), fx.GraphModule):
+            raise CaptureError(
+                f"the model runs a nested graph ({node.target}: torch.cond, autocast or a loop), which passes cannot "
+                "rewrite yet; capture it outside of torch.autocast, or without that control flow"
+            )
+        copies[node] = flat.node_copy(node, lambda n: copies[n])
+        if node.op == "get_attr":
+            copies[node].target = aliases.get(str(node.target), str(node.target))
+    flat.lint()
+    return flat
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    path, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(path), attribute)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in every:
+        if first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return aliases
+
+
+def _origin(model: nn.Module) -> Origin:
+    import transformers
+
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    signature = tuple(
+        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    )
+    if not _is_pretrained(model):
+        return Origin(signature=signature, versions=versions)
+    heads = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        heads = [f"{name}.weight" if name else "weight" for name, m in model.named_modules() if m is head]
+    kind = type(model)
+    known = getattr(transformers, kind.__name__, None) is kind
+    generation = getattr(model, "generation_config", None)
+    return Origin(
+        model_class=f"transformers.{kind.__name__}" if known else None,
+        config=model.config.to_dict(),
+        generation_config=generation.to_dict() if generation is not None else None,
+        output_heads=tuple(heads),
+        signature=signature,
+        versions=versions,
+    )
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _by_signature(model: nn.Module, shapes: Mapping[str, Any]) -> Any:
+    """torch.export wants the shapes of ``**kwargs`` nested under that name."""
+    parameters = inspect.signature(model.forward).parameters
+    variadic = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    plain = {name: shape for name, shape in shapes.items() if name in parameters}
+    rest = {name: shape for name, shape in shapes.items() if name not in parameters}
+    return {**plain, variadic: rest} if rest and variadic else {**plain, **rest}
+
+
+def _where(error: BaseException) -> str:
+    """The last line of the model's own source on the way to an error."""
+    place = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "/sparsepass/" not in file and "/exporters/" not in file and "<" not in file:
+            place = f" (at {file}, line {traceback.tb_lineno}, in {traceback.tb_frame.f_code.co_name})"
+        traceback = traceback.tb_next
+    return place
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

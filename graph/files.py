@@ -1,0 +1,81 @@
+"""Writing folders so that an interruption leaves the old content or none."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparsepass.graph.errors import SparsepassError
+
+
+@contextmanager
+def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Give an empty folder to write into, and move it to ``out`` when the block ends without an error.
+
+    Args:
+        out: Where the folder is to stand in the end.
+        force: Whether a folder that stands there and is not empty is replaced.
+
+    Yields:
+        A folder beside ``out`` that is removed if the block raises (Ctrl-C included).
+
+    Raises:
+        SparsepassError: If ``out`` is a file, or a folder that is not empty and ``force`` is false, before anything is
+            written; or if the disk is full.
+    """
+    target = Path(out)
+    check_free(target, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        _swap(staging, target)
+    except OSError as error:
+        if error.errno == 28:
+            raise SparsepassError(
+                f"the disk is full: {target} was not written, and what stood there is untouched; free some space or "
+                "choose another output folder"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_free(out: str | Path, *, force: bool = False) -> None:
+    """Raise unless a folder can be written at ``out``: nothing there, an empty folder, or any folder with ``force``.
+
+    Raises:
+        SparsepassError: If something stands there.
+    """
+    target = Path(out)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise SparsepassError(f"output {target} exists and is not a folder; choose another name")
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise SparsepassError(
+            f"output folder {target} is not empty; choose another one, or pass --force (force=True) to replace it"
+        )
+
+
+def _swap(staging: Path, target: Path) -> None:
+    old = None
+    if target.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        os.replace(target, old / target.name)
+    try:
+        os.replace(staging, target)
+    except BaseException:
+        if old is not None:
+            os.replace(old / target.name, target)
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,78 @@
+"""The original module tree of a program: flat for rewriting, hierarchical for scale."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsepass.graph import structure
+from sparsepass.graph.errors import CaptureError
+from sparsepass.graph.program import Program
+
+
+class Hierarchy(nn.Module):
+    """A program as a tree of modules with the original names, over the program's own parameters. Final.
+
+    Called like the program. `tree` is the root; its children carry the model's names, so sharding, checkpointing and hooks
+    can be applied layer by layer. Training it trains the program.
+
+    Attributes:
+        tree: The unflattened module.
+    """
+
+    def __init__(self, program: Program, tree: nn.Module) -> None:
+        super().__init__()
+        self.tree = tree
+        self._flat_inputs = program.flat_inputs
+        self._structure = program.output_structure
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the tree; see `Program.forward`."""
+        leaves = self.tree(*self._flat_inputs(*args, **kwargs).values())
+        return structure.build(self._structure, list(leaves))
+
+
+def hierarchy(program: Program) -> Hierarchy:
+    """Give a program's original module tree back.
+
+    The flat graph is exported again and unflattened, which restores the module calls from the graph's metadata. Parameters
+    and buffers of the tree are the program's own objects.
+
+    Returns:
+        A module with the program's state-dict names under ``tree.``.
+
+    Raises:
+        CaptureError: If the rewritten graph cannot be exported again.
+
+    Exactness: results and gradients are bitwise those of the flat graph.
+
+    Example:
+        >>> from sparsepass.graph import capture
+        >>> program = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8))
+        >>> sorted(name for name, _ in program.hierarchy().tree.named_parameters())
+        ['0.bias', '0.weight', '2.bias', '2.weight']
+    """
+    inputs = tuple(program.example_inputs[name] for name in program.input_names)
+    shapes = tuple(dict.fromkeys(program.dynamic_axes.get(name, ()), torch.export.Dim.AUTO) for name in program.input_names)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(program.graph_module, inputs, dynamic_shapes=shapes, strict=False)
+            tree = torch.export.unflatten(exported)
+    except Exception as error:  # torch.export raises anything
+        raise CaptureError(
+            f"the rewritten graph cannot be exported again, so it has no hierarchy: {type(error).__name__}: {error}"
+        ) from error
+    for name, tensor in program.tensors().items():
+        path, _, attribute = name.rpartition(".")
+        try:
+            module = tree.get_submodule(path)
+        except AttributeError:
+            continue  # a parameter that the graph never reads
+        if attribute in module._parameters:
+            module._parameters[attribute] = tensor  # type: ignore[assignment]
+        elif attribute in module._buffers:
+            module._buffers[attribute] = tensor
+    tree.train(program.training)
+    return Hierarchy(program, tree)

@@ -1,0 +1,154 @@
+"""From a program back to the model's own class."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph.errors import CaptureError
+from sparsepass.graph.program import Program
+
+
+class SLoRBLinear(nn.Module):
+    """A linear layer with its SLoRB branch: ``y = x W^T + b + (X x) S^T``. Final.
+
+    It keeps the names of the layer it stands for (``weight``, ``bias``), so state dicts of the model still fit.
+
+    Shapes: x [..., in], weight [out, in] ([in, out] for GPT-2's Conv1D), S [out, in/k], X [in/k, in] or the segment sum.
+
+    Args:
+        base: The layer that it replaces.
+        branch: S.
+        k: Input features summed into one.
+        projection: X, if it is trainable.
+        transposed: Whether the weight is stored [in, out].
+
+    Source: AST, arXiv 2407.20584, eqs. 5 and 6.
+    """
+
+    def __init__(self, base: nn.Module, branch: Tensor, k: int, projection: Tensor | None, *, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.slorb_weight = nn.Parameter(branch)
+        self.slorb_projection = nn.Parameter(projection) if projection is not None else None
+        self.k, self.transposed = k, transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x [..., in] -> [..., out]."""
+        if self.slorb_projection is None:
+            projected = x.unflatten(-1, (-1, self.k)).sum(-1)
+        else:
+            projected = nn.functional.linear(x, self.slorb_projection)
+        weight = self.weight.t() if self.transposed else self.weight
+        return nn.functional.linear(x, weight, self.bias) + nn.functional.linear(projected, self.slorb_weight)
+
+
+def to_model(program: Program) -> nn.Module:
+    """Build the model's own class with the program's folded weights and attached branches.
+
+    Returns:
+        A transformers model in evaluation mode with tensors of its own: `generate()`, `save_pretrained()` and evaluation
+        harnesses work on it. Weights are strictly N:M; sites with SLoRB are `SLoRBLinear` modules.
+
+    Raises:
+        CaptureError: If the program comes from a plain nn.Module or from code outside transformers, whose class cannot be
+            built again.
+
+    Exactness: bitwise the program's outputs without SLoRB; with it, up to the rounding of the last addition.
+    """
+    model = skeleton(program)
+    masks = {weight: state.mask for weight, state in program.sparse.items() if state.mask is not None}
+    state = {}
+    for name in dict(model.state_dict()):
+        tensor = program.tensor(name)
+        mask = masks.get(program.aliases.get(name, name))
+        if mask is not None:
+            tensor = torch.ops.sparsepass.masked_weight(tensor.detach(), program.tensor(mask))
+        state[name] = tensor.detach().clone()
+    model.load_state_dict(state, assign=True)
+    _share_ties(model, program)
+    for name, buffer in list(model.named_buffers()):  # rotary frequencies and other state that is never saved
+        with contextlib.suppress(KeyError):
+            _set_buffer(model, name, program.tensor(name).detach().clone())
+    for weight, sparse in program.sparse.items():
+        if sparse.branch is not None:
+            _attach(model, program, weight)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if left := [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and not _is_meta(program)]:
+        raise CaptureError(f"{', '.join(left)}: no values are known for these; load the checkpoint again and recapture")
+    return model.eval()
+
+
+def skeleton(program: Program) -> nn.Module:
+    """The model's own class with parameters on the meta device, made from the configuration alone.
+
+    Raises:
+        CaptureError: If the class is not known to transformers.
+    """
+    import transformers
+
+    origin = program.origin
+    if origin.model_class is None or origin.config is None:
+        raise CaptureError(
+            "this program was captured from a plain nn.Module (or from code outside transformers), so the class cannot be "
+            "built again; use program.hierarchy() for modules, or call the program itself"
+        )
+    kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
+    settings = copy.deepcopy(dict(origin.config))
+    config = kind.config_class.from_dict(settings)
+    dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
+    with warnings.catch_warnings(), _default_dtype(dtype), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model: nn.Module = kind(config)
+    if origin.generation_config is not None:
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(origin.generation_config))  # type: ignore[assignment]
+    return model
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(old)
+
+
+def _share_ties(model: nn.Module, program: Program) -> None:
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for alias, name in program.aliases.items():
+        if alias in parameters and name in parameters:
+            path, _, attribute = alias.rpartition(".")
+            model.get_submodule(path).register_parameter(attribute, parameters[name])
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    model.get_submodule(path)._buffers[attribute] = value
+
+
+def _attach(model: nn.Module, program: Program, weight: str) -> None:
+    branch = program.sparse[weight].branch
+    assert branch is not None
+    path = weight.removesuffix(".weight")
+    parent, _, name = path.rpartition(".")
+    base = model.get_submodule(path)
+    projection = program.tensor(branch.projection).detach().clone() if branch.projection else None
+    layer = SLoRBLinear(
+        base,
+        program.tensor(branch.weight).detach().clone(),
+        branch.k,
+        projection,
+        transposed=type(base).__name__ == "Conv1D",
+    )
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def _is_meta(program: Program) -> bool:
+    return any(t.is_meta for t in program.tensors().values())

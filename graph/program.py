@@ -1,0 +1,396 @@
+"""Program: a captured model as a flat graph, with everything that is known about it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+
+from sparsepass.graph import structure
+from sparsepass.graph.errors import ProgramFormatError, SparsepassError
+from sparsepass.graph.files import replaced_folder
+from sparsepass.graph.records import (
+    PassRecord,
+    SparseState,
+    pass_record_from_json,
+    sparse_state_from_json,
+    to_json,
+)
+from sparsepass.graph.report import Report
+from sparsepass.graph.serialize import graph_from_json, graph_to_json
+from sparsepass.graph.sites import Site, find_sites
+
+FORMAT_VERSION = 1
+"""Version of the folder format. A reader refuses a newer one."""
+
+PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
+_EXAMPLE_PREFIX = "example_inputs/"
+_FLAGS_WITHOUT_EFFECT = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a program comes from: what is needed to build the model's own class again.
+
+    Attributes:
+        model_class: Such as ``transformers.LlamaForCausalLM``; None for a plain nn.Module.
+        config: The model's configuration.
+        generation_config: Its generation settings, if it has any.
+        output_heads: Names of the weights of its output head.
+        signature: Parameter names of the model's forward, in order.
+        versions: Versions of the libraries that captured it.
+    """
+
+    model_class: str | None = None
+    config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    output_heads: tuple[str, ...] = ()
+    signature: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class Program(nn.Module):
+    """A model captured as a flat torch.fx graph. Final.
+
+    It is called like the model and returns what the model returns. Its parameters carry the model's names. Passes rewrite
+    `graph_module`; `sparse` and `history` tell what they did. Made by `capture` or `apply_passes`, not by hand.
+
+    Behaviour that differs from the model's: dropout and batch norm stay as they were when it was captured (evaluation mode
+    by default), whatever `train()` says; a dtype is changed on the model before capture, not on the program.
+
+    Attributes:
+        graph_module: Flat graph; its placeholders are `input_names`, its output the flat tuple `output_names`.
+        input_names: Names of the inputs.
+        output_structure: What stands around the output tensors, as JSON.
+        example_inputs: Inputs it was captured with.
+        dynamic_axes: Input name -> axes that may vary.
+        aliases: Other name -> name in the graph, for parameters with several names.
+        origin: The source model's class and configuration.
+        sparse: Weight name -> what passes did to it.
+        history: Every pass applied, with its configuration and evidence.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        *,
+        output_structure: Any,
+        example_inputs: Mapping[str, Tensor],
+        dynamic_axes: Mapping[str, tuple[int, ...]],
+        aliases: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+        sparse: Mapping[str, SparseState] | None = None,
+        history: tuple[PassRecord, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.output_structure = output_structure
+        self.example_inputs = dict(example_inputs)
+        self.dynamic_axes = {name: tuple(axes) for name, axes in dynamic_axes.items()}
+        self.aliases = dict(aliases or {})
+        self.origin = origin or Origin()
+        self.sparse = dict(sparse or {})
+        self.history = history
+        self.training = False
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in the graph's order."""
+        return tuple(str(n.target) for n in self.graph_module.graph.nodes if n.op == "placeholder")
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Flat names of the outputs, such as ``logits``."""
+        return tuple(structure.names(self.output_structure))
+
+    @property
+    def recipe(self) -> str:
+        """The passes applied so far as one line of text, which `apply_passes` takes."""
+        return ",".join(record.text for record in self.history)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self.tensors().values())).device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. Takes the model's arguments (those it was captured with), returns the model's output type.
+
+        A missing attention mask means all ones and missing token types all zeros, as in the models themselves.
+
+        Raises:
+            SparsepassError: If an argument is missing, or was not part of the capture.
+        """
+        leaves = list(self.graph_module(*self.flat_inputs(*args, **kwargs).values()))
+        return structure.build(self.output_structure, leaves)
+
+    def flat_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Bind arguments as the model's forward would: input name -> tensor, in the graph's order.
+
+        Raises:
+            SparsepassError: If an argument is missing, or was not part of the capture.
+        """
+        names = self.input_names
+        order = self.origin.signature or names
+        if len(args) > len(order):
+            raise SparsepassError(f"the program takes {len(order)} arguments ({', '.join(names)}), got {len(args)}")
+        given = dict(zip(order, args, strict=False)) | kwargs
+        for name, value in given.items():
+            if name in names or value is None:
+                continue
+            if name in _FLAGS_WITHOUT_EFFECT and value == _FLAGS_WITHOUT_EFFECT[name]:
+                continue
+            raise SparsepassError(
+                f"the program has no input {name!r} (it has {', '.join(names)}); capture the model again with {name} "
+                "among example_inputs" + (", or compute the loss from the logits" if name == "labels" else "")
+            )
+        bound = {}
+        for name in names:
+            value = given.get(name)
+            if value is None:
+                value = self._default(name, given)
+            bound[name] = value
+        return bound
+
+    def _default(self, name: str, given: Mapping[str, Any]) -> Tensor:
+        source = given.get(name.replace("attention_mask", "input_ids").replace("token_type_ids", "input_ids"))
+        if isinstance(source, Tensor) and name.endswith("attention_mask"):
+            return torch.ones_like(source)
+        if isinstance(source, Tensor) and name == "token_type_ids":
+            return torch.zeros_like(source)
+        raise SparsepassError(f"the program needs the input {name!r}, which was not given; it takes {self.input_names}")
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every linear-like operation of the graph, in the order in which it runs, with reasons for those left alone."""
+        return find_sites(self.graph_module, output_heads=self.origin.output_heads, aliases=self.aliases)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the graph, persistent or not, by name. Tied names are in `aliases`."""
+        return dict(self.graph_module.named_parameters(remove_duplicate=True)) | dict(self.graph_module.named_buffers())
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of that name, or the one it is tied to.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        path, _, attribute = self.aliases.get(name, name).rpartition(".")
+        try:
+            found = getattr(self.graph_module.get_submodule(path), attribute)
+        except AttributeError as error:
+            raise KeyError(name) from error
+        if not isinstance(found, Tensor):
+            raise KeyError(name)
+        return found
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Put a tensor in the place of a parameter or buffer (or beside them). The old tensor is left as it is.
+
+        A parameter stays a parameter with the same requires_grad; anything new is a buffer unless it is a Parameter.
+        """
+        path, _, attribute = self.aliases.get(name, name).rpartition(".")
+        module: nn.Module = self.graph_module
+        for part in path.split(".") if path else ():
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        old = module._parameters.get(attribute)
+        if old is not None and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=old.requires_grad)
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(attribute, value)
+        else:
+            module.register_buffer(attribute, value)
+
+    def delete_tensor(self, name: str) -> None:
+        """Remove a parameter or buffer that no node reads any more."""
+        path, _, attribute = name.rpartition(".")
+        delattr(self.graph_module.get_submodule(path), attribute)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the flag `training`. The graph stays as captured: see the class."""
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = {name: (t.dtype, t.device) for name, t in self.tensors().items()}
+        for name, (dtype, _) in before.items():
+            if dtype.is_floating_point and (became := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise SparsepassError(
+                    f"a program keeps the dtype it was captured with ({dtype}, {name}): its graph holds it in its casts; "
+                    f"convert the model to {became} and capture it again, or use program.to_model().to({became})"
+                )
+        super()._apply(fn, recurse)
+        self.example_inputs = {name: fn(t) if not t.is_meta else t for name, t in self.example_inputs.items()}
+        devices = {old: self.tensors()[name].device for name, (_, old) in before.items()}
+        for old, new in devices.items():
+            if old != new:
+                retarget_device(self.graph_module, old, new)
+        return self
+
+    def report(self) -> Report:
+        """What each pass did at each site, and why not; `str()` of it is a table."""
+        return Report(history=self.history, sites=self.sites(), sparse=self.sparse)
+
+    def hierarchy(self) -> nn.Module:
+        """The model's original module tree, its layers as modules, over this program's own parameters.
+
+        See `sparsepass.graph.hierarchy.hierarchy`.
+        """
+        from sparsepass.graph.hierarchy import hierarchy
+
+        return hierarchy(self)
+
+    def to_model(self) -> nn.Module:
+        """The model's own class with masks folded and branches attached: `generate()` and the rest of it work.
+
+        See `sparsepass.graph.model.to_model`.
+        """
+        from sparsepass.graph.model import to_model
+
+        return to_model(self)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the program to a folder: `program.json` (graph, history, configuration) and `program.safetensors`.
+
+        Args:
+            folder: Where to write. Nothing half-written is left there, whatever happens.
+            force: Whether a folder that is not empty is replaced.
+
+        Raises:
+            SparsepassError: If the folder is not empty, or the graph calls something that a saved program may not call.
+        """
+        document, tensors = self._state()
+        with replaced_folder(folder, force=force) as staging:
+            _write(staging, document, tensors)
+
+    def save_into(self, folder: Path) -> None:
+        """Write the program's two files into a folder that the caller fills and moves into place."""
+        _write(folder, *self._state())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Program":
+        """Read a program that `save` wrote. Bit-equal; runs nothing that the folder brings.
+
+        Raises:
+            ProgramFormatError: If the folder holds no program, a truncated one, or one of a newer format.
+        """
+        place = Path(folder)
+        if not (place / PROGRAM_FILE).is_file():
+            raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
+        try:
+            document = json.loads((place / PROGRAM_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error}); save the program again") from error
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ProgramFormatError(
+                f"{place} has program format {version}, and this sparsepass reads up to {FORMAT_VERSION}; upgrade sparsepass"
+            )
+        try:
+            tensors = safetensors.torch.load_file(place / TENSORS_FILE)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ProgramFormatError(
+                f"{place / TENSORS_FILE} is missing, truncated or damaged ({error}); copy the folder again"
+            ) from error
+        try:
+            return _from_state(document, tensors)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_state, self._state()
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The whole program as JSON and tensors; the JSON says which tensors are parameters."""
+        tensors = self.tensors()
+        parameters = {name: p.requires_grad for name, p in self.graph_module.named_parameters()}
+        document = {
+            "format_version": FORMAT_VERSION,
+            "graph": graph_to_json(self.graph_module.graph),
+            "output_structure": self.output_structure,
+            "dynamic_axes": {name: list(axes) for name, axes in self.dynamic_axes.items()},
+            "aliases": self.aliases,
+            "parameters": parameters,
+            "origin": to_json(self.origin),
+            "sparse": to_json(self.sparse),
+            "history": to_json(self.history),
+            "training": self.training,
+        }
+        return document, tensors | {f"{_EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
+
+
+def retarget_device(graph_module: fx.GraphModule, old: torch.device, new: torch.device) -> None:
+    """Replace a device in the arguments of every node (``arange(n, device=cpu)``) by another one."""
+
+    def swap(value: Any) -> Any:
+        return new if isinstance(value, torch.device) and value.type == old.type else value
+
+    for node in graph_module.graph.nodes:
+        node.args = torch.utils._pytree.tree_map(swap, node.args)
+        node.kwargs = torch.utils._pytree.tree_map(swap, node.kwargs)
+    graph_module.recompile()
+
+
+def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
+    root = nn.Module()
+    shell = fx.GraphModule(root, fx.Graph())
+    program = Program(
+        shell,
+        output_structure=document["output_structure"],
+        example_inputs={
+            name.removeprefix(_EXAMPLE_PREFIX): t for name, t in tensors.items() if name.startswith(_EXAMPLE_PREFIX)
+        },
+        dynamic_axes={name: tuple(axes) for name, axes in document["dynamic_axes"].items()},
+        aliases=document["aliases"],
+        origin=Origin(
+            **{
+                **document["origin"],
+                "output_heads": tuple(document["origin"]["output_heads"]),
+                "signature": tuple(document["origin"]["signature"]),
+            }
+        ),
+        sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
+        history=tuple(pass_record_from_json(record) for record in document["history"]),
+    )
+    for name, tensor in tensors.items():
+        if name.startswith(_EXAMPLE_PREFIX):
+            continue
+        requires_grad = document["parameters"].get(name)
+        program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
+    graph = graph_from_json(document["graph"])
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            program.tensor(str(node.target))  # a KeyError here means that the tensor file is another program's
+    program.graph_module = fx.GraphModule(program.graph_module, graph)
+    for name, tensor in tensors.items():  # GraphModule keeps only what the graph reads
+        if not name.startswith(_EXAMPLE_PREFIX) and name not in program.tensors():
+            requires_grad = document["parameters"].get(name)
+            program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
+    program.training = document["training"]
+    return program
+
+
+def _write(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    (folder / PROGRAM_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    seen: dict[int, str] = {}
+    for name, t in plain.items():  # safetensors refuses tensors that share memory
+        if t.numel() and seen.setdefault(t.data_ptr(), name) != name:
+            plain[name] = t.clone()
+    safetensors.torch.save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
+
+
+def with_record(program: Program, record: PassRecord) -> None:
+    """Append a pass to the history."""
+    program.history = (*program.history, record)
+
+
+def with_sparse(program: Program, weight: str, **changes: Any) -> None:
+    """Change fields of a weight's sparse state, which must exist."""
+    program.sparse[weight] = replace(program.sparse[weight], **changes)

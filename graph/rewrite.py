@@ -1,0 +1,166 @@
+"""Graph surgery: what a rewrite inserts and removes. It knows where nodes go and no maths.
+
+Node metadata matters here: `nn_module_stack` says which module a node belongs to, and the hierarchy is built from it, so
+every new node takes the stack of the operation it serves and stands right beside it.
+"""
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsepass.graph.program import Program, with_sparse
+from sparsepass.graph.records import BranchState, SparseState
+from sparsepass.graph.sites import Site
+
+_aten = torch.ops.aten
+_MASKED = torch.ops.sparsepass.masked_weight.default
+
+
+def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> None:
+    """Put a mask between a site's weight and the operations that read it.
+
+    Args:
+        program: Changed in place.
+        site: A site of it that has no mask yet.
+        mask: Bool, shaped like the stored weight.
+        pattern: N:M, such as ``2:4``.
+    """
+    graph = program.graph_module.graph
+    name = beside(site, "mask")
+    program.set_tensor(name, mask)
+    for user in _weight_users(program, site.weight):
+        anchor = _consumer(user[1])
+        with graph.inserting_before(user[1]):
+            mask_node = graph.get_attr(name)
+            masked = graph.call_function(_MASKED, (user[0], mask_node))
+        for node in (mask_node, masked):
+            _inherit(node, anchor)
+        user[1].replace_input_with(user[0], masked)
+    program.sparse[site.weight] = SparseState(pattern=pattern, axis=site.nm_axis, mask=name)
+
+
+def fold_mask(program: Program, weight: str) -> None:
+    """Write a mask's zeros into the weight, and take the mask out of the graph. Exact."""
+    state = program.sparse[weight]
+    assert state.mask is not None
+    graph = program.graph_module.graph
+    mask = program.tensor(state.mask)
+    folded = torch.ops.sparsepass.masked_weight(program.tensor(weight).detach(), mask)
+    program.set_tensor(weight, folded)
+    for node in list(graph.nodes):
+        if node.target is _MASKED and node.args[1].target == state.mask:
+            source, mask_node = node.args
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            if not mask_node.users:
+                graph.erase_node(mask_node)
+    program.delete_tensor(state.mask)
+    with_sparse(program, weight, mask=None)
+
+
+def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projection: Tensor | None = None) -> None:
+    """Add a SLoRB branch, ``y += S (X x)``, to a site.
+
+    Siblings that read the same activation share one segment sum where the projection is fixed.
+
+    Args:
+        program: Changed in place.
+        site: A site with a sparse weight.
+        weight: S, shape [out, in/k].
+        k: Input features summed into one.
+        projection: X, shape [in/k, in], if it is trainable.
+    """
+    graph = program.graph_module.graph
+    state = BranchState(
+        k=k,
+        weight=beside(site, "slorb_weight"),
+        projection=beside(site, "slorb_projection") if projection is not None else None,
+    )
+    program.set_tensor(state.weight, nn.Parameter(weight))
+    if projection is not None:
+        assert state.projection is not None
+        program.set_tensor(state.projection, nn.Parameter(projection))
+    by_name = {node.name: node for node in graph.nodes}
+    for use in site.nodes:
+        node = by_name[use]
+        x = node.args[0] if node.target is not _aten.addmm.default else node.args[1]
+        assert isinstance(x, fx.Node)
+        with graph.inserting_before(node):
+            if state.projection is None:
+                projected = _segment_sum(graph, x, node, site.in_features // k, k)
+            else:
+                projection_node = graph.get_attr(state.projection)
+                projected = graph.call_function(_aten.linear.default, (x, projection_node))
+                _inherit(projection_node, node)
+                _inherit(projected, node)
+        with graph.inserting_after(node):
+            weight_node = graph.get_attr(state.weight)
+        with graph.inserting_after(weight_node):
+            branch = graph.call_function(_aten.linear.default, (projected, weight_node))
+        with graph.inserting_after(branch):
+            total = graph.call_function(_aten.add.Tensor, (node, branch))
+        node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+        for new in (weight_node, branch, total):
+            _inherit(new, node)
+    with_sparse(program, site.weight, branch=state)
+
+
+def beside(site: Site, name: str) -> str:
+    """Name of a tensor that stands beside a site's weight: ``q_proj.mask``, ``experts.gate_up_proj_mask``."""
+    if site.weight == "weight" or site.weight.endswith(".weight"):
+        return f"{site.weight.removesuffix('weight')}{name}"
+    return f"{site.weight}_{name}"
+
+
+def finish(program: Program) -> None:
+    """Check the graph and compile it, once, after any number of rewrites."""
+    program.graph_module.graph.lint()
+    program.graph_module.recompile()
+
+
+def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, segments: int, k: int) -> fx.Node:
+    for user in x.users:
+        if user.target is _aten.unflatten.int and user.args == (x, -1, [segments, k]):
+            (total,) = user.users
+            _move_before(consumer, (user, total))
+            return total
+    split = graph.call_function(_aten.unflatten.int, (x, -1, [segments, k]))
+    total = graph.call_function(_aten.sum.dim_IntList, (split, [-1]))
+    for node in (split, total):
+        _inherit(node, consumer, levels_up=1)
+    return total
+
+
+def _move_before(consumer: fx.Node, nodes: tuple[fx.Node, ...]) -> None:
+    """Siblings may be rewritten in any order: a shared node must stand before the first of them."""
+    for node in consumer.graph.nodes:
+        if node is nodes[0]:
+            return
+        if node is consumer:
+            break
+    for node in nodes:
+        consumer.prepend(node)
+
+
+def _inherit(node: fx.Node, source: fx.Node, *, levels_up: int = 0) -> None:
+    stack = dict(source.meta.get("nn_module_stack") or {})
+    for _ in range(min(levels_up, max(len(stack) - 1, 0))):
+        stack.popitem()
+    if stack:
+        node.meta["nn_module_stack"] = stack
+
+
+def _weight_users(program: Program, weight: str) -> list[tuple[fx.Node, fx.Node]]:
+    return [
+        (node, user)
+        for node in program.graph_module.graph.nodes
+        if node.op == "get_attr" and node.target == weight
+        for user in list(node.users)
+        if user.target is not _aten.embedding.default
+    ]
+
+
+def _consumer(node: fx.Node) -> fx.Node:
+    """The matmul that a (possibly transposed) weight ends up in."""
+    while node.target in (_aten.t.default, _aten.transpose.int, _aten.permute.default) and len(node.users) == 1:
+        (node,) = node.users
+    return node

@@ -1,0 +1,394 @@
+"""Sites: the linear-like operations of a graph, whatever shape their weight is stored in.
+
+Tensor shape legend: O out features, I in features (of one matmul, along which N:M runs), E experts, K kernel positions.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+import sparsepass.graph.ops  # noqa: F401  (registers the operator that _MASKED names)
+
+Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
+
+_aten = torch.ops.aten
+_MASKED = torch.ops.sparsepass.masked_weight.default
+_TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
+_MATMULS = {_aten.mm.default, _aten.matmul.default, _aten.bmm.default}
+_CONVS = {
+    _aten.conv1d.default: "conv1d",
+    _aten.conv1d.padding: "conv1d",
+    _aten.conv2d.default: "conv2d",
+    _aten.conv2d.padding: "conv2d",
+}
+_GROUPED_NAMES = {"transformers::grouped_mm_fallback", "aten::_grouped_mm", "transformers::_grouped_mm"}
+# What may stand between a matmul and the graph's output without making it anything but the output head.
+_SHAPE_ONLY_NAMES = {
+    "view", "reshape", "_unsafe_view", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute", "contiguous",
+    "clone", "to", "_to_copy", "alias", "flatten", "unflatten", "expand", "split", "split_with_sizes", "chunk", "getitem", "t",
+}  # fmt: skip
+_ROUTING_NAMES = _SHAPE_ONLY_NAMES | {"softmax", "_softmax", "sigmoid", "add", "float", "mul", "log_softmax"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One weight used by linear-like operations of a graph.
+
+    Attributes:
+        name: Module path, such as ``model.layers.0.self_attn.q_proj``; the parameter's own name where it has no module.
+        weight: Fully qualified name of the weight.
+        layout: How the weight is stored: ``linear`` [O, I]; ``conv1d_hf`` [I, O] (GPT-2's Conv1D and plain matmuls);
+            ``conv1d`` [O, I, K] and ``conv2d`` [O, I, K, K]; ``experts`` [E, O, I]; ``experts_transposed`` [E, I, O];
+            ``embedding`` [V, I]; ``computed``: not a stored weight.
+        shape: Shape of the stored weight.
+        in_features: Length of the axis along which N:M runs.
+        out_features: Rows of one matrix.
+        nm_axis: Axis of the *stored* weight along which N:M runs (the reduction axis of the matmul).
+        groups: Groups of a convolution, else 1.
+        bias: Name of the bias, if any.
+        ties: Other names of the same parameter.
+        splits: Sizes into which the output is split right away (fused QKV, fused gate/up); empty if it is not.
+        module_type: Class name of the module that owns it, such as ``Linear``.
+        inputs: Graph nodes of the activations it reads, one for each use.
+        nodes: Graph nodes of the operations that use it.
+        left_alone: Why passes leave it alone unless it is targeted by name; None if they take it.
+    """
+
+    name: str
+    weight: str
+    layout: Layout
+    shape: tuple[int, ...]
+    in_features: int
+    out_features: int
+    nm_axis: int
+    groups: int = 1
+    bias: str | None = None
+    ties: tuple[str, ...] = ()
+    splits: tuple[int, ...] = ()
+    module_type: str = ""
+    inputs: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    left_alone: str | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of the stored weight."""
+        return math.prod(self.shape)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Return the stored weight as rows to be pruned, N:M along the last axis.
+
+        Shapes: [O, I] for linear layouts; [O, K*I] for convolutions (kernel positions outermost, so groups of M are
+        input channels at one kernel position); [E, O, I] for experts.
+        """
+        if self.layout in ("conv1d_hf", "experts_transposed"):
+            return weight.transpose(-1, -2)
+        if self.layout in ("conv1d", "conv2d"):
+            return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+        return weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Undo `to_matrix`. Works for anything shaped like the matrix, a mask as well; the result is contiguous."""
+        if self.layout in ("conv1d_hf", "experts_transposed"):
+            return matrix.transpose(-1, -2).contiguous()
+        if self.layout in ("conv1d", "conv2d"):
+            out, channels, *kernel = self.shape
+            return matrix.reshape(out, *kernel, channels).movedim(-1, 1).contiguous()
+        return matrix.contiguous()
+
+
+def find_sites(
+    graph_module: fx.GraphModule,
+    *,
+    output_heads: Iterable[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> tuple[Site, ...]:
+    """Find every linear-like operation of a graph, in the order in which the graph runs them.
+
+    Args:
+        graph_module: A flat graph.
+        output_heads: Names of weights that the model itself declares as its output head.
+        aliases: Other name -> name in the graph, for parameters with several names.
+
+    Returns:
+        One site for each weight (not for each use), embeddings and matmuls with computed weights included, each with the
+        reason why it is left alone, if it is.
+    """
+    uses: dict[str, list[_Use]] = {}
+    embeddings: set[str] = set()
+    for node in graph_module.graph.nodes:
+        use = _match(node)
+        if use is None:
+            continue
+        key = use.weight or f"{_module_path(node) or node.name}"
+        uses.setdefault(key, []).append(use)
+        if use.layout == "embedding" and use.weight:
+            embeddings.add(use.weight)
+    names: dict[int, list[str]] = {}
+    for alias, name in (aliases or {}).items():
+        names.setdefault(id(_tensor(graph_module, name)), []).append(alias)
+    heads = {(aliases or {}).get(name, name) for name in output_heads}
+    return tuple(
+        _site(graph_module, key, found, names=names, heads=heads, embeddings=embeddings) for key, found in uses.items()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """One operation reading one weight."""
+
+    node: fx.Node
+    weight: str | None
+    layout: Layout
+    activation: fx.Node
+    bias: fx.Node | None = None
+    groups: int = 1
+
+
+def _match(node: fx.Node) -> _Use | None:
+    if node.op != "call_function":
+        return None
+    target, args = node.target, node.args
+    if target is _aten.linear.default:
+        return _weight_use(node, args[1], "linear", args[0], args[2] if len(args) > 2 else None)
+    if target is _aten.addmm.default:
+        return _weight_use(node, args[2], "conv1d_hf", args[1], args[0], computed_counts=False)
+    if target in _MATMULS:
+        return _weight_use(node, args[1], "conv1d_hf", args[0], None, computed_counts=False)
+    if target in _CONVS:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        bound = dict(zip(names, args, strict=False)) | node.kwargs
+        groups = bound.get("groups", 1)
+        return _weight_use(
+            node, bound["weight"], _CONVS[target], bound["input"], bound.get("bias"), groups=int(groups)  # type: ignore[arg-type]
+        )
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in _GROUPED_NAMES:
+        return _weight_use(node, args[1], "experts_transposed", args[0], None)
+    if target is _aten.embedding.default:
+        return _weight_use(node, args[0], "embedding", args[1], None)
+    return None
+
+
+def _weight_use(
+    node: fx.Node,
+    weight: object,
+    layout: str,
+    activation: object,
+    bias: object,
+    *,
+    groups: int = 1,
+    computed_counts: bool = True,
+) -> _Use | None:
+    assert isinstance(weight, fx.Node)
+    assert isinstance(activation, fx.Node)
+    bias_node = bias if isinstance(bias, fx.Node) else None
+    source, transposed = weight, False
+    while source.op == "call_function" and (source.target is _MASKED or source.target in _TRANSPOSES):
+        if source.target in _TRANSPOSES:
+            if not _swaps_last_two(source):
+                break
+            transposed = not transposed
+        source = source.args[0]  # type: ignore[assignment]
+    if source.op != "get_attr":
+        if not computed_counts or layout == "embedding":
+            return None  # a product of two activations, as in attention
+        return _Use(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
+    swap = {
+        "linear": "conv1d_hf",
+        "conv1d_hf": "linear",
+        "experts_transposed": "experts",
+    }
+    if transposed and layout in swap:
+        layout = swap[layout]
+    tensor = _tensor(node.graph.owning_module, str(source.target))  # type: ignore[arg-type]
+    if layout in ("linear", "conv1d_hf") and tensor.dim() == 3:
+        layout = {"linear": "experts", "conv1d_hf": "experts_transposed"}[layout]
+    return _Use(
+        node=node,
+        weight=str(source.target),
+        layout=layout,  # type: ignore[arg-type]
+        activation=activation,
+        bias=bias_node,
+        groups=groups,
+    )
+
+
+def _swaps_last_two(node: fx.Node) -> bool:
+    if node.target in (_aten.t.default, _aten.numpy_T.default):
+        return True
+    if node.target is _aten.transpose.int:
+        return {node.args[1], node.args[2]} in ({-1, -2}, {0, 1}, {1, 2}) and not (
+            {node.args[1], node.args[2]} == {0, 1} and _rank(node) == 3
+        )
+    order = list(node.args[1])  # type: ignore[arg-type]
+    rank = len(order)
+    return [axis % rank for axis in order] == [*range(rank - 2), rank - 1, rank - 2]
+
+
+def _rank(node: fx.Node) -> int:
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.op == "call_function":
+        source = source.args[0]
+    if isinstance(source, fx.Node) and source.op == "get_attr":
+        return _tensor(node.graph.owning_module, str(source.target)).dim()  # type: ignore[arg-type]
+    return 2
+
+
+def _site(
+    graph_module: fx.GraphModule,
+    key: str,
+    uses: list[_Use],
+    *,
+    names: Mapping[int, list[str]],
+    heads: set[str],
+    embeddings: set[str],
+) -> Site:
+    # A tied embedding is one weight with two kinds of use: the matmul is what sites are about.
+    matmuls = [use for use in uses if use.layout != "embedding"]
+    main = matmuls[0] if matmuls else uses[0]
+    of_interest = matmuls or uses
+    if main.weight is None:
+        return Site(
+            name=key,
+            weight="",
+            layout="computed",
+            shape=(),
+            in_features=0,
+            out_features=0,
+            nm_axis=-1,
+            module_type=_module_type(main.node),
+            inputs=tuple(use.activation.name for use in of_interest),
+            nodes=tuple(use.node.name for use in of_interest),
+            left_alone="its weight is computed in the graph, not stored: there is nothing to mask",
+        )
+    tensor = _tensor(graph_module, main.weight)
+    shape = tuple(tensor.shape)
+    nm_axis = {"linear": 1, "conv1d_hf": 0, "conv1d": 1, "conv2d": 1, "experts": 2, "experts_transposed": 1}.get(
+        main.layout, 1
+    )
+    out_axis = {"linear": 0, "conv1d_hf": 1, "experts": 1, "experts_transposed": 2}.get(main.layout, 0)
+    ties = tuple(sorted(set(names.get(id(tensor), ())) - {main.weight}))
+    return Site(
+        name=main.weight.removesuffix(".weight"),
+        weight=main.weight,
+        layout=main.layout,
+        shape=shape,
+        in_features=shape[nm_axis],
+        out_features=shape[out_axis],
+        nm_axis=nm_axis,
+        groups=main.groups,
+        bias=str(main.bias.target) if main.bias is not None and main.bias.op == "get_attr" else None,
+        ties=ties,
+        splits=_splits(main.node, shape[out_axis]),
+        module_type=_module_type(main.node),
+        inputs=tuple(use.activation.name for use in of_interest),
+        nodes=tuple(use.node.name for use in of_interest),
+        left_alone=_reason(main, uses, ties, heads, embeddings),
+    )
+
+
+def _reason(
+    main: _Use, uses: list[_Use], ties: tuple[str, ...], heads: set[str], embeddings: set[str]
+) -> str | None:
+    weight = main.weight or ""
+    layouts = {use.layout for use in uses}
+    if layouts == {"embedding"}:
+        return "embedding: a table that is looked up, not multiplied"
+    if weight in embeddings:
+        other = f" ({', '.join(ties)})" if ties else ""
+        return f"tied to the embedding{other}: a mask on it would prune the embedding too"
+    if len(layouts) > 1:
+        return f"used in several layouts ({', '.join(sorted(layouts))}): no axis serves them all"
+    if weight in heads:
+        return "output head: pruning it costs much accuracy; name it in targets to prune it"
+    if _reaches(main.node, "output"):
+        return "output head (its result is an output of the model): name it in targets to prune it"
+    if _reaches(main.node, "topk"):
+        return "router: it picks the experts, is tiny and sensitive; name it in targets to prune it"
+    return None
+
+
+def _reaches(node: fx.Node, what: Literal["output", "topk"]) -> bool:
+    """Whether the result of `node` flows into the output (through reshapes only) or into a top-k (through a softmax)."""
+    passable = _SHAPE_ONLY_NAMES if what == "output" else _ROUTING_NAMES
+    stack, seen = list(node.users), set()
+    while stack:
+        user = stack.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if user.op == "output":
+            if what == "output":
+                return True
+            continue
+        name = _op_name(user)
+        if what == "topk" and name in ("topk", "sort"):
+            return True
+        if name in passable:
+            stack.extend(user.users)
+    return False
+
+
+def _splits(node: fx.Node, width: int) -> tuple[int, ...]:
+    """Sizes of the chunks into which the last axis of a matmul's result is cut at once, if it is."""
+    frontier = [node]
+    for _ in range(2):  # the matmul itself, or the view that restores its batch axes
+        for current in frontier:
+            users = list(current.users)
+            slices = sorted(
+                (int(u.args[2]), int(u.args[3]))  # type: ignore[arg-type]
+                for u in users
+                if u.target is _aten.slice.Tensor and u.args[1] == -1 and len(u.args) > 3 and isinstance(u.args[3], int)
+            )
+            if len(slices) > 1 and len(slices) == len(users):
+                return tuple(min(end, width) - start for start, end in slices)
+            for user in users:
+                name = _op_name(user)
+                if name == "chunk" and _axis_is_last(user, 2):
+                    parts = int(user.args[1])  # type: ignore[call-overload]
+                    return (width // parts,) * parts if width % parts == 0 else ()
+                if name == "split_with_sizes" and _axis_is_last(user, 2):
+                    return tuple(int(size) for size in user.args[1])  # type: ignore[union-attr]
+                if name == "split" and _axis_is_last(user, 2) and isinstance(user.args[1], int):
+                    size = int(user.args[1])
+                    return tuple(min(size, width - start) for start in range(0, width, size))
+        frontier = [u for c in frontier for u in c.users if _op_name(u) in ("view", "reshape", "_unsafe_view", "to")]
+    return ()
+
+
+def _axis_is_last(node: fx.Node, position: int) -> bool:
+    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    return axis in (-1, 2)
+
+
+def _op_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1].rstrip("_") or target._schema.name
+    return str(getattr(target, "__name__", target))
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _module_type(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    kind = list(stack.values())[-1][1]
+    return (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1]
+
+
+def _tensor(module: torch.nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor = getattr(module.get_submodule(path), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
