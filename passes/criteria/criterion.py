@@ -1,0 +1,200 @@
+"""What every criterion is: one function signature, its options, its result, and the checks they share.
+
+Shape suffixes: O out, I in.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparsepass.graph.errors import SparsepassError
+from sparsepass.passes.pattern import NMPattern, canonical_zeros
+from sparsepass.passes.statistics import InputStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriterionOptions:
+    """What a user may set of the criteria.
+
+    Args:
+        damping: Added to the Hessian's diagonal, as a fraction of its mean (SparseGPT).
+        block_size: Columns whose updates are gathered before later columns see them (SparseGPT); for speed only.
+
+    Raises:
+        SparsepassError: A value is out of range.
+
+    >>> CriterionOptions(damping=0.1)
+    CriterionOptions(damping=0.1, block_size=128)
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise SparsepassError(f"damping must be a finite fraction of at least 0, such as 0.01, got {self.damping}")
+        if self.block_size < 1:
+            raise SparsepassError(f"block_size must be at least 1 column, got {self.block_size}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pruned:
+    """What a criterion makes of one weight.
+
+    Args:
+        weight_OI: The pruned weight in the input's dtype: +0.0 wherever the mask is false, and no -0.0 anywhere.
+        mask_OI: Bool, exactly N true in every group of M.
+        note: What the user should know, such as a raised damping.
+    """
+
+    weight_OI: Tensor  # noqa: N815
+    mask_OI: Tensor  # noqa: N815
+    note: str | None = None
+
+
+CriterionFunction: TypeAlias = Callable[[Tensor, InputStatistics | None, NMPattern, CriterionOptions], Pruned]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """One row of the table of criteria.
+
+    Args:
+        name: The word users write.
+        function: The pure function that prunes one weight.
+        needs: What it must know of the inputs: nothing, their feature norms, or their Gram matrix.
+        compensates: Whether the kept weights are changed to make up for the dropped ones.
+    """
+
+    name: str
+    function: CriterionFunction
+    needs: Literal["nothing", "norms", "gram"]
+    compensates: bool
+
+
+def check_weight(weight_OI: Tensor) -> None:
+    """Makes sure that a weight can be pruned at all.
+
+    Shapes: ``[..., O, I]``.
+
+    Args:
+        weight_OI: The weight, N:M along its last axis.
+
+    Raises:
+        SparsepassError: It is not of a float dtype with at least one axis, or holds NaN or Inf.
+
+    >>> check_weight(torch.ones(4, 8))
+    """
+    if not weight_OI.is_floating_point() or weight_OI.dim() == 0:
+        raise SparsepassError(
+            f"only floating-point weights of at least one axis can be pruned, got {weight_OI.dtype} of shape "
+            f"{tuple(weight_OI.shape)}; a quantized model must be pruned before it is quantized"
+        )
+    if not all_finite(weight_OI):
+        bad_OI = ~weight_OI.isfinite()
+        num_bad = int(bad_OI.sum())
+        first = tuple(bad_OI.nonzero()[0].tolist())
+        raise SparsepassError(
+            f"{num_bad} of {weight_OI.numel()} weights are NaN or Inf, the first at {first}; the checkpoint is broken"
+        )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Says whether no entry is NaN or Inf, in one pass over the tensor (``isfinite().all()`` takes five).
+
+    Shapes: any.
+
+    Args:
+        tensor: Any float dtype.
+
+    Returns:
+        True if every entry is finite.
+
+    >>> all_finite(torch.tensor([1.0, float("nan")]))
+    False
+    """
+    if tensor.numel() == 0:
+        return True
+    smallest, largest = torch.aminmax(tensor)
+    return bool(smallest.isfinite() & largest.isfinite())
+
+
+def check_statistics(
+    statistics: InputStatistics | None, in_features: int, *, criterion: str, gram: bool
+) -> InputStatistics:
+    """Makes sure that a criterion has the statistics it needs.
+
+    Args:
+        statistics: What calibration gathered, if anything.
+        in_features: Input features of the weight.
+        criterion: The criterion's name, for the message.
+        gram: Whether the Gram matrix is needed.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        SparsepassError: They are missing, empty, of another width, or without the Gram matrix.
+
+    >>> check_statistics(None, 8, criterion="wanda", gram=False)
+    Traceback (most recent call last):
+    sparsepass.graph.errors.SparsepassError: the criterion 'wanda' needs calibration data, got none; ...
+    """
+    if statistics is None:
+        raise SparsepassError(
+            f"the criterion {criterion!r} needs calibration data, got none; pass calibration=..., or choose 'magnitude'"
+        )
+    if statistics.in_features != in_features:
+        raise SparsepassError(
+            f"the criterion {criterion!r} got a weight of {in_features} input features "
+            f"but statistics of {statistics.in_features}"
+        )
+    if statistics.num_tokens == 0:
+        raise SparsepassError(
+            f"no calibration token reached this layer, and the criterion {criterion!r} needs some; "
+            "give more or other calibration data, or choose 'magnitude' here"
+        )
+    if gram and not statistics.has_gram:
+        raise SparsepassError(
+            f"the criterion {criterion!r} needs the inputs' Gram matrix, but only norms were gathered"
+        )
+    return statistics
+
+
+def keep_masked(weight_OI: Tensor, mask_OI: Tensor) -> Pruned:
+    """The result of a criterion that leaves the kept weights as they are.
+
+    Shapes: both ``[..., O, I]``.
+
+    Args:
+        weight_OI: The dense weight.
+        mask_OI: What to keep.
+
+    Returns:
+        The weight with +0.0 where the mask is false.
+
+    Exactness: kept weights are bitwise equal, except that -0.0 becomes +0.0.
+
+    >>> keep_masked(torch.tensor([[1.0, -2.0]]), torch.tensor([[True, False]])).weight_OI
+    tensor([[1., 0.]])
+    """
+    return Pruned(weight_OI=canonical_zeros(weight_OI.detach().masked_fill(~mask_OI, 0)), mask_OI=mask_OI)
+
+
+def working_dtype(weight_OI: Tensor) -> torch.dtype:
+    """The dtype that criteria compute in: fp32, or fp64 for a weight in fp64.
+
+    Args:
+        weight_OI: The weight.
+
+    Returns:
+        The dtype.
+
+    >>> working_dtype(torch.ones(1, dtype=torch.bfloat16))
+    torch.float32
+    """
+    return torch.promote_types(weight_OI.dtype, torch.float32)

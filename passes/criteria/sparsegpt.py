@@ -1,0 +1,195 @@
+"""SparseGPT: drop weights column by column and let the later columns make up for the error.
+
+Shape suffixes: O out, I in, B columns of one block, M columns of one group.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsepass.graph.errors import SparsepassError
+from sparsepass.passes.criteria.criterion import (
+    CriterionOptions,
+    Pruned,
+    all_finite,
+    check_statistics,
+    check_weight,
+    working_dtype,
+)
+from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
+from sparsepass.passes.statistics import InputStatistics
+
+# Damping is raised tenfold until it is as large as the mean of the Hessian's diagonal.
+_LARGEST_DAMPING = 1.0
+_SMALLEST_RETRY_DAMPING = 0.01
+# Up to this size a triangular inverse is one library call; above it, splitting in two saves more than half of the work.
+_DIRECT_INVERSE_SIZE = 128
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions
+) -> Pruned:
+    """Prunes a weight by SparseGPT: masks by the error that dropping causes, which the kept weights make up for.
+
+    Rows do not depend on each other, so sibling layers that read the same input can be stacked along O and pruned in
+    one call, which saves all but one of the inverses.
+
+    Shapes: ``[O, I]``.
+
+    Args:
+        weight_OI: The dense weight, any float dtype; computed in fp32 (fp64 for a weight in fp64).
+        statistics: The inputs' Gram matrix.
+        pattern: The pattern along the last axis.
+        options: Damping and block size.
+
+    Returns:
+        The compensated weight with +0.0 for what is dropped, the mask, and a note if the damping had to be raised.
+
+    Raises:
+        SparsepassError: The weight holds NaN or Inf or is not 2-D, I is not a multiple of M, the statistics are missing
+            or do not fit, the Hessian is not positive definite at any damping, or the result does not fit the
+            weight's dtype.
+
+    Source: arXiv 2301.00774, algorithm 1; methods.md section 1.
+
+    Exactness: equals the column-by-column definition but for rounding, whatever the block size.
+
+    >>> statistics = InputStatistics(num_tokens=4, gram_II=torch.eye(4) + 1.0)
+    >>> options = CriterionOptions(damping=0.0)
+    >>> sparsegpt(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), statistics, NMPattern(2, 4), options).weight_OI
+    tensor([[0., 0., 4., 5.]])
+    """
+    check_weight(weight_OI)
+    if weight_OI.dim() != 2:
+        raise SparsepassError(f"SparseGPT prunes one [out, in] matrix at a time, got shape {tuple(weight_OI.shape)}")
+    known = check_statistics(statistics, weight_OI.shape[1], criterion="sparsegpt", gram=True)
+    gram_II = known.gram_II
+    assert gram_II is not None
+    in_features, m = weight_OI.shape[1], pattern.m
+    nm_mask(weight_OI[:0], pattern)  # complains of a width that M does not divide before any work is done
+
+    dtype = working_dtype(weight_OI)
+    hinv_upper_II, dead_I, damping_used = inverse_cholesky(
+        gram_II.to(device=weight_OI.device, dtype=dtype), known.num_tokens, options.damping
+    )
+    # One column of the weight is one contiguous row here.
+    weight_IO = weight_OI.to(dtype, copy=True).T.contiguous()
+    weight_IO[dead_I] = 0
+    mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
+    inv_diag_I1 = hinv_upper_II.diagonal().reciprocal().unsqueeze(1)
+
+    block = max(m, options.block_size // m * m)
+    error_BO = torch.empty_like(weight_IO[:block])
+    for start in range(0, in_features, block):
+        stop = min(start + block, in_features)
+        for left in range(start, stop, m):
+            right = left + m
+            weight_MO = weight_IO[left:right]
+            # |w| / d ranks as w^2 / d^2 does, and neither under- nor overflows.
+            scaled_MO = weight_MO * inv_diag_I1[left:right]
+            mask_MO = mask_IO[left:right] = keep_largest(scaled_MO.abs(), pattern.n)
+            drop_MO = inv_diag_I1[left:right] * ~mask_MO
+            error_MO = error_BO[left - start : right - start]
+            for i in range(m):
+                torch.mul(weight_MO[i], drop_MO[i], out=error_MO[i])
+                if i + 1 < m:
+                    weight_MO[i + 1 :].addr_(hinv_upper_II[left + i, left + i + 1 : right], error_MO[i], alpha=-1)
+            if right < stop:
+                weight_IO[right:stop].addmm_(hinv_upper_II[left:right, right:stop].T, error_MO, alpha=-1)
+        if stop < in_features:
+            weight_IO[stop:].addmm_(hinv_upper_II[start:stop, stop:].T, error_BO[: stop - start], alpha=-1)
+
+    mask_OI = mask_IO.T.contiguous()
+    pruned_OI = weight_IO.T.masked_fill(~mask_OI, 0).to(weight_OI.dtype).contiguous()
+    if not all_finite(pruned_OI):
+        raise SparsepassError(
+            f"the weights that SparseGPT compensated do not fit {weight_OI.dtype} (damping {damping_used:g}); "
+            "raise the damping, give more calibration data, or prune in a dtype with more range"
+        )
+    note = None
+    if damping_used != options.damping:
+        note = (
+            f"the Hessian was not positive definite with damping {options.damping:g}, so {damping_used:g} was used; "
+            f"{known.num_tokens} calibration tokens for {in_features} features may be too few"
+        )
+    return Pruned(weight_OI=canonical_zeros(pruned_OI), mask_OI=mask_OI, note=note)
+
+
+@torch.no_grad()
+def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[Tensor, Tensor, float]:
+    """The upper Cholesky factor U of the inverse Hessian: ``H^-1 = U^T U``, where ``H = (2/n) X X^T`` plus damping.
+
+    Features that were never active ("dead", a zero on the diagonal) get H = 1 and take no part in the mean that damping
+    is a fraction of, so that the result does not depend on the scale of the activations.
+
+    Shapes: ``[I, I]`` to ``[I, I]`` and ``[I]``.
+
+    Args:
+        gram_II: Sum over tokens of ``x x^T``, fp32 or fp64, symmetric.
+        num_tokens: Tokens in that sum.
+        damping: Added to the diagonal, as a fraction of its mean; raised tenfold up to 1 while the matrix is
+            not positive definite.
+
+    Returns:
+        U; the dead features; and the damping that was used.
+
+    Raises:
+        SparsepassError: The Gram matrix holds NaN or Inf, or is not positive definite even with the largest damping.
+
+    Source: arXiv 2301.00774, section 3.3; methods.md section 1.
+
+    >>> upper, dead, used = inverse_cholesky(torch.diag(torch.tensor([2.0, 0.0])), num_tokens=1, damping=0.0)
+    >>> upper, dead, used
+    (tensor([[0.5000, 0.0000],
+            [0.0000, 1.0000]]), tensor([False,  True]), 0.0)
+    """
+    if num_tokens < 1:
+        raise SparsepassError("the Hessian of no tokens cannot be inverted; run calibration first")
+    hessian_II = gram_II * (2 / num_tokens)
+    diag_I = hessian_II.diagonal()
+    dead_I = diag_I == 0
+    if not all_finite(hessian_II):
+        raise SparsepassError(
+            "the inputs' Gram matrix holds NaN or Inf; look for the calibration batch that brings them in"
+        )
+    mean = diag_I.sum() / (~dead_I).sum().clamp(min=1)
+    diag_I += dead_I
+    # With P the reversal of the features, L the Cholesky factor of P H P and U = P L^-1 P, U is upper triangular and
+    # U^T U = H^-1: one factorization and a triangular inverse, where inverting H first takes two factorizations and a
+    # full inverse.
+    reversed_II = hessian_II.flip(0, 1)
+    undamped_I = reversed_II.diagonal().clone()
+    tried = []
+    while True:
+        reversed_II.diagonal().copy_(undamped_I + damping * mean)
+        lower_II, info = torch.linalg.cholesky_ex(reversed_II)
+        tried.append(f"{damping:g}")
+        if int(info) == 0 and all_finite(lower_II):
+            return _lower_inverse(lower_II).flip(0, 1), dead_I, damping
+        if damping >= _LARGEST_DAMPING:
+            raise SparsepassError(
+                f"the Hessian of {num_tokens} tokens and {gram_II.shape[0]} features is not positive definite, "
+                f"with damping {', '.join(tried)}; use more calibration tokens, leave this layer alone, "
+                "or choose 'wanda' for it"
+            )
+        damping = min(max(damping * 10, _SMALLEST_RETRY_DAMPING), _LARGEST_DAMPING)
+
+
+def _lower_inverse(lower_II: Tensor) -> Tensor:
+    """Inverts a lower triangular matrix, skipping the upper half's zeros (torch has no such call)."""
+    inverse_II = torch.zeros_like(lower_II)
+    _lower_inverse_into(lower_II, inverse_II)
+    return inverse_II
+
+
+def _lower_inverse_into(lower_II: Tensor, out_II: Tensor) -> None:
+    size = lower_II.shape[0]
+    if size <= _DIRECT_INVERSE_SIZE:
+        eye_II = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
+        out_II.copy_(torch.linalg.solve_triangular(lower_II, eye_II, upper=False))
+        return
+    half = size // 2
+    _lower_inverse_into(lower_II[:half, :half], out_II[:half, :half])
+    _lower_inverse_into(lower_II[half:, half:], out_II[half:, half:])
+    product = lower_II[half:, :half] @ out_II[:half, :half]
+    out_II[half:, :half].addmm_(out_II[half:, half:], product, beta=0, alpha=-1)

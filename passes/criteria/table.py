@@ -1,0 +1,18 @@
+"""The one table of criteria. A new criterion is one file beside this one and one line here."""
+
+from typing import Final
+
+from sparsepass.passes.criteria.criterion import Criterion, CriterionFunction, CriterionOptions, Pruned
+from sparsepass.passes.criteria.magnitude import magnitude
+from sparsepass.passes.criteria.sparsegpt import sparsegpt
+from sparsepass.passes.criteria.wanda import wanda
+
+__all__ = ["CRITERIA", "Criterion", "CriterionFunction", "CriterionOptions", "Pruned"]
+
+_ROWS: Final = (
+    Criterion(name="magnitude", function=magnitude, needs="nothing", compensates=False),
+    Criterion(name="wanda", function=wanda, needs="norms", compensates=False),
+    Criterion(name="sparsegpt", function=sparsegpt, needs="gram", compensates=True),
+)
+
+CRITERIA: Final[dict[str, Criterion]] = {row.name: row for row in _ROWS}
