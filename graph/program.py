@@ -167,7 +167,10 @@ class Program(nn.Module):
 
     def sites(self) -> tuple[Site, ...]:
         """Every linear-like operation of the graph, in the order in which it runs, with reasons for those left alone."""
-        return find_sites(self.graph_module, output_heads=self.origin.output_heads, aliases=self.aliases)
+        branches = [state.branch for state in self.sparse.values() if state.branch is not None]
+        ours = {name for branch in branches for name in (branch.weight, branch.projection)}
+        found = find_sites(self.graph_module, output_heads=self.origin.output_heads, aliases=self.aliases)
+        return tuple(site for site in found if site.weight not in ours)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the graph, persistent or not, by name. Tied names are in `aliases`."""

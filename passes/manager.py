@@ -1,0 +1,330 @@
+"""Running pipelines: order checked first, every pass validated after, everything recorded."""
+
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph import PassError, Program, SparsepassError, capture
+from sparsepass.graph.equivalence import difference
+from sparsepass.graph.records import PassRecord, SiteOutcome
+from sparsepass.graph.rewrite import finish
+from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass, SiteGroup
+from sparsepass.passes.calibration import ComputeDtype, site_groups, sweep
+from sparsepass.passes.calibration_data import CalibrationBatch, CalibrationData, calibration_batches
+from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.text import parse_pipeline, pass_to_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DEFAULT_CONTEXT = 2048
+_VALIDATION_SEQUENCES = 2
+
+
+def apply_passes(
+    model: nn.Module,
+    passes: str | Pass | Iterable[str | Pass],
+    *,
+    calibration: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    num_sequences: int | None = 128,
+    context: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    compute: ComputeDtype = "auto",
+    example_inputs: Mapping[str, Any] | tuple[Tensor, ...] | Tensor | None = None,
+    inplace: bool = False,
+    validate: bool = True,
+    progress: bool | None = None,
+) -> Program:
+    """Rewrite a model's linear layers with a list of passes.
+
+    Args:
+        model: A transformers model, any nn.Module, or a Program.
+        passes: Names (``"nm_sparsify"``), pass objects, or text (``"nm_sparsify{criterion=wanda},slorb{k=16}"``), in the
+            order in which they run.
+        calibration: What the model is run on, where a criterion needs it: token tensors, batches, an iterable, a
+            ``datasets.Dataset``, a text file, or a hub data set name. See `calibration_batches`.
+        tokenizer: Turns text into tokens; needed if calibration is text.
+        num_sequences: Calibration sequences to use at most.
+        context: Tokens per sequence made from text; by default 2048 or the model's limit.
+        batch_size: Sequences run at once. Memory and speed only.
+        seed: Where in the text the sequences are taken.
+        compute: Precision of calibration's matmuls: ``auto`` is bfloat16 where the processor computes in it.
+        example_inputs: What to capture the model with; transformers models can do without.
+        inplace: Whether the program takes over the model's tensors (or is the given Program itself). By default the model
+            is never changed.
+        validate: Whether to measure, after every pass, how far the outputs moved. Exact passes must not move them.
+        progress: Whether to show progress with the time left; by default where standard error is a terminal.
+
+    Returns:
+        The rewritten program. ``print(program.report())`` tells what was rewritten, and what was skipped and why.
+
+    Raises:
+        SparsepassError: If a pass or option is unknown, stands in the wrong order, or meets something it cannot rewrite. The
+            model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> program = apply_passes(model, ["nm_sparsify{pattern=2:4}"], example_inputs=torch.randn(2, 16))
+        >>> program.report().num_sparse
+        1
+    """
+    pipeline = parse_pipeline(passes)
+    if not pipeline:
+        raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
+    pipeline = tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    if calibration is None and (asking := [p for p in pipeline if p.needs != "nothing"]):
+        raise SparsepassError(
+            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens or a data set), or "
+            "choose criterion=magnitude and init=mean"
+        )
+    if isinstance(model, Program):
+        program = model if inplace else copy.deepcopy(model)
+    else:
+        program = capture(model, example_inputs, inplace=inplace)
+    run = _Run(program, pipeline, validate=validate, compute=compute, progress=_shows(progress))
+    run.check()
+    if any(p.needs != "nothing" for p in pipeline):
+        run.calibration = calibration_batches(
+            calibration,
+            tokenizer=tokenizer,
+            input_names=program.input_names,
+            num_sequences=num_sequences,
+            context=context or _context(program),
+            batch_size=batch_size,
+            seed=seed,
+            vocab_size=_vocabulary(program),
+        )
+    run.all()
+    return program
+
+
+class _Run:
+    """One run of a pipeline over a program."""
+
+    def __init__(
+        self, program: Program, pipeline: tuple[Pass, ...], *, validate: bool, compute: ComputeDtype, progress: bool
+    ) -> None:
+        self.program, self.pipeline = program, pipeline
+        self.calibration: CalibrationData | None = None
+        self._validates, self._compute, self._progress = validate, compute, progress
+        self._batches: list[CalibrationBatch] = []
+
+    def check(self) -> None:
+        """Check the whole pipeline before anything runs."""
+        for index, item in enumerate(self.pipeline):
+            item.check(self.program, self.pipeline[:index])
+
+    def all(self) -> None:
+        """Run every pass. Consecutive passes that read statistics share one sweep, group by group."""
+        if self.calibration is not None:
+            self._batches = list(self.calibration.batches())
+        if self._validates:
+            self._inputs, self._inputs_name = self._validation_inputs()
+            self._start = self._previous = self._outputs()
+        for calibrated, items in groupby(self.pipeline, key=lambda p: p.needs != "nothing"):
+            if calibrated:
+                self._sweep(tuple(items))
+            else:
+                for item in items:
+                    self._plain(item)
+
+    def _plain(self, item: Pass) -> None:
+        started = time.perf_counter()
+        chosen, skipped = item.choose(self.program)
+        _require_work(item, chosen, skipped)
+        facts: dict[str, Facts] = {}
+        with _progress(self._progress, item.name, len(chosen)) as advance:
+            for group in site_groups(chosen):
+                facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
+                advance(group.sites[0].name)
+        finish(self.program)
+        self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
+
+    def _sweep(self, items: tuple[Pass, ...]) -> None:
+        assert self.calibration is not None
+        started = time.perf_counter()
+        first = items[0]
+        chosen, skipped = first.choose(self.program)
+        _require_work(first, chosen, skipped)
+        weights = {site.weight for site in chosen}
+        for item in items[1:]:
+            chosen += [site for site in item.choose(self.program)[0] if site.weight not in weights]
+            weights = {site.weight for site in chosen}
+        order = {site.weight: i for i, site in enumerate(self.program.sites())}
+        groups = site_groups(sorted(chosen, key=lambda site: order[site.weight]))
+        facts: dict[str, dict[str, Facts]] = {item.name: {} for item in items}
+        reasons: dict[str, dict[str, str]] = {item.name: {} for item in items}
+        reasons[first.name] = skipped
+
+        def rewrite(group: SiteGroup, statistics: tuple[InputStatistics, ...]) -> None:
+            context = GroupContext(statistics=statistics, measure=self._validates)
+            for item in items:
+                refused = {site.name: item.reason(site, self.program) for site in group.sites}
+                mine = tuple(site for site in group.sites if refused[site.name] is None)
+                reasons[item.name] |= {name: reason for name, reason in refused.items() if reason is not None}
+                if mine:
+                    facts[item.name] |= _rewrite(item, self.program, SiteGroup(sites=mine), context)
+
+        needs = max((item.needs for item in items), key=NEEDS_ORDER.index)
+        title = "+".join(item.name for item in items)
+        with _progress(self._progress, title, len(groups)) as advance:
+            sweep(
+                self.program,
+                self._batches,
+                groups,
+                rewrite,
+                gram=needs == "gram",
+                compute=self._compute,
+                advance=advance,
+            )
+        finish(self.program)
+        seconds = time.perf_counter() - started
+        for index, item in enumerate(items):
+            if index:
+                _require_work(item, list(facts[item.name]), reasons[item.name])
+            # Passes of one sweep are measured as if the later ones had not run: their branches are muted.
+            with _muted_branches(self.program, facts, items[index + 1 :]):
+                measured = self._measure(item)
+            self._record(item, facts[item.name], reasons[item.name], seconds, measured)
+
+    def _validation_inputs(self) -> tuple[dict[str, Tensor], str]:
+        if self._batches:
+            first = self._batches[0].inputs
+            return {name: t[:_VALIDATION_SEQUENCES] for name, t in first.items()}, "the first calibration sequences"
+        return self.program.example_inputs, "example inputs"
+
+    @torch.no_grad()
+    def _outputs(self) -> dict[str, Tensor]:
+        bound = self.program.flat_inputs(**{n: t.to(self.program.device) for n, t in self._inputs.items()})
+        values = self.program.graph_module(*bound.values())
+        return dict(zip(self.program.output_names, values, strict=True))
+
+    def _measure(self, item: Pass) -> dict[str, Any] | None:
+        """How far the outputs are from those before the run; for an exact pass, from those before the pass.
+
+        Raises:
+            PassError: If an exact pass has moved the outputs.
+        """
+        if not self._validates:
+            return None
+        now = self._outputs()
+        against = self._previous if item.promise == "exact" else self._start
+        found = difference(against, now)
+        self._previous = now
+        if item.promise == "exact" and found.max_error != 0:
+            raise PassError(
+                item.name,
+                "validation",
+                f"it promises to be exact, and the outputs moved by {found.max_error:.3g}; this is a defect of the pass, "
+                "please report it with the model's configuration",
+            )
+        return {
+            "against": "the outputs before the pass" if item.promise == "exact" else "the outputs before the run",
+            "inputs": self._inputs_name,
+            "max_error": found.max_error,
+            "relative_error": found.relative_error,
+            "kl": found.kl,
+        }
+
+    def _record(
+        self, item: Pass, facts: Mapping[str, Facts], skipped: Mapping[str, str], seconds: float, measured: Any
+    ) -> None:
+        outcomes = []
+        for site in self.program.sites():
+            done = site.name in facts
+            reason = "" if done else skipped.get(site.name) or item.reason(site, self.program) or "not reached"
+            outcomes.append(
+                SiteOutcome(
+                    site=site.name,
+                    weight=site.weight,
+                    shape=site.shape,
+                    action="rewritten" if done else "skipped",
+                    reason=reason,
+                    facts=dict(facts.get(site.name, {})),
+                )
+            )
+        record = PassRecord(
+            text=pass_to_text(item),
+            promise=item.promise,
+            outcomes=tuple(outcomes),
+            validation=measured,
+            calibration=self.calibration.describe() if item.needs != "nothing" and self.calibration else None,
+            seconds=seconds,
+        )
+        self.program.history = (*self.program.history, record)
+
+
+def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
+    try:
+        return {site.name: {} for site in group.sites} | item.rewrite(program, group, context)
+    except PassError:
+        raise
+    except SparsepassError as error:
+        raise PassError(item.name, ", ".join(site.name for site in group.sites), str(error)) from error
+
+
+def _require_work(item: Pass, chosen: Sequence[Any], skipped: Mapping[str, str]) -> None:
+    if chosen:
+        return
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])
+    more = f" and {len(skipped) - 6} more" if len(skipped) > 6 else ""
+    raise PassError(item.name, "program", f"no layer can be rewritten ({reasons or 'the model has no linear layers'}{more})")
+
+
+@contextlib.contextmanager
+def _muted_branches(program: Program, facts: Mapping[str, Mapping[str, Facts]], later: Sequence[Pass]) -> Iterator[None]:
+    """Set the branches that later passes of a sweep have added to zero, for as long as an earlier one is measured."""
+    touched = {name for item in later for name in facts[item.name]}
+    branches = [
+        state.branch.weight
+        for site in program.sites()
+        if site.name in touched and (state := program.sparse[site.weight]).branch is not None
+    ]
+    old = {name: program.tensor(name) for name in branches}
+    for name, tensor in old.items():
+        program.set_tensor(name, torch.zeros_like(tensor))
+    try:
+        yield
+    finally:
+        for name, tensor in old.items():
+            program.set_tensor(name, tensor)
+
+
+@contextlib.contextmanager
+def _progress(shown: bool, title: str, total: int) -> Iterator[Callable[[str], None]]:
+    if not shown:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[layer]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, layer="")
+        yield lambda layer: bar.update(task, advance=1, layer=layer)
+
+
+def _shows(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def _context(program: Program) -> int:
+    limit = (program.origin.config or {}).get("max_position_embeddings")
+    return min(_DEFAULT_CONTEXT, limit) if isinstance(limit, int) and limit > 0 else _DEFAULT_CONTEXT
+
+
+def _vocabulary(program: Program) -> int | None:
+    size = (program.origin.config or {}).get("vocab_size")
+    return size if isinstance(size, int) else None

@@ -1,0 +1,184 @@
+"""The pass `nm_sparsify`: N:M masks on linear weights.
+
+Shape suffixes: E experts, O out, I in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.rewrite import attach_mask
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
+from sparsepass.passes.criteria.table import CRITERIA, Criterion, CriterionOptions, Pruned
+from sparsepass.passes.pattern import NMPattern
+from sparsepass.passes.statistics import InputStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class NMSparsify(Pass):
+    """Put an N:M mask between each linear weight and the operations that read it.
+
+    1. Rewrites nn.Linear, GPT-2's Conv1D, Conv1d and Conv2d (along input channels), and 3-D expert weights, in place of the
+       weight ``W`` reading ``M .* W``. N:M runs along the reduction axis, whatever the layout.
+    2. Leaves alone embeddings, weights tied to them, output heads and routers, unless `targets` names them; and weights
+       whose input features are not a multiple of M, because no kernel takes a partial group.
+    3. The criterion decides the mask; one that compensates (SparseGPT) also changes the weights that are kept. Behind the
+       mask the original weights stay as they were: the graph does not read them, but later passes and training may.
+    4. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already
+       rewritten ones.
+
+    Args:
+        pattern: N:M, at most N nonzeros in M consecutive weights.
+        criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
+        damping: SparseGPT's damping, as a fraction of the Hessian's mean diagonal.
+        block_size: SparseGPT's columns per block. Speed only.
+        targets: See `Pass`.
+        ignore: See `Pass`.
+
+    Raises:
+        SparsepassError: If the pattern cannot be, or the criterion is unknown.
+
+    Source: methods.md section 1 of the design notes; magnitude; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774.
+    """
+
+    name: ClassVar[str] = "nm_sparsify"
+    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+
+    pattern: str = "2:4"
+    criterion: str | None = None
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        NMPattern.parse(self.pattern)
+        CriterionOptions(damping=self.damping, block_size=self.block_size)
+        if self.criterion is not None and self.criterion not in CRITERIA:
+            raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(CRITERIA))}")
+
+    def resolve(self, *, has_calibration: bool) -> Self:
+        """Choose the criterion: SparseGPT with calibration, magnitude without."""
+        return replace(self, criterion=self.criterion or ("sparsegpt" if has_calibration else "magnitude"))
+
+    @property
+    def needs(self) -> Needs:
+        """What the criterion needs."""
+        return self._criterion.needs
+
+    @property
+    def _criterion(self) -> Criterion:
+        assert self.criterion is not None, "resolve() runs before anything else"
+        return CRITERIA[self.criterion]
+
+    def check(self, program: Program, before: Sequence[Pass]) -> None:
+        """Refuse sites that are sparse already, or that an earlier pass of the pipeline will make sparse."""
+        earlier = [p for p in before if p.name == self.name]
+        mine = {site.weight for site in self.choose(program)[0]}
+        done = mine & program.sparse.keys()
+        for other in earlier:
+            done |= mine & {site.weight for site in other.choose(program)[0]}
+        if done:
+            raise PassError(
+                self.name,
+                sorted(done)[0],
+                f"{len(done)} of its layers have been made sparse by nm_sparsify already; to prune other layers with other "
+                "options, name them in targets; to prune these anew, start from the dense model",
+            )
+
+    def refusal(self, site: Site, program: Program) -> str | None:
+        """Features that M does not divide; statistics that a convolution in groups does not have."""
+        m = NMPattern.parse(self.pattern).m
+        if site.in_features % m:
+            what = "input channels of a group" if site.layout in ("conv1d", "conv2d") else "in_features"
+            return f"{what} {site.in_features} is not a multiple of {m}"
+        if site.groups > 1 and self.criterion is not None and self.needs != "nothing":
+            return f"a convolution in {site.groups} groups: {self.criterion} has no statistics for each group; use magnitude"
+        return None
+
+    def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
+        """Prune the weights of a group, siblings stacked so that they share one inverse Hessian."""
+        weights = [program.tensor(site.weight).detach() for site in group.sites]
+        context.originals.update({site.weight: w for site, w in zip(group.sites, weights, strict=True)})
+        matrices = [site.to_matrix(w) for site, w in zip(group.sites, weights, strict=True)]
+        if matrices[0].dim() == 3:
+            pruned = [self._prune_experts(matrices[0], context.statistics)]
+        else:
+            stacked = self._prune(torch.cat(matrices) if len(matrices) > 1 else matrices[0], context.statistics)
+            sizes = [len(matrix) for matrix in matrices]
+            pruned = [
+                Pruned(weight_OI=weight_OI, mask_OI=mask_OI, note=stacked.note)
+                for weight_OI, mask_OI in zip(stacked.weight_OI.split(sizes), stacked.mask_OI.split(sizes), strict=True)
+            ]
+        facts: dict[str, Facts] = {}
+        for site, weight, matrix, result in zip(group.sites, weights, matrices, pruned, strict=True):
+            mask = site.from_matrix(result.mask_OI)
+            kept = site.from_matrix(result.weight_OI)
+            if not torch.equal(kept, torch.ops.sparsepass.masked_weight(weight, mask)) or bool(_has_negative_zero(weight)):
+                program.set_tensor(site.weight, torch.where(mask, kept, weight))
+            attach_mask(program, site, mask, self.pattern)
+            facts[site.name] = self._facts(matrix, result, context)
+        return facts
+
+    def _prune(self, weight_OI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
+        options = CriterionOptions(damping=self.damping, block_size=self.block_size)
+        known = statistics[0] if statistics else None
+        return self._criterion.function(weight_OI, known, NMPattern.parse(self.pattern), options)
+
+    def _prune_experts(self, weight_EOI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
+        """Each expert by the tokens that were routed to it; by magnitude where there were none."""
+        if not statistics:
+            return self._prune(weight_EOI, ())
+        options = CriterionOptions(damping=self.damping, block_size=self.block_size)
+        pattern = NMPattern.parse(self.pattern)
+        results, unseen = [], []
+        for index, (weight_OI, known) in enumerate(zip(weight_EOI, statistics, strict=True)):
+            if known.num_tokens == 0:
+                unseen.append(index)
+                results.append(CRITERIA["magnitude"].function(weight_OI, None, pattern, options))
+            else:
+                results.append(self._criterion.function(weight_OI, known, pattern, options))
+        notes = {r.note for r in results if r.note}
+        if unseen:
+            notes.add(f"experts {unseen} saw no calibration token and were pruned by magnitude")
+        return Pruned(
+            weight_OI=torch.stack([r.weight_OI for r in results]),
+            mask_OI=torch.stack([r.mask_OI for r in results]),
+            note="; ".join(sorted(notes)) or None,
+        )
+
+    def _facts(self, matrix: Tensor, result: Pruned, context: GroupContext) -> Facts:
+        facts: dict[str, float | int | str] = {}
+        if context.measure:
+            facts["relative_error"] = _relative_error(matrix, result.weight_OI, context.statistics)
+        if context.statistics:
+            facts["tokens"] = sum(known.num_tokens for known in context.statistics)
+        if result.note:
+            facts["note"] = result.note
+        return facts
+
+
+def _relative_error(original: Tensor, pruned: Tensor, statistics: Sequence[InputStatistics]) -> float:
+    """Output error of the site relative to its output, over the calibration tokens; of the weight if there are none."""
+    if original.dim() == 2:
+        original, pruned = original.unsqueeze(0), pruned.unsqueeze(0)
+    error = total = 0.0
+    for index, (before_OI, after_OI) in enumerate(zip(original.float(), pruned.float(), strict=True)):
+        known = statistics[index] if statistics else None
+        difference_OI = before_OI - after_OI
+        if known is not None and known.has_gram:
+            gram_II = known.gram_II
+            error += float(((difference_OI @ gram_II) * difference_OI).sum())
+            total += float(((before_OI @ gram_II) * before_OI).sum())
+        else:
+            scale_I = known.norms() if known is not None else torch.ones((), device=before_OI.device)
+            error += float((difference_OI * scale_I).square().sum())
+            total += float((before_OI * scale_I).square().sum())
+    return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
+
+
+def _has_negative_zero(weight: Tensor) -> Tensor:
+    return ((weight == 0) & torch.signbit(weight)).any()

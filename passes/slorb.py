@@ -1,0 +1,155 @@
+"""The pass `slorb`: a low-rank branch beside each sparse linear layer.
+
+Shape suffixes: O out, I in, R in/k.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.rewrite import attach_branch
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.passes.criteria.table import CRITERIA
+from sparsepass.passes.slorb_math import fixed_projection, slorb_least_squares, slorb_mean_init
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLoRB(Pass):
+    """Add a Sparse Low-Rank Boosting branch to each sparse linear layer: ``y = (M .* W) x + S (X x) + b``.
+
+    1. Rewrites linear layers (nn.Linear and GPT-2's Conv1D) whose weight nm_sparsify has masked. X sums every k consecutive
+       features; siblings that read the same activation share one such sum in the graph.
+    2. Leaves alone convolutions and experts, and layers whose input features k does not divide.
+    3. The branch cannot be folded into the weight, which would no longer be N:M. It has the form of a LoRA of rank in/k, and
+       leaves as one.
+
+    Args:
+        k: Input features summed into one; out*in/k weights are added.
+        init: How S starts. ``mean``: the paper's, each group of k keeps its mean, ``1/k`` times the sum of what the mask
+            drops; ``sum``: that sum itself; ``least_squares``: the S that minimises the layer's output error on the
+            calibration inputs, right after any criterion. By default least_squares with calibration and mean without.
+        projection: ``fixed``, or ``trainable``: then X is a weight of its own, in^2/k more, and starts as the fixed one.
+        damping: Of the least squares, as a fraction of the mean diagonal of X H X^T.
+        targets: See `Pass`.
+        ignore: See `Pass`.
+
+    Raises:
+        SparsepassError: If k is below 1.
+
+    Source: AST, arXiv 2407.20584, eqs. 5 and 6; the least squares are ours.
+    """
+
+    name: ClassVar[str] = "slorb"
+    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+
+    k: int = 16
+    init: Literal["mean", "sum", "least_squares"] | None = None
+    projection: Literal["fixed", "trainable"] = "fixed"
+    damping: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise SparsepassError(f"slorb: k expects an integer of at least 1, got {self.k}")
+        if not 0 <= self.damping < float("inf"):
+            raise SparsepassError(f"slorb: damping expects a fraction of at least 0, got {self.damping}")
+        for option, allowed in (("init", (None, "mean", "sum", "least_squares")), ("projection", ("fixed", "trainable"))):
+            if getattr(self, option) not in allowed:
+                raise SparsepassError(f"slorb: {option} expects one of {allowed}, got {getattr(self, option)!r}")
+
+    def resolve(self, *, has_calibration: bool) -> Self:
+        """Choose the initialisation."""
+        return replace(self, init=self.init or ("least_squares" if has_calibration else "mean"))
+
+    @property
+    def needs(self) -> Needs:
+        """The Gram matrix for least squares, else nothing."""
+        return "gram" if self.init == "least_squares" else "nothing"
+
+    def check(self, program: Program, before: Sequence[Pass]) -> None:
+        """It runs after nm_sparsify, before fold, and once for each layer."""
+        if any(p.name == "fold" for p in before) or any(s.mask is None for s in program.sparse.values()):
+            raise PassError(
+                self.name, "pipeline", "slorb needs what the masks drop, and fold has thrown it away; put slorb before fold"
+            )
+        if not program.sparse and not any(p.name == "nm_sparsify" for p in before):
+            raise PassError(self.name, "pipeline", "slorb adds to sparse layers, and there are none; put nm_sparsify before it")
+        earlier = [p for p in before if p.name == self.name]
+        if any(s.branch is not None for s in program.sparse.values()) and not self.targets:
+            raise PassError(self.name, "program", "the layers have SLoRB branches already; leave slorb out")
+        if earlier and not (self.targets and all(p.targets for p in earlier)):
+            raise PassError(self.name, "pipeline", "slorb stands in the pipeline twice; give each one targets, or leave one out")
+        if self.init == "least_squares" and not any(p.name == "nm_sparsify" for p in before):
+            for record in program.history:
+                criterion = _criterion_of(record.text)
+                if criterion is not None and CRITERIA[criterion].compensates:
+                    raise PassError(
+                        self.name,
+                        "pipeline",
+                        f"init=least_squares needs the original weights, and {criterion} has changed them in an earlier "
+                        "run; apply both passes in one call, or use init=mean",
+                    )
+
+    def refusal(self, site: Site, program: Program) -> str | None:
+        """Layers that are not sparse, not linear, have a branch, or whose features k does not divide."""
+        state = program.sparse.get(site.weight)
+        if state is None:
+            return f"not sparse: {site.left_alone or 'nm_sparsify left it alone'}"
+        if site.layout not in ("linear", "conv1d_hf"):
+            return f"a branch stands beside a linear layer; this is {site.layout}"
+        if state.branch is not None:
+            return "it has a SLoRB branch already"
+        if site.in_features % self.k:
+            return f"in_features {site.in_features} is not a multiple of k={self.k}"
+        return None
+
+    def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
+        """Fit S for each layer of a group, and add the branch."""
+        facts: dict[str, Facts] = {}
+        for site in group.sites:
+            weight = program.tensor(site.weight).detach()
+            mask_name = program.sparse[site.weight].mask
+            assert mask_name is not None
+            mask_OI = site.to_matrix(program.tensor(mask_name))
+            measured: dict[str, float | int | str] = {}
+            if self.init == "least_squares":
+                original_OI = site.to_matrix(context.originals.get(site.weight, weight))
+                masked_OI = torch.where(mask_OI, site.to_matrix(weight), 0)
+                (statistics,) = context.statistics
+                gram_II = statistics.gram_II
+                assert gram_II is not None
+                fit = slorb_least_squares(original_OI, masked_OI, gram_II, k=self.k, damping=self.damping)
+                branch_OR = fit.slorb_weight_OR
+                if fit.note:
+                    measured["note"] = fit.note
+                if context.measure:
+                    measured["relative_error"] = _relative_error(original_OI, masked_OI, branch_OR, gram_II, self.k)
+            else:
+                assert self.init is not None
+                branch_OR = slorb_mean_init(site.to_matrix(weight), mask_OI, self.k, self.init)
+            projection = None
+            if self.projection == "trainable":
+                projection = fixed_projection(site.in_features, self.k, dtype=weight.dtype, device=weight.device)
+            attach_branch(program, site, branch_OR.to(weight.dtype), self.k, projection)
+            facts[site.name] = measured
+        return facts
+
+
+def _relative_error(original_OI: Tensor, masked_OI: Tensor, branch_OR: Tensor, gram_II: Tensor, k: int) -> float:
+    """Output error of the layer with its branch, relative to its output, over the calibration tokens."""
+    left_OI = original_OI.float() - masked_OI.float() - branch_OR.float().repeat_interleave(k, dim=1)
+    error = float(((left_OI @ gram_II) * left_OI).sum())
+    total = float(((original_OI.float() @ gram_II) * original_OI.float()).sum())
+    return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
+
+
+def _criterion_of(text: str) -> str | None:
+    from sparsepass.passes.nm_sparsify import NMSparsify
+    from sparsepass.passes.text import parse_pipeline
+
+    (record,) = parse_pipeline(text)
+    return record.criterion if isinstance(record, NMSparsify) else None

@@ -1,0 +1,29 @@
+"""The one table of passes."""
+
+from importlib.metadata import entry_points
+
+from sparsepass.graph import SparsepassError
+from sparsepass.passes.base import Pass
+from sparsepass.passes.fold import Fold
+from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.slorb import SLoRB
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (NMSparsify, SLoRB, Fold)}
+"""Name -> class. A new pass is one file, one line here, one test file."""
+
+
+def passes_table() -> dict[str, type[Pass]]:
+    """The table with the passes that other packages add through the entry point ``sparsepass.passes``.
+
+    Raises:
+        SparsepassError: If an entry point is no pass, or takes a name that is taken.
+    """
+    table = dict(PASSES)
+    for entry in entry_points(group="sparsepass.passes"):
+        kind = entry.load()
+        if not (isinstance(kind, type) and issubclass(kind, Pass)):
+            raise SparsepassError(f"the entry point {entry.name} ({entry.value}) is no Pass class; mend or remove its package")
+        if kind.name in table:
+            raise SparsepassError(f"the entry point {entry.value} takes the name {kind.name!r}, which is taken")
+        table[kind.name] = kind
+    return table
