@@ -11,9 +11,10 @@ from sparsepass.graph.errors import SparsepassError
 # Width of the strips that the upper triangle is computed in: wide enough for the matrix product to run at full speed,
 # narrow enough to waste little below the diagonal. 192 was the fastest of 96...768 at 576 and 1536 features.
 _STRIP = 192
-# Inputs that are not fp32 are converted in pieces of about this many elements (16 MiB).
-_PIECE_ELEMENTS = 1 << 22
-_MIN_PIECE_TOKENS = 512
+# For the Gram matrix, inputs that are not fp32 are converted in pieces of about this many elements (16 MiB). Squares are
+# summed in pieces that stay in the cache (1 MiB), which is six times as fast as in one go.
+_GRAM_PIECE_ELEMENTS, _GRAM_PIECE_MIN_TOKENS = 1 << 22, 512
+_NORMS_PIECE_ELEMENTS, _NORMS_PIECE_MIN_TOKENS = 1 << 18, 32
 
 
 class InputStatistics:
@@ -182,8 +183,12 @@ class InputStatistics:
         num_tokens = x_TI.shape[0]
         if num_tokens == 0:
             return
-        is_ready = x_TI.dtype == torch.float32 and x_TI.device == self.device
-        piece = num_tokens if is_ready else max(_MIN_PIECE_TOKENS, _PIECE_ELEMENTS // self.in_features)
+        if not self.has_gram:
+            piece = max(_NORMS_PIECE_MIN_TOKENS, _NORMS_PIECE_ELEMENTS // self.in_features)
+        elif x_TI.dtype == torch.float32 and x_TI.device == self.device:
+            piece = num_tokens
+        else:
+            piece = max(_GRAM_PIECE_MIN_TOKENS, _GRAM_PIECE_ELEMENTS // self.in_features)
         self._is_mirrored = False
         for start in range(0, num_tokens, piece):
             self._add(x_TI[start : start + piece].to(device=self.device, dtype=torch.float32))

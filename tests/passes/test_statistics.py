@@ -76,12 +76,13 @@ def test_sums_do_not_depend_on_the_batches(sizes: list[int], in_features: int, g
 
 
 def test_low_precision_inputs_are_summed_in_fp32_in_pieces() -> None:
-    in_features = 5000  # 838 tokens a piece
-    x_TI = random(2000, in_features).bfloat16()
-    norms, full = InputStatistics.zeros(in_features, gram=False), InputStatistics.zeros(in_features, gram=False)
-    norms.update(x_TI)
-    full.update(x_TI.float())
-    torch.testing.assert_close(norms.sum_squares_I, full.sum_squares_I, rtol=1e-5, atol=0)
+    x_TI = random(30000, 200).bfloat16()  # 20971 tokens a piece for the Gram matrix, 1310 for the norms
+    exact_I = x_TI.double().square().sum(0)
+    for gram in (True, False):
+        statistics = InputStatistics.zeros(200, gram=gram)
+        statistics.update(x_TI)
+        assert statistics.num_tokens == 30000
+        torch.testing.assert_close(statistics.sum_squares_I.double(), exact_I, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("gram", [True, False])
