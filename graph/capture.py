@@ -61,6 +61,50 @@ def capture(
     return _to_program(model, exported, named, axes, inplace=inplace)
 
 
+def program_from_graph_module(graph_module: fx.GraphModule, example_inputs: Mapping[str, Tensor]) -> Program:
+    """Make a program around a graph that somebody else exported, such as an `ExportedProgram.module()`.
+
+    The program is flat on both sides: it takes the graph's placeholders by name and returns the tuple of its outputs.
+    It reads the graph's own parameters, in a graph and a module tree of its own, so that rewriting it leaves the
+    caller's as they are. An output head is recognised only where its result is an output of the graph: there is no
+    model to ask.
+
+    Args:
+        graph_module: The exported graph, whatever its calling convention.
+        example_inputs: A tensor for each placeholder, by its name.
+
+    Returns:
+        A program without a model class; axes that are symbolic in the graph are its dynamic axes.
+
+    Raises:
+        CaptureError: If a placeholder has no example, or the graph holds nested graphs.
+
+    Example:
+        >>> exported = torch.export.export(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), (torch.randn(2, 8),))
+        >>> program = program_from_graph_module(exported.module(), {"input": torch.randn(2, 8)})
+        >>> program.output_names, [site.name for site in program.sites()]
+        (('0',), ['0'])
+    """
+    aliases = _aliases(graph_module)
+    flat = fx.GraphModule(graph_module, _flat_graph(graph_module.graph, aliases, graph_module))
+    placeholders = [node for node in flat.graph.nodes if node.op == "placeholder"]
+    if missing := [n.target for n in placeholders if not isinstance(example_inputs.get(str(n.target)), Tensor)]:
+        raise CaptureError(f"the graph's inputs {missing} need a tensor each; given: {sorted(example_inputs)}")
+    num_outputs = len(flat.graph.output_node().args[0])  # type: ignore[arg-type]
+    return Program(
+        flat,
+        output_structure={"kind": "tuple", "items": ["tensor"] * num_outputs},
+        example_inputs={str(node.target): example_inputs[str(node.target)] for node in placeholders},
+        dynamic_axes={str(node.target): _symbolic_axes(node) for node in placeholders},
+        aliases=aliases,
+    )
+
+
+def _symbolic_axes(placeholder: fx.Node) -> tuple[int, ...]:
+    shape = getattr(placeholder.meta.get("val"), "shape", ())
+    return tuple(axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt))
+
+
 def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
     """Make small random inputs for a transformers model from its configuration, the same each time.
 
