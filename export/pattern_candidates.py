@@ -1,0 +1,83 @@
+"""What the readers of the pattern checker hand to it: one candidate per weight and use."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import final
+
+from sparsepass.export.pattern_bits import BitView
+from sparsepass.graph.errors import SparsepassError
+
+__all__ = ["Candidate", "name_matches"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One use of one stored weight, found but not yet read.
+
+    Attributes:
+        file: Name of the file it stands in, relative to the source; "" for a model in memory.
+        node: Name of the operation that uses it; the module path in a safetensors file.
+        op: Operation type ("MatMul", "Gemm", ...), or "tensor" in a safetensors file.
+        weight: Name under which the tensor is stored.
+        aliases: Other names that mean this weight: those it takes on its way to the operation.
+        parameter: The parameter it was in the model this file was exported from, where the file tells; else "".
+        shape: Stored shape (unpacked where the file packs several values into a byte).
+        dtype: Stored element type, in lower case.
+        axis: Axis of the stored tensor along which K runs; None where it cannot be told.
+        key: Equal for two candidates that read the same bytes the same way.
+        read: Reads the bits; None where `problem` says why it cannot.
+        problem: Why this use cannot be checked, or None.
+        aside: Why this use decides nothing unless the caller expects it to be sparse, or None when it does decide.
+        through: Operations between the stored tensor and its use, in order.
+    """
+
+    file: str
+    node: str
+    op: str
+    weight: str
+    aliases: tuple[str, ...] = ()
+    parameter: str = ""
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int | None
+    key: object
+    read: Callable[[], BitView] | None
+    problem: str | None = None
+    aside: str | None = None
+    through: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which a user may mean this use, module paths (without ".weight") included."""
+        named = (self.weight, self.parameter or self.weight, *self.aliases, self.node)
+        return tuple(dict.fromkeys((*named, *(name.removesuffix(".weight") for name in named))))
+
+
+def name_matches(pattern: str, names: Iterable[str]) -> bool:
+    r"""Tell whether a name pattern means one of the names: exact, with globs, or a regular expression after "re:".
+
+    Args:
+        pattern: The name pattern; a regular expression has to match from the start of a name.
+        names: The names.
+
+    Returns:
+        Whether one of them is meant.
+
+    Raises:
+        SparsepassError: The regular expression is not valid.
+
+    >>> name_matches("*.q_proj", ["layers.0.q_proj"]), name_matches("re:layers\\.[12]", ["layers.0.q_proj"])
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise SparsepassError(
+                f"{pattern!r} is not a valid name pattern: after 're:' it is no regular expression ({error})."
+            ) from error
+        return any(compiled.match(name) for name in names)
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
