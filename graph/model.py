@@ -84,12 +84,17 @@ def to_model(program: Program) -> nn.Module:
     return model.eval()
 
 
-def skeleton(program: Program) -> nn.Module:
+def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     """The model's own class with parameters on the meta device, made from the configuration alone.
+
+    Args:
+        program: Where the class and configuration come from.
+        real_buffers: Whether buffers are computed instead of being on the meta device too.
 
     Raises:
         CaptureError: If the class is not known to transformers.
     """
+    import accelerate
     import transformers
 
     origin = program.origin
@@ -102,7 +107,8 @@ def skeleton(program: Program) -> nn.Module:
     settings = copy.deepcopy(dict(origin.config))
     config = kind.config_class.from_dict(settings)
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
-    with warnings.catch_warnings(), _default_dtype(dtype), torch.device("meta"):
+    empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
+    with warnings.catch_warnings(), _default_dtype(dtype), empty:
         warnings.simplefilter("ignore")
         model: nn.Module = kind(config)
     if origin.generation_config is not None:

@@ -1,0 +1,139 @@
+"""Programs without weights: captured on the meta device, filled from safetensors later."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph.capture import capture
+from sparsepass.graph.errors import CaptureError, SparsepassError
+from sparsepass.graph.model import skeleton
+from sparsepass.graph.program import Program, retarget_device
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
+    """Capture a transformers model from its configuration alone: the structure is there, the weights take no memory.
+
+    Args:
+        source: A folder (or hub id) with a ``config.json`` that names the architecture.
+        dtype: Of the weights to come; by default what the configuration says, or float32.
+
+    Returns:
+        A program on the meta device. It has sites and can be planned; `fill` gives it weights.
+
+    Raises:
+        CaptureError: If the configuration names no architecture that transformers has, or the model cannot be captured.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"{source} has no configuration that transformers can read ({error}); check the path") from error
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise CaptureError(
+            f"the configuration in {source} names the architecture {names or 'none'}, which this transformers does not "
+            "have; load the model yourself and capture it"
+        )
+    chosen = dtype or getattr(config, "dtype", None) or torch.float32
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(chosen)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(old)
+    return capture(model, inplace=True)
+
+
+def fill(program: Program, source: str | Path | Mapping[str, Tensor], *, device: torch.device | str = "cpu") -> Program:
+    """Give weights to a program that was captured on the meta device.
+
+    Args:
+        program: Changed in place; its meta tensors are replaced.
+        source: A safetensors file, a folder with one (or with shards and an index), or a state dict. Names are those of
+            the model's state dict. Tensors are read one at a time.
+        device: Where the weights go.
+
+    Returns:
+        The same program, ready to run.
+
+    Raises:
+        SparsepassError: If a weight is missing or has another shape, or a file is truncated; the program is then as before.
+
+    Exactness: bitwise the program that capturing the loaded model gives.
+    """
+    target = torch.device(device)
+    wanted = {name: t for name, t in program.tensors().items() if t.is_meta}
+    named = dict(wanted) | {alias: wanted[name] for alias, name in program.aliases.items() if name in wanted}
+    found: dict[str, Tensor] = {}
+    for name, tensor in _tensors(source, named.keys()):
+        expected = named[name]
+        if tuple(tensor.shape) != tuple(expected.shape):
+            raise SparsepassError(
+                f"{name} has shape {tuple(tensor.shape)} in {_say(source)}, but the program expects {tuple(expected.shape)}; "
+                "the checkpoint belongs to another configuration"
+            )
+        found[program.aliases.get(name, name)] = tensor.to(device=target, dtype=expected.dtype)
+    missing = wanted.keys() - found.keys()
+    if missing:
+        found |= _computed_buffers(program, missing, target)
+    if missing := wanted.keys() - found.keys():
+        raise SparsepassError(
+            f"{_say(source)} lacks {len(missing)} tensors, {sorted(missing)[0]} the first; if its names differ from the "
+            "model's (experts stored one by one, another prefix), load it with transformers and capture the model"
+        )
+    for name, tensor in found.items():
+        program.set_tensor(name, tensor)
+    program.example_inputs = {
+        name: torch.zeros(t.shape, dtype=t.dtype, device=target) if t.is_meta else t.to(target)
+        for name, t in program.example_inputs.items()
+    }
+    retarget_device(program.graph_module, torch.device("meta"), target)
+    return program
+
+
+def _computed_buffers(program: Program, names: set[str], device: torch.device) -> dict[str, Tensor]:
+    """Buffers that checkpoints leave out, such as rotary frequencies: the model's own code computes them."""
+    if program.origin.model_class is None:
+        return {}
+    model: nn.Module = skeleton(program, real_buffers=True)
+    return {name: b.detach().to(device) for name, b in model.named_buffers() if name in names and not b.is_meta}
+
+
+def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(source, Mapping):
+        yield from ((name, source[name]) for name in names if name in source)
+        return
+    with ExitStack() as stack:
+        for file in _files(Path(source)):
+            try:
+                handle = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+                for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
+                    if name in names:
+                        yield name, handle.get_tensor(name)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise SparsepassError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if (source / _INDEX).is_file():
+        index = json.loads((source / _INDEX).read_text(encoding="utf-8"))
+        return [source / name for name in sorted(set(index["weight_map"].values()))]
+    if (source / _SINGLE).is_file():
+        return [source / _SINGLE]
+    raise SparsepassError(f"{source} holds no {_SINGLE} and no {_INDEX}; give a safetensors checkpoint")
+
+
+def _say(source: object) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)
