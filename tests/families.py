@@ -1,11 +1,16 @@
 """Tiny random models of many families, built at run time, with inputs of two shapes each."""
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
+
+from sparsepass.graph import Program, capture
 
 _LLAMA_LIKE = {
     "vocab_size": 96,
@@ -142,3 +147,20 @@ FAMILIES = (
     Family(name="convnet", build=ConvNet, inputs=_plain_images),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
+
+
+@functools.cache
+def _captured(name: str) -> Program:
+    family = BY_NAME[name]
+    return capture(family.model(), family.inputs(2, 8))
+
+
+def captured(name: str) -> Program:
+    """A program of the family's tiny model: captured once in a process (it takes seconds), copied for each test."""
+    return copy.deepcopy(_captured(name))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of whatever a model returns, in order."""
+    leaves = output.to_tuple() if hasattr(output, "to_tuple") else (output,)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
