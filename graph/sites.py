@@ -55,7 +55,9 @@ class Site:
         module_type: Class name of the module that owns it, such as ``Linear``.
         inputs: Graph nodes of the activations it reads, one for each use.
         nodes: Graph nodes of the operations that use it.
-        left_alone: Why passes leave it alone unless it is targeted by name; None if they take it.
+        left_alone: Why passes leave it alone; None if they take it.
+        can_be_named: Whether naming it in a pass's targets overrides `left_alone` (an output head, a router); False where
+            nothing could be rewritten, or another use of the same weight would suffer.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Site:
     inputs: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     left_alone: str | None = None
+    can_be_named: bool = True
 
     @property
     def num_weights(self) -> int:
@@ -264,6 +267,7 @@ def _site(
             inputs=tuple(use.activation.name for use in of_interest),
             nodes=tuple(use.node.name for use in of_interest),
             left_alone="its weight is computed in the graph, not stored: there is nothing to mask",
+            can_be_named=False,
         )
     tensor = _tensor(graph_module, main.weight)
     shape = tuple(tensor.shape)
@@ -288,6 +292,7 @@ def _site(
         inputs=tuple(use.activation.name for use in of_interest),
         nodes=tuple(use.node.name for use in of_interest),
         left_alone=_reason(main, uses, ties, heads, embeddings),
+        can_be_named=main.weight not in embeddings and len({use.layout for use in uses}) == 1,
     )
 
 

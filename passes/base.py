@@ -51,9 +51,9 @@ class Pass(ABC):
     them (with calibration statistics, where the pass asks for them), checks the graph, and validates the result.
 
     Args:
-        targets: Rewrite only the sites that one of these patterns names, those that are left alone by default included. A
-            pattern is a module path or weight name, a glob (``*.mlp.*``), ``re:`` and a regular expression that must match
-            the whole path, or the class name of a module (``Linear``).
+        targets: Rewrite only the sites that one of these patterns matches. A pattern is a module path or weight name, a
+            glob (``*.mlp.*``), ``re:`` and a regular expression that must match the whole path, or the class name of a
+            module (``Linear``). What is left alone by default (output heads, routers) is taken only by its exact name.
         ignore: Leave these sites alone. Same patterns; ignore wins over targets.
     """
 
@@ -137,7 +137,8 @@ class Pass(ABC):
             return f"ignored by {ignored!r}"
         if self.targets and not targeted:
             return "not among the targets"
-        if site.layout in ("embedding", "computed") or (site.left_alone is not None and not targeted):
+        named = site.can_be_named and bool({site.name, site.weight} & set(self.targets))
+        if site.left_alone is not None and not named:
             return site.left_alone
         return self.refusal(site, program)
 
