@@ -48,6 +48,20 @@ def test_reading_between_updates_changes_nothing() -> None:
     assert torch.equal(first_II, second_II)
 
 
+@pytest.mark.parametrize("read", [(0,), (1,), (0, 1), ()])
+def test_merging_mirrors_again_whichever_side_was_read(read: tuple[int, ...]) -> None:
+    x_TI = random(60, 400)
+    parts = [InputStatistics.zeros(400, gram=True) for _ in range(2)]
+    for part, rows in zip(parts, (x_TI[:30], x_TI[30:]), strict=True):
+        part.update(rows)
+    for index in read:
+        assert parts[index].gram_II is not None
+    parts[0].extend(parts[1])
+    gram_II = parts[0].gram_II
+    assert gram_II is not None
+    torch.testing.assert_close(gram_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(0, 9), max_size=4),
