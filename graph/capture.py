@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
 from sparsepass.graph.errors import CaptureError
-from sparsepass.graph.program import Origin, Program
+from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
 
 _DROPPED = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
 # Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
@@ -58,7 +60,7 @@ def capture(
     if unknown := sorted(set(axes) - set(named)):
         raise CaptureError(f"dynamic_axes names {unknown}, but the inputs are {sorted(named)}")
     exported = _export(model, named, axes)
-    return _to_program(model, exported, named, axes, inplace=inplace)
+    return _to_program(model, exported, named, inplace=inplace)
 
 
 def program_from_graph_module(graph_module: fx.GraphModule, example_inputs: Mapping[str, Tensor]) -> Program:
@@ -111,13 +113,14 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         CaptureError: If its kind of input is not known here.
     """
-    config, device = getattr(model, "config", None), next(iter(model.parameters())).device
+    config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise CaptureError(
             f"{type(model).__name__} is no transformers model, so its inputs are not known: pass example_inputs, for "
             "example example_inputs=torch.randn(2, 8) or a dict of tensors"
         )
+    device = next(iter(model.parameters())).device
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     generator = torch.Generator().manual_seed(0)
     shape = (_EXAMPLE_BATCH, _EXAMPLE_TOKENS)
@@ -135,9 +138,7 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
     elif main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
-        inputs = {
-            "pixel_values": torch.randn(_EXAMPLE_BATCH, vision.num_channels, *size, generator=generator).to(dtype)
-        }
+        inputs = {"pixel_values": torch.randn(_EXAMPLE_BATCH, vision.num_channels, *size, generator=generator).to(dtype)}
         if getattr(config, "model_type", "") == "clip" and hasattr(config, "text_config"):
             inputs |= {"input_ids": ids(), "attention_mask": torch.ones(shape, dtype=torch.long)}
     elif main == "input_features" and hasattr(config, "num_mel_bins"):
@@ -166,6 +167,8 @@ def _check_model(model: nn.Module) -> None:
     if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
         raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise CaptureError(f"{name} has no shape yet: run the model once on an example, then capture it")
         if type(tensor) not in (Tensor, nn.Parameter) and "Parameter" not in type(tensor).__name__:
             raise CaptureError(
                 f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
@@ -186,19 +189,28 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
         given = example_inputs_for(model)
     if isinstance(given, Tensor):
         given = (given,)
-    parameters = [
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if isinstance(given, list | tuple):
         if len(given) > len(parameters):
             raise CaptureError(f"forward takes {len(parameters)} arguments ({', '.join(parameters)}), got {len(given)}")
         given = dict(zip(parameters, given, strict=False))
-    named = {name: value for name, value in given.items() if value is not None and not isinstance(value, bool)}
+    if not isinstance(given, Mapping):
+        raise CaptureError(
+            f"example_inputs is a tensor, a tuple of tensors, or a dict of input name -> tensor, not a {type(given).__name__}"
+        )
+    named = {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (name in FLAGS_WITHOUT_EFFECT and value is FLAGS_WITHOUT_EFFECT[name])
+    }
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            raise CaptureError(f"example input {name!r} is a {type(value).__name__}; a program's inputs are tensors")
-        if value.dim() and value.shape[0] == 0:
-            raise CaptureError(f"example input {name!r} is empty (shape {tuple(value.shape)}); give a batch of at least 2")
+            raise CaptureError(
+                f"example input {name!r} is a {type(value).__name__} ({value!r}); a program's inputs are tensors, so set "
+                "other arguments in the model's configuration, or wrap the model"
+            )
+        if value.numel() == 0:
+            raise CaptureError(f"example input {name!r} is empty (shape {tuple(value.shape)}); give at least 2 of each")
     if not named:
         raise CaptureError("example_inputs is empty; give at least one tensor")
     return named
@@ -218,9 +230,7 @@ def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return axes
 
 
-def _export(
-    model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]
-) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> torch.export.ExportedProgram:
     shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -229,9 +239,7 @@ def _export(
             warnings.simplefilter("ignore")
             if _is_pretrained(model):
                 return _export_pretrained(model, named, shapes)
-            return torch.export.export(
-                model, (), kwargs=dict(named), dynamic_shapes=_by_signature(model, shapes), strict=False
-            )
+            return torch.export.export(model, (), kwargs=dict(named), dynamic_shapes=_by_signature(model, shapes), strict=False)
     except Exception as error:  # torch.export raises anything the model's own code raises
         raise CaptureError(
             f"{type(model).__name__} cannot be captured{_where(error)}: {type(error).__name__}: {_first_line(error)}. "
@@ -285,7 +293,6 @@ def _to_program(
     model: nn.Module,
     exported: torch.export.ExportedProgram,
     named: Mapping[str, Tensor],
-    axes: Mapping[str, tuple[int, ...]],
     *,
     inplace: bool,
 ) -> Program:
@@ -295,11 +302,12 @@ def _to_program(
     aliases = _aliases(model)
     flat = fx.GraphModule(module, _flat_graph(module.graph, aliases, module))
     pytree_info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    placeholders = [node for node in flat.graph.nodes if node.op == "placeholder"]
     program = Program(
         flat,
         output_structure=structure.describe(pytree_info.out_spec),
         example_inputs={name: t.detach().clone() for name, t in named.items()},
-        dynamic_axes=axes,
+        dynamic_axes={str(node.target): _symbolic_axes(node) for node in placeholders},
         aliases=aliases,
         origin=_origin(model),
     )
@@ -352,9 +360,7 @@ def _origin(model: nn.Module) -> Origin:
     import transformers
 
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
-    signature = tuple(
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
-    )
+    signature = tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
     if not _is_pretrained(model):
         return Origin(signature=signature, versions=versions)
     heads = []
@@ -392,10 +398,14 @@ def _by_signature(model: nn.Module, shapes: Mapping[str, Any]) -> Any:
 def _where(error: BaseException) -> str:
     """The last line of the model's own source on the way to an error."""
     place = ""
+    packages = ("torch", "transformers.exporters", "sparsepass.graph", "contextlib")
+    specs = [spec for name in packages if (spec := importlib.util.find_spec(name)) and spec.origin]
+    homes = [os.path.dirname(s.origin) + os.sep if s.submodule_search_locations else str(s.origin) for s in specs]
+    machinery = tuple({os.path.realpath(home) + os.sep * home.endswith(os.sep) for home in homes} | set(homes))
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/sparsepass/" not in file and "/exporters/" not in file and "<" not in file:
+        if not file.startswith(machinery) and "<" not in file:
             place = f" (at {file}, line {traceback.tb_lineno}, in {traceback.tb_frame.f_code.co_name})"
         traceback = traceback.tb_next
     return place

@@ -1,5 +1,6 @@
 """Writing folders so that an interruption leaves the old content or none."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -22,10 +23,10 @@ def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         A folder beside ``out`` that is removed if the block raises (Ctrl-C included).
 
     Raises:
-        SparsepassError: If ``out`` is a file, or a folder that is not empty and ``force`` is false, before anything is
-            written; or if the disk is full.
+        SparsepassError: If ``out`` is a file, or a folder that is not empty and ``force`` is false, or a folder that we
+            are in, before anything is written; or if the disk is full.
     """
-    target = Path(out)
+    target = Path(out).absolute()
     check_free(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -33,8 +34,8 @@ def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield staging
         staging.chmod(0o777 & ~_umask())
         _swap(staging, target)
-    except OSError as error:
-        if error.errno == 28:
+    except Exception as error:
+        if _says_disk_is_full(error):
             raise SparsepassError(
                 f"the disk is full: {target} was not written, and what stood there is untouched; free some space or "
                 "choose another output folder"
@@ -50,9 +51,14 @@ def check_free(out: str | Path, *, force: bool = False) -> None:
     Raises:
         SparsepassError: If something stands there.
     """
-    target = Path(out)
+    target = Path(out).absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise SparsepassError(f"output {target} exists and is not a folder; choose another name")
+    if target.exists() and target.resolve() in (inside := Path.cwd(), *inside.parents, Path.home()):
+        raise SparsepassError(
+            f"output folder {target} would be replaced as a whole, and it is your home or holds the folder you are in; "
+            "name a folder inside it"
+        )
     if not force and target.is_dir() and any(target.iterdir()):
         raise SparsepassError(
             f"output folder {target} is not empty; choose another one, or pass --force (force=True) to replace it"
@@ -73,6 +79,12 @@ def _swap(staging: Path, target: Path) -> None:
     finally:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _says_disk_is_full(error: Exception) -> bool:
+    """Native writers (safetensors, protobuf) raise errors of their own that only quote the system's words."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
 
 
 def _umask() -> int:

@@ -71,7 +71,7 @@ def to_model(program: Program) -> nn.Module:
         state[name] = tensor.detach().clone()
     model.load_state_dict(state, assign=True)
     _share_ties(model, program)
-    for name, buffer in list(model.named_buffers()):  # rotary frequencies and other state that is never saved
+    for name, _ in list(model.named_buffers()):  # rotary frequencies and other state that is never saved
         with contextlib.suppress(KeyError):
             _set_buffer(model, name, program.tensor(name).detach().clone())
     for weight, sparse in program.sparse.items():

@@ -30,14 +30,12 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
         >>> masked_weight(torch.tensor([1.0, -2.0]), torch.tensor([True, False]))
         tensor([1., 0.])
     """
-    _check(weight, mask)
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return _masked(weight, mask)
 
 
 @masked_weight.register_fake
 def _(weight: Tensor, mask: Tensor) -> Tensor:
-    _check(weight, mask)
-    return torch.empty_like(weight)
+    return _masked(weight, mask)  # the same code, so that the strides are the same too
 
 
 def _straight_through(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
@@ -47,8 +45,9 @@ def _straight_through(_ctx: object, grad: Tensor) -> tuple[Tensor, None]:
 masked_weight.register_autograd(_straight_through)
 
 
-def _check(weight: Tensor, mask: Tensor) -> None:
+def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         raise ValueError(f"masked_weight expects a bool mask, got {mask.dtype}; convert it with mask.bool()")
     if mask.shape != weight.shape:
         raise ValueError(f"masked_weight expects a mask shaped like the weight {tuple(weight.shape)}, got {tuple(mask.shape)}")
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))

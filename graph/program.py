@@ -22,7 +22,7 @@ from sparsepass.graph.records import (
     to_json,
 )
 from sparsepass.graph.report import Report
-from sparsepass.graph.serialize import graph_from_json, graph_to_json
+from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
 from sparsepass.graph.sites import Site, find_sites
 
 FORMAT_VERSION = 1
@@ -30,7 +30,12 @@ FORMAT_VERSION = 1
 
 PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
 _EXAMPLE_PREFIX = "example_inputs/"
-_FLAGS_WITHOUT_EFFECT = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+FLAGS_WITHOUT_EFFECT = {
+    "use_cache": False,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +120,8 @@ class Program(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(iter(self.tensors().values())).device
+        """Device of the parameters; that of the example inputs if there are none."""
+        return next(iter((self.tensors() or self.example_inputs).values())).device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph. Takes the model's arguments (those it was captured with), returns the model's output type.
@@ -143,7 +148,7 @@ class Program(nn.Module):
         for name, value in given.items():
             if name in names or value is None:
                 continue
-            if name in _FLAGS_WITHOUT_EFFECT and value == _FLAGS_WITHOUT_EFFECT[name]:
+            if name in FLAGS_WITHOUT_EFFECT and value == FLAGS_WITHOUT_EFFECT[name]:
                 continue
             raise SparsepassError(
                 f"the program has no input {name!r} (it has {', '.join(names)}); capture the model again with {name} "
@@ -154,8 +159,23 @@ class Program(nn.Module):
             value = given.get(name)
             if value is None:
                 value = self._default(name, given)
+            self._check_input(name, value)
             bound[name] = value
         return bound
+
+    def _check_input(self, name: str, value: Any) -> None:
+        """The graph has fixed sizes built in: another size could broadcast to a wrong result instead of failing."""
+        if not isinstance(value, Tensor):
+            raise SparsepassError(f"the program's input {name!r} is a tensor, got a {type(value).__name__}")
+        expected, dynamic = self.example_inputs[name].shape, self.dynamic_axes.get(name, ())
+        sizes = ["any" if axis in dynamic else str(size) for axis, size in enumerate(expected)]
+        if value.dim() != len(expected) or any(
+            size != expected[axis] for axis, size in enumerate(value.shape) if axis not in dynamic
+        ):
+            raise SparsepassError(
+                f"the program's input {name!r} has shape [{', '.join(sizes)}], got {list(value.shape)}; capture the model "
+                "again with example_inputs (of at least 2 along each axis that varies) or dynamic_axes that allow it"
+            )
 
     def _default(self, name: str, given: Mapping[str, Any]) -> Tensor:
         source = given.get(name.replace("attention_mask", "input_ids").replace("token_type_ids", "input_ids"))
@@ -266,7 +286,8 @@ class Program(nn.Module):
             force: Whether a folder that is not empty is replaced.
 
         Raises:
-            SparsepassError: If the folder is not empty, or the graph calls something that a saved program may not call.
+            SparsepassError: If the folder is not empty, the program has no weights yet, or the graph calls something that a
+                saved program may not call.
         """
         document, tensors = self._state()
         with replaced_folder(folder, force=force) as staging:
@@ -288,7 +309,7 @@ class Program(nn.Module):
             raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
         try:
             document = json.loads((place / PROGRAM_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error}); save the program again") from error
         version = document.get("format_version") if isinstance(document, dict) else None
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -303,7 +324,9 @@ class Program(nn.Module):
             ) from error
         try:
             return _from_state(document, tensors)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except ProgramFormatError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -341,6 +364,9 @@ def retarget_device(graph_module: fx.GraphModule, old: torch.device, new: torch.
 
 
 def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
+    structure.check(document["output_structure"])
+    for name in tensors:
+        check_tensor_name(name)
     root = nn.Module()
     shell = fx.GraphModule(root, fx.Graph())
     program = Program(
@@ -375,16 +401,22 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
         if not name.startswith(_EXAMPLE_PREFIX) and name not in program.tensors():
             requires_grad = document["parameters"].get(name)
             program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
+    if len(program.output_names) != len(graph.output_node().args[0]):  # type: ignore[arg-type]
+        raise ProgramFormatError("a saved program's outputs are not those of its graph; save the program again")
+    if missing := [name for name in program.input_names if name not in program.example_inputs]:
+        raise ProgramFormatError(f"a saved program lacks the example inputs {missing}; save the program again")
     program.training = document["training"]
     return program
 
 
 def _write(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if empty := [name for name, t in tensors.items() if t.is_meta]:
+        raise SparsepassError(f"the program has no weights yet ({empty[0]} is on the meta device); fill() it before saving")
     (folder / PROGRAM_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen: dict[int, str] = {}
     for name, t in plain.items():  # safetensors refuses tensors that share memory
-        if t.numel() and seen.setdefault(t.data_ptr(), name) != name:
+        if t.numel() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
             plain[name] = t.clone()
     safetensors.torch.save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
 

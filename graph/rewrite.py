@@ -119,10 +119,12 @@ def finish(program: Program) -> None:
 
 def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, segments: int, k: int) -> fx.Node:
     for user in x.users:
-        if user.target is _aten.unflatten.int and user.args == (x, -1, [segments, k]):
-            (total,) = user.users
-            _move_before(consumer, (user, total))
-            return total
+        if user.target is not _aten.unflatten.int or user.args != (x, -1, [segments, k]):
+            continue
+        for total in user.users:
+            if total.target is _aten.sum.dim_IntList and total.args == (user, [-1]):
+                _move_before(consumer, (user, total))
+                return total
     split = graph.call_function(_aten.unflatten.int, (x, -1, [segments, k]))
     total = graph.call_function(_aten.sum.dim_IntList, (split, [-1]))
     for node in (split, total):

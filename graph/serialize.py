@@ -4,8 +4,10 @@ torch.export.load may fall back to pickle; this format holds names only. A name 
 in a short list of namespaces, so a file can make a program compute something else, but never make it run other code.
 """
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,9 @@ _FUNCTIONS: dict[str, Any] = {
         for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
     },
 }  # fmt: skip
+_INPUT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# torch.fx writes these names into the Python text it compiles, so nothing that could end a string may be in them.
+_TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f\"'\\{}]+")
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _TORCH_TYPES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -60,16 +65,14 @@ def graph_from_json(document: JSON) -> fx.Graph:
     """Build the graph that `graph_to_json` described.
 
     Raises:
-        ProgramFormatError: If it names an operator that is unknown or not allowed.
+        ProgramFormatError: If it names an operator that is unknown or not allowed, or has a name that is none.
     """
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
-    stacks = [
-        {f"L__self__{path}": (path, kind) for path, kind in stack} for stack in document["stacks"]
-    ]
+    stacks = [{f"L__self__{path}": (path, kind) for path, kind in stack} for stack in document["stacks"]]
     for entry in document["nodes"]:
         args = tuple(_from_json(arg, made) for arg in entry.get("args", ()))
-        kwargs = {key: _from_json(value, made) for key, value in entry.get("kwargs", {}).items()}
+        kwargs = {_plain_name(key): _from_json(value, made) for key, value in entry.get("kwargs", {}).items()}
         target = _target_from_json(entry["op"], entry["target"])
         if entry["op"] == "output":
             node = graph.output(args[0])
@@ -103,8 +106,12 @@ def _target_to_json(node: fx.Node) -> str:
 
 
 def _target_from_json(op: str, target: str) -> Any:
-    if op in ("placeholder", "get_attr", "output"):
-        return target
+    if op == "placeholder":
+        return _plain_name(target)
+    if op == "get_attr":
+        return check_tensor_name(target)
+    if op == "output":
+        return "output"
     if op != "call_function":
         raise ProgramFormatError(f"a saved program may not hold a node of kind {op!r}")
     if target in _FUNCTIONS:
@@ -116,12 +123,32 @@ def _target_from_json(op: str, target: str) -> Any:
     if namespace == "transformers":
         import transformers.integrations.moe  # noqa: F401  (registers its grouped matmul)
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     except AttributeError as error:
         raise ProgramFormatError(
             f"the program calls {target}, which torch {torch.__version__} does not have; load it with the versions it was "
             "made with (see program.json)"
         ) from error
+    if not isinstance(found, torch._ops.OpOverload) or any(a.name == "filename" for a in found._schema.arguments):
+        raise ProgramFormatError(f"a saved program may not call {target!r}")  # aten::save and aten::from_file write files
+    return found
+
+
+def check_tensor_name(name: str) -> str:
+    """Return the name of a tensor that was read from a file, if it can be one.
+
+    Raises:
+        ProgramFormatError: If it holds characters that no name has.
+    """
+    if not isinstance(name, str) or not all(_TENSOR_NAME.fullmatch(part) for part in name.split(".")):
+        raise ProgramFormatError(f"a saved program may not have a tensor named {name!r}")
+    return name
+
+
+def _plain_name(name: str) -> str:
+    if not isinstance(name, str) or not _INPUT_NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise ProgramFormatError(f"a saved program may not have an input or keyword named {name!r}")
+    return name
 
 
 def _to_json(value: Any, node: fx.Node) -> JSON:

@@ -26,6 +26,11 @@ _CONVS = {
     _aten.conv2d.padding: "conv2d",
 }
 _GROUPED_NAMES = {"transformers::grouped_mm_fallback", "aten::_grouped_mm", "transformers::_grouped_mm"}
+# Operations that multiply by a weight, and that no pass can rewrite: they are listed with that reason.
+_UNSUPPORTED_NAMES = {
+    "einsum", "bilinear", "baddbmm", "convolution", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "mm", "matmul", "bmm", "multi_head_attention_forward",
+}  # fmt: skip
 # What may stand between a matmul and the graph's output without making it anything but the output head.
 _SHAPE_ONLY_NAMES = {
     "view", "reshape", "_unsafe_view", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute", "contiguous",
@@ -124,13 +129,12 @@ def find_sites(
     uses: dict[str, list[_Use]] = {}
     embeddings: set[str] = set()
     for node in graph_module.graph.nodes:
-        use = _match(node)
-        if use is None:
-            continue
-        key = use.weight or f"{_module_path(node) or node.name}"
-        uses.setdefault(key, []).append(use)
-        if use.layout == "embedding" and use.weight:
-            embeddings.add(use.weight)
+        matched = _match(node)
+        for use in [matched] if matched is not None else _unsupported(node):
+            key = use.weight or f"{_module_path(node) or node.name}"
+            uses.setdefault(key, []).append(use)
+            if use.layout == "embedding" and use.weight:
+                embeddings.add(use.weight)
     names: dict[int, list[str]] = {}
     for alias, name in (aliases or {}).items():
         names.setdefault(id(_tensor(graph_module, name)), []).append(alias)
@@ -167,13 +171,38 @@ def _match(node: fx.Node) -> _Use | None:
         bound = dict(zip(names, args, strict=False)) | node.kwargs
         groups = bound.get("groups", 1)
         return _weight_use(
-            node, bound["weight"], _CONVS[target], bound["input"], bound.get("bias"), groups=int(groups)  # type: ignore[arg-type]
+            node,
+            bound["weight"],
+            _CONVS[target],
+            bound["input"],
+            bound.get("bias"),
+            groups=int(groups),  # type: ignore[arg-type]
         )
     if isinstance(target, torch._ops.OpOverload) and target._schema.name in _GROUPED_NAMES:
         return _weight_use(node, args[1], "experts_transposed", args[0], None)
     if target is _aten.embedding.default:
         return _weight_use(node, args[0], "embedding", args[1], None)
     return None
+
+
+def _unsupported(node: fx.Node) -> list[_Use]:
+    """The matrices that an operation multiplies by in a way that is not a site: listed, so that none is skipped in silence."""
+    if node.op != "call_function" or _op_name(node) not in _UNSUPPORTED_NAMES:
+        return []
+    weights = [
+        source
+        for source in dict.fromkeys(map(_stored, node.all_input_nodes))
+        if source.op == "get_attr" and _tensor(node.graph.owning_module, str(source.target)).dim() > 1  # type: ignore[arg-type]
+    ]
+    return [
+        _Use(node=node, weight=str(source.target), layout="computed", activation=node.all_input_nodes[0]) for source in weights
+    ]
+
+
+def _stored(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and (node.target in _TRANSPOSES or node.target is _MASKED):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _weight_use(
@@ -251,29 +280,30 @@ def _site(
     embeddings: set[str],
 ) -> Site:
     # A tied embedding is one weight with two kinds of use: the matmul is what sites are about.
-    matmuls = [use for use in uses if use.layout != "embedding"]
+    matmuls = sorted((use for use in uses if use.layout != "embedding"), key=lambda use: use.layout == "computed")
     main = matmuls[0] if matmuls else uses[0]
     of_interest = matmuls or uses
-    if main.weight is None:
+    if main.weight is None or main.layout == "computed":
+        unsupported = f"{_op_name(main.node)} is not an operation that passes can rewrite"
         return Site(
-            name=key,
+            name=key.removesuffix(".weight"),
             weight="",
             layout="computed",
-            shape=(),
+            shape=tuple(_tensor(graph_module, main.weight).shape) if main.weight else (),
             in_features=0,
             out_features=0,
             nm_axis=-1,
             module_type=_module_type(main.node),
             inputs=tuple(use.activation.name for use in of_interest),
             nodes=tuple(use.node.name for use in of_interest),
-            left_alone="its weight is computed in the graph, not stored: there is nothing to mask",
+            left_alone=unsupported
+            if main.weight
+            else "its weight is computed in the graph, not stored: there is nothing to mask",
             can_be_named=False,
         )
     tensor = _tensor(graph_module, main.weight)
     shape = tuple(tensor.shape)
-    nm_axis = {"linear": 1, "conv1d_hf": 0, "conv1d": 1, "conv2d": 1, "experts": 2, "experts_transposed": 1}.get(
-        main.layout, 1
-    )
+    nm_axis = {"linear": 1, "conv1d_hf": 0, "conv1d": 1, "conv2d": 1, "experts": 2, "experts_transposed": 1}.get(main.layout, 1)
     out_axis = {"linear": 0, "conv1d_hf": 1, "experts": 1, "experts_transposed": 2}.get(main.layout, 0)
     ties = tuple(sorted(set(names.get(id(tensor), ())) - {main.weight}))
     return Site(
@@ -296,9 +326,7 @@ def _site(
     )
 
 
-def _reason(
-    main: _Use, uses: list[_Use], ties: tuple[str, ...], heads: set[str], embeddings: set[str]
-) -> str | None:
+def _reason(main: _Use, uses: list[_Use], ties: tuple[str, ...], heads: set[str], embeddings: set[str]) -> str | None:
     weight = main.weight or ""
     layouts = {use.layout for use in uses}
     if layouts == {"embedding"}:
@@ -344,13 +372,11 @@ def _splits(node: fx.Node, width: int) -> tuple[int, ...]:
     for _ in range(2):  # the matmul itself, or the view that restores its batch axes
         for current in frontier:
             users = list(current.users)
-            slices = sorted(
-                (int(u.args[2]), int(u.args[3]))  # type: ignore[arg-type]
-                for u in users
-                if u.target is _aten.slice.Tensor and u.args[1] == -1 and len(u.args) > 3 and isinstance(u.args[3], int)
-            )
+            slices = [part for u in users if (part := _slice_of_last(u, width)) is not None]
             if len(slices) > 1 and len(slices) == len(users):
-                return tuple(min(end, width) - start for start, end in slices)
+                ends = [0, *(end for _, end in sorted(slices))]
+                if [*(start for start, _ in sorted(slices)), width] == ends:
+                    return tuple(end - start for start, end in sorted(slices))
             for user in users:
                 name = _op_name(user)
                 if name == "chunk" and _axis_is_last(user, 2):
@@ -363,6 +389,17 @@ def _splits(node: fx.Node, width: int) -> tuple[int, ...]:
                     return tuple(min(size, width - start) for start in range(0, width, size))
         frontier = [u for c in frontier for u in c.users if _op_name(u) in ("view", "reshape", "_unsafe_view", "to")]
     return ()
+
+
+def _slice_of_last(node: fx.Node, width: int) -> tuple[int, int] | None:
+    """Start and end of a slice with step 1 of the last axis, or None."""
+    if node.target is not _aten.slice.Tensor or not _axis_is_last(node, 1) or len(node.args) != 4:
+        return None
+    start, end = node.args[2] if node.args[2] is not None else 0, node.args[3]
+    if not isinstance(start, int) or not isinstance(end, int):
+        return None
+    first, last, _ = slice(start, end).indices(width)
+    return first, last
 
 
 def _axis_is_last(node: fx.Node, position: int) -> bool:
@@ -395,5 +432,3 @@ def _tensor(module: torch.nn.Module, name: str) -> Tensor:
     tensor = getattr(module.get_submodule(path), attribute)
     assert isinstance(tensor, Tensor)
     return tensor
-
-

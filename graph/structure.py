@@ -39,6 +39,27 @@ def describe(spec: pytree.TreeSpec) -> JSON:
     )
 
 
+def check(structure: JSON) -> None:
+    """Check a structure that was read from a file: only tensors, plain containers and outputs of transformers.
+
+    Raises:
+        ProgramFormatError: If it names anything else.
+    """
+    if structure is None or structure == "tensor":
+        return
+    if not isinstance(structure, dict) or not isinstance(structure.get("items"), list):
+        raise ProgramFormatError(f"a saved program has an output that cannot be read: {structure!r}")
+    kind = structure.get("kind")
+    if kind not in ("tuple", "list"):
+        keys = structure.get("keys")
+        if not isinstance(keys, list) or len(keys) != len(structure["items"]):
+            raise ProgramFormatError(f"a saved program has an output whose keys do not fit: {structure!r}")
+        if kind != "dict":
+            _output_class(str(kind))
+    for item in structure["items"]:
+        check(item)
+
+
 def names(structure: JSON, prefix: str = "") -> list[str]:
     """Flat names of the tensors of an output, such as ``logits`` or ``hidden_states.0``."""
     if structure is None:

@@ -123,9 +123,7 @@ def sweep(
 class _Runner:
     """Runs a graph for many batches at once, from one place to the next, while it is being rewritten ahead of it."""
 
-    def __init__(
-        self, program: Program, batches: list[CalibrationBatch], weights: WeightSource, compute: ComputeDtype
-    ) -> None:
+    def __init__(self, program: Program, batches: list[CalibrationBatch], weights: WeightSource, compute: ComputeDtype) -> None:
         self.batches = batches
         self._graph = program.graph_module.graph
         self._weights = weights

@@ -83,8 +83,8 @@ def apply_passes(
     pipeline = tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
     if calibration is None and (asking := [p for p in pipeline if p.needs != "nothing"]):
         raise SparsepassError(
-            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens or a data set), or "
-            "choose criterion=magnitude and init=mean"
+            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
+            "or choose criterion=magnitude and init=mean"
         )
     if isinstance(model, Program):
         program = model if inplace else copy.deepcopy(model)
@@ -305,7 +305,14 @@ def _progress(shown: bool, title: str, total: int) -> Iterator[Callable[[str], N
         yield lambda _: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),

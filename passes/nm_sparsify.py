@@ -24,8 +24,8 @@ class NMSparsify(Pass):
 
     1. Rewrites nn.Linear, GPT-2's Conv1D, Conv1d and Conv2d (along input channels), and 3-D expert weights, in place of the
        weight ``W`` reading ``M .* W``. N:M runs along the reduction axis, whatever the layout.
-    2. Leaves alone embeddings and weights tied to them; output heads and routers, unless `targets` names them exactly; and weights
-       whose input features are not a multiple of M, because no kernel takes a partial group.
+    2. Leaves alone embeddings and weights tied to them; output heads and routers, unless `targets` names them exactly; and
+       weights whose input features are not a multiple of M, because no kernel takes a partial group.
     3. The criterion decides the mask; one that compensates (SparseGPT) also changes the weights that are kept. Behind the
        mask the original weights stay as they were: the graph does not read them, but later passes and training may.
     4. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already

@@ -57,7 +57,10 @@ class SLoRB(Pass):
             raise SparsepassError(f"slorb: k expects an integer of at least 1, got {self.k}")
         if not 0 <= self.damping < float("inf"):
             raise SparsepassError(f"slorb: damping expects a fraction of at least 0, got {self.damping}")
-        for option, allowed in (("init", (None, "mean", "sum", "least_squares")), ("projection", ("fixed", "trainable"))):
+        for option, allowed in (
+            ("init", (None, "mean", "sum", "least_squares")),
+            ("projection", ("fixed", "trainable")),
+        ):
             if getattr(self, option) not in allowed:
                 raise SparsepassError(f"slorb: {option} expects one of {allowed}, got {getattr(self, option)!r}")
 
@@ -74,7 +77,9 @@ class SLoRB(Pass):
         """It runs after nm_sparsify, before fold, and once for each layer."""
         if any(p.name == "fold" for p in before) or any(s.mask is None for s in program.sparse.values()):
             raise PassError(
-                self.name, "pipeline", "slorb needs what the masks drop, and fold has thrown it away; put slorb before fold"
+                self.name,
+                "pipeline",
+                "slorb needs what the masks drop, and fold has thrown it away; put slorb before fold",
             )
         if not program.sparse and not any(p.name == "nm_sparsify" for p in before):
             raise PassError(self.name, "pipeline", "slorb adds to sparse layers, and there are none; put nm_sparsify before it")
@@ -82,7 +87,9 @@ class SLoRB(Pass):
         if any(s.branch is not None for s in program.sparse.values()) and not self.targets:
             raise PassError(self.name, "program", "the layers have SLoRB branches already; leave slorb out")
         if earlier and not (self.targets and all(p.targets for p in earlier)):
-            raise PassError(self.name, "pipeline", "slorb stands in the pipeline twice; give each one targets, or leave one out")
+            raise PassError(
+                self.name, "pipeline", "slorb stands in the pipeline twice; give each one targets, or leave one out"
+            )
         if self.init == "least_squares" and not any(p.name == "nm_sparsify" for p in before):
             for record in program.history:
                 criterion = _criterion_of(record.text)

@@ -123,9 +123,7 @@ def slorb_mean_init(weight_OI: Tensor, mask_OI: Tensor, k: int, reduction: Liter
 
 
 @torch.no_grad()
-def slorb_least_squares(
-    original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor, *, k: int, damping: float = 1e-4
-) -> BranchFit:
+def slorb_least_squares(original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor, *, k: int, damping: float = 1e-4) -> BranchFit:
     """The best S for a fixed projection: it minimises the output error ``||((W0 - W) - S X) A||_F`` over the inputs A.
 
     With ``H = A A^T``, ``S = (W0 - W) H X^T (X H X^T + damping)^-1``. Right after any criterion, compensating or not.
@@ -206,14 +204,11 @@ def slorb_least_squares(
 def _rank(in_features: int, k: int) -> int:
     if k < 1 or in_features % k:
         raise SparsepassError(
-            f"SLoRB's k = {k} does not divide {in_features} input features; "
-            "choose a k that does, or leave this layer alone"
+            f"SLoRB's k = {k} does not divide {in_features} input features; choose a k that does, or leave this layer alone"
         )
     return in_features // k
 
 
 def _check_same_shape(weight_OI: Tensor, other_OI: Tensor, name: str) -> None:
     if weight_OI.shape != other_OI.shape:
-        raise SparsepassError(
-            f"the {name} must have the weight's shape {tuple(weight_OI.shape)}, got {tuple(other_OI.shape)}"
-        )
+        raise SparsepassError(f"the {name} must have the weight's shape {tuple(weight_OI.shape)}, got {tuple(other_OI.shape)}")

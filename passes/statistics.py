@@ -44,9 +44,7 @@ class InputStatistics:
 
     def __init__(self, *, num_tokens: int, sum_squares_I: Tensor | None = None, gram_II: Tensor | None = None) -> None:
         if (sum_squares_I is None) == (gram_II is None):
-            raise SparsepassError(
-                "input statistics are made of either sum_squares_I or gram_II, and of exactly one of them"
-            )
+            raise SparsepassError("input statistics are made of either sum_squares_I or gram_II, and of exactly one of them")
         if sum_squares_I is not None and sum_squares_I.dim() != 1:
             raise SparsepassError(f"sum_squares_I must be [in], got shape {tuple(sum_squares_I.shape)}")
         if gram_II is not None and (gram_II.dim() != 2 or gram_II.shape[0] != gram_II.shape[1]):
@@ -135,9 +133,7 @@ class InputStatistics:
         if gram_II is None:
             raise SparsepassError("these input statistics hold norms only; gather them with gram=True")
         if self.num_tokens == 0:
-            raise SparsepassError(
-                "these input statistics have seen no tokens, so they have no mean; run calibration first"
-            )
+            raise SparsepassError("these input statistics have seen no tokens, so they have no mean; run calibration first")
         return gram_II / self.num_tokens
 
     def norms(self) -> Tensor:
@@ -212,10 +208,7 @@ class InputStatistics:
         (2, tensor([2.2361]))
         """
         if other.in_features != self.in_features or other.has_gram != self.has_gram:
-            kinds = [
-                f"{s.in_features} features with {'a Gram matrix' if s.has_gram else 'norms only'}"
-                for s in (self, other)
-            ]
+            kinds = [f"{s.in_features} features with {'a Gram matrix' if s.has_gram else 'norms only'}" for s in (self, other)]
             raise SparsepassError(f"cannot merge input statistics of {kinds[0]} and of {kinds[1]}")
         # What lies below the diagonal is summed too, and is as good as the less fresh of the two.
         self._is_mirrored = self._is_mirrored and other._is_mirrored

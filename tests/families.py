@@ -128,9 +128,7 @@ FAMILIES = (
     _causal("phi3", "Phi3"),
     Family(name="gpt2", build=lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2)), inputs=_text, generates=True),
     Family(name="opt", build=lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT)), inputs=_text, generates=True),
-    Family(
-        name="gpt_neox", build=lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_NEOX)), inputs=_text, generates=True
-    ),
+    Family(name="gpt_neox", build=lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_NEOX)), inputs=_text, generates=True),
     _causal("mixtral", "Mixtral", num_local_experts=4, num_experts_per_tok=2),
     _causal("qwen3_moe", "Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     Family(name="bert", build=lambda: hf.BertModel(hf.BertConfig(**_BERT)), inputs=_text),
@@ -141,9 +139,7 @@ FAMILIES = (
         inputs=_speech,
         generates=True,
     ),
-    Family(
-        name="t5", build=lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)), inputs=_two_sided, generates=True
-    ),
+    Family(name="t5", build=lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)), inputs=_two_sided, generates=True),
     Family(name="convnet", build=ConvNet, inputs=_plain_images),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -123,9 +123,7 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(smallest.isfinite() & largest.isfinite())
 
 
-def check_statistics(
-    statistics: InputStatistics | None, in_features: int, *, criterion: str, gram: bool
-) -> InputStatistics:
+def check_statistics(statistics: InputStatistics | None, in_features: int, *, criterion: str, gram: bool) -> InputStatistics:
     """Makes sure that a criterion has the statistics it needs.
 
     Args:
@@ -159,9 +157,7 @@ def check_statistics(
             "give more or other calibration data, or choose 'magnitude' here"
         )
     if gram and not statistics.has_gram:
-        raise SparsepassError(
-            f"the criterion {criterion!r} needs the inputs' Gram matrix, but only norms were gathered"
-        )
+        raise SparsepassError(f"the criterion {criterion!r} needs the inputs' Gram matrix, but only norms were gathered")
     return statistics
 
 

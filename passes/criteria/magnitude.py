@@ -10,9 +10,7 @@ from sparsepass.passes.pattern import NMPattern, nm_mask
 from sparsepass.passes.statistics import InputStatistics
 
 
-def magnitude(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions
-) -> Pruned:
+def magnitude(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions) -> Pruned:
     """Prunes a weight by magnitude; ties go to the lowest index.
 
     Shapes: ``[..., O, I]``.

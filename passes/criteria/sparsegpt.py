@@ -26,9 +26,7 @@ _DIRECT_INVERSE_SIZE = 128
 
 
 @torch.no_grad()
-def sparsegpt(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions
-) -> Pruned:
+def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions) -> Pruned:
     """Prunes a weight by SparseGPT: masks by the error that dropping causes, which the kept weights make up for.
 
     Rows do not depend on each other, so sibling layers that read the same input can be stacked along O and pruned in
@@ -149,9 +147,7 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
     diag_I = hessian_II.diagonal()
     dead_I = diag_I == 0
     if not all_finite(hessian_II):
-        raise SparsepassError(
-            "the inputs' Gram matrix holds NaN or Inf; look for the calibration batch that brings them in"
-        )
+        raise SparsepassError("the inputs' Gram matrix holds NaN or Inf; look for the calibration batch that brings them in")
     mean = diag_I.sum() / (~dead_I).sum().clamp(min=1)
     diag_I += dead_I
     # With P the reversal of the features, L the Cholesky factor of P H P and U = P L^-1 P, U is upper triangular and

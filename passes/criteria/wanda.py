@@ -17,9 +17,7 @@ from sparsepass.passes.pattern import NMPattern, nm_mask
 from sparsepass.passes.statistics import InputStatistics
 
 
-def wanda(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions
-) -> Pruned:
+def wanda(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions) -> Pruned:
     """Prunes a weight by magnitude times the norm of the input feature; ties go to the lowest index.
 
     Shapes: ``[..., O, I]``.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.families import BY_NAME, captured
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import PassError, Program, capture
@@ -14,7 +15,6 @@ from sparsepass.passes.calibration import site_groups
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions
 from sparsepass.passes.pattern import NMPattern
 from sparsepass.passes.statistics import InputStatistics
-from tests.families import BY_NAME, captured
 
 PATTERN = NMPattern.parse("2:4")
 
@@ -61,7 +61,11 @@ def test_one_sweep_equals_a_full_forward_for_every_group(family: str, criterion:
     with torch.no_grad():
         expected = _reference(captured(family), batches, criterion)
         found = apply_passes(
-            captured(family), [f"nm_sparsify{{criterion={criterion}}}"], calibration=batches, compute="float32", validate=False
+            captured(family),
+            [f"nm_sparsify{{criterion={criterion}}}"],
+            calibration=batches,
+            compute="float32",
+            validate=False,
         )
     assert found.sparse.keys() == expected.sparse.keys()
     for weight, state in found.sparse.items():
@@ -150,7 +154,10 @@ def test_a_weight_used_twice_is_rewritten_once_with_both_inputs() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 8, 8)
     program = apply_passes(
-        captured("convnet"), ["nm_sparsify{criterion=wanda}", "slorb{k=4}"], calibration={"images": images}, compute="float32"
+        captured("convnet"),
+        ["nm_sparsify{criterion=wanda}", "slorb{k=4}"],
+        calibration={"images": images},
+        compute="float32",
     )
     (mix,) = [o for o in program.history[0].outcomes if o.site == "mix"]
     assert mix.facts["tokens"] == 8  # four images, two uses

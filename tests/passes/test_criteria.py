@@ -66,9 +66,7 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, NMPattern]:
 
 @settings(deadline=None, max_examples=60)
 @given(weights(), st.sampled_from(sorted(CRITERIA)), st.integers(0, 3))
-def test_every_criterion_keeps_the_pattern_and_its_promise(
-    case: tuple[Tensor, NMPattern], name: str, seed: int
-) -> None:
+def test_every_criterion_keeps_the_pattern_and_its_promise(case: tuple[Tensor, NMPattern], name: str, seed: int) -> None:
     weight_OI, pattern = case
     before = weight_OI.clone()
     x_TI = inputs(5 * weight_OI.shape[1], weight_OI.shape[1], seed=seed)
@@ -215,9 +213,7 @@ def test_inverse_cholesky_factors_the_inverse(size: int) -> None:
     assert torch.equal(upper_II, upper_II.triu())
     assert not bool(dead_I.any())
     assert used == 0.01
-    torch.testing.assert_close(
-        upper_II, torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(upper_II, torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True), rtol=1e-8, atol=1e-10)
 
 
 def test_damping_is_raised_and_said_and_finally_given_up() -> None:
@@ -233,9 +229,7 @@ def test_damping_is_raised_and_said_and_finally_given_up() -> None:
     assert "not positive definite with damping 0.01, so 0.1 was used" in pruned.note
     check_form(weight_OI, pruned, P24)
     indefinite[0, 1] = indefinite[1, 0] = 5
-    with pytest.raises(
-        SparsepassError, match=r"not positive definite, with damping 0\.03, 0\.3, 1; use more calibration"
-    ):
+    with pytest.raises(SparsepassError, match=r"not positive definite, with damping 0\.03, 0\.3, 1; use more calibration"):
         CRITERIA["sparsegpt"].function(
             weight_OI, InputStatistics(num_tokens=1, gram_II=indefinite), P24, CriterionOptions(damping=0.03)
         )
@@ -287,9 +281,7 @@ def test_sparsegpt_refuses_what_it_cannot_do() -> None:
         function(weight_OI, copies, NMPattern(1, 4), DEFAULT)
 
 
-@pytest.mark.parametrize(
-    "options", [{"damping": -0.1}, {"damping": math.nan}, {"damping": math.inf}, {"block_size": 0}]
-)
+@pytest.mark.parametrize("options", [{"damping": -0.1}, {"damping": math.nan}, {"damping": math.inf}, {"block_size": 0}])
 def test_bad_options_raise(options: dict[str, Any]) -> None:
     with pytest.raises(SparsepassError, match=next(iter(options))):
         CriterionOptions(**options)

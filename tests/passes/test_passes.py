@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
+from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import nn
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
@@ -15,7 +16,6 @@ from sparsepass.passes import PASSES, Fold, NMSparsify, Pass, SLoRB, apply_passe
 from sparsepass.passes import table as table_module
 from sparsepass.passes.base import Facts, GroupContext, Needs, SiteGroup
 from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
-from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
 _BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "fold": "nm_sparsify"}
@@ -65,7 +65,7 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
     assert again.history == program.history
 
     program.save(tmp_path / "program")
-    for twin in (copy.deepcopy(program), pickle.loads(pickle.dumps(program)), Program.load(tmp_path / "program")):  # noqa: S301
+    for twin in (copy.deepcopy(program), pickle.loads(pickle.dumps(program)), Program.load(tmp_path / "program")):
         assert _same(twin, program, family)
         assert twin.history == program.history
         assert twin.sparse == program.sparse
@@ -183,7 +183,8 @@ def test_targets_and_ignore(targets: tuple[str, ...], ignore: tuple[str, ...], s
 
 def test_two_runs_with_targets_of_their_own() -> None:
     program = apply_passes(
-        captured("llama"), ["nm_sparsify{targets=*.mlp.*,pattern=2:4}", "nm_sparsify{targets=*.self_attn.*,pattern=1:4}"]
+        captured("llama"),
+        ["nm_sparsify{targets=*.mlp.*,pattern=2:4}", "nm_sparsify{targets=*.self_attn.*,pattern=1:4}"],
     )
     assert {state.pattern for state in program.sparse.values()} == {"2:4", "1:4"}
     assert program.report().num_sparse == 14

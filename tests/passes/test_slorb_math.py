@@ -132,9 +132,7 @@ def test_damping_is_raised_and_said_and_finally_given_up() -> None:
     assert fit.note is not None
     assert "damping 0.0001, so 0.001 was used" in fit.note
     gram_II[0, 1] = gram_II[1, 0] = 3
-    with pytest.raises(
-        SparsepassError, match=r"not positive definite, with damping 0, 0\.0001, 0\.001, 0\.01, 0\.1, 1;"
-    ):
+    with pytest.raises(SparsepassError, match=r"not positive definite, with damping 0, 0\.0001, 0\.001, 0\.01, 0\.1, 1;"):
         slorb_least_squares(original_OI, masked_OI, gram_II, k=1, damping=0.0)
 
 

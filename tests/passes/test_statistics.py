@@ -28,9 +28,7 @@ def test_block_triangular_gram_equals_the_plain_product(in_features: int) -> Non
     # fp32 sums of 900 products of about 1 each: 1e-6 of the largest entry
     expected = x_TI.T @ x_TI
     torch.testing.assert_close(gram_II.double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
-    torch.testing.assert_close(
-        statistics.mean_gram().double(), expected / 900, rtol=0, atol=1e-6 * float(expected.max() / 900)
-    )
+    torch.testing.assert_close(statistics.mean_gram().double(), expected / 900, rtol=0, atol=1e-6 * float(expected.max() / 900))
     torch.testing.assert_close(statistics.norms().double(), x_TI.norm(dim=0), rtol=1e-5, atol=0)
     assert statistics.num_tokens == 900
 
