@@ -1,0 +1,259 @@
+"""The command line: `sparsepass`, and `sparse-export`, which is `sparsepass export`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsepass.export import cli_support as support
+from sparsepass.export.cli_check import compare_command, eval_command, verify_command
+
+if TYPE_CHECKING:
+    from sparsepass.export.prepare import Calibration, Evaluation, Prepared
+    from sparsepass.passes import Pass
+
+_MODEL_HELP = "Folder, hub id, .gguf file, or folder written by `sparsepass prune`."
+_DEFAULT_PASSES = "nm_sparsify"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
+
+app = typer.Typer(
+    name="sparsepass",
+    help="N:M (2:4) sparsity for transformers: prune, export, and check what was kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from importlib.metadata import version
+
+        typer.echo(f"sparsepass {version('sparsepass')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command("prune", short_help="Rewrite a model with passes and save the program.")
+@support.clean
+def prune_command(
+    model: Model,
+    out: Out,
+    passes: support.Passes = _DEFAULT_PASSES,
+    calibration: support.CalibrationData = None,
+    num_sequences: support.NumSequences = 128,
+    context: support.Context = None,
+    batch_size: support.BatchSize = 8,
+    seed: support.Seed = 0,
+    compute: support.ComputeOption = support.Compute.auto,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option("--targets", help="Rewrite only these layers: name, glob, 're:...' or class. May be repeated."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Leave these layers alone. Same patterns. May be repeated.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")
+    ] = None,
+    task: support.Task = None,
+    eval_text: support.EvalText = None,
+    eval_context: support.EvalContext = 512,
+    max_tokens: support.MaxTokens = None,
+    force: support.Force = False,
+    no_validate: support.NoValidate = False,
+    gguf_file: support.GgufFile = None,
+    revision: support.Revision = None,
+    trust_remote_code: support.TrustRemoteCode = False,
+) -> None:
+    """Rewrite the linear layers of MODEL with passes, and save the program with its report.
+
+    The folder holds the program (masks beside the weights), the tokenizer, recipe.txt, report.json and report.md. It
+    can be given as MODEL to `export`, `eval`, `compare` and `verify`.
+    """
+    from sparsepass.export.prepare import prepare
+    from sparsepass.export.report import run_record, write_report
+    from sparsepass.graph.files import check_free, replaced_folder
+
+    pipeline = _pipeline(passes, targets or (), ignore or ())
+    check_free(out, force=force)
+    prepared = prepare(
+        model,
+        passes=pipeline,
+        calibration=_calibration(calibration, num_sequences, context, batch_size, seed, compute),
+        evaluation=_evaluation(eval_text, eval_context, max_tokens),
+        dtype=dtype,
+        task=task,
+        gguf_file=gguf_file,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        validate=not no_validate,
+    )
+    with replaced_folder(out, force=force) as staging:
+        prepared.program.save_into(staging)
+        prepared.save_companions(staging)
+        seconds = _since(prepared)
+        document = prepared.document
+        document["runs"] = [*document["runs"], run_record("prune", command=support.command_line(), seconds=seconds)]
+        document = write_report(staging, document)
+    _show(document, out)
+
+
+def export_command(
+    model: Model,
+    target: Annotated[str, typer.Option("--target", "-t", help="What to write: onnx or hf.", show_default=False)],
+    out: Out,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "--passes",
+            help="Passes in order, as text; 'none' for none. By default nm_sparsify, and none for a saved program.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: support.CalibrationData = None,
+    num_sequences: support.NumSequences = 128,
+    context: support.Context = None,
+    batch_size: support.BatchSize = 8,
+    seed: support.Seed = 0,
+    compute: support.ComputeOption = support.Compute.auto,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Write the weights as float32, bfloat16 or float16; by default as they are."),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="ONNX operator set; by default the newest that is tried.")
+    ] = None,
+    task: support.Task = None,
+    eval_text: support.EvalText = None,
+    eval_context: support.EvalContext = 512,
+    max_tokens: support.MaxTokens = None,
+    force: support.Force = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and check what was written.")] = False,
+    no_validate: support.NoValidate = False,
+    gguf_file: support.GgufFile = None,
+    revision: support.Revision = None,
+    trust_remote_code: support.TrustRemoteCode = False,
+) -> None:
+    """Apply passes to MODEL, write it as ONNX or as a Hugging Face folder, open what was written, and verify it.
+
+    Beside the artifact stand recipe.txt, samples (inputs and outputs), report.json and report.md.
+
+    Exit code: 0 verification held (or was switched off), 1 it did not, 2 wrong usage or unreadable input.
+    """
+    from sparsepass.export.targets import export
+
+    if passes is None:
+        pipeline = () if _is_program(model) else _pipeline(_DEFAULT_PASSES)
+    else:
+        pipeline = () if support.no_passes(passes) else _pipeline(passes)
+    result = export(
+        model,
+        target,
+        out,
+        passes=pipeline or None,
+        calibration=_calibration(calibration, num_sequences, context, batch_size, seed, compute),
+        evaluation=_evaluation(eval_text, eval_context, max_tokens),
+        dtype=dtype,
+        opset=opset,
+        task=task,
+        force=force,
+        verify=not no_verify,
+        validate=not no_validate,
+        gguf_file=gguf_file,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        command=support.command_line(),
+    )
+    _show(result.report, out)
+    for failure in result.failures:
+        support.complain(failure)
+    support.finish(result.held is not False)
+
+
+_EXPORT_SHORT = "Rewrite, write as ONNX or Hugging Face folder, and verify."
+app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
+app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
+app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
+app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
+
+export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+export_app.command()(support.clean(export_command))
+
+
+def main() -> None:
+    """Run `sparsepass`."""
+    app(prog_name="sparsepass")
+
+
+def sparse_export() -> None:
+    """Run `sparse-export`."""
+    export_app(prog_name="sparse-export")
+
+
+def _pipeline(
+    text: str, targets: "list[str] | tuple[str, ...]" = (), ignore: "list[str] | tuple[str, ...]" = ()
+) -> "tuple[Pass, ...]":
+    from dataclasses import replace
+
+    from sparsepass.passes import parse_pipeline
+
+    pipeline = parse_pipeline(text)
+    return tuple(
+        replace(item, targets=(*item.targets, *targets), ignore=(*item.ignore, *ignore)) if targets or ignore else item
+        for item in pipeline
+    )
+
+
+def _calibration(
+    data: str | None, num_sequences: int, context: int | None, batch_size: int, seed: int, compute: support.Compute
+) -> "Calibration":
+    from sparsepass.export.prepare import Calibration
+
+    return Calibration(
+        data=data,
+        num_sequences=num_sequences,
+        context=context,
+        batch_size=batch_size,
+        seed=seed,
+        compute=compute.value,
+    )
+
+
+def _evaluation(text: str | None, context: int, max_tokens: int | None) -> "Evaluation | None":
+    from sparsepass.export.prepare import Evaluation
+
+    return None if text is None else Evaluation(text=text, context=context, max_tokens=max_tokens)
+
+
+def _is_program(model: str) -> bool:
+    from sparsepass.graph.program import PROGRAM_FILE
+
+    return (Path(model).expanduser() / PROGRAM_FILE).is_file()
+
+
+def _since(prepared: "Prepared") -> float:
+    import time
+
+    return time.perf_counter() - prepared.started
+
+
+def _show(document: Any, out: Path) -> None:
+    from sparsepass.export.cli_show import summary
+
+    support.stdout().print(summary(document, str(out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""report.json: what was done to a model, and how far it was verified, in a form that later stages add to.
+
+The document is a JSON object with a header (schema, version, recipe, runs) and sections. Each stage adds the sections
+it knows and leaves those of earlier stages as they are:
+
+1. Adding a section, or a field to one, does not change the version: readers keep what they do not know.
+2. Changing what a field means raises `SCHEMA_VERSION`. A reader refuses a newer version than its own.
+3. `SECTIONS` is the one table: a section is a row here, a renderer in `report_page.py`, and a heading in
+   docs/report.md.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from sparsepass.graph.errors import SparsepassError
+
+SCHEMA: Final = "sparsepass-report"
+SCHEMA_VERSION: Final = 1
+"""Version of the schema. It is raised when a field changes its meaning, not when one is added."""
+
+REPORT_FILE, PAGE_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.txt"
+
+_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One field of a section: its type, and what it means.
+
+    Attributes:
+        kind: ``text``, ``integer``, ``number`` (which may be the text inf, -inf or nan), ``flag``, ``object`` or
+            ``list``.
+        meaning: One phrase for the documentation.
+        optional: Whether it may be missing or null.
+    """
+
+    kind: str
+    meaning: str
+    optional: bool = False
+
+
+HEADER: Final[Mapping[str, Field]] = {
+    "schema": Field(kind="text", meaning=f"always `{SCHEMA}`"),
+    "schema_version": Field(kind="integer", meaning=f"{SCHEMA_VERSION} today"),
+    "recipe": Field(kind="text", meaning="the passes as one line of text, which `--passes` takes; empty if none ran"),
+    "runs": Field(kind="list", meaning="one entry for each command that added to the report, in order"),
+}
+"""Fields of the document itself."""
+
+RUN: Final[Mapping[str, Field]] = {
+    "stage": Field(kind="text", meaning="`prune` or `export` so far"),
+    "command": Field(kind="text", meaning="the command line, or `python` for a call from Python"),
+    "created": Field(kind="text", meaning="when it ended, ISO 8601, UTC"),
+    "seconds": Field(kind="number", meaning="wall time, loading included"),
+    "versions": Field(kind="object", meaning="sparsepass, Python and the libraries"),
+    "machine": Field(kind="object", meaning="system, processor, cores, memory_bytes, accelerators"),
+}
+"""Fields of an entry of `runs`."""
+
+SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
+    "model": {
+        "source": Field(kind="text", meaning="what the user named: folder, hub id, file"),
+        "kind": Field(kind="text", meaning="`folder`, `hub`, `gguf`, `program` or `memory`"),
+        "class": Field(kind="text", meaning="the model's class", optional=True),
+        "dtype": Field(kind="text", meaning="type of the weights as loaded"),
+        "num_parameters": Field(kind="integer", meaning="parameters, tied ones counted once"),
+    },
+    "passes": {
+        "num_sites": Field(kind="integer", meaning="linear layers found"),
+        "num_sparse": Field(kind="integer", meaning="of these, how many are N:M sparse now"),
+        "skipped": Field(kind="object", meaning="layer -> why it is not sparse; every layer that is not is in it"),
+        "passes": Field(
+            kind="list",
+            meaning="one entry a pass: `text` (all options), `promise` (`exact` or `approximate`), `outcomes` "
+            "(layer by layer, with reasons and measured facts), `validation` (how far the outputs moved), "
+            "`calibration`, `seconds`",
+        ),
+    },
+    "accuracy": {
+        "text": Field(kind="text", meaning="name of the evaluation text"),
+        "measurements": Field(
+            kind="list",
+            meaning="entries `name` (`dense`, `sparse`, ...), `perplexity`, `nll_mean`, `num_tokens`, `context`, "
+            "`stride`, `bos`, `dtype`, `seconds`; all of one text and setting, so that they compare",
+        ),
+    },
+    "artifact": {
+        "target": Field(kind="text", meaning="`onnx` or `hf` so far"),
+        "files": Field(kind="object", meaning="file -> bytes, the evidence beside it left out"),
+        "size_bytes": Field(kind="integer", meaning="sum of these"),
+        "expected_sparse": Field(
+            kind="object",
+            meaning="file (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose",
+        ),
+        "dtype": Field(kind="text", meaning="type of the written weights"),
+        "notes": Field(kind="list", meaning="what a reader should know of the files"),
+        "details": Field(kind="object", meaning="the target's own record"),
+    },
+    "verification": {
+        "held": Field(
+            kind="flag", meaning="whether every check held; null if verification was switched off", optional=True
+        ),
+        "checks": Field(
+            kind="list", meaning="entries `name`, `held` (null if it could not be checked), `summary`, `details`"
+        ),
+    },
+    "samples": {
+        "file": Field(kind="text", meaning="safetensors file with `inputs/NAME` and `outputs/NAME`"),
+        "inputs": Field(kind="object", meaning="name -> `{shape, dtype}`"),
+        "outputs": Field(kind="object", meaning="name -> `{shape, dtype}`, as the program gives them in torch"),
+    },
+}
+"""Section -> its fields. Sections are optional, their fields are not (unless they say so)."""
+
+_ENTRIES: Final[Mapping[tuple[str, str], Mapping[str, Field]]] = {
+    ("accuracy", "measurements"): {
+        "name": Field(kind="text", meaning=""),
+        "perplexity": Field(kind="number", meaning=""),
+        "num_tokens": Field(kind="integer", meaning=""),
+        "context": Field(kind="integer", meaning=""),
+        "stride": Field(kind="integer", meaning=""),
+        "bos": Field(kind="flag", meaning=""),
+        "dtype": Field(kind="text", meaning=""),
+    },
+    ("passes", "passes"): {
+        "text": Field(kind="text", meaning=""),
+        "promise": Field(kind="text", meaning=""),
+        "outcomes": Field(kind="list", meaning=""),
+        "seconds": Field(kind="number", meaning=""),
+    },
+    ("verification", "checks"): {
+        "name": Field(kind="text", meaning=""),
+        "held": Field(kind="flag", meaning="", optional=True),
+        "summary": Field(kind="text", meaning=""),
+        "details": Field(kind="object", meaning=""),
+    },
+}
+
+
+def new_report() -> dict[str, Any]:
+    """Return a report without runs and sections.
+
+    Example:
+        >>> check_report(new_report())["runs"]
+        []
+    """
+    return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "recipe": "", "runs": []}
+
+
+def run_record(stage: str, *, command: str | None, seconds: float) -> dict[str, Any]:
+    """Describe one run: what was called, when, with which versions, on which machine.
+
+    Args:
+        stage: Such as ``export``.
+        command: The command line; None for a call from Python.
+        seconds: Wall time.
+    """
+    return {
+        "stage": stage,
+        "command": command or "python",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of sparsepass, Python, and the libraries that are installed."""
+    found = {"sparsepass": _version("sparsepass") or "unknown", "python": platform.python_version()}
+    for package in _PACKAGES:
+        if version := _version(package):
+            found[package] = version
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on; nothing that names the machine or its user."""
+    import torch
+
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "accelerators": accelerators,
+    }
+
+
+def measurement(name: str, found: Any) -> dict[str, Any]:
+    """Turn a `Perplexity` into an entry of the section ``accuracy``.
+
+    Args:
+        name: What was measured, such as ``dense``.
+        found: What `perplexity` returned.
+    """
+    return {
+        "name": name,
+        "perplexity": found.value,
+        "nll_mean": found.nll_mean,
+        "num_tokens": found.num_tokens,
+        "context": found.context,
+        "stride": found.stride,
+        "bos": found.bos,
+        "dtype": found.dtype,
+        "seconds": found.seconds,
+    }
+
+
+def check_report(document: Any, where: str = "the report") -> dict[str, Any]:
+    """Check a document against the schema.
+
+    Args:
+        document: What was read.
+        where: Its name, for errors.
+
+    Returns:
+        The document.
+
+    Raises:
+        SparsepassError: If it is no report, of a newer schema, or a field is missing or of the wrong type.
+
+    Example:
+        >>> check_report({"schema": "sparsepass-report", "schema_version": 99})
+        Traceback (most recent call last):
+        ...
+        sparsepass.graph.errors.SparsepassError: the report has report schema 99, and this sparsepass reads up to 1; ...
+    """
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise SparsepassError(
+            f"{where} is no sparsepass report (expected an object with schema {SCHEMA!r}); check the path"
+        )
+    version = document.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise SparsepassError(f"{where} has the schema_version {version!r}; expected an integer from 1 on")
+    if version > SCHEMA_VERSION:
+        raise SparsepassError(
+            f"{where} has report schema {version}, and this sparsepass reads up to {SCHEMA_VERSION}; upgrade sparsepass"
+        )
+    _check_fields(document, HEADER, where)
+    for index, run in enumerate(document["runs"]):
+        _check_fields(run, RUN, f"{where}: runs[{index}]")
+    for section, fields in SECTIONS.items():
+        if section in document:
+            _check_fields(document[section], fields, f"{where}: {section}")
+    for (section, name), fields in _ENTRIES.items():
+        for index, entry in enumerate(document.get(section, {}).get(name, ())):
+            _check_fields(entry, fields, f"{where}: {section}.{name}[{index}]")
+    return document
+
+
+def read_report(place: str | Path) -> dict[str, Any]:
+    """Read and check a report.
+
+    Args:
+        place: A report.json, or the folder it lies in.
+
+    Raises:
+        SparsepassError: If there is none, or it is damaged, invalid or of a newer schema.
+    """
+    path = Path(place)
+    path = path / REPORT_FILE if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote") from error
+    except (OSError, ValueError) as error:
+        raise SparsepassError(f"{path} cannot be read as JSON ({error}); write the folder again") from error
+    return check_report(document, str(path))
+
+
+def find_report(folder: str | Path) -> dict[str, Any] | None:
+    """Read the report of a folder; None if it has none. A file of that name that another tool wrote counts as none.
+
+    Raises:
+        SparsepassError: If it is ours, and damaged or of a newer schema.
+    """
+    path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return read_report(path)
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        return None
+    return check_report(document, str(path))
+
+
+def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Write report.json, report.md and recipe.txt into a folder that the caller moves into place.
+
+    Returns:
+        The document as written: checked, and with infinities and NaN as text.
+
+    Raises:
+        SparsepassError: If the document breaks the schema.
+    """
+    from sparsepass.export.report_page import render_page
+
+    plain = check_report(plain_json(document), "the report to be written")
+    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+    (folder / PAGE_FILE).write_text(render_page(plain), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(plain["recipe"] + "\n", encoding="utf-8")
+    return plain
+
+
+def plain_json(value: Any) -> Any:
+    """Turn mappings, sequences and numbers into what JSON can hold; infinities and NaN become text.
+
+    Example:
+        >>> plain_json({"kl": float("inf"), "shape": (2, 3)})
+        {'kl': 'inf', 'shape': [2, 3]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, str) or value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a report holds plain values, got {type(value).__name__} ({value!r})")
+
+
+def _check_fields(value: Any, fields: Mapping[str, Field], where: str) -> None:
+    if not isinstance(value, dict):
+        raise SparsepassError(
+            f"{where} is a {type(value).__name__} where an object is expected; write the folder again"
+        )
+    for name, field in fields.items():
+        found = value.get(name)
+        if found is None and field.optional:
+            continue
+        if name not in value:
+            raise SparsepassError(f"{where} has no field {name!r}; write the folder again")
+        if not _is_kind(found, field.kind):
+            raise SparsepassError(
+                f"{where}: field {name!r} is {found!r}, expected {field.kind}; write the folder again"
+            )
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == "number":
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number or value in ("inf", "-inf", "nan")
+    if kind == "integer":
+        return isinstance(value, int) and not isinstance(value, bool)
+    types: dict[str, Any] = {"text": str, "flag": bool, "object": dict, "list": list}
+    return isinstance(value, types[kind])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            return platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

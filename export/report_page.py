@@ -1,0 +1,264 @@
+"""report.md: the page for people, rendered from report.json and nothing else."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from sparsepass.export.report import HEADER
+
+_NUM_FAILURES_SHOWN = 20
+
+
+def render_page(document: Mapping[str, Any]) -> str:
+    """Render a report as a Markdown page.
+
+    Args:
+        document: A checked report. Sections that this version does not know are shown as JSON.
+
+    Returns:
+        The page.
+
+    Example:
+        >>> from sparsepass.export.report import new_report
+        >>> render_page(new_report()).splitlines()[0]
+        '# sparsepass report'
+    """
+    parts = [_title(document)]
+    parts += [render(document[name]) for name, render in _RENDERERS.items() if name in document]
+    for name, section in document.items():
+        if name not in _RENDERERS and name not in HEADER:
+            parts.append(f"## {name}\n\n```json\n{json.dumps(section, indent=1)[:4000]}\n```")
+    parts.append(_runs(document["runs"]))
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def accuracy_rows(section: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows (what, perplexity, times the first one) of the section ``accuracy``."""
+    entries = section["measurements"]
+    first = entries[0]["perplexity"] if entries else 0
+    rows = []
+    for entry in entries:
+        value = entry["perplexity"]
+        finite = not isinstance(value, str) and not isinstance(first, str) and first > 0
+        rows.append((str(entry["name"]), number(value), f"{value / first:.2f}x" if finite else ""))
+    return rows
+
+
+def accuracy_setting(section: Mapping[str, Any]) -> str:
+    """One line: how the perplexities were measured."""
+    entry = section["measurements"][0]
+    bos = "each window begins with the BOS token" if entry["bos"] else "no BOS token"
+    return (
+        f"Perplexity on {section['text']}: {entry['num_tokens']} tokens scored, windows of {entry['context']}, stride "
+        f"{entry['stride']}, {bos}, computed in {entry['dtype']}. Lower is better."
+    )
+
+
+def skipped_rows(section: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    """Rows (reason, number of layers, an example) of what the section ``passes`` says was left dense."""
+    reasons: Mapping[str, str] = section["skipped"]
+    counts = Counter(reasons.values())
+    example = {reason: layer for layer, reason in reversed(list(reasons.items()))}
+    return [(reason, count, example[reason]) for reason, count in counts.most_common()]
+
+
+def size(num_bytes: float) -> str:
+    """A size for people.
+
+    Example:
+        >>> size(538_000_000)
+        '538.0 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000 or unit == "GB":
+            return f"{num_bytes:.0f} bytes" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def number(value: Any) -> str:
+    """A figure for people: four digits that count."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    model, artifact = document.get("model"), document.get("artifact")
+    about = f": {model['source']}" if model else ""
+    about += f" as {artifact['target']}" if artifact else ""
+    lines = [f"# sparsepass report{about}"]
+    verification = document.get("verification")
+    if verification is not None:
+        said = {
+            True: "**Verification held.**",
+            False: "**Verification did NOT hold.** See below what differs.",
+            None: "Verification was switched off: nothing is known of the written files.",
+        }
+        lines.append(said[verification.get("held")])
+    if "passes" in document:
+        passes = document["passes"]
+        lines.append(
+            f"{passes['num_sparse']} of {passes['num_sites']} linear layers are N:M sparse. (2:4 means: of every 4 "
+            "consecutive weights along the direction in which a layer sums, at most 2 are not zero.)"
+        )
+    if document["recipe"]:
+        lines.append(f"Passes: `{document['recipe']}`")
+    return "\n\n".join(lines)
+
+
+def _model(section: Mapping[str, Any]) -> str:
+    facts = {
+        "source": f"{section['source']} ({section['kind']})",
+        "class": section.get("class") or "",
+        "parameters": f"{section['num_parameters']:,}",
+        "dtype": section["dtype"],
+    }
+    for name in ("revision", "commit", "gguf_file"):
+        if section.get(name):
+            facts[name] = section[name]
+    notes = [f"- {note}" for note in section.get("notes", ())]
+    return "## Model\n\n" + _table(("", ""), facts.items()) + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _accuracy(section: Mapping[str, Any]) -> str:
+    if not section["measurements"]:
+        return ""
+    table = _table(("model", "perplexity", "times dense"), accuracy_rows(section))
+    return f"## Accuracy\n\n{accuracy_setting(section)}\n\n{table}"
+
+
+def _passes(section: Mapping[str, Any]) -> str:
+    parts = ["## What the passes did"]
+    rows = []
+    for record in section["passes"]:
+        outcomes = record["outcomes"]
+        done = sum(outcome["action"] == "rewritten" for outcome in outcomes)
+        rows.append(
+            (
+                f"`{record['text']}`",
+                done,
+                len(outcomes) - done,
+                _validation(record),
+                f"{record['seconds']:.1f} s",
+            )
+        )
+    if rows:
+        parts.append(_table(("pass", "layers rewritten", "left alone", "how far the outputs moved", "time"), rows))
+    for record in section["passes"]:
+        if record.get("calibration"):
+            parts.append(f"Calibration of `{record['text'].partition('{')[0]}`: {_calibration(record['calibration'])}.")
+    skipped = skipped_rows(section)
+    if skipped:
+        parts.append("Layers that are dense, and why:\n\n" + _table(("reason", "layers", "for example"), skipped))
+    parts.append(_layers(section))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _layers(section: Mapping[str, Any]) -> str:
+    facts: dict[str, list[str]] = {}
+    shapes: dict[str, str] = {}
+    for record in section["passes"]:
+        name = record["text"].partition("{")[0]
+        for outcome in record["outcomes"]:
+            shapes[outcome["site"]] = "x".join(map(str, outcome["shape"]))
+            if outcome["action"] == "rewritten":
+                said = ", ".join(f"{key} {number(value)}" for key, value in outcome["facts"].items())
+                facts.setdefault(outcome["site"], []).append(name + (f" ({said})" if said else ""))
+    if not shapes:
+        return ""
+    rows = [
+        (layer, shape, "; ".join(facts.get(layer, ())) or f"dense: {section['skipped'].get(layer, '')}")
+        for layer, shape in shapes.items()
+    ]
+    table = _table(("layer", "stored shape", "what was done"), rows)
+    return f"<details><summary>Layer by layer</summary>\n\n{table}\n\n</details>"
+
+
+def _artifact(section: Mapping[str, Any]) -> str:
+    files = [(name, size(num_bytes)) for name, num_bytes in section["files"].items()]
+    files.append(("together", size(section["size_bytes"])))
+    notes = [f"- {note}" for note in section["notes"]]
+    number_sparse = sum(len(weights) for weights in section["expected_sparse"].values())
+    lines = [
+        f"## Files ({section['target']}, {section['dtype']})",
+        _table(("file", "size"), files),
+        f"{number_sparse} stored weights have to be N:M sparse; `artifact.expected_sparse` in report.json names them, "
+        "and `sparsepass verify` on this folder checks them again.",
+        "A sparse weight is stored with its zeros: the file is as large as a dense one. Runtimes that know 2:4 pack it "
+        "when they load it.",
+    ]
+    return "\n\n".join(lines + (["\n".join(notes)] if notes else []))
+
+
+def _verification(section: Mapping[str, Any]) -> str:
+    said = {True: "held", False: "DID NOT HOLD", None: "not checked"}
+    rows = [(check["name"], said[check["held"]], check["summary"]) for check in section["checks"]]
+    if not rows:
+        return ""
+    return "## Verification\n\n" + _table(("check", "result", "what was found"), rows)
+
+
+def _samples(section: Mapping[str, Any]) -> str:
+    rows = [
+        (kind, name, "x".join(map(str, facts["shape"])), facts["dtype"])
+        for kind in ("inputs", "outputs")
+        for name, facts in section[kind].items()
+    ]
+    return (
+        f"## Samples\n\n`{section['file']}` holds these tensors, so that another runtime can be checked against this "
+        "export.\n\n" + _table(("", "name", "shape", "type"), rows)
+    )
+
+
+def _runs(runs: Iterable[Mapping[str, Any]]) -> str:
+    parts = []
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        place = run["machine"]
+        memory = place.get("memory_bytes")
+        on = f"{place['processor']}, {place['cores']} cores" + (f", {size(memory)} memory" if memory else "")
+        on += "".join(f", {name}" for name in place.get("accelerators", ()))
+        parts.append(
+            f"- **{run['stage']}**: `{run['command']}`, {run['created']}, {run['seconds']} s\n  - {versions}\n  - {on}"
+        )
+    return "## How it was made\n\n" + "\n".join(parts) if parts else ""
+
+
+def _validation(record: Mapping[str, Any]) -> str:
+    found = record.get("validation")
+    if found is None:
+        return "not measured"
+    if record["promise"] == "exact":
+        return "not at all (exact)"
+    kl = f", KL {number(found['kl'])}" if found.get("kl") is not None else ""
+    return f"relative error {number(found['relative_error'])}{kl}, on {found['inputs']}"
+
+
+def _calibration(facts: Mapping[str, Any]) -> str:
+    said = f"{facts['source']}"
+    if facts.get("num_sequences") is not None:
+        said += f", {facts['num_sequences']} sequences"
+    if facts.get("num_tokens"):
+        said += f", {facts['num_tokens']} tokens"
+    return said
+
+
+def _table(headings: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+_RENDERERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    "model": _model,
+    "accuracy": _accuracy,
+    "passes": _passes,
+    "artifact": _artifact,
+    "verification": _verification,
+    "samples": _samples,
+}
+"""Section -> its part of the page, in the page's order."""
