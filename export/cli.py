@@ -38,9 +38,7 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     del version
 
@@ -64,9 +62,7 @@ def prune_command(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone. Same patterns. May be repeated.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")] = None,
     task: support.Task = None,
     eval_text: support.EvalText = None,
     eval_context: support.EvalContext = 512,
@@ -99,6 +95,7 @@ def prune_command(
         revision=revision,
         trust_remote_code=trust_remote_code,
         validate=not no_validate,
+        tell=support.news(),
     )
     with replaced_folder(out, force=force) as staging:
         prepared.program.save_into(staging)
@@ -175,6 +172,7 @@ def export_command(
         revision=revision,
         trust_remote_code=trust_remote_code,
         command=support.command_line(),
+        tell=support.news(),
     )
     _show(result.report, out)
     for failure in result.failures:
@@ -194,11 +192,13 @@ export_app.command()(support.clean(export_command))
 
 def main() -> None:
     """Run `sparsepass`."""
+    support.quiet_bars()
     app(prog_name="sparsepass")
 
 
 def sparse_export() -> None:
     """Run `sparse-export`."""
+    support.quiet_bars()
     export_app(prog_name="sparse-export")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport
 
     Sides = list[tuple[str, Any, Any]]
+_NUM_FAILURES_SHOWN = 20
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -24,17 +25,13 @@ def eval_command(
     ],
     text: Annotated[
         str | None,
-        typer.Option(
-            "--text", help="UTF-8 text file, or 'python-docs' for text that is always there.", show_default=False
-        ),
+        typer.Option("--text", help="UTF-8 text file, or 'python-docs' for text that is always there.", show_default=False),
     ] = None,
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 512,
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="Tokens by which the window moves on; by default all of it.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")] = None,
     bos: Annotated[
         bool | None,
         typer.Option("--bos/--no-bos", help="Begin each window with the BOS token; by default as the tokenizer does."),
@@ -42,21 +39,13 @@ def eval_command(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Windows (or lm-eval requests) at once: speed only.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the text.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the text.")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas. Needs the package lm-eval.")
     ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="Folder with task files of your own.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Use only so many documents of each task.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option("--include-path", help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
     task: support.Task = None,
     gguf_file: support.GgufFile = None,
     revision: support.Revision = None,
@@ -131,17 +120,13 @@ def compare_command(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")
-    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = 128,
     atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
     rtol: Annotated[
         float | None, typer.Option("--rtol", help="Bound of each output's relative error; by default the dtype's.")
     ] = None,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Bound of the KL divergence of the logits, in nats.")
-    ] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", help="Bound of the KL divergence of the logits, in nats.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Demand equal numbers.")] = False,
     no_layers: Annotated[
         bool, typer.Option("--no-layers", help="Compare outputs only, and do not look for the layer where they part.")
@@ -222,15 +207,15 @@ def _show_pattern(report: "PatternReport", *, show_all: bool) -> None:
         support.stdout().print(report.table(all_entries=True))
         return
     support.stdout().print(report.summary(), highlight=False)
-    if report.failures:
-        table = dataclasses.replace(report, entries=report.failures).table()
-        table.title = None
-        support.stdout().print(table)
+    for entry in report.failures[:_NUM_FAILURES_SHOWN]:
+        name = f"{entry.weight} ({entry.parameter})" if entry.parameter not in ("", entry.weight) else entry.weight
+        shape = f" [{'x'.join(map(str, entry.shape))}, summed along axis {entry.axis}]" if entry.shape else ""
+        support.stdout().print(f"  {name}{shape}: {entry.reason}", highlight=False, markup=False)
+    if (more := len(report.failures) - _NUM_FAILURES_SHOWN) > 0:
+        support.stdout().print(f"  and {more} more; --all shows every weight")
 
 
-def check_folder(
-    path: Path, *, pattern: str | None = None, ignore: tuple[str, ...] = ()
-) -> "tuple[PatternReport, ...]":
+def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, ...] = ()) -> "tuple[PatternReport, ...]":
     """Check a file, a saved program, or a folder, by its report if it has one.
 
     Args:
@@ -283,9 +268,7 @@ def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -
 
     program = Program.load(folder)
     if not program.sparse:
-        raise SparsepassError(
-            f"{folder} is a program without sparse weights; apply nm_sparsify first (sparsepass prune)"
-        )
+        raise SparsepassError(f"{folder} is a program without sparse weights; apply nm_sparsify first (sparsepass prune)")
     weights, axes = {}, {}
     for name, state in program.sparse.items():
         weight = program.tensor(name).detach()
@@ -362,9 +345,7 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
             break
     if tokenizer is None:
-        raise SparsepassError(
-            "--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors"
-        )
+        raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")
     # Characters enough for the tokens wanted, at ten for each, so that a long text is not tokenized as a whole.
     ids = tokenizer(words[: 10 * tokens], verbose=False)["input_ids"][:tokens]
     if len(ids) < 2:
@@ -375,9 +356,7 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
 def _note_adapter(name: str) -> None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
-        support.say(
-            f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them."
-        )
+        support.say(f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them.")
 
 
 def _task_table(found: dict[str, Any]) -> Any:

@@ -43,9 +43,7 @@ Context = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens in a calibration sequence; by default 2048 or the model's limit."),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Calibration sequences at once: memory and speed only.")
-]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Calibration sequences at once: memory and speed only.")]
 Seed = Annotated[int, typer.Option("--seed", help="Chooses where in the calibration data the sequences lie.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
 NoValidate = Annotated[
@@ -53,14 +51,10 @@ NoValidate = Annotated[
 ]
 EvalText = Annotated[
     str | None,
-    typer.Option(
-        "--eval-text", help="Text file, or 'python-docs': measure perplexity before and after on it, for the report."
-    ),
+    typer.Option("--eval-text", help="Text file, or 'python-docs': measure perplexity before and after on it, for the report."),
 ]
 EvalContext = Annotated[int, typer.Option("--eval-context", min=2, help="Tokens in an evaluation window.")]
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the evaluation text.")
-]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the evaluation text.")]
 Task = Annotated[
     str | None,
     typer.Option("--task", help="What the model is for, such as text-generation; by default its configuration tells."),
@@ -85,9 +79,7 @@ class Compute(StrEnum):
 
 ComputeOption = Annotated[
     Compute,
-    typer.Option(
-        "--compute", help="Precision of calibration's matmuls; auto is bfloat16 where the processor computes in it."
-    ),
+    typer.Option("--compute", help="Precision of calibration's matmuls; auto is bfloat16 where the processor computes in it."),
 ]
 
 
@@ -113,6 +105,11 @@ def say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+def news() -> Callable[[str], None]:
+    """What tells a user who sits at a terminal which step has begun; elsewhere it is silent."""
+    return (lambda text: say(f"[dim]{text} ...[/]")) if sys.stderr.isatty() else (lambda _: None)
 
 
 def complain(text: str) -> None:
@@ -154,6 +151,12 @@ def clean(command: Command) -> Command:
             raise typer.Exit(UNREADABLE) from None
 
     return guarded  # type: ignore[return-value]
+
+
+def quiet_bars() -> None:
+    """Keep bars out of logs: those of the libraries underneath show at a terminal only."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 class _quiet:  # noqa: N801  # used as a context manager only

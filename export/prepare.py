@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,15 @@ from sparsepass.passes import Pass, apply_passes, parse_pipeline
 from sparsepass.passes.calibration import ComputeDtype
 from sparsepass.passes.calibration_data import default_text
 
+Tell = Callable[[str], None]
+"""Takes one line of news for a user who waits."""
+
 PYTHON_DOCS = "python-docs"
 """Name that stands for the text that is always there: Python's own documentation topics."""
+
+
+def silent(_: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +147,7 @@ def prepare(
     trust_remote_code: bool = False,
     validate: bool = True,
     progress: bool | None = None,
+    tell: Tell = silent,
 ) -> Prepared:
     """Load a model, rewrite it, and begin the report (or go on with the one of an earlier stage).
 
@@ -147,7 +155,7 @@ def prepare(
         source: See `load_model`; or what it returned.
         passes: See `apply_passes`; None or empty for none.
         calibration: What the passes are calibrated on.
-        evaluation: If given, perplexity is measured before and after.
+        evaluation: If given, perplexity is measured before and after (and with SLoRB branches switched off, if there are any).
         tokenizer: Stands in for the one beside the model.
         dtype: Type in which the model is loaded.
         task: See `load_model`.
@@ -157,6 +165,7 @@ def prepare(
         trust_remote_code: See `load_model`.
         validate: See `apply_passes`.
         progress: See `apply_passes`.
+        tell: Called with one line at the beginning of each step.
 
     Returns:
         The program and the report. A model in memory is left as it was.
@@ -173,6 +182,8 @@ def prepare(
     if isinstance(source, LoadedModel):
         loaded = source
     else:
+        if not isinstance(source, nn.Module):
+            tell(f"loading {source}")
         options = {"gguf_file": gguf_file, "revision": revision, "trust_remote_code": trust_remote_code}
         loaded = load_model(source, dtype=None if dtype is None else parse_dtype(dtype), task=task, **options)  # type: ignore[arg-type]
     if tokenizer is not None:
@@ -182,11 +193,13 @@ def prepare(
     measured = []
     before = loaded.program
     if evaluation is not None and pipeline:
+        tell(f"measuring perplexity on {evaluation.name}")
         name = "dense" if before is None or not before.sparse else "before these passes"
         measured.append(measurement(name, evaluation.measure(loaded.model, loaded.tokenizer)))
     # Nobody else holds a model that was loaded here, so its memory is taken over.
     inplace = loaded.kind != "memory" and not isinstance(source, nn.Module | LoadedModel)
     if pipeline:
+        tell(f"applying {', '.join(item.name for item in pipeline)}")
         program = apply_passes(
             loaded.model,
             pipeline,
@@ -211,6 +224,11 @@ def prepare(
         if uses_python_docs:
             _name_text(document["passes"]["passes"][-len(pipeline) :])
     if evaluation is not None:
+        tell("measuring perplexity again")
+        if any(state.branch is not None for state in program.sparse.values()):
+            with without_branches(program):
+                found = evaluation.measure(program, loaded.tokenizer)
+            measured.append(measurement(f"{patterns(program)}, SLoRB switched off", found))
         measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
         document["accuracy"] = plain_json({"text": evaluation.name, "measurements": measured})
     return Prepared(program=program, loaded=loaded, document=document, started=started)
@@ -218,9 +236,13 @@ def prepare(
 
 def stage_name(program: Program) -> str:
     """What a row of figures calls a program: ``dense``, ``2:4``, ``2:4 + SLoRB``."""
-    patterns = sorted({state.pattern for state in program.sparse.values()})
     branch = " + SLoRB" if any(state.branch is not None for state in program.sparse.values()) else ""
-    return ("/".join(patterns) + branch) if patterns else "dense"
+    return patterns(program) + branch
+
+
+def patterns(program: Program) -> str:
+    """The patterns of a program's weights, such as ``2:4``; ``dense`` if there are none."""
+    return "/".join(sorted({state.pattern for state in program.sparse.values()})) or "dense"
 
 
 @contextlib.contextmanager

@@ -106,12 +106,8 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
         "details": Field(kind="object", meaning="the target's own record"),
     },
     "verification": {
-        "held": Field(
-            kind="flag", meaning="whether every check held; null if verification was switched off", optional=True
-        ),
-        "checks": Field(
-            kind="list", meaning="entries `name`, `held` (null if it could not be checked), `summary`, `details`"
-        ),
+        "held": Field(kind="flag", meaning="whether every check held; null if verification was switched off", optional=True),
+        "checks": Field(kind="list", meaning="entries `name`, `held` (null if it could not be checked), `summary`, `details`"),
     },
     "samples": {
         "file": Field(kind="text", meaning="safetensors file with `inputs/NAME` and `outputs/NAME`"),
@@ -238,9 +234,7 @@ def check_report(document: Any, where: str = "the report") -> dict[str, Any]:
         sparsepass.graph.errors.SparsepassError: the report has report schema 99, and this sparsepass reads up to 1; ...
     """
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise SparsepassError(
-            f"{where} is no sparsepass report (expected an object with schema {SCHEMA!r}); check the path"
-        )
+        raise SparsepassError(f"{where} is no sparsepass report (expected an object with schema {SCHEMA!r}); check the path")
     version = document.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise SparsepassError(f"{where} has the schema_version {version!r}; expected an integer from 1 on")
@@ -339,9 +333,7 @@ def plain_json(value: Any) -> Any:
 
 def _check_fields(value: Any, fields: Mapping[str, Field], where: str) -> None:
     if not isinstance(value, dict):
-        raise SparsepassError(
-            f"{where} is a {type(value).__name__} where an object is expected; write the folder again"
-        )
+        raise SparsepassError(f"{where} is a {type(value).__name__} where an object is expected; write the folder again")
     for name, field in fields.items():
         found = value.get(name)
         if found is None and field.optional:
@@ -349,9 +341,7 @@ def _check_fields(value: Any, fields: Mapping[str, Field], where: str) -> None:
         if name not in value:
             raise SparsepassError(f"{where} has no field {name!r}; write the folder again")
         if not _is_kind(found, field.kind):
-            raise SparsepassError(
-                f"{where}: field {name!r} is {found!r}, expected {field.kind}; write the folder again"
-            )
+            raise SparsepassError(f"{where}: field {name!r} is {found!r}, expected {field.kind}; write the folder again")
 
 
 def _is_kind(value: Any, kind: str) -> bool:

@@ -247,9 +247,7 @@ def _calibration(facts: Mapping[str, Any]) -> str:
 
 def _table(headings: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += [
-        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
-    ]
+    lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.export.load import LoadedModel, parse_dtype
-from sparsepass.export.prepare import Calibration, Evaluation, Prepared, prepare
+from sparsepass.export.prepare import Calibration, Evaluation, Prepared, Tell, prepare, silent
 from sparsepass.export.report import plain_json, run_record, write_report
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.files import check_free, replaced_folder
@@ -141,6 +141,7 @@ def export(
     revision: str | None = None,
     trust_remote_code: bool = False,
     command: str | None = None,
+    tell: Tell = silent,
 ) -> ExportResult:
     """Rewrite a model, write it in a target's form, open what was written, and verify it.
 
@@ -169,6 +170,7 @@ def export(
         revision: See `load_model`.
         trust_remote_code: See `load_model`.
         command: The command line, for the report.
+        tell: Called with one line at the beginning of each step.
 
     Returns:
         Where it is, whether verification held, and the report.
@@ -183,9 +185,7 @@ def export(
     row = _target(target)
     given = {"opset": opset, "task": task}
     if unread := [name for name, value in given.items() if value is not None and name not in row.options]:
-        raise SparsepassError(
-            f"the target {row.name} has no option {unread[0]}; leave it out, or choose another target"
-        )
+        raise SparsepassError(f"the target {row.name} has no option {unread[0]}; leave it out, or choose another target")
     wanted = None if dtype is None else parse_dtype(dtype)
     pipeline = parse_pipeline(passes) if passes else None
     check_free(out, force=force)
@@ -202,6 +202,7 @@ def export(
         trust_remote_code=trust_remote_code,
         validate=validate,
         progress=progress,
+        tell=tell,
     )
     options = Lowering(
         dtype=wanted,
@@ -210,18 +211,19 @@ def export(
         tokenizer=prepared.loaded.tokenizer,
         processor=prepared.loaded.processor,
     )
-    return _write(prepared, row, Path(out), options, force=force, verify=verify, command=command)
+    return _write(prepared, row, Path(out), options, force=force, verify=verify, command=command, tell=tell)
 
 
 def _write(
-    prepared: Prepared, row: Target, out: Path, options: Lowering, *, force: bool, verify: bool, command: str | None
+    prepared: Prepared, row: Target, out: Path, options: Lowering, *, force: bool, verify: bool, command: str | None, tell: Tell
 ) -> ExportResult:
     program = prepared.program
     with replaced_folder(out, force=force) as staging:
+        tell(f"writing {row.name}")
         lowered = row.lower(program, staging, options)
-        files = {
-            str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()
-        }
+        files = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
+        if verify:
+            tell("opening what was written, and comparing it with the program")
         checks = row.verify(program, staging, lowered, options) if verify else ()
         held = all(check.held is not False for check in checks) if verify else None
         document = prepared.document | {
@@ -236,9 +238,7 @@ def _write(
             },
             "verification": {
                 "held": held,
-                "checks": [
-                    {"name": c.name, "held": c.held, "summary": c.summary, "details": c.details} for c in checks
-                ],
+                "checks": [{"name": c.name, "held": c.held, "summary": c.summary, "details": c.details} for c in checks],
             },
             "samples": write_samples(program, staging / SAMPLES_FILE) | {"file": SAMPLES_FILE},
         }
@@ -262,13 +262,9 @@ def write_samples(program: Program, path: Path) -> dict[str, Any]:
         for kind, tensors in (("inputs", inputs), ("outputs", outputs))
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(
-        {f"{kind}/{name}": t for kind, found in plain.items() for name, t in found.items()}, path
-    )
+    safetensors.torch.save_file({f"{kind}/{name}": t for kind, found in plain.items() for name, t in found.items()}, path)
     return {
-        kind: {
-            name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()
-        }
+        kind: {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
         for kind, found in plain.items()
     }
 
@@ -368,9 +364,7 @@ def _lower_hf(program: Program, folder: Path, options: Lowering) -> Lowered:
     artifact = lower_hf(program, folder, dtype=options.dtype, tokenizer=options.tokenizer, processor=options.processor)
     notes = [f"loaded by {artifact.auto_class}.from_pretrained"]
     if artifact.adapter is not None:
-        notes.append(
-            f"the SLoRB branches of {artifact.num_branches} layers are the PEFT adapter in {artifact.adapter.name}/"
-        )
+        notes.append(f"the SLoRB branches of {artifact.num_branches} layers are the PEFT adapter in {artifact.adapter.name}/")
     return Lowered(
         dtype=artifact.dtype,
         expected_sparse={"": {name: state.pattern for name, state in program.sparse.items()}},

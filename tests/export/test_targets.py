@@ -65,7 +65,11 @@ def test_a_folder_goes_through_passes_lowering_and_verification(target: str, fol
     assert set(files(out)) == set(report["artifact"]["files"]) | EVIDENCE | {SAMPLES_FILE}
     assert report["model"]["source"] == str(folder)
     assert report["runs"][0]["command"] == "sparse-export tiny"
-    assert [entry["name"] for entry in report["accuracy"]["measurements"]] == ["dense", "2:4 + SLoRB"]
+    assert [entry["name"] for entry in report["accuracy"]["measurements"]] == [
+        "dense",
+        "2:4, SLoRB switched off",
+        "2:4 + SLoRB",
+    ]
     assert ".partial" not in (out / REPORT_FILE).read_text(), "the report names the final folder"
     assert parse_pipeline((out / RECIPE_FILE).read_text().strip()) == parse_pipeline(result.program.recipe)
 

