@@ -1,0 +1,130 @@
+"""The house rules that a machine can check: lint, format, types, imports, tables without gaps, documentation that is true."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sparsepass.export.targets import TARGETS
+from sparsepass.passes.criteria.table import CRITERIA
+from sparsepass.passes.table import PASSES
+
+ROOT = Path(__file__).parents[1]
+ORDER = ("graph", "passes", "retrain", "export")
+SOURCES = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in ORDER}
+
+
+def tool(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_lint() -> None:
+    tool("ruff", "check")
+
+
+def test_format() -> None:
+    tool("ruff", "format", "--check")
+
+
+def test_types() -> None:
+    tool("mypy")
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_imports_point_one_way(folder: str) -> None:
+    above = ORDER[ORDER.index(folder) + 1 :]
+    for path in SOURCES[folder]:
+        for name in re.findall(r"^\s*(?:from|import) sparsepass\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert name not in above, f"{path} imports {name}, which stands above {folder}"
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_every_module_tells_what_it_is(folder: str) -> None:
+    for path in SOURCES[folder]:
+        assert path.read_text(encoding="utf-8").startswith('"""'), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_has_a_file_and_its_documentation(name: str) -> None:
+    assert (ROOT / "passes" / f"{name}.py").is_file()
+    text = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    assert f"## `{name}`" in text
+    for field in dataclasses.fields(PASSES[name]):
+        assert f"| `{field.name}` |" in text, f"docs/passes.md does not tell of {name}'s {field.name}"
+
+
+def test_every_pass_file_is_in_the_table() -> None:
+    for path in SOURCES["passes"]:
+        if re.search(r"^class \w+\(Pass\)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert path.stem in PASSES, f"{path} defines a pass that the table lacks"
+
+
+def test_every_criterion_has_a_file_and_its_documentation() -> None:
+    text = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    files = {path.stem for path in (ROOT / "passes" / "criteria").glob("*.py")} - {"__init__", "table", "criterion"}
+    assert files == set(CRITERIA)
+    for name in CRITERIA:
+        assert f"| `{name}` |" in text
+
+
+def test_every_target_has_a_file_a_test_and_its_documentation() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in TARGETS:
+        assert (ROOT / "export" / f"{name}.py").is_file()
+        assert list((ROOT / "tests" / "export").glob(f"test_{name}*.py")), f"no test of the target {name}"
+        assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize("command", ["prune", "export", "eval", "compare", "verify"])
+def test_every_option_is_documented(command: str) -> None:
+    from typer.main import get_command
+
+    from sparsepass.export.cli import app
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = text[text.index(f"## `sparsepass {command}`") :].split("\n## ")[0]
+    for parameter in get_command(app).commands[command].params:  # type: ignore[attr-defined]
+        for option in parameter.opts:
+            if option.startswith("--") and option != "--help":
+                assert f"`{option}" in section, f"docs/cli.md does not tell of {command} {option}"
+
+
+def test_no_file_names_a_machine() -> None:
+    found = []
+    for path in tracked():
+        if path.suffix in (".py", ".md", ".toml", ".yml", ".yaml", ".json", ".txt", ".sh", "") and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            found += [f"{path}: {place}" for place in re.findall(r"(?<![\w.$}])/(?:work|farm|root|home)/[\w.]+", text)]
+    assert not found
+
+
+def test_the_changelog_knows_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_true_about_names() -> None:
+    """Every name that the README's Python uses is there."""
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package, names in re.findall(r"^from (sparsepass[\w.]*) import (.+)$", text, re.MULTILINE):
+        for name in names.split(","):
+            assert name.strip() in sys.modules[package].__all__
+
+
+def test_links_in_the_documentation_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
