@@ -16,9 +16,7 @@ def perplexity(model: torch.nn.Module, ids_BT: torch.Tensor, batch_size: int = 4
     for batch_BT in ids_BT.split(batch_size):
         logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, :-1]
         targets_BT = batch_BT[:, 1:]
-        loss = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"
-        )
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
         total += float(loss)
         count += targets_BT.numel()
     return float(torch.tensor(total / count, dtype=torch.float64).exp())

@@ -105,9 +105,7 @@ def save_state(state: State, path: Path) -> str:
     return digest.hexdigest()
 
 
-def main(
-    tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel, torch.Tensor, Settings], State]
-) -> None:
+def main(tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel, torch.Tensor, Settings], State]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)

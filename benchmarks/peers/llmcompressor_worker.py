@@ -16,9 +16,7 @@ MODIFIERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 
 def prune(model: PreTrainedModel, ids_BT: torch.Tensor, settings: harness.Settings) -> harness.State:
     samples = [{"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T)} for ids_T in ids_BT]
-    modifier = MODIFIERS[settings.criterion](
-        sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]
-    )
+    modifier = MODIFIERS[settings.criterion](sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
     pruned = oneshot(
         model=model,
         dataset=DataLoader(samples, batch_size=settings.batch_size),
