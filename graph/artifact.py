@@ -144,8 +144,8 @@ class ProgramArtifact(Artifact):
     def description(self) -> str:
         """What it is."""
         source = (self._program.origin.model_class or "").removeprefix("transformers.")
-        recipe = self._program.recipe
-        return "program" + (f" of {source}" if source else "") + (f" [{recipe}]" if recipe else "")
+        passes = ", ".join(record.text.partition("{")[0] for record in self._program.history)
+        return "program" + (f" of {source}" if source else "") + (f" ({passes})" if passes else "")
 
     @property
     def dtype(self) -> torch.dtype:

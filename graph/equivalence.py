@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from sparsepass.graph.artifact import Artifact, Inputs, coarsest, open_artifact
@@ -173,7 +174,8 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.reference}  against  {self.candidate}", title_justify="left")
+        title = Text(f"{self.candidate} against {self.reference}")  # as Text: names may hold what rich takes for markup
+        table = Table(title=title, title_justify="left")
         table.add_column("", overflow="fold")
         for column in ("max error", "mean error", "relative error", "KL"):
             table.add_column(column, justify="right")
@@ -418,7 +420,7 @@ def _drop_unequal_calls(found: dict[str, TensorDifference], layers: Mapping[str,
 def _message(failed: tuple[str, ...], found: Comparison, a: Artifact, b: Artifact) -> str:
     kl = "" if found.kl is None else f", KL {found.kl:.3g}"
     lines = [
-        f"{a.description} and {b.description} are not equivalent on these inputs:",
+        f"{b.description} is not equivalent to {a.description} on these inputs:",
         *(f"  {reason}" for reason in failed),
         f"  figures: max error {found.max_error:.3g}, mean error {found.outputs.mean_error:.3g}, relative error "
         f"{found.relative_error:.3g}{kl}",
@@ -433,7 +435,9 @@ def _message(failed: tuple[str, ...], found: Comparison, a: Artifact, b: Artifac
             f"{error:.3g}, tolerance {found.tolerance:g}" + (f"; last that agrees: {names[place - 1]})" if place else ")")
         )
         path = parted.partition("#")[0]
-        lines += [f"    in {side.description}: {facts}" for side in (a, b) if (facts := side.facts(path))]
+        for role, side in (("reference", a), ("candidate", b)):
+            if facts := side.facts(path):
+                lines.append(f"    {role}: {facts}")
         lines.append(
             "  look next at what that layer adds to its inputs: its weight, the mask and the axis it runs along, the "
             "SLoRB branch, the bias, and the order of its input channels; then at whatever stands between it and the "

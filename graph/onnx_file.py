@@ -15,6 +15,7 @@ from sparsepass.graph.layers import Observe, Step, canonical_path, layer_results
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}
 _SHAPES = {"Shape", "Size", "NonZero"}
+_SUMS = {"Add", "Sum"}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PAST = re.compile(r"(past|cache)(?!_position)")
 _CACHE_LEAF = re.compile(r"(?:past|present|cache).*?(\d+)\..*?(key|value)")
@@ -28,9 +29,10 @@ class OnnxFile(Artifact):
     a whole prompt as a program does; positions 0, 1, 2... and an attention mask of ones are made up where it wants
     them.
 
-    Layers are found by the module names that torch.onnx writes into each node's metadata, or by those in the node's
-    name (``/model/layers.0/mlp/up_proj/MatMul``, as older exporters write it). Their values come from a second run of a
-    copy, held in memory, in which they are outputs: the outputs compared are always those of the file as it is.
+    Layers are found by the module names that torch.onnx writes into each node's metadata, by those in node names
+    (``/model/layers.0/mlp/up_proj/MatMul``, as older exporters write them), or by the names of the weights. Their
+    values come from a second run of a copy, held in memory, in which they are outputs: the outputs compared are always
+    those of the file as it is.
 
     Args:
         path: The file.
@@ -76,9 +78,10 @@ class OnnxFile(Artifact):
 
     def facts(self, layer: str) -> str:
         """The initializers that stand in the layer."""
-        shapes = {t.name: list(t.dims) for t in self._model.graph.initializer}
-        read = [name for node in self._model.graph.node if _path(node) == layer for name in node.input]
-        return ", ".join(f"{name} {shapes[name]}" for name in dict.fromkeys(read) if len(shapes.get(name, ())) > 1)
+        graph = self._model.graph
+        shapes = {t.name: list(t.dims) for t in graph.initializer if len(t.dims) > 1}
+        read = [name for node, step in zip(graph.node, _steps(graph), strict=True) if step.path == layer for name in node.input]
+        return ", ".join(f"{name} {shapes[name]}" for name in dict.fromkeys(read) if name in shapes)
 
     def _infer_layers(self, feeds: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
         import onnx
@@ -182,27 +185,55 @@ def _output_name(name: str) -> str:
 
 def _steps(graph: Any) -> list[Step]:
     weights = {t.name for t in graph.initializer}
+    weighted = [node.op_type in _MATMULS or (node.op_type == "Gather" and node.input[0] in weights) for node in graph.node]
     return [
         Step(
-            path=_path(node),
+            path=path,
             reads=() if node.op_type in _SHAPES else tuple(node.input),
             writes=tuple(node.output),
-            is_matmul=node.op_type in _MATMULS or (node.op_type == "Gather" and node.input[0] in weights),
+            is_matmul=is_matmul,
             is_tensor=len(node.output) == 1 and node.op_type not in _SHAPES,
         )
-        for node in graph.node
+        for node, path, is_matmul in zip(graph.node, _paths(graph, weighted), weighted, strict=True)
     ]
 
 
-def _path(node: Any) -> str:
-    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
-    if scopes is None:  # the name holds the scopes: /model/layers.0/mlp/up_proj/MatMul
-        return canonical_path(".".join(node.name.split("/")[1:-1]))
+def _paths(graph: Any, weighted: Sequence[bool]) -> list[str]:
+    """The module path of each node, by the first way of telling that knows it for some matmul."""
+    paths = [""] * len(graph.node)
+    for known in (_path_by_metadata, _path_by_name):
+        paths = [known(node) for node in graph.node]
+        if any(path for path, is_matmul in zip(paths, weighted, strict=True) if is_matmul):
+            return paths
+    return _paths_by_weights(graph)
+
+
+def _path_by_metadata(node: Any) -> str:
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     try:
         names = ast.literal_eval(scopes)
     except (ValueError, SyntaxError):
         return ""
     return canonical_path(names[-2]) if isinstance(names, list) and len(names) > 1 else ""
+
+
+def _path_by_name(node: Any) -> str:
+    return canonical_path(".".join(node.name.split("/")[1:-1]))
+
+
+def _paths_by_weights(graph: Any) -> list[str]:
+    """A node that reads ``mlp.up_proj.weight`` stands in ``mlp.up_proj``, and so does one that adds up its results."""
+    weights = {t.name: t.name.rpartition(".")[0] for t in graph.initializer}
+    of_value: dict[str, str] = {}
+    paths = []
+    for node in graph.node:
+        path = next((weights[name] for name in node.input if weights.get(name)), "")
+        if not path and node.op_type in _SUMS:
+            sources = {of_value.get(name, "") for name in node.input}
+            path = sources.pop() if len(sources) == 1 else ""
+        paths.append(path)
+        of_value |= dict.fromkeys(node.output, path)
+    return paths
 
 
 def _to_ort(tensor: Tensor) -> Any:

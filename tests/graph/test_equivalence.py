@@ -1,5 +1,6 @@
 """Equivalence: figures against a slow reference, what must hold, what must be caught, and what must be refused."""
 
+import ast
 import copy
 import math
 import subprocess
@@ -196,10 +197,7 @@ def test_program_equals_its_saved_copy(prepared: Prepared, tmp_path: Path) -> No
     assert len(found.layers) == 9
 
 
-@pytest.mark.parametrize(
-    "trainable",
-    [True, pytest.param(False, marks=pytest.mark.xfail(reason="the segment sum stands between a mask and its matmul"))],
-)
+@pytest.mark.parametrize("trainable", [True, False])
 def test_program_equals_its_hierarchy(prepared: Prepared, trainable: bool) -> None:
     program = _branched(prepared.masked, trainable=trainable)
     found = compare(program, program.hierarchy(), prepared.inputs)
@@ -277,6 +275,25 @@ def test_fault_in_the_onnx_file_is_caught(prepared: Prepared, tmp_path: Path) ->
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     onnx.save(model, tmp_path / "bad.onnx")
     assert compare(prepared.sparse, tmp_path / "bad.onnx", prepared.inputs).first_divergence == _DOWN
+
+
+def test_layers_of_a_file_without_module_names_are_found_by_its_weights(prepared: Prepared, tmp_path: Path) -> None:
+    model = onnx.load(prepared.file)
+    renamed: dict[str, str] = {}
+    for node in model.graph.node:
+        scopes = [e.value for e in node.metadata_props if e.key.endswith("name_scopes")]
+        if node.op_type == "MatMul" and "_proj" in scopes[0]:
+            path = ast.literal_eval(scopes[0])[-2]
+            name = f"{path}.weight" if f"{path}.weight" not in renamed.values() else f"{path}.slorb_weight"
+            node.input[1] = renamed.setdefault(node.input[1], name)
+        del node.metadata_props[:]
+    for tensor in model.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    onnx.save(model, tmp_path / "model.onnx")
+    found = compare(prepared.sparse, tmp_path, prepared.inputs)
+    assert {_Q, _O, _UP, _DOWN} < {layer.name for layer in found.layers}
+    assert found.first_divergence is None
+    assert compare(tmp_path, _branched(prepared.masked, but=_UP), prepared.inputs).first_divergence == _UP
 
 
 def test_a_dense_model_and_its_sparse_program_differ(prepared: Prepared) -> None:
