@@ -57,9 +57,8 @@ def table(report: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
-        lines.append(
-            f"| {row['name']} | {row['perplexity']:.2f} | {row['times_dense']:.2f} | {row['num_sparse']} | {row['seconds']:.0f} |"
-        )
+        figures = f"{row['perplexity']:.2f} | {row['times_dense']:.2f} | {row['num_sparse']} | {row['seconds']:.0f}"
+        lines.append(f"| {row['name']} | {figures} |")
     return "\n".join(lines) + "\n"
 
 
