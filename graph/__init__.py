@@ -1,6 +1,7 @@
 """What a program is: capture, linear sites, custom ops, equivalence, hierarchy."""
 
 from sparsepass.graph.capture import capture
+from sparsepass.graph.equivalence import Comparison, Difference, assert_equivalent, compare, difference
 from sparsepass.graph.errors import (
     CaptureError,
     EquivalenceError,
@@ -8,16 +9,24 @@ from sparsepass.graph.errors import (
     ProgramFormatError,
     SparsepassError,
 )
+from sparsepass.graph.fill import capture_without_weights, fill
 from sparsepass.graph.program import Program
 from sparsepass.graph.sites import Site
 
 __all__ = [
     "CaptureError",
+    "Comparison",
+    "Difference",
     "EquivalenceError",
     "PassError",
     "Program",
     "ProgramFormatError",
     "Site",
     "SparsepassError",
+    "assert_equivalent",
     "capture",
+    "capture_without_weights",
+    "compare",
+    "difference",
+    "fill",
 ]
