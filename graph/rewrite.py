@@ -86,7 +86,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
         assert isinstance(x, fx.Node)
         with graph.inserting_before(node):
             if state.projection is None:
-                projected = _segment_sum(graph, x, node, site.in_features // k, k)
+                projected = _segment_sum(graph, x, node, site, k)
             else:
                 projection_node = graph.get_attr(state.projection)
                 projected = graph.call_function(_aten.linear.default, (x, projection_node))
@@ -117,19 +117,39 @@ def finish(program: Program) -> None:
     program.graph_module.recompile()
 
 
-def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, segments: int, k: int) -> fx.Node:
+def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, site: Site, k: int) -> fx.Node:
+    segments = site.in_features // k
+    # Siblings share it, so it belongs to the module that holds them; unless the layer is no module of its own.
+    in_own_module = _innermost(consumer) == site.name and _innermost(x) != site.name
     for user in x.users:
         if user.target is not _aten.unflatten.int or user.args != (x, -1, [segments, k]):
             continue
         for total in user.users:
             if total.target is _aten.sum.dim_IntList and total.args == (user, [-1]):
-                _move_before(consumer, (user, total))
+                _move_before(_module_start(consumer, x), (user, total))
                 return total
-    split = graph.call_function(_aten.unflatten.int, (x, -1, [segments, k]))
-    total = graph.call_function(_aten.sum.dim_IntList, (split, [-1]))
+    with graph.inserting_before(_module_start(consumer, x)):
+        split = graph.call_function(_aten.unflatten.int, (x, -1, [segments, k]))
+        total = graph.call_function(_aten.sum.dim_IntList, (split, [-1]))
     for node in (split, total):
-        _inherit(node, consumer, levels_up=1)
+        _inherit(node, consumer, levels_up=int(in_own_module))
     return total
+
+
+def _module_start(node: fx.Node, x: fx.Node) -> fx.Node:
+    """The first node of the module call that ``node`` is in, but after ``x``.
+
+    A node of the parent in the midst of a module's nodes would cut the call in two, and the hierarchy with it.
+    """
+    path = _innermost(node)
+    while node.prev is not x and node.prev.op not in ("root", "placeholder") and _innermost(node.prev) == path:
+        node = node.prev
+    return node
+
+
+def _innermost(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def _move_before(consumer: fx.Node, nodes: tuple[fx.Node, ...]) -> None:

@@ -1,0 +1,106 @@
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph.ops import masked_weight
+
+OPERATOR = torch.ops.sparsepass.masked_weight.default
+
+
+class Masked(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 8, generator=generator).to(dtype))
+        self.register_buffer("mask", torch.rand(6, 8, generator=generator) > 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, masked_weight(self.weight, self.mask))
+
+
+def gradients(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    module.zero_grad()
+    y = module(x)
+    y.square().sum().backward()
+    (weight,) = module.parameters()
+    assert weight.grad is not None
+    return y.detach(), weight.grad.clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 8), (3, 4, 8), (4, 2, 3, 3)])
+def test_it_is_a_where_in_every_dtype_and_rank(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight, mask = torch.randn(shape).to(dtype), torch.rand(shape) > 0.5
+    result = masked_weight(weight, mask)
+    assert result.dtype == dtype
+    assert torch.equal(result, torch.where(mask, weight, torch.zeros_like(weight)))
+
+
+def test_what_stands_behind_the_mask_becomes_plus_zero_whatever_it_is() -> None:
+    weight = torch.tensor([-0.0, float("nan"), float("inf"), -float("inf"), -1.0, -0.0])
+    mask = torch.tensor([False, False, False, False, False, True])
+    result = masked_weight(weight, mask)
+    assert torch.equal(result, torch.zeros(6))
+    assert torch.signbit(result).tolist() == [False, False, False, False, False, True]  # what is kept is kept to the bit
+
+
+def test_the_gradient_goes_straight_through_to_masked_entries() -> None:
+    module, x = Masked(), torch.randn(5, 8)
+    y, grad = gradients(module, x)
+    dense = (2 * y).t() @ x
+    assert torch.equal(grad, dense)
+    assert bool((grad[~module.mask] != 0).all())  # type: ignore[index, operator]
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "channels_last"])
+def test_the_operator_passes_opcheck(strides: str) -> None:
+    weight = torch.randn(4, 6, 2, 3)
+    if strides == "transposed":
+        weight = weight.transpose(0, 1)
+    if strides == "channels_last":
+        weight = weight.to(memory_format=torch.channels_last)
+    mask = torch.rand(weight.shape) > 0.5
+    torch.library.opcheck(OPERATOR, (weight.requires_grad_(), mask))
+    torch.library.opcheck(OPERATOR, (weight.detach().bfloat16(), mask))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.ones(2, 4, dtype=torch.uint8)])
+def test_a_mask_that_is_not_bool_is_refused(mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expects a bool mask, got torch\.\w+; convert it with mask\.bool\(\)"):
+        masked_weight(torch.ones(2, 4), mask)
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shaped like the weight \(2, 4\), got \(4,\)"):
+        masked_weight(torch.ones(2, 4), torch.ones(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")),
+    ],
+)
+def test_compiled_equals_eager(backend: str) -> None:
+    module, x = Masked(), torch.randn(5, 8)
+    expected, expected_grad = gradients(module, x)
+    torch._dynamo.reset()
+    found, grad = gradients(torch.compile(module, backend=backend, fullgraph=True), x)  # type: ignore[arg-type]
+    torch._dynamo.reset()
+    assert torch.equal(found, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+def test_it_survives_export_again_and_again() -> None:
+    module, x = Masked(), torch.randn(5, 8)
+    expected, expected_grad = gradients(module, x)
+    once = torch.export.export(module, (x,), strict=False).module()
+    twice = torch.export.export(once, (x,), strict=False)
+    assert OPERATOR in {node.target for node in twice.graph.nodes}
+    assert {"weight", "mask"} <= set(twice.state_dict)
+    found, grad = gradients(twice.module(), x)
+    assert torch.equal(found, expected)
+    assert torch.equal(grad, expected_grad)
