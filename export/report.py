@@ -101,6 +101,11 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
             kind="object",
             meaning="file (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose",
         ),
+        "axes": Field(
+            kind="object",
+            meaning="file -> stored weight -> axis along which the pattern runs, where the file does not tell",
+            optional=True,
+        ),
         "dtype": Field(kind="text", meaning="type of the written weights"),
         "notes": Field(kind="list", meaning="what a reader should know of the files"),
         "details": Field(kind="object", meaning="the target's own record"),

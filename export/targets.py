@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sparsepass.export.load import LoadedModel, parse_dtype
+from sparsepass.export.pattern_safetensors import safetensors_files
 from sparsepass.export.prepare import Calibration, Evaluation, Prepared, Tell, prepare, silent
 from sparsepass.export.report import plain_json, run_record, write_report
 from sparsepass.graph import Program, SparsepassError
@@ -49,6 +51,7 @@ class Lowered:
     Attributes:
         dtype: Type of the written weights.
         expected_sparse: File (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose.
+        axes: File -> stored weight -> axis along which the pattern runs, where the file itself does not tell.
         notes: What a reader should know of the files.
         details: The target's own record as JSON.
         artifact: The target's own record, for its verification.
@@ -56,6 +59,7 @@ class Lowered:
 
     dtype: str
     expected_sparse: Mapping[str, Mapping[str, str]]
+    axes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     artifact: Any = None
@@ -233,6 +237,7 @@ def _write(
                 "files": files,
                 "size_bytes": sum(files.values()),
                 "expected_sparse": lowered.expected_sparse,
+                "axes": lowered.axes,
                 "notes": lowered.notes,
                 "details": lowered.details,
             },
@@ -362,16 +367,36 @@ def _lower_hf(program: Program, folder: Path, options: Lowering) -> Lowered:
     from sparsepass.export.hf import lower_hf
 
     artifact = lower_hf(program, folder, dtype=options.dtype, tokenizer=options.tokenizer, processor=options.processor)
+    stored = _stored_names(program, folder)
     notes = [f"loaded by {artifact.auto_class}.from_pretrained"]
     if artifact.adapter is not None:
         notes.append(f"the SLoRB branches of {artifact.num_branches} layers are the PEFT adapter in {artifact.adapter.name}/")
+    if converted := len(program.sparse) - len(stored):
+        notes.append(
+            f"{converted} sparse weights are stored under other names than the program's, as transformers does (experts one by "
+            "one): they are checked when the folder is written, and `sparsepass verify` does not know of them"
+        )
     return Lowered(
         dtype=artifact.dtype,
-        expected_sparse={"": {name: state.pattern for name, state in program.sparse.items()}},
+        expected_sparse={"": {name: program.sparse[weight].pattern for name, weight in stored.items()}},
+        axes={"": {name: program.sparse[weight].axis for name, weight in stored.items()}},
         notes=tuple(notes),
         details=artifact.to_dict(),
         artifact=artifact,
     )
+
+
+def _stored_names(program: Program, folder: Path) -> dict[str, str]:
+    """Name in the folder's safetensors files -> sparse weight, where it is stored under its own name or one tied to it."""
+    there: set[str] = set()
+    for path in safetensors_files(folder):
+        with safetensors.safe_open(path, framework="pt") as file:
+            there |= set(file.keys())
+    stored = {}
+    for weight in program.sparse:
+        names = (weight, *(alias for alias, name in program.aliases.items() if name == weight))
+        stored |= {name: weight for name in names if name in there}
+    return stored
 
 
 def _verify_hf(program: Program, folder: Path, lowered: Lowered, options: Lowering) -> tuple[Check, ...]:
