@@ -392,7 +392,7 @@ def _stored_names(program: Program, folder: Path) -> dict[str, str]:
     for path in safetensors_files(folder):
         with safetensors.safe_open(path, framework="pt") as file:
             there |= set(file.keys())
-    stored = {}
+    stored: dict[str, str] = {}
     for weight in program.sparse:
         names = (weight, *(alias for alias, name in program.aliases.items() if name == weight))
         stored |= {name: weight for name in names if name in there}
