@@ -387,4 +387,4 @@ def _stamp(model: ir.Model, program: Program) -> None:
 def _save(model: ir.Model, path: Path) -> None:
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     external = f"{path.name}.data" if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_DATA_BYTES else None
-    ir.save(model, path, external_data=external, size_threshold_bytes=1024)
+    ir.save(model, path, external_data=external)

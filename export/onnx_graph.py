@@ -19,9 +19,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 from onnxscript import optimizer
 
-from sparsepass.export.onnx_artifact import OnnxGraph, OnnxValue, Role, Step, StoredWeight, apply_view
+from sparsepass.export.onnx_artifact import Array, OnnxGraph, OnnxValue, Role, Step, StoredWeight, apply_view
 
-_LAYOUT_OPS = {"Identity", "Transpose", "Split", "Squeeze", "Unsqueeze"}
+_LAYOUT_OPS = {"Transpose", "Split", "Squeeze", "Unsqueeze"}
 _CONVS = {"Conv", "ConvTranspose"}
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
@@ -131,13 +131,12 @@ def _settle_layouts(model: ir.Model, names: set[str]) -> dict[str, tuple[str, tu
     views: dict[str, tuple[str, tuple[Step, ...]]] = {}
     for name in sorted(names):
         value = graph.initializers[name]
-        leaves: dict[tuple[Step, ...], list[ir.Value]] = {}
-        for view, leaf in _leaves(value, ()):
-            leaves.setdefault(view, []).append(leaf)
         assert value.shape is not None
         shape = tuple(int(n) for n in value.shape.numpy())
-        probe = np.broadcast_to(np.int8(0), shape)
-        sizes = {view: apply_view(probe, view).shape for view in leaves}
+        leaves: dict[tuple[Step, ...], list[ir.Value]] = {}
+        for view, leaf in _leaves(value, (), np.broadcast_to(np.int8(0), shape)):
+            leaves.setdefault(view, []).append(leaf)
+        sizes = {view: apply_view(np.broadcast_to(np.int8(0), shape), view).shape for view in leaves}
         if set(leaves) <= {()} or sum(map(math.prod, sizes.values())) > math.prod(shape):
             views[name] = (name, ())
             continue
@@ -160,34 +159,30 @@ def _settle_layouts(model: ir.Model, names: set[str]) -> dict[str, tuple[str, tu
     return views
 
 
-def _leaves(value: ir.Value, view: tuple[Step, ...]) -> Iterator[tuple[tuple[Step, ...], ir.Value]]:
-    """Values behind layout operations that something else reads, each with the steps that lead to it."""
+def _leaves(value: ir.Value, view: tuple[Step, ...], probe: Array) -> Iterator[tuple[tuple[Step, ...], ir.Value]]:
+    """Values behind layout operations that something else reads, each with the steps that lead to it.
+
+    The probe has the value's shape: intermediate values of a fresh export do not all carry one.
+    """
     found = False
     for usage in value.uses():
-        steps = _steps(usage.node) if usage.idx == 0 else None
+        steps = _steps(usage.node, probe.shape) if usage.idx == 0 else None
         if steps is None:
             found = True
             continue
         for step, output in zip(steps, usage.node.outputs, strict=True):
-            yield from _leaves(output, view if step is None else (*view, step))
+            yield from _leaves(output, (*view, step), apply_view(probe, (step,)))
     if found or value.is_graph_output():
         yield view, value
 
 
-def _steps(node: ir.Node) -> list[Step | None] | None:
+def _steps(node: ir.Node, shape: tuple[int, ...]) -> list[Step] | None:
     """What a layout operation does, one step for each output; None if it is none, or not a constant one."""
     if node.op_type not in _LAYOUT_OPS or node.domain not in ("", "ai.onnx"):
         return None
-    (source, *rest) = node.inputs
-    assert source is not None
-    if node.op_type == "Identity":
-        return [None]
-    if source.shape is None or not source.shape.is_static():
-        return None
-    rank = len(source.shape)
+    rank, rest = len(shape), node.inputs[1:]
     if node.op_type == "Transpose":
-        permutation = node.attributes.get_ints("perm", list(reversed(range(rank))))
-        return [("transpose", tuple(permutation))]
+        return [("transpose", tuple(node.attributes.get_ints("perm", list(reversed(range(rank))))))]
     numbers = None
     if rest and rest[0] is not None:
         tensor = ir.convenience.get_const_tensor(rest[0])
@@ -196,9 +191,9 @@ def _steps(node: ir.Node) -> list[Step | None] | None:
         numbers = [int(n) for n in tensor.numpy().ravel()]
     if node.op_type == "Split":
         axis = node.attributes.get_int("axis", 0) % rank
-        length = int(source.shape[axis])  # type: ignore[arg-type]
-        count = len(node.outputs)
-        sizes = numbers or [-(-length // count)] * (count - 1) + [length - -(-length // count) * (count - 1)]
+        length, count = shape[axis], len(node.outputs)
+        part = -(-length // count)
+        sizes = numbers or [part] * (count - 1) + [length - part * (count - 1)]
         stops = np.cumsum(sizes).tolist()
         return [("split", (axis, n, stop - size, stop)) for n, (size, stop) in enumerate(zip(sizes, stops, strict=True))]
     if numbers is None:

@@ -1,9 +1,9 @@
 """Running exported graphs in onnxruntime: sessions, greedy generation, and the verification of what was written."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ Session = Any  # onnxruntime.InferenceSession; the package has no types
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest allowed difference of an output, relative to the largest entry of the program's."""
 
+# A float32 difference above the tolerance is rounding if the file is at most this many times further from the float64
+# result than the program is, and nowhere further than the second number. Above the third, float64 takes too much memory.
+_ROUNDING_FACTOR, _LARGEST_ROUNDING, _LARGEST_IN_FLOAT64 = 4.0, 1e-2, 2_000_000_000
 _NO_BFLOAT16 = "onnxruntime's CPU provider has no bfloat16 kernels for MatMul; run the file on a GPU to compare outputs"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NUMPY = {
@@ -127,7 +130,8 @@ def verify_onnx(
     - *pattern*: every sparse weight is N:M in the file, along the axis that its operation reduces.
     - *weights*: every initializer is bitwise the program's weight (masks folded, dtype converted, laid out anew).
     - *outputs*: what onnxruntime computes equals what the program computes on its example inputs: for graphs with a cache
-      the prefill, one decoded token, several tokens at once, a batch of one, and left-padded prompts.
+      the prefill, one decoded token, several tokens at once, a batch of one, and left-padded prompts. A larger difference
+      in float32 is accepted as rounding only if the file is about as near to a float64 run as the program itself.
 
     Args:
         program: The program that was exported.
@@ -204,14 +208,39 @@ def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> d
 def _compare_outputs(program: Program, place: Path, artifact: OnnxArtifact, limit: float) -> dict[str, Any]:
     found: dict[str, Any] = {"tolerance": limit, "not_run": None, "cases": []}
     cases = {"forward": _plain_cases, "decoder-with-past": _decoder_cases, "encoder-decoder-with-past": _two_sided_cases}
+    kind = cases[artifact.kind]
     try:
         with torch.no_grad():
-            for name, expected, got in cases[artifact.kind](program, place):
-                found["cases"].append({"case": name, **_difference(expected, got, limit)})
+            mine = list(kind(program, place, _ProgramForward(program)))
+            found["cases"] = [{"case": name, **_difference(expected, got, limit)} for name, expected, got in mine]
+            if artifact.dtype == "float32" and not all(case["holds"] for case in found["cases"]):
+                _weigh_by_rounding(mine, list(_exact_cases(program, place, kind)), found["cases"])
     except SparsepassError as error:
         found["not_run"] = _NO_BFLOAT16 if artifact.dtype == "bfloat16" else str(error)
         found["cases"] = []
     return found
+
+
+def _exact_cases(program: Program, place: Path, kind: "Callable[[Program, Path, Forward], Cases]") -> "Cases":
+    """The same cases with outputs computed in float64; none where that cannot be done."""
+    num_weights = sum(tensor.numel() for tensor in program.tensors().values())
+    if program.origin.model_class is None or num_weights > _LARGEST_IN_FLOAT64:
+        return
+    yield from kind(program, place, _ExactForward(program))
+
+
+def _weigh_by_rounding(mine: "list[Case]", exact: "list[Case]", judged: list[dict[str, Any]]) -> None:
+    """Accept a difference that is float32 rounding: the file is about as near to the float64 result as the program is.
+
+    Some models amplify rounding a thousandfold on some inputs, so that no fixed tolerance tells it from a mistake.
+    """
+    for verdict, (_, expected, got), (_, truth, _) in zip(judged, mine, exact, strict=bool(exact)):
+        if verdict["holds"] or "max_relative" not in verdict:
+            continue
+        own = _difference(truth, expected.detach().cpu().numpy(), 0.0)["max_relative"]
+        theirs = _difference(truth, got, 0.0)["max_relative"]
+        verdict["against_float64"] = {"program": own, "file": theirs}
+        verdict["holds"] = bool(theirs <= _ROUNDING_FACTOR * own and theirs <= _LARGEST_ROUNDING)
 
 
 def _difference(expected: Tensor, got: Array, limit: float) -> dict[str, Any]:
@@ -230,10 +259,62 @@ def _difference(expected: Tensor, got: Array, limit: float) -> dict[str, Any]:
     }
 
 
-Cases = Iterator[tuple[str, Tensor, Array]]
+Case = tuple[str, Tensor, Array]
+Cases = Iterator[Case]
 
 
-def _plain_cases(program: Program, place: Path) -> Cases:
+class Forward(Protocol):
+    """What computes the expected outputs."""
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """All outputs of the program, in its order."""
+
+    def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
+        """Logits of (decoder) tokens; no token is padding."""
+
+
+@final
+class _ProgramForward:
+    """The program itself."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return list(self.program.graph_module(*inputs.values()))
+
+    def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
+        program = self.program
+        main = "decoder_input_ids" if "decoder_input_ids" in program.input_names else "input_ids"
+        given = {main: ids.to(program.device), **{n: t.to(program.device) for n, t in others.items()}}
+        if "position_ids" in program.input_names:
+            given["position_ids"] = torch.arange(ids.shape[1], device=program.device)[None].repeat(ids.shape[0], 1)
+        if "attention_mask" in program.input_names and main == "input_ids":
+            given["attention_mask"] = torch.ones_like(given[main])
+        flat = program.graph_module(*program.flat_inputs(**given).values())
+        logits = flat[program.output_names.index("logits")]
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+@final
+class _ExactForward:
+    """The program's model in float64."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.model = program, program.to_model().cpu().double()
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        found = self.model(**{n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()})
+        return [found[name] for name in self.program.output_names]
+
+    def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
+        main = "decoder_input_ids" if "decoder_input_ids" in self.program.input_names else "input_ids"
+        given = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
+        return self.model(**{main: ids}, **given).logits  # type: ignore[no-any-return]
+
+
+def _plain_cases(program: Program, place: Path, forward: Forward) -> Cases:
     session = open_session(place / MODEL_FILE)
     example = {name: program.example_inputs[name] for name in program.input_names}
     variants = {"example inputs": example}
@@ -243,18 +324,18 @@ def _plain_cases(program: Program, place: Path) -> Cases:
     if tokens:
         variants["shorter"] = {n: t[:, :-1] if n in tokens else t for n, t in example.items()}
     for variant, inputs in variants.items():
-        expected = program.graph_module(*inputs.values())
+        expected = forward.outputs(inputs)
         outputs = _run(session, {name: _numpy(tensor) for name, tensor in inputs.items()})
         for (name, got), reference in zip(outputs.items(), expected, strict=True):
             yield f"{variant}: {name}", reference, got
 
 
-def _decoder_cases(program: Program, place: Path) -> Cases:
+def _decoder_cases(program: Program, place: Path, forward: Forward) -> Cases:
     session = open_session(place / MODEL_FILE)
     ids = _long_enough(program.example_inputs["input_ids"].cpu())
     ids = ids if ids.shape[0] > 1 else ids.repeat(2, 1)
     length = ids.shape[1]
-    full = _logits(program, ids)
+    full = forward.logits(ids)
 
     def run(*chunks: Tensor, mask: Tensor | None = None) -> Array:
         runner = _Runner(session)
@@ -276,17 +357,17 @@ def _decoder_cases(program: Program, place: Path) -> Cases:
         mask = torch.ones(2, length, dtype=torch.long)
         mask[0, :2] = 0
         step = ids[:2, -1:]
-        alone = _logits(program, torch.cat([short, step[:1]], 1).repeat(2, 1))[:1]
+        alone = forward.logits(torch.cat([short, step[:1]], 1).repeat(2, 1))[:1]
         yield "left padding, prefill", alone[:, :-1], run(padded, mask=mask[:, :-1])[:1, 2:]
         yield "left padding, decode", alone[:, -1:], run(padded, step, mask=mask)[:1]
 
 
-def _two_sided_cases(program: Program, place: Path) -> Cases:
+def _two_sided_cases(program: Program, place: Path, forward: Forward) -> Cases:
     encoder, decoder = open_session(place / ENCODER_FILE), open_session(place / DECODER_FILE)
     inputs = {name: tensor.cpu() for name, tensor in program.example_inputs.items()}
     ids = _long_enough(inputs.pop("decoder_input_ids"))
     given = {name: tensor for name, tensor in inputs.items() if not name.startswith("decoder_")}
-    full = _logits(program, ids, **given)
+    full = forward.logits(ids, **given)
 
     def run(*chunks: Tensor) -> Array:
         rows = chunks[0].shape[0]
@@ -305,20 +386,6 @@ def _two_sided_cases(program: Program, place: Path) -> Cases:
 
 def _long_enough(ids: Tensor) -> Tensor:
     return ids if ids.shape[1] >= 6 else ids.repeat(1, -(-6 // ids.shape[1]))
-
-
-def _logits(program: Program, ids: Tensor, **others: Tensor) -> Tensor:
-    """The program's logits; other inputs than the given are left out or filled as the program does it."""
-    main = "decoder_input_ids" if "decoder_input_ids" in program.input_names else "input_ids"
-    given = {main: ids.to(program.device), **{n: t.to(program.device) for n, t in others.items()}}
-    if "position_ids" in program.input_names:
-        given["position_ids"] = torch.arange(ids.shape[1], device=program.device)[None].repeat(ids.shape[0], 1)
-    if "attention_mask" in program.input_names and main == "input_ids":
-        given["attention_mask"] = torch.ones_like(given[main])
-    flat = program.graph_module(*program.flat_inputs(**given).values())
-    logits = flat[program.output_names.index("logits")]
-    assert isinstance(logits, Tensor)
-    return logits
 
 
 @final
