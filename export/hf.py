@@ -89,6 +89,9 @@ class HfArtifact:
         dtype: Type of the weights, such as ``bfloat16``.
         num_sparse: Weights that are N:M.
         num_branches: Layers with a branch in the adapter.
+        expected_sparse: Name of each sparse tensor in the files -> its pattern. transformers may store a weight under
+            other names than the program's (MoE experts one by one).
+        axes: Name of each sparse tensor in the files -> the axis along which the pattern runs there.
         files: Path of each file, relative to the folder -> its size in bytes.
     """
 
@@ -99,6 +102,8 @@ class HfArtifact:
     dtype: str
     num_sparse: int
     num_branches: int
+    expected_sparse: Mapping[str, str]
+    axes: Mapping[str, int]
     files: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,6 +175,7 @@ def lower_hf(
     if branched:
         adapter = folder / ADAPTER_FOLDER
         _write_adapter(program, model, adapter, base_name=base_name, task=_PEFT_TASKS.get(loads_with))
+    stored = _stored(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
     (folder / "README.md").write_text(_card(program, loads_with, kept_in), encoding="utf-8")
     return HfArtifact(
@@ -180,6 +186,8 @@ def lower_hf(
         dtype=kept_in,
         num_sparse=len(program.sparse),
         num_branches=len(branched),
+        expected_sparse=stored.expected_sparse,
+        axes=stored.axes,
         files={str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
     )
 
@@ -396,9 +404,25 @@ def _load(folder: Path) -> Any:
     return getattr(transformers, name).from_pretrained(folder).eval()
 
 
-def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Where the sparse weights are in the files.
+
+    Attributes:
+        expected_sparse: Name in the files -> pattern.
+        axes: Name in the files -> axis of the pattern.
+        fused_with_dense: Tensors that hold a sparse weight and a dense one: as a whole they are not sparse. Loaded, the
+            sparse weight is by itself, and checked.
+    """
+
+    expected_sparse: Mapping[str, str]
+    axes: Mapping[str, int]
+    fused_with_dense: tuple[str, ...]
+
+
+def _stored(program: Program, model: Any, folder: Path) -> _Stored:
     sizes = _stored_sizes(folder)
-    expected: dict[str, str] = {}
+    patterns: dict[str, str] = {}
     axes: dict[str, int] = {}
     covered: Counter[str] = Counter()
     for weight, state in program.sparse.items():
@@ -407,18 +431,24 @@ def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
             axes[name] = axis
             covered[name] += size
         # A weight that is nowhere is reported as missing under its own name.
-        expected |= dict.fromkeys(found or (weight,), state.pattern)
-    # Fused on disk with a weight that is dense, it is no longer a sparse tensor there; loaded, it is one, and checked.
+        patterns |= dict.fromkeys(found or (weight,), state.pattern)
     partly = sorted(name for name, size in covered.items() if size < sizes[name])
-    for name in partly:
-        del expected[name]
-    report = check_pattern(folder, expected_sparse=expected, axes=axes)
+    return _Stored(
+        expected_sparse={name: pattern for name, pattern in patterns.items() if name not in partly},
+        axes={name: axis for name, axis in axes.items() if name not in partly},
+        fused_with_dense=tuple(partly),
+    )
+
+
+def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
+    stored = _stored(program, model, folder)
+    report = check_pattern(folder, expected_sparse=stored.expected_sparse, axes=stored.axes)
     return {
         "conforms": report.conforms,
         "summary": report.summary(),
         "num_checked": sum(entry.required for entry in report.entries),
         "num_negative_zeros": report.num_negative_zeros,
-        "fused_with_dense": partly,
+        "fused_with_dense": list(stored.fused_with_dense),
         "failures": [entry.to_dict() for entry in report.failures],
     }
 

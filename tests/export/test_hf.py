@@ -92,11 +92,13 @@ def test_with_slorb_transformers_and_peft_give_the_programs_outputs(name: str, t
 
 def test_experts_are_written_one_by_one_and_each_is_checked(tmp_path: Path) -> None:
     program = sparse("qwen3_moe")
-    lower_hf(program, tmp_path)
+    artifact = lower_hf(program, tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
     experts = [name for name in stored if ".experts." in name]
     assert len(experts) == 2 * 4 * 3
     assert all(is_nm(stored[name], TWO_FOUR) for name in experts)
+    assert {name for name in artifact.expected_sparse if ".experts." in name} == set(experts)
+    assert {artifact.axes[name] for name in experts} == {1}
     verdict = verify_hf(program, tmp_path)
     assert verdict["pattern"]["num_checked"] == 2 * 4 + len(experts)
 
@@ -123,6 +125,12 @@ def test_the_axis_of_a_converted_weight_is_found_where_it_is_on_disk(tmp_path: P
     assert hf._on_disk(program, f"{q}.weight", model, sizes) == {f"{q}.weight": (1, 32 * 32)}
     assert hf._on_disk(program, f"{k}.weight", model, sizes) == {fused: (1, 16 * 32)}
     assert hf._on_disk(program, f"{k}.weight", model, {}) == {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "_stored_sizes", lambda _: sizes)
+        program.sparse = {name: program.sparse[name] for name in (f"{k}.weight", f"{q}.weight")}
+        stored = hf._stored(program, model, tmp_path)
+    assert stored.fused_with_dense == (fused,)  # v_proj is dense here
+    assert stored.expected_sparse == {f"{q}.weight": "2:4"}
 
 
 def test_conv1d_of_gpt2_is_sparse_along_its_own_axis_and_the_adapter_says_so(tmp_path: Path) -> None:
