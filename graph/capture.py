@@ -2,16 +2,18 @@
 
 import contextlib
 import copy
-import importlib.util
 import inspect
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from sparsepass.graph import structure
 from sparsepass.graph.errors import CaptureError
@@ -56,7 +58,8 @@ def capture(
     """
     _check_model(model)
     named = _named_inputs(model, example_inputs)
-    axes = {name: tuple(found) for name, found in (dynamic_axes or _default_axes(named)).items()}
+    asked = dynamic_axes if dynamic_axes is not None else _default_axes(named)
+    axes = {name: tuple(found) for name, found in asked.items()}
     if unknown := sorted(set(axes) - set(named)):
         raise CaptureError(f"dynamic_axes names {unknown}, but the inputs are {sorted(named)}")
     exported = _export(model, named, axes)
@@ -104,7 +107,7 @@ def program_from_graph_module(graph_module: fx.GraphModule, example_inputs: Mapp
 
 def _symbolic_axes(placeholder: fx.Node) -> tuple[int, ...]:
     shape = getattr(placeholder.meta.get("val"), "shape", ())
-    return tuple(axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt))
+    return tuple(axis for axis, size in enumerate(shape) if free_symbols(size))  # a SymInt may have been found to be fixed
 
 
 def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
@@ -255,12 +258,13 @@ def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tu
 def _export_pretrained(
     model: nn.Module, named: Mapping[str, Tensor], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter  # type: ignore[attr-defined]
 
+    exporter: Any = DynamoExporter()  # type: ignore[no-untyped-call]
     config = DynamoConfig(dynamic=True, dynamic_shapes=dict(shapes))
-    with _quiet_transformers(), _without_cache(model):
-        exported, _ = DynamoExporter().export_program(model, copy.copy(dict(named)), config)  # type: ignore[arg-type]
-    return exported
+    with _quiet_transformers(), _without_cache(model), _without_leftovers(model):
+        exported, _ = exporter.export_program(model, copy.copy(dict(named)), config)
+    return exported  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -275,6 +279,17 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config, value in old:
             config.use_cache = value
+
+
+@contextlib.contextmanager
+def _without_leftovers(model: nn.Module) -> Iterator[None]:
+    """The exporter of transformers 5.23 patches ``model.forward`` and puts a bound method back, where there was none."""
+    plain = [module for module in model.modules() if "forward" not in vars(module)]
+    try:
+        yield
+    finally:
+        for module in plain:
+            vars(module).pop("forward", None)
 
 
 @contextlib.contextmanager
@@ -301,11 +316,15 @@ def _to_program(
         module = exported.module(check_guards=False)
     aliases = _aliases(model)
     flat = fx.GraphModule(module, _flat_graph(module.graph, aliases, module))
-    pytree_info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    outputs = structure.describe(module.graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined]
+    (leaves,) = flat.graph.output_node().args
+    outputs = structure.without(outputs, _leaves_without_tensor(leaves))  # type: ignore[arg-type]
+    flat.graph.output_node().args = (tuple(leaf for leaf in leaves if leaf is not None),)  # type: ignore[union-attr]
+    flat.recompile()
     placeholders = [node for node in flat.graph.nodes if node.op == "placeholder"]
     program = Program(
         flat,
-        output_structure=structure.describe(pytree_info.out_spec),
+        output_structure=outputs,
         example_inputs={name: t.detach().clone() for name, t in named.items()},
         dynamic_axes={str(node.target): _symbolic_axes(node) for node in placeholders},
         aliases=aliases,
@@ -318,6 +337,18 @@ def _to_program(
         for name, tensor in program.tensors().items():
             program.set_tensor(name, tensor.detach().clone())
     return program
+
+
+def _leaves_without_tensor(leaves: Sequence[Any]) -> list[bool]:
+    """Which outputs are None; numbers among them are refused."""
+    for leaf in leaves:
+        value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+        if value is not None and not isinstance(value, Tensor):
+            raise CaptureError(
+                f"the model returns a {type(value).__name__} among its outputs, and a program returns tensors; wrap the model "
+                "so that it leaves that out, or returns it as a tensor"
+            )
+    return [leaf is None for leaf in leaves]
 
 
 def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphModule) -> fx.Graph:
@@ -356,7 +387,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _origin(model: nn.Module) -> Origin:
+def _origin(model: Any) -> Origin:
     import transformers
 
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
@@ -372,8 +403,8 @@ def _origin(model: nn.Module) -> Origin:
     generation = getattr(model, "generation_config", None)
     return Origin(
         model_class=f"transformers.{kind.__name__}" if known else None,
-        config=model.config.to_dict(),
-        generation_config=generation.to_dict() if generation is not None else None,
+        config=json.loads(model.config.to_json_string(use_diff=False)),  # to_dict() has keys that JSON turns into others
+        generation_config=json.loads(generation.to_json_string(use_diff=False)) if generation is not None else None,
         output_heads=tuple(heads),
         signature=signature,
         versions=versions,
@@ -398,10 +429,11 @@ def _by_signature(model: nn.Module, shapes: Mapping[str, Any]) -> Any:
 def _where(error: BaseException) -> str:
     """The last line of the model's own source on the way to an error."""
     place = ""
-    packages = ("torch", "transformers.exporters", "sparsepass.graph", "contextlib")
-    specs = [spec for name in packages if (spec := importlib.util.find_spec(name)) and spec.origin]
-    homes = [os.path.dirname(s.origin) + os.sep if s.submodule_search_locations else str(s.origin) for s in specs]
-    machinery = tuple({os.path.realpath(home) + os.sep * home.endswith(os.sep) for home in homes} | set(homes))
+    import transformers
+
+    here, library = Path(__file__).parent, Path(transformers.__file__).parent
+    folders = (Path(torch.__file__).parent, library / "exporters", here, here.resolve())
+    machinery = (contextlib.__file__, *(f"{folder}{os.sep}" for folder in folders))
     traceback = error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename

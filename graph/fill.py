@@ -38,7 +38,7 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
         raise CaptureError(f"{source} has no configuration that transformers can read ({error}); check the path") from error
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CaptureError(
             f"the configuration in {source} names the architecture {names or 'none'}, which this transformers does not "
             "have; load the model yourself and capture it"
@@ -128,8 +128,13 @@ def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     if (source / _INDEX).is_file():
-        index = json.loads((source / _INDEX).read_text(encoding="utf-8"))
-        return [source / name for name in sorted(set(index["weight_map"].values()))]
+        try:
+            names = set(json.loads((source / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            return [source / name for name in sorted(names)]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SparsepassError(
+                f"{source / _INDEX} is truncated or damaged ({error!r}); copy or download it again"
+            ) from error
     if (source / _SINGLE).is_file():
         return [source / _SINGLE]
     raise SparsepassError(f"{source} holds no {_SINGLE} and no {_INDEX}; give a safetensors checkpoint")

@@ -1,5 +1,6 @@
 """Program: a captured model as a flat graph, with everything that is known about it."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -248,7 +249,7 @@ class Program(nn.Module):
                     f"a program keeps the dtype it was captured with ({dtype}, {name}): its graph holds it in its casts; "
                     f"convert the model to {became} and capture it again, or use program.to_model().to({became})"
                 )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.example_inputs = {name: fn(t) if not t.is_meta else t for name, t in self.example_inputs.items()}
         devices = {old: self.tensors()[name].device for name, (_, old) in before.items()}
         for old, new in devices.items():
@@ -332,23 +333,30 @@ class Program(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_state, self._state()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
+        """Copies the graph itself, so that a program whose operators cannot be saved can still be copied."""
+        tensors = {name: copy.deepcopy(t.detach(), memo) for name, t in self._saved_tensors().items()}
+        return _from_state(copy.deepcopy(self._document()), tensors, copy.deepcopy(self.graph_module.graph, {}))
+
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The whole program as JSON and tensors; the JSON says which tensors are parameters."""
-        tensors = self.tensors()
-        parameters = {name: p.requires_grad for name, p in self.graph_module.named_parameters()}
-        document = {
+        return {**self._document(), "graph": graph_to_json(self.graph_module.graph)}, self._saved_tensors()
+
+    def _document(self) -> dict[str, Any]:
+        return {
             "format_version": FORMAT_VERSION,
-            "graph": graph_to_json(self.graph_module.graph),
             "output_structure": self.output_structure,
             "dynamic_axes": {name: list(axes) for name, axes in self.dynamic_axes.items()},
             "aliases": self.aliases,
-            "parameters": parameters,
+            "parameters": {name: p.requires_grad for name, p in self.graph_module.named_parameters()},
             "origin": to_json(self.origin),
             "sparse": to_json(self.sparse),
             "history": to_json(self.history),
             "training": self.training,
         }
-        return document, tensors | {f"{_EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
+
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        return self.tensors() | {f"{_EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
 
 
 def retarget_device(graph_module: fx.GraphModule, old: torch.device, new: torch.device) -> None:
@@ -363,7 +371,7 @@ def retarget_device(graph_module: fx.GraphModule, old: torch.device, new: torch.
     graph_module.recompile()
 
 
-def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program:
+def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], graph: fx.Graph | None = None) -> Program:
     structure.check(document["output_structure"])
     for name in tensors:
         check_tensor_name(name)
@@ -392,7 +400,7 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
             continue
         requires_grad = document["parameters"].get(name)
         program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
-    graph = graph_from_json(document["graph"])
+    graph = graph if graph is not None else graph_from_json(document["graph"])
     for node in graph.nodes:
         if node.op == "get_attr":
             program.tensor(str(node.target))  # a KeyError here means that the tensor file is another program's

@@ -6,7 +6,7 @@ Tensor shape legend: O out features, I in features (of one matmul, along which N
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_
 
 _aten = torch.ops.aten
 _MASKED = torch.ops.sparsepass.masked_weight.default
-_TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
+_TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default, _aten.mT.default}
 _MATMULS = {_aten.mm.default, _aten.matmul.default, _aten.bmm.default}
 _CONVS = {
     _aten.conv1d.default: "conv1d",
@@ -189,14 +189,31 @@ def _unsupported(node: fx.Node) -> list[_Use]:
     """The matrices that an operation multiplies by in a way that is not a site: listed, so that none is skipped in silence."""
     if node.op != "call_function" or _op_name(node) not in _UNSUPPORTED_NAMES:
         return []
-    weights = [
-        source
-        for source in dict.fromkeys(map(_stored, node.all_input_nodes))
-        if source.op == "get_attr" and _tensor(node.graph.owning_module, str(source.target)).dim() > 1  # type: ignore[arg-type]
-    ]
-    return [
-        _Use(node=node, weight=str(source.target), layout="computed", activation=node.all_input_nodes[0]) for source in weights
-    ]
+    found = []
+    for source in dict.fromkeys(map(_stored, node.all_input_nodes)):
+        stored = source.op == "get_attr"
+        if stored and _tensor(node.graph.owning_module, str(source.target)).dim() < 2:  # type: ignore[arg-type]
+            continue  # a bias
+        if stored or _comes_from_weights(source):
+            weight = str(source.target) if stored else None
+            found.append(_Use(node=node, weight=weight, layout="computed", activation=node.all_input_nodes[0]))
+    return found
+
+
+def _comes_from_weights(node: fx.Node) -> bool:
+    """Whether a value is computed from parameters alone, whatever the inputs."""
+    stack, seen, parameters = [node], {node}, 0
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return False
+        if current.op == "get_attr":
+            tensor = _tensor(node.graph.owning_module, str(current.target))  # type: ignore[arg-type]
+            parameters += isinstance(tensor, torch.nn.Parameter)
+        new = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return parameters > 0
 
 
 def _stored(node: fx.Node) -> fx.Node:
@@ -226,7 +243,7 @@ def _weight_use(
             transposed = not transposed
         source = source.args[0]  # type: ignore[assignment]
     if source.op != "get_attr":
-        if not computed_counts or layout == "embedding":
+        if layout == "embedding" or not (computed_counts or _comes_from_weights(source)):
             return None  # a product of two activations, as in attention
         return _Use(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
     swap = {
@@ -250,7 +267,7 @@ def _weight_use(
 
 
 def _swaps_last_two(node: fx.Node) -> bool:
-    if node.target in (_aten.t.default, _aten.numpy_T.default):
+    if node.target in (_aten.t.default, _aten.numpy_T.default, _aten.mT.default):
         return True
     if node.target is _aten.transpose.int:
         return {node.args[1], node.args[2]} in ({-1, -2}, {0, 1}, {1, 2}) and not (
@@ -379,14 +396,14 @@ def _splits(node: fx.Node, width: int) -> tuple[int, ...]:
                     return tuple(end - start for start, end in sorted(slices))
             for user in users:
                 name = _op_name(user)
-                if name == "chunk" and _axis_is_last(user, 2):
-                    parts = int(user.args[1])  # type: ignore[call-overload]
-                    return (width // parts,) * parts if width % parts == 0 else ()
-                if name == "split_with_sizes" and _axis_is_last(user, 2):
-                    return tuple(int(size) for size in user.args[1])  # type: ignore[union-attr]
-                if name == "split" and _axis_is_last(user, 2) and isinstance(user.args[1], int):
-                    size = int(user.args[1])
-                    return tuple(min(size, width - start) for start in range(0, width, size))
+                if name not in ("chunk", "split", "split_with_sizes") or not _axis_is_last(user, 2):
+                    continue
+                asked: Any = user.args[1]
+                if name == "chunk":
+                    return (width // asked,) * asked if width % asked == 0 else ()
+                if isinstance(asked, int):
+                    return tuple(min(asked, width - start) for start in range(0, width, asked))
+                return tuple(int(size) for size in asked)
         frontier = [u for c in frontier for u in c.users if _op_name(u) in ("view", "reshape", "_unsafe_view", "to")]
     return ()
 

@@ -60,6 +60,15 @@ def check(structure: JSON) -> None:
         check(item)
 
 
+def without(structure: JSON, dropped: list[bool]) -> JSON:
+    """Turn the tensors that are ``dropped`` into None. Consumes ``dropped`` from the front."""
+    if structure is None:
+        return None
+    if structure == "tensor":
+        return None if dropped.pop(0) else structure
+    return {**structure, "items": [without(item, dropped) for item in structure["items"]]}
+
+
 def names(structure: JSON, prefix: str = "") -> list[str]:
     """Flat names of the tensors of an output, such as ``logits`` or ``hidden_states.0``."""
     if structure is None:

@@ -190,7 +190,7 @@ def test_an_unflatten_of_the_models_own_is_not_taken_for_a_segment_sum() -> None
             self.linear = nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(self.linear(x)) + x.unflatten(-1, (2, 4)).amax(-1)
+            return torch.tanh(self.linear(x)) + torch.unflatten(x, -1, (2, 4)).amax(-1)
 
     program = capture(Own().eval(), torch.randn(3, 8))
     (site,) = program.sites()
@@ -199,7 +199,8 @@ def test_an_unflatten_of_the_models_own_is_not_taken_for_a_segment_sum() -> None
     attach_branch(program, site, branch_of(site), 4)
     finish(program)
     linear = nn.functional.linear(x, program.tensor("linear.weight"), program.tensor("linear.bias"))
-    expected = torch.tanh(linear + x.unflatten(-1, (2, 4)).sum(-1) @ branch_of(site).t()) + x.unflatten(-1, (2, 4)).amax(-1)
+    x_BRK = torch.unflatten(x, -1, (2, 4))
+    expected = torch.tanh(linear + x_BRK.sum(-1) @ branch_of(site).t()) + x_BRK.amax(-1)
     torch.testing.assert_close(program(x), expected)
 
 
@@ -280,7 +281,7 @@ def test_a_weight_that_is_used_twice() -> None:
     x = torch.relu(nn.functional.conv2d(x, t["depthwise.weight"], t["depthwise.bias"], padding=1, groups=16)).mean((2, 3))
     for _ in range(2):
         y = nn.functional.linear(x, t["mix.weight"] * mask_of(site), t["mix.bias"])
-        x = torch.relu(y + x.unflatten(-1, (4, 4)).sum(-1) @ branch_of(site).t())
+        x = torch.relu(y + torch.unflatten(x, -1, (4, 4)).sum(-1) @ branch_of(site).t())
     torch.testing.assert_close(program(images), nn.functional.linear(x, t["head.weight"], t["head.bias"]))
     expected = program(images)
     fold_mask(program, site.weight)
