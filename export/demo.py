@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="another causal language model: a folder or a .gguf file")
     parser.add_argument("--num-sequences", type=int, default=32, help="calibration sequences (default: 32)")
     parser.add_argument("--context", type=int, default=512, help="tokens in each (default: 512)")
-    parser.add_argument("--eval-tokens", type=int, default=8192, help="tokens of the evaluation text (default: 8192)")
+    parser.add_argument("--eval-tokens", type=int, default=4096, help="tokens of the evaluation text (default: 4096)")
     given = parser.parse_args(arguments)
     support.quiet_bars()  # before the imports below: tqdm asks once
     from sparsepass.export.report import find_report

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsepass.export.onnx_artifact import Role
 from sparsepass.graph.errors import SparsepassError
 
 Axes = tuple[str | None, ...]
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = "model."
 _EXAMPLE_PAST, _EXAMPLE_STEP = 5, 3  # differ from each other, from the batch and from 0 and 1, which export bakes in
 
@@ -75,11 +77,11 @@ def to_ir(piece: Piece, opset: int) -> ir.Model:
     }
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False)
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), _one_trace():
             model, _ = OnnxExporter().export_program(piece.module, dict(piece.inputs), config)  # type: ignore[arg-type]
     except Exception as error:  # torch.export and torch.onnx raise anything
         raise SparsepassError(
-            f"the {piece.role} graph cannot be lowered to ONNX: {type(error).__name__}: {_first_line(error)}. Try another "
+            f"the {piece.role} graph cannot be lowered to ONNX: {_reason(error)}. Try another "
             "--opset, or --task with a plain forward graph (with_past=False); the hf target needs no lowering"
         ) from error
     graph = model.graph
@@ -346,6 +348,71 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+@contextlib.contextmanager
+def _one_trace() -> Iterator[None]:
+    """Spare torch.onnx the second trace of the whole graph, which takes as long as the first, where nothing needs it.
+
+    It decomposes operations that have no ONNX translation. After `_make_translatable`, most graphs have none such, and
+    then a trace gives the same graph again. If torch moves this function, exports are slower and otherwise the same.
+    """
+    from torch.onnx._internal.exporter import _fx_passes
+
+    original = getattr(_fx_passes, "decompose_with_registry", None)
+    if original is None:
+        yield
+        return
+
+    def decompose(exported: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        _make_translatable(exported.graph_module)
+        calls = [node for node in exported.graph.nodes if node.op == "call_function"]
+        if all("val" in node.meta and registry.is_registered(node.target) and not _is_mutable(node.target) for node in calls):
+            return exported
+        return original(exported, registry)  # type: ignore[no-any-return]
+
+    _fx_passes.decompose_with_registry = decompose
+    try:
+        yield
+    finally:
+        _fx_passes.decompose_with_registry = original
+
+
+def _make_translatable(graph_module: fx.GraphModule) -> None:
+    """Write casts and boolean conjunctions as the operations that torch.onnx translates, and drop aliases."""
+    aten = torch.ops.aten
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source, result = node.args[0].meta.get("val"), node.meta.get("val")
+        if node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif not isinstance(result, Tensor) or not isinstance(source, Tensor):
+            continue
+        elif node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other):
+            if source.dtype == result.dtype:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            else:
+                node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": result.dtype}
+        elif node.target is aten.__and__.Tensor and result.dtype == torch.bool:
+            node.target = aten.logical_and.default
+    graph_module.recompile()
+
+
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line: torch.onnx wraps the failing operation in pages of advice."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    told = next((each for each in chain if str(each).startswith("Error when translating")), error)
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()] or ["no message"]
+    root = chain[-1] if told is not chain[-1] and type(chain[-1]) is not type(told) else None
+    because = (
+        f" ({type(root).__name__}: {str(root).strip().splitlines()[0][:200]})" if root is not None and str(root).strip() else ""
+    )
+    return f"{type(told).__name__}: {_ANSI.sub('', lines[0])[:400]}{because}"

@@ -48,9 +48,7 @@ _COLOURS = {
     "conforms": "green",
 }
 _NUM_ROWS_SHOWN = 60
-_NOTHING_COUNTED = GroupCount(
-    num_groups=0, num_violations=0, first_violation=None, num_nonzeros=0, num_negative_zeros=0
-)
+_NOTHING_COUNTED = GroupCount(num_groups=0, num_violations=0, first_violation=None, num_nonzeros=0, num_negative_zeros=0)
 
 
 @final
@@ -164,9 +162,7 @@ class PatternReport:
 
     def summary(self) -> str:
         """Return one line: the verdict and the counts."""
-        said = (
-            ", ".join(f"{number} {verdict}" for verdict, number in self.counts.items() if number) or "no weight found"
-        )
+        said = ", ".join(f"{number} {verdict}" for verdict, number in self.counts.items() if number) or "no weight found"
         if not self.conforms and not self.failures:
             said += "; nothing was required to conform, so nothing is proven"
         return f"{self.source}: {self.pattern} {'holds' if self.conforms else 'does NOT hold'} ({said})"
@@ -272,9 +268,7 @@ def check_pattern(
         for candidate, plan in zip(candidates, plans, strict=True)
     ]
     used = [candidate.names for candidate in candidates]
-    entries += [
-        _missing(name, each) for name, each in (sparse or {}).items() if not any(name_matches(name, n) for n in used)
-    ]
+    entries += [_missing(name, each) for name, each in (sparse or {}).items() if not any(name_matches(name, n) for n in used)]
     stated = expected_sparse is not None or expected_dense is not None
     return PatternReport(source=label, pattern=str(asked), entries=tuple(entries), stated=stated)
 
@@ -417,9 +411,7 @@ def _parse(pattern: str | NMPattern) -> NMPattern:
 
 def _as_names(argument: str, names: Collection[str]) -> tuple[str, ...]:
     if isinstance(names, str):
-        raise SparsepassError(
-            f"{argument} has to be a collection of names, and {names!r} is one string: give [{names!r}]."
-        )
+        raise SparsepassError(f"{argument} has to be a collection of names, and {names!r} is one string: give [{names!r}].")
     return tuple(names)
 
 
@@ -432,17 +424,13 @@ def _open(
         return f"model {name!r}" if name else "model", onnx_candidates(source)
     path = Path(source)
     if not path.exists():
-        raise SparsepassError(
-            f"{path} does not exist: expected an .onnx or .safetensors file, or a folder that holds some."
-        )
+        raise SparsepassError(f"{path} does not exist: expected an .onnx or .safetensors file, or a folder that holds some.")
     if path.is_file():
         if path.suffix == ".onnx":
             return str(path), onnx_candidates(read_onnx(path), file=path.name)
         if path.suffix == ".safetensors":
             return str(path), safetensors_candidates([path], axes)
-        raise SparsepassError(
-            f"{path} is neither an .onnx nor a .safetensors file: the pattern can be checked in these only."
-        )
+        raise SparsepassError(f"{path} is neither an .onnx nor a .safetensors file: the pattern can be checked in these only.")
     checkpoints, graphs = safetensors_files(path), onnx_files(path)
     if not checkpoints and not graphs:
         raise SparsepassError(

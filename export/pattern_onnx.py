@@ -140,9 +140,7 @@ class _Finder:
         for node in self.nodes:
             inputs = [value for value in node.inputs if value is not None]
             known = all(v in self.constants or _tensor(v) is not None or _lost(v) for v in inputs)
-            has_graph = any(
-                a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
-            )
+            has_graph = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
             if known and not has_graph and (inputs or node.op_type == "Constant") and node.op_type not in _RANDOM:
                 self.constants.update(node.outputs)
 
@@ -281,30 +279,20 @@ class _Finder:
             ours = node.domain in _DOMAINS
             if (
                 (ours and (node.op_type in _KEEPING | _QUANTIZE | _DEQUANTIZE or node.op_type in ("Transpose",)))
-                or (
-                    ours
-                    and node.op_type in ("Squeeze", "Unsqueeze")
-                    and (len(node.inputs) < 2 or self._constant(node, 1))
-                )
+                or (ours and node.op_type in ("Squeeze", "Unsqueeze") and (len(node.inputs) < 2 or self._constant(node, 1)))
                 or (ours and node.op_type == "Gather" and gather and value not in self.constants)
             ):
                 chain.append(node)
-            elif value in self.constants or (
-                node.op_type in ("Reshape", "Slice", "Flatten") and self._constant(node, 0)
-            ):
+            elif value in self.constants or (node.op_type in ("Reshape", "Slice", "Flatten") and self._constant(node, 0)):
                 if node.op_type == "Constant":
                     raise _Problem("a Constant node without a dense tensor")
-                raise _Problem(
-                    f"the constant passes through {node.op_type} before its use; fold constants into the file first"
-                )
+                raise _Problem(f"the constant passes through {node.op_type} before its use; fold constants into the file first")
             else:
                 return None
             value = node.inputs[0]
         return None
 
-    def _replay(
-        self, tensor: ir.TensorProtocol, name: str, chain: Sequence[ir.Node], names: Sequence[str]
-    ) -> _Constant | None:
+    def _replay(self, tensor: ir.TensorProtocol, name: str, chain: Sequence[ir.Node], names: Sequence[str]) -> _Constant | None:
         """Walk from the stored tensor to its use, keeping track of axes and zero points."""
         rank = len(tensor.shape)
         constant = _Constant(tensor=tensor, name=name, axes=tuple(range(rank)), aliases=tuple(names))

@@ -124,8 +124,7 @@ def _candidate(
     if given is not None and not problem:
         if not -len(shape) <= given < len(shape):
             raise SparsepassError(
-                f"axes gives axis {given} for {name!r} of shape {list(shape)}: expected {-len(shape)} to "
-                f"{len(shape) - 1}."
+                f"axes gives axis {given} for {name!r} of shape {list(shape)}: expected {-len(shape)} to {len(shape) - 1}."
             )
         axis = given % len(shape)
     elif not problem and len(shape) == 2 and _EMBEDDING.search(module if last == "weight" else name):

@@ -85,9 +85,7 @@ def test_each_weight_may_have_its_own_pattern() -> None:
 
 def test_expectations_that_contradict_each_other() -> None:
     model = two_layers(GOOD, DENSE)
-    with pytest.raises(
-        SparsepassError, match=r"'lm_head\.weight' is expected to be sparse and, by '\*head\*', to be dense"
-    ):
+    with pytest.raises(SparsepassError, match=r"'lm_head\.weight' is expected to be sparse and, by '\*head\*', to be dense"):
         check_pattern(model, expected_sparse=["*.weight"], expected_dense=["*head*"])
     with pytest.raises(SparsepassError, match="expected to be 2:4 and 1:4 at once"):
         check_pattern(model, expected_sparse={"*.weight": "2:4", "lm_head*": "1:4"})

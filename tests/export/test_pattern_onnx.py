@@ -83,9 +83,7 @@ def only(nodes: Sequence[onnx.NodeProto], /, **weights: Any) -> PatternEntry:
         ("Einsum", ["x", "w"], {"equation": "bi, eio -> beo"}, (2, 8, 12), 1),
     ],
 )
-def test_the_axis_of_k(
-    op: str, inputs: list[str], attributes: dict[str, Any], shape: tuple[int, ...], axis: int
-) -> None:
+def test_the_axis_of_k(op: str, inputs: list[str], attributes: dict[str, Any], shape: tuple[int, ...], axis: int) -> None:
     found = only([node(op, inputs, **attributes)], w=sparse(*shape, axis=axis))
     assert (found.verdict, found.axis, found.weight, found.op) == ("conforms", axis, "w", op)
     assert found.num_groups == math.prod(shape) // 4
@@ -159,9 +157,7 @@ def test_k_that_is_no_multiple_of_m_is_not_eligible() -> None:
     assert not report.conforms
 
 
-@pytest.mark.parametrize(
-    ("pattern", "holds"), [("2:4", True), ("4:8", True), ("1:4", False), ("1:2", False), ("3:4", True)]
-)
+@pytest.mark.parametrize(("pattern", "holds"), [("2:4", True), ("4:8", True), ("1:4", False), ("1:2", False), ("3:4", True)])
 def test_other_patterns(pattern: str, holds: bool) -> None:
     weight = np.zeros((8, 4), np.float32)
     weight[[0, 1, 4, 5]] = 1.0
