@@ -330,7 +330,8 @@ def _verify_onnx(program: Program, folder: Path, lowered: Lowered, options: Lowe
     worst = max((case.get("max_relative", float("inf")) for case in cases), default=0.0)
     # A bfloat16 file cannot be run here at all; whatever else kept it from running is a failure.
     not_run = None if lowered.dtype == "bfloat16" else False
-    ran = f"{len(cases)} cases in onnxruntime, largest relative error {worst:.2g} (allowed {outputs['tolerance']:g})"
+    rounding = ", beyond that only what is shown to be rounding" if worst > outputs["tolerance"] else ""
+    ran = f"{len(cases)} cases in onnxruntime, largest relative error {worst:.2g} (allowed {outputs['tolerance']:g}{rounding})"
     return (
         Check(
             name="files",
