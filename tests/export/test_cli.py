@@ -299,7 +299,7 @@ def test_ctrl_c_leaves_the_old_output_and_exits_with_130(place: Path, tmp_path: 
         assert process.stdout.readline() == "running\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == cli_support.INTERRUPTED
     assert "interrupted" in said
     assert "Traceback" not in said
