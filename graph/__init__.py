@@ -1,7 +1,7 @@
 """What a program is: capture, linear sites, custom ops, equivalence, hierarchy."""
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.equivalence import Comparison, Difference, assert_equivalent, compare, difference
+from sparsepass.graph.equivalence import Comparison, Difference, assert_equivalent, compare
 from sparsepass.graph.errors import (
     CaptureError,
     EquivalenceError,
@@ -27,6 +27,5 @@ __all__ = [
     "capture",
     "capture_without_weights",
     "compare",
-    "difference",
     "fill",
 ]

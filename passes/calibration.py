@@ -8,6 +8,7 @@ not two per block, memory for one group's statistics, and the part of the graph 
 Shape suffixes: B batch, T tokens, I in, K kernel positions.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -136,19 +137,17 @@ class _Runner:
             bound = program.flat_inputs(**{name: t.to(self._device) for name, t in batch.inputs.items()})
             self._values.append({node: bound[str(node.target)] for node in placeholders})
         self._done: set[fx.Node] = set(placeholders)
-        self._last: fx.Node | None = None
+        self._stop = placeholders[0]
 
     @torch.no_grad()
     def run_before(self, stop: fx.Node) -> None:
         """Run every node up to ``stop``, which is not run, for all batches."""
         nodes = []
-        # Rewriting inserts nodes right before `stop`, so the place to go on from is after the last node that ran.
-        node = self._last.next if self._last is not None else next(iter(self._graph.nodes))
-        while node is not stop:
-            if node not in self._done and not self._is_constant(node):
+        for node in self._ahead(stop):
+            if self._is_constant(node):
+                self._done.add(node)  # computed when something reads it
+            else:
                 nodes.append(node)
-            self._last = node
-            node = node.next
         frees = self._frees(nodes)
         with self._precision():
             for values in self._values:
@@ -160,27 +159,34 @@ class _Runner:
         for constant in list(self._constants):
             if all(user in self._done for user in constant.users):
                 self._forget(constant)
+        self._stop = stop
 
     def rewritten(self, *, reused: bool) -> None:
         """Take note that nodes were inserted and weights replaced.
 
         Args:
-            reused: Whether a site with several uses was rewritten, so that nodes may stand in front of the place that was
-                reached. Those uses ran with the dense weight, and their results stand for the rewritten ones.
+            reused: Whether a site with several uses was rewritten, so that nodes stand at uses that have run. Those ran with
+                the dense weight, and their results stand for the rewritten ones.
         """
         for constant in list(self._constants):
             self._forget(constant)
         if not reused:
             return
-        for node in self._graph.nodes:
-            if node not in self._done and not self._is_constant(node):
+        inserted = self._ahead(self._stop)
+        for node in inserted:
+            source = node.args[0] if node.target is _aten.add.Tensor else None
+            if isinstance(source, fx.Node) and source in self._done:
                 self._done.add(node)
                 for values in self._values:
-                    source = next((n for n in node.all_input_nodes if n in values), None)
-                    if node.target is _aten.add.Tensor and source is not None:
+                    if source in values:
                         values[node] = values[source]
-            if node is self._last:
-                return
+        for node in reversed(inserted):
+            if node.users and all(user in self._done for user in node.users):
+                self._done.add(node)
+
+    def _ahead(self, stop: fx.Node) -> list[fx.Node]:
+        """Nodes in front of ``stop`` that have not run. Rewriting may insert some anywhere before it."""
+        return [node for node in itertools.takewhile(lambda n: n is not stop, self._graph.nodes) if node not in self._done]
 
     def argument(self, reader: fx.Node, position: int, index: int) -> Any:
         """An argument of a node that was not run yet, for one batch."""

@@ -305,9 +305,28 @@ def test_a_dropped_branch_is_found(planted: tuple[Program, Path]) -> None:
     program, folder = planted
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     rewrite(folder / ADAPTER_FOLDER / "adapter_model.safetensors", **{key: torch.zeros(64, 2)})
-    verdict = verify_hf(program, folder)
-    assert not verdict["holds"]
-    assert "the outputs differ" in " ".join(verdict["failures"])
+    said = " ".join(verify_hf(program, folder)["failures"])
+    assert f"{key} is not the program's" in said
+    assert "the outputs differ" in said
+    assert "not rounding" in said
+
+
+def test_an_adapter_that_is_scaled_is_found(planted: tuple[Program, Path]) -> None:
+    program, folder = planted
+    file = folder / ADAPTER_FOLDER / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 4}))
+    (failure,) = verify_hf(program, folder)["failures"]
+    assert "the outputs differ" in failure
+
+
+def test_rounding_that_a_model_amplifies_is_told_from_a_mistake(
+    written: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "_TOLERANCES", {torch.float32: 0.0})
+    verdict = verify_hf(*written)
+    assert verdict["holds"], verdict["failures"]
+    assert verdict["outputs"]["rounding"]["computed_in"] == "float64"
+    assert 0 < verdict["outputs"]["rounding"]["checkpoint"] < 1e-6
 
 
 def test_a_missing_adapter_is_found(planted: tuple[Program, Path]) -> None:
