@@ -369,7 +369,7 @@ def _one_trace() -> Iterator[None]:
             return exported
         return original(exported, registry)  # type: ignore[no-any-return]
 
-    _fx_passes.decompose_with_registry = decompose
+    _fx_passes.decompose_with_registry = decompose  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -397,6 +397,8 @@ def _make_translatable(graph_module: fx.GraphModule) -> None:
                 node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": result.dtype}
         elif node.target is aten.__and__.Tensor and result.dtype == torch.bool:
             node.target = aten.logical_and.default
+        elif node.target is aten.min.other:
+            node.target = aten.minimum.default
     graph_module.recompile()
 
 

@@ -258,9 +258,9 @@ def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tu
 def _export_pretrained(
     model: nn.Module, named: Mapping[str, Tensor], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter  # type: ignore[attr-defined]
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    exporter: Any = DynamoExporter()  # type: ignore[no-untyped-call]
+    exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=True, dynamic_shapes=dict(shapes))
     with _quiet_transformers(), _without_cache(model), _without_leftovers(model):
         exported, _ = exporter.export_program(model, copy.copy(dict(named)), config)

@@ -32,7 +32,10 @@ class SLoRBLinear(nn.Module):
 
     def __init__(self, base: nn.Module, branch: Tensor, k: int, projection: Tensor | None, *, transposed: bool) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        weight, bias = base.weight, base.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.weight, self.bias = weight, bias
         self.slorb_weight = nn.Parameter(branch)
         self.slorb_projection = nn.Parameter(projection) if projection is not None else None
         self.k, self.transposed = k, transposed
@@ -40,7 +43,7 @@ class SLoRBLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [..., in] -> [..., out]."""
         if self.slorb_projection is None:
-            projected = x.unflatten(-1, (-1, self.k)).sum(-1)
+            projected = torch.unflatten(x, -1, (-1, self.k)).sum(-1)
         else:
             projected = nn.functional.linear(x, self.slorb_projection)
         weight = self.weight.t() if self.transposed else self.weight

@@ -261,7 +261,7 @@ def _low_precision(compute: ComputeDtype, program: Program) -> torch.dtype | Non
         return torch.bfloat16 if device == "cpu" and fast() else None
     if compute not in ("bfloat16", "float16", "float32"):
         raise SparsepassError(f"compute dtype {compute!r} is not known; use auto, bfloat16, float16 or float32")
-    return None if compute == "float32" else getattr(torch, compute)  # type: ignore[no-any-return]
+    return None if compute == "float32" else getattr(torch, compute)
 
 
 def _empty(site: Site, gram: bool, device: torch.device) -> tuple[InputStatistics, ...]:

@@ -111,7 +111,9 @@ class NMSparsify(Pass):
             sizes = [len(matrix) for matrix in matrices]
             pruned = [
                 Pruned(weight_OI=weight_OI, mask_OI=mask_OI, note=stacked.note)
-                for weight_OI, mask_OI in zip(stacked.weight_OI.split(sizes), stacked.mask_OI.split(sizes), strict=True)
+                for weight_OI, mask_OI in zip(
+                    torch.split(stacked.weight_OI, sizes), torch.split(stacked.mask_OI, sizes), strict=True
+                )
             ]
         facts: dict[str, Facts] = {}
         for site, weight, matrix, result in zip(group.sites, weights, matrices, pruned, strict=True):

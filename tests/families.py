@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph import Program, capture
 
-_LLAMA_LIKE = {
+_LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -93,23 +93,23 @@ def _causal(name: str, prefix: str, **extra: object) -> Family:
     return Family(name=name, build=build, inputs=_text, generates=True)
 
 
-_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_TOKENS}
-_OPT = {
+_GPT2: dict[str, Any] = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_TOKENS}
+_OPT: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "word_embed_proj_dim": 32, **_TOKENS,
 }  # fmt: skip
-_NEOX = {k: v for k, v in _LLAMA_LIKE.items() if k != "num_key_value_heads"}
-_BERT = {**_NEOX}
-_VIT = {
+_NEOX: dict[str, Any] = {k: v for k, v in _LLAMA_LIKE.items() if k != "num_key_value_heads"}
+_BERT: dict[str, Any] = {**_NEOX}
+_VIT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
     "patch_size": 4,
 }  # fmt: skip
-_WHISPER = {
+_WHISPER: dict[str, Any] = {
     "vocab_size": 96, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
     "max_source_positions": 30, "max_target_positions": 32, "decoder_start_token_id": 1, **_TOKENS,
 }  # fmt: skip
-_T5 = {
+_T5: dict[str, Any] = {
     "vocab_size": 96, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "pad_token_id": 0,
     "eos_token_id": 2, "decoder_start_token_id": 0,
 }  # fmt: skip

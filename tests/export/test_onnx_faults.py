@@ -28,7 +28,7 @@ def sparse_mlp() -> Program:
     return apply_passes(mlp(), ["nm_sparsify", "slorb{k=4}"], example_inputs=torch.randn(2, 5, 16), validate=False)
 
 
-class OwnLlama(hf.LlamaForCausalLM):  # type: ignore[no-untyped-call]
+class OwnLlama(hf.LlamaForCausalLM):
     """A class that transformers does not know."""
 
 

@@ -19,7 +19,7 @@ def save_tiny_llama(folder: Path) -> Path:
         vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator([WORDS * 5], trainer)
-    tokenizer = hf.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=64
     )
     config = hf.LlamaConfig(

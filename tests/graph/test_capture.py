@@ -96,7 +96,7 @@ class Shared(nn.Module):
         return self.b(self.a(x).relu() * self.one) * self.two  # type: ignore[no-any-return]
 
 
-class OwnLlama(hf.LlamaForCausalLM):  # type: ignore[no-untyped-call]
+class OwnLlama(hf.LlamaForCausalLM):
     """A user's own class."""
 
 

@@ -286,7 +286,7 @@ def test_recurrent_layers_are_listed() -> None:
 
 def test_weights_that_other_tools_compute_are_said_to_be_computed() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
-    prune.random_unstructured(model[0], "weight", 0.5)  # type: ignore[no-untyped-call]
+    prune.random_unstructured(model[0], "weight", 0.5)
     parametrizations.weight_norm(model[2])
     sites = sites_of(model, torch.randn(2, 8))
     assert [site.left_alone for site in sites.values()] == [
@@ -346,7 +346,7 @@ def test_a_fused_conv1d_is_split_behind_its_view() -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.c_attn = Conv1D(24, 8)  # type: ignore[no-untyped-call]
+            self.c_attn = Conv1D(24, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = self.c_attn(x).split(8, dim=2)
