@@ -13,8 +13,9 @@ import transformers
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import Tensor, nn
 
-from sparsepass.export import hf
+from sparsepass.export import hf, hf_disk, hf_verify
 from sparsepass.export.hf import ADAPTER_FOLDER, HfArtifact, lower_hf, verify_hf
+from sparsepass.export.hf_adapter import adapter_config
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import SLoRB, apply_passes
 from sparsepass.passes.pattern import NMPattern, is_nm
@@ -121,14 +122,14 @@ def test_the_axis_of_a_converted_weight_is_found_where_it_is_on_disk(tmp_path: P
     ]
     fused = "model.layers.0.self_attn.kv_proj.weight"
     sizes = {down: 4 * 32 * 64, fused: 2 * 16 * 32, f"{q}.weight": 32 * 32}
-    assert hf._on_disk(program, down, model, sizes) == {down: (1, 4 * 32 * 64)}
-    assert hf._on_disk(program, f"{q}.weight", model, sizes) == {f"{q}.weight": (1, 32 * 32)}
-    assert hf._on_disk(program, f"{k}.weight", model, sizes) == {fused: (1, 16 * 32)}
-    assert hf._on_disk(program, f"{k}.weight", model, {}) == {}
+    assert hf_disk._on_disk(program, down, model, sizes) == {down: (1, 4 * 32 * 64)}
+    assert hf_disk._on_disk(program, f"{q}.weight", model, sizes) == {f"{q}.weight": (1, 32 * 32)}
+    assert hf_disk._on_disk(program, f"{k}.weight", model, sizes) == {fused: (1, 16 * 32)}
+    assert hf_disk._on_disk(program, f"{k}.weight", model, {}) == {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "_stored_sizes", lambda _: sizes)
+        patch.setattr(hf_disk, "_sizes", lambda _: sizes)
         program.sparse = {name: program.sparse[name] for name in (f"{k}.weight", f"{q}.weight")}
-        stored = hf._stored(program, model, tmp_path)
+        stored = hf_disk.stored_weights(program, model, tmp_path)
     assert stored.fused_with_dense == (fused,)  # v_proj is dense here
     assert stored.expected_sparse == {f"{q}.weight": "2:4"}
 
@@ -253,7 +254,7 @@ def test_tokenizer_and_processor_go_along(tmp_path: Path) -> None:
 def test_without_peft_the_adapter_is_applied_by_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = sparse("llama", slorb=True)
     lower_hf(program, tmp_path)
-    monkeypatch.setattr("sparsepass.export.hf.util.find_spec", lambda _: None)
+    monkeypatch.setattr("sparsepass.export.hf_adapter.util.find_spec", lambda _: None)
     verdict = verify_hf(program, tmp_path)
     assert verdict["holds"], verdict["failures"]
     assert "definition" in verdict["adapter_read_by"]
@@ -322,7 +323,7 @@ def test_an_adapter_that_is_scaled_is_found(planted: tuple[Program, Path]) -> No
 def test_rounding_that_a_model_amplifies_is_told_from_a_mistake(
     written: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "_TOLERANCES", {torch.float32: 0.0})
+    monkeypatch.setattr(hf_verify, "_TOLERANCES", {torch.float32: 0.0})
     verdict = verify_hf(*written)
     assert verdict["holds"], verdict["failures"]
     assert verdict["outputs"]["rounding"]["computed_in"] == "float64"
@@ -346,7 +347,7 @@ def test_a_plain_module_is_told_which_targets_work(tmp_path: Path) -> None:
 
 def test_names_that_end_alike_are_told_apart() -> None:
     modules = {"layer": nn.Linear(4, 4), "tower.layer": nn.Linear(4, 4), "x": nn.Linear(8, 4)}
-    document = hf._adapter_config({"layer": 2, "x": 4}, modules, base_name="b", task=None, fan_in_fan_out=False)
+    document = adapter_config({"layer": 2, "x": 4}, modules, base_name="b", task=None, fan_in_fan_out=False)
     model = nn.ModuleDict({"layer": modules["layer"], "tower": nn.ModuleDict({"layer": modules["tower.layer"]})})
     model["x"] = modules["x"]
     tuned = peft.inject_adapter_in_model(peft.LoraConfig(**{k: v for k, v in document.items() if k != "peft_type"}), model)
@@ -356,7 +357,7 @@ def test_names_that_end_alike_are_told_apart() -> None:
 
 def test_every_output_is_compared() -> None:
     assert len(tensors_of(captured("bert")(**BY_NAME["bert"].inputs(2, 8)))) == 2
-    assert list(hf._flat_outputs(captured("bert"), captured("bert")(**BY_NAME["bert"].inputs(2, 8)))) == [
+    assert list(hf_verify._flat_outputs(captured("bert"), captured("bert")(**BY_NAME["bert"].inputs(2, 8)))) == [
         "last_hidden_state",
         "pooler_output",
     ]
