@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sparsepass.export.demo --out demo-out
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --doctest-modules src/sparsepass tests $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' --doctest-modules src/sparsepass tests $(PYTEST)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check
