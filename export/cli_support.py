@@ -154,9 +154,10 @@ def clean(command: Command) -> Command:
 
 
 def quiet_bars() -> None:
-    """Keep bars out of logs: those of the libraries underneath show at a terminal only."""
+    """Keep bars of the libraries underneath out of logs (they show at a terminal only), and their advice off the screen."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 class _quiet:  # noqa: N801  # used as a context manager only
