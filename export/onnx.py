@@ -6,6 +6,7 @@
 4. What has no such cache, or does not lower with it, becomes one plain graph, and the record says why.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping
@@ -135,6 +136,8 @@ def lower_onnx(
         raise SparsepassError(f"dtype {wanted} is not supported by the onnx target; use float32, float16 or bfloat16")
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
+    if program.device.type != "cpu":
+        program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
     with quiet():
         kind, pieces, notes = _pieces(program, own, wanted, past)
         try:

@@ -5,8 +5,9 @@
 2. A weight with uses in two layouts (an output head tied to the embedding) stays as it is: it would be stored twice.
 3. Initializers carry the program's weight names; one that was transposed keeps its name, parts get a number behind it.
 4. Weights take no part in constant folding and de-duplication, which would rename and merge them.
-5. Equal computations are shared (the segment sum of SLoRB siblings), constants are folded, unused nodes go.
-6. Traces of the machine that exported (file names in metadata) are removed.
+5. A Reshape that keeps its leading axes says so with zeros, instead of computing its shape from theirs.
+6. Equal computations are shared (the segment sum of SLoRB siblings), constants are folded, unused nodes go.
+7. Traces of the machine that exported (file names in metadata) are removed.
 """
 
 import math
@@ -63,6 +64,7 @@ def tidy(
     _lift(model)
     names = _rename_weights(model.graph, weight_names)
     views = _settle_layouts(model, names)
+    _settle_reshapes(model.graph)
     _optimize(model, {name for name, _ in views.values()} | set(views))
     views = {name: view for name, view in views.items() if name in model.graph.initializers}
     _name_axes(model.graph, axis_names, fixed_axes or {})
@@ -209,6 +211,41 @@ def _viewed(tensor: ir.TensorProtocol, view: tuple[Step, ...], shape: tuple[int,
         return ir.Tensor(np.ascontiguousarray(apply_view(tensor.numpy(), view)), dtype=tensor.dtype)
 
     return ir.LazyTensor(compute, tensor.dtype, ir.Shape(shape), name=name)
+
+
+def _settle_reshapes(graph: ir.Graph) -> None:
+    """Give a Reshape a constant shape where the axes that vary stay in their places: 0 means "as in the input"."""
+    shapes: dict[tuple[int, ...], ir.Value] = {}
+    for node in graph:
+        source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Reshape" or source is None or source.shape is None or result.shape is None:
+            continue
+        numbers = [
+            axis if isinstance(axis, int) else 0 if n < len(source.shape) and _same(axis, source.shape[n]) else None
+            for n, axis in enumerate(result.shape)
+        ]
+        if None in numbers or any(axis == 0 for axis in result.shape if isinstance(axis, int)):
+            continue
+        key = tuple(n for n in numbers if n is not None)
+        if len(key) == len(source.shape) and all(n in (0, source.shape[place]) for place, n in enumerate(key)):
+            if not result.is_graph_output():
+                ir.convenience.replace_all_uses_with(result, source)
+            continue
+        if key not in shapes:
+            name = "shape." + "x".join(map(str, key))
+            shapes[key] = ir.Value(
+                name=name,
+                shape=ir.Shape([len(key)]),
+                type=ir.TensorType(ir.DataType.INT64),
+                const_value=ir.tensor(np.array(key, np.int64), name=name),
+            )
+            graph.initializers[name] = shapes[key]
+        node.replace_input_with(1, shapes[key])
+        node.attributes.pop("allowzero", None)
+
+
+def _same(axis: ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    return isinstance(other, ir.SymbolicDim) and axis.value is not None and axis.value == other.value
 
 
 def _optimize(model: ir.Model, weights: set[str]) -> None:
