@@ -1,0 +1,323 @@
+"""Optimizers that let masked weights fade: annealed SR-STE inside AdamW and SGD (AST), and CAST's AdamS.
+
+Each takes the masks of its parameters, reads them at every step and never writes them. A parameter without a mask takes
+the plain step, and so does one whose mask keeps everything. The decay is a value of the parameter group, like the learning
+rate, so that a schedule sets it.
+
+All arithmetic is element by element: of sharded parameters (DTensor) each process updates its own shard, without
+communication. Tensors are worked through in pieces, so that on a processor the temporaries stay in its cache, and on a GPU
+their memory is bounded.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sparsepass.graph.errors import SparsepassError
+
+# Elements per piece. On a processor a piece of each of the six tensors of a step should fit in the second-level cache;
+# on a GPU fewer and larger kernels are better.
+_CPU_PIECE, _GPU_PIECE = 1 << 17, 1 << 26
+
+Masks = Mapping[Tensor, Tensor]
+
+
+class _MaskedOptimizer(torch.optim.Optimizer):
+    """What the optimizers share: options, masks, and the walk over pieces of local tensors."""
+
+    _moments: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, params: Any, masks: Masks, defaults: dict[str, Any]) -> None:
+        _check_options(defaults)
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _check_options(group)
+        mine = {p for group in self.param_groups for p in group["params"]}
+        for parameter, mask in masks.items():
+            if parameter not in mine:
+                raise SparsepassError(f"a mask was given for a {tuple(parameter.shape)} tensor that is not optimized")
+            if mask.dtype != torch.bool:
+                raise SparsepassError(f"masks are bool, got {mask.dtype}; ~ on an integer mask gives -1 and -2, not 1 and 0")
+            if mask.shape != parameter.shape or _local(mask).shape != _local(parameter).shape:
+                raise SparsepassError(
+                    f"the mask of a {tuple(parameter.shape)} parameter has shape {tuple(mask.shape)}, or is sharded otherwise"
+                )
+        self._masks = dict(masks)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Computes the loss again, as for torch's optimizers.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            SparsepassError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise SparsepassError("these optimizers take dense gradients; build the embedding with sparse=False")
+                state = self.state[parameter]
+                if not state:
+                    self._start(parameter, state, group)
+                state["step"] += 1
+                tensors = [parameter, parameter.grad, *(state[name] for name in self._moments if name in state)]
+                mask = self._masks.get(parameter)
+                for weight, grad, *rest in _pieces([*tensors, *([] if mask is None else [mask])]):
+                    moments, kept = (rest, None) if mask is None else (rest[:-1], rest[-1])
+                    self._update(weight, grad, moments, kept, int(state["step"].item()), group)
+        return loss
+
+    def _start(self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        # A tensor, and on the processor: torch's optimizers keep it so, and sharded checkpoints expect tensors.
+        state["step"] = torch.tensor(0.0)
+        for name in self._moments:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _update(
+        self, weight: Tensor, grad: Tensor, moments: list[Tensor], mask: Tensor | None, step: int, group: Mapping[str, Any]
+    ) -> None:
+        """Update one piece in place; ``mask`` is None or its part of the mask."""
+        raise NotImplementedError
+
+
+class ASTAdamW(_MaskedOptimizer):
+    """AdamW with annealed SR-STE: decay on masked weights, outside the first moment and inside the second.
+
+    With ``d = decay * (1 - M) .* W``::
+
+        W <- W (1 - lr wd);   m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) (g + d)^2
+        W <- W - lr / (1 - b1^t) * (m + d) / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+    Where the decay dominates, the step saturates near ``lr * sign(W)``: let the learning rate end near zero.
+
+    Args:
+        params: Parameters, or groups of them, as for torch's optimizers.
+        masks: Parameter -> bool mask of its shape, True where a weight is kept. Read at every step.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay of all weights.
+        decay: ``lambda``, the decay of masked weights; set it in the groups as the schedule goes.
+
+    Raises:
+        SparsepassError: An option is out of range, or a mask is not bool or does not fit its parameter.
+
+    Exactness: with masks that keep everything, bit-equal to ``torch.optim.AdamW(foreach=False, fused=False)``.
+
+    Source: arXiv 2407.20584, section 3 (the exact form is our reading of its prose, see the design notes).
+
+    >>> weight = torch.nn.Parameter(torch.ones(4))
+    >>> optimizer = ASTAdamW([weight], {weight: torch.tensor([True, True, False, False])}, lr=0.1, decay=0.5)
+    >>> weight.grad = torch.zeros(4)
+    >>> optimizer.step()
+    >>> (weight.detach() < 0.99).tolist()
+    [False, False, True, True]
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        masks: Masks,
+        *,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, masks, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay})
+
+    def _update(
+        self, weight: Tensor, grad: Tensor, moments: list[Tensor], mask: Tensor | None, step: int, group: Mapping[str, Any]
+    ) -> None:
+        exp_avg, exp_avg_sq = moments
+        beta1, beta2 = group["betas"]
+        step_size = group["lr"] / (1 - beta1**step)
+        if group["weight_decay"] != 0:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        exp_avg.lerp_(grad, 1 - beta1)
+        numerator = exp_avg
+        if mask is not None and group["decay"] != 0:
+            fade = weight.masked_fill(mask, 0).mul_(group["decay"])
+            numerator = exp_avg + fade
+            grad = fade.add_(grad)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+        weight.addcdiv_(numerator, denominator, value=-step_size)
+
+
+class ASTSGD(_MaskedOptimizer):
+    """SGD with annealed SR-STE: ``W <- W - lr (g + decay (1 - M) .* W)``, the decay outside the momentum.
+
+    Args:
+        params: Parameters, or groups of them, as for torch's optimizers.
+        masks: Parameter -> bool mask of its shape, True where a weight is kept. Read at every step.
+        lr: Learning rate.
+        momentum: Factor of the momentum buffer; 0 keeps none.
+        weight_decay: Added to the gradient times the weight, as in torch's SGD.
+        decay: ``lambda``, the decay of masked weights; set it in the groups as the schedule goes.
+
+    Raises:
+        SparsepassError: An option is out of range, or a mask is not bool or does not fit its parameter.
+
+    Exactness: with masks that keep everything, bit-equal to ``torch.optim.SGD(foreach=False, fused=False)``.
+
+    Source: arXiv 2407.20584, equation 3; SR-STE, arXiv 2102.04010.
+
+    >>> weight = torch.nn.Parameter(torch.ones(4))
+    >>> optimizer = ASTSGD([weight], {weight: torch.tensor([True, True, False, False])}, lr=0.5, decay=0.5)
+    >>> weight.grad = torch.zeros(4)
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [1.0, 1.0, 0.75, 0.75]
+    """
+
+    _moments = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Any,
+        masks: Masks,
+        *,
+        lr: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, masks, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay})
+
+    def _start(self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        state["step"] = torch.tensor(0.0)
+        if group["momentum"] != 0:
+            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _update(
+        self, weight: Tensor, grad: Tensor, moments: list[Tensor], mask: Tensor | None, step: int, group: Mapping[str, Any]
+    ) -> None:
+        if group["weight_decay"] != 0:
+            grad = grad.add(weight, alpha=group["weight_decay"])
+        if group["momentum"] != 0:
+            grad = moments[0].mul_(group["momentum"]).add_(grad)
+        if mask is not None and group["decay"] != 0:
+            grad = weight.masked_fill(mask, 0).mul_(group["decay"]).add_(grad)
+        weight.add_(grad, alpha=-group["lr"])
+
+
+class AdamS(_MaskedOptimizer):
+    """CAST's optimizer: masked weights are driven to zero by an L1 term that takes over from the gradient.
+
+    With ``a = progress`` from 0 to 1 over the run::
+
+        m = b1 m + (1 - b1) g;   m~ = (1 - a) m + a decay sign(W) where masked, m elsewhere
+        v = b2 v + (1 - b2) m~^2;   W <- W (1 - lr wd) - lr / (1 - b1^t) * m~ / (sqrt(v / (1 - b2^t)) + eps)
+
+    ``m~`` is never stored. The parameters must be fp32: a decay of 4e-7 vanishes in bf16.
+
+    Args:
+        params: Parameters, or groups of them, as for torch's optimizers.
+        masks: Parameter -> bool mask of its shape, True where a weight is kept. Read at every step.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay of all weights.
+        decay: ``lambda``, the size of the L1 term.
+        progress: Share of the run that is over, 0 to 1; set it in the groups as the schedule goes.
+
+    Raises:
+        SparsepassError: An option is out of range, a mask is not bool or does not fit, or a masked parameter is not fp32
+            or wider.
+
+    Source: CAST, arXiv 2509.25996. The bias corrections are Adam's.
+
+    >>> weight = torch.nn.Parameter(torch.ones(4))
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> optimizer = AdamS([weight], {weight: mask}, lr=0.1, decay=0.5, progress=1.0)
+    >>> weight.grad = torch.zeros(4)
+    >>> optimizer.step()
+    >>> (weight.detach() < 0.99).tolist()
+    [False, False, True, True]
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        masks: Masks,
+        *,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay: float = 4e-7,
+        progress: float = 0.0,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay, "progress": progress}
+        super().__init__(params, masks, options)
+        if low := {p.dtype for p in masks if p.dtype not in (torch.float32, torch.float64)}:
+            raise SparsepassError(f"AdamS needs fp32 master weights, got {sorted(map(str, low))}; its decay vanishes in them")
+
+    def _update(
+        self, weight: Tensor, grad: Tensor, moments: list[Tensor], mask: Tensor | None, step: int, group: Mapping[str, Any]
+    ) -> None:
+        exp_avg, exp_avg_sq = moments
+        beta1, beta2 = group["betas"]
+        step_size = group["lr"] / (1 - beta1**step)
+        exp_avg.lerp_(grad, 1 - beta1)
+        numerator = exp_avg
+        if mask is not None:
+            share = group["progress"]
+            driven = weight.sign().mul_(share * group["decay"]).add_(exp_avg, alpha=1 - share)
+            numerator = torch.where(mask, exp_avg, driven)
+        if group["weight_decay"] != 0:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        exp_avg_sq.mul_(beta2).addcmul_(numerator, numerator, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+        weight.addcdiv_(numerator, denominator, value=-step_size)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay", "decay"):
+        if name in options and not options[name] >= 0:
+            raise SparsepassError(f"{name} must be at least 0, got {options[name]}")
+    for beta in options.get("betas", ()):
+        if not 0 <= beta < 1:
+            raise SparsepassError(f"betas must be in [0, 1), got {tuple(options['betas'])}")
+    if not 0 <= options.get("momentum", 0) < 1:
+        raise SparsepassError(f"momentum must be in [0, 1), got {options['momentum']}")
+    if not 0 <= options.get("progress", 0) <= 1:
+        raise SparsepassError(f"progress must be in [0, 1], got {options['progress']}")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matching flat pieces of tensors of one shape, as views; whole where one is not contiguous."""
+    local = [_local(tensor.detach()) for tensor in tensors]
+    piece = _GPU_PIECE if local[0].is_cuda else _CPU_PIECE
+    size = local[0].numel()
+    if size <= piece or not all(tensor.is_contiguous() for tensor in local):
+        yield local
+        return
+    flat = [tensor.view(-1) for tensor in local]
+    for start in range(0, size, piece):
+        yield [tensor[start : start + piece] for tensor in flat]
