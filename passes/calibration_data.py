@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
+from sparsepass.passes.sources import first_line, load_data_set, locate, path_kind, special_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,6 @@ _ID_INPUTS = ("input_ids", "decoder_input_ids")
 _MASK = "attention_mask"
 # What tokenizers and data sets put beside the inputs, and no forward pass without a loss reads.
 _IGNORED = ("labels", "label", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
-_TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".rst")
 _KNOWN_FORMS = (
     "a tensor, a dict of tensors, an iterable or DataLoader of either, a list of texts, a datasets.Dataset, the path "
     "of a .txt, .jsonl or .parquet file, or the name of a hub data set ('name', 'name:config' or 'name:config:split')"
@@ -351,64 +351,23 @@ class _Reader:
     def _from_string(self, text: str) -> _Source:
         if "\n" in text:
             return self._from_text(text.encode(), "text given in memory", "text")
-        if not text.strip():
-            raise SparsepassError(f"calibration is an empty string; expected {_KNOWN_FORMS}")
-        path = Path(text).expanduser()
-        if path.exists():
-            return self._from_path(path, text)
-        name, _, rest = text.partition(":")
-        if Path(name).expanduser().is_dir():
-            return self._from_hub(text)
-        if path.suffix in (".txt", ".jsonl", ".parquet", ".json", ".csv") or text.startswith(("/", ".", "~")) or "\\" in text:
-            raise SparsepassError(f"calibration file {text} does not exist; expected {_KNOWN_FORMS}")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or rest.count(":") > 1:
-            raise SparsepassError(
-                f"calibration {text[:80]!r} is neither a file here nor the name of a hub data set ('name', "
-                "'name:config' or 'name:config:split'); a text itself is given as a list of strings"
-            )
-        return self._from_hub(text)
+        path = locate(text, what="calibration", forms=_KNOWN_FORMS)
+        return self._from_hub(text) if path is None else self._from_path(path, text)
 
     def _from_path(self, path: Path, name: str) -> _Source:
-        if not path.exists():
-            raise SparsepassError(f"calibration file {name} does not exist; expected {_KNOWN_FORMS}")
-        if path.is_dir():
+        kind = path_kind(path, name, what="calibration", forms=_KNOWN_FORMS)
+        if kind == "folder":
             return self._from_hub(name)
-        if path.stat().st_size == 0:
-            raise SparsepassError(f"calibration file {name} is empty")
-        if path.suffix == ".jsonl":
+        if kind == "jsonl":
             return self._from_records(lambda: _jsonl_records(path, self.seed), name, ".jsonl file", "rows spread evenly")
-        if path.suffix == ".parquet":
+        if kind == "parquet":
             return self._from_records(lambda: _parquet_records(path, self.seed), name, ".parquet file", "rows spread evenly")
-        if path.suffix not in _TEXT_SUFFIXES:
-            raise SparsepassError(
-                f"calibration file {name} has the suffix {path.suffix!r}, which is not understood; expected .txt, "
-                ".jsonl or .parquet"
-            )
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._from_text(data, name, "text file")
 
     def _from_hub(self, text: str) -> _Source:
-        import datasets
-
-        name, *rest = text.split(":")
-        config, split = ([part or None for part in rest] + [None, None])[:2]
-        folder = Path(name).expanduser()
-        try:
-            if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-                return self._from_dataset(datasets.load_from_disk(str(folder)), text)
-            data = datasets.load_dataset(
-                str(folder) if folder.is_dir() else name, config, split=split or "train", streaming=True
-            )
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            what = "folder" if folder.is_dir() else "hub data set"
-            raise SparsepassError(
-                f"calibration {text!r} could not be loaded as a {what} (config {config or 'default'}, split "
-                f"{split or 'train'}): {type(error).__name__}: {_first_line(error)}. Check the spelling "
-                "('name:config:split') and, for a hub name, the network and HF_HUB_OFFLINE; or pass the path of a "
-                ".txt, .jsonl or .parquet file"
-            ) from error
-        return self._from_dataset(data, text)
+        return self._from_dataset(load_data_set(text, what="calibration", streaming=True), text)
 
     def _from_dataset(self, data: Any, name: str) -> _Source:
         import datasets
@@ -653,13 +612,7 @@ class _Reader:
     def _frame(self) -> tuple[list[int], list[int]]:
         """Return the special tokens that the tokenizer puts before and after a text."""
         tokenizer = self._check_text_possible("data")
-        body, full = self._tokens("a"), list(tokenizer("a", verbose=False)["input_ids"])
-        for start in range(len(full) - len(body) + 1):
-            if full[start : start + len(body)] == body:
-                before, after = full[:start], full[start + len(body) :]
-                break
-        else:
-            before, after = [], []
+        before, after = special_frame(tokenizer)
         if len(before) + len(after) >= self.context:
             raise SparsepassError(
                 f"context of {self.context} tokens leaves no room beside the tokenizer's {len(before) + len(after)} "
@@ -763,7 +716,7 @@ def _as_tensor(name: str, value: object, where: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise SparsepassError(
             f"calibration {where}: {name} of type {type(value).__name__} is not a tensor and cannot be made one "
-            f"({_first_line(error)}); pad sequences to one length, with an attention_mask that says where"
+            f"({first_line(error)}); pad sequences to one length, with an attention_mask that says where"
         ) from error
 
 
@@ -822,13 +775,9 @@ def _parquet_records(path: Path, seed: int) -> Iterator[Mapping[str, object]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise SparsepassError(f"calibration file {path} is not a readable parquet file: {_first_line(error)}") from error
+        raise SparsepassError(f"calibration file {path} is not a readable parquet file: {first_line(error)}") from error
     with file:
         for group in _spread_order(file.num_row_groups, seed):
             table = file.read_row_group(group)
             for index in _spread_order(table.num_rows, seed):
                 yield table.slice(index, 1).to_pylist()[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
