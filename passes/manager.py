@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
+from sparsepass.graph.progress import item_progress, shows_progress
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass, SiteGroup
@@ -90,7 +90,7 @@ def apply_passes(
         program = model if inplace else copy.deepcopy(model)
     else:
         program = capture(model, example_inputs, inplace=inplace)
-    run = _Run(program, pipeline, validate=validate, compute=compute, progress=_shows(progress))
+    run = _Run(program, pipeline, validate=validate, compute=compute, progress=shows_progress(progress))
     run.check()
     if any(p.needs != "nothing" for p in pipeline):
         run.calibration = calibration_batches(
@@ -142,7 +142,7 @@ class _Run:
         chosen, skipped = item.choose(self.program)
         _require_work(item, chosen, skipped)
         facts: dict[str, Facts] = {}
-        with _progress(self._progress, item.name, len(chosen)) as advance:
+        with item_progress(self._progress, item.name, len(chosen)) as advance:
             for group in site_groups(chosen):
                 facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
                 advance(group.sites[0].name)
@@ -176,7 +176,7 @@ class _Run:
 
         needs = max((item.needs for item in items), key=NEEDS_ORDER.index)
         title = "+".join(item.name for item in items)
-        with _progress(self._progress, title, len(groups)) as advance:
+        with item_progress(self._progress, title, len(groups)) as advance:
             sweep(
                 self.program,
                 self._batches,
@@ -297,34 +297,6 @@ def _muted_branches(program: Program, facts: Mapping[str, Mapping[str, Facts]], 
     finally:
         for name, tensor in old.items():
             program.set_tensor(name, tensor)
-
-
-@contextlib.contextmanager
-def _progress(shown: bool, title: str, total: int) -> Iterator[Callable[[str], None]]:
-    if not shown:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[layer]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, layer="")
-        yield lambda layer: bar.update(task, advance=1, layer=layer)
-
-
-def _shows(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress
 
 
 def _context(program: Program) -> int:
