@@ -1,5 +1,6 @@
 """What a user sees while a model trains: one line with the loss, the speed and the time that is left."""
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,8 +21,7 @@ class ProgressLine:
     """One line about a running training: live on a terminal, else a plain line on stderr now and then.
 
     Speed and remaining time come from the last steps, without the pauses for validation and checkpoints; until the first step
-    is done they are unknown. Other output that goes through Python's stdout and stderr, or through `print`, stands above the
-    live line.
+    is done they are unknown. Other output of Python on the terminal, and `print`'s, stands above the live line.
 
     Args:
         total_steps: Optimizer steps of the whole run.
@@ -57,6 +57,7 @@ class ProgressLine:
         self._mark = clock()
         self._written: float | None = None
         self._live: Progress | None = None
+        self._text = ""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -102,7 +103,7 @@ class ProgressLine:
         parts += [] if self.tokens_per_second is None else [f"{self.tokens_per_second:,.0f} tokens/s"]
         parts += [f"{memory_bytes() / 1e9:.1f} GB"]
         parts += [] if self.remaining_seconds is None else [f"ETA {timedelta(seconds=round(self.remaining_seconds))}"]
-        text = "  ".join(parts)
+        self._text = text = "  ".join(parts)
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=step, text=text)
         elif self._written is None or now - self._written >= self._interval or step >= self._total:
@@ -122,19 +123,24 @@ class ProgressLine:
             why: What is shown meanwhile on a terminal.
         """
         began = self._clock()
-        if self._live is not None:
-            self._live.update(self._live.task_ids[0], text=why)
+        self._show(why)
         try:
             yield
         finally:
+            self._show(self._text)
             self._mark += self._clock() - began
+
+    def _show(self, text: str) -> None:
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], text=text, refresh=True)
 
     def __enter__(self) -> "ProgressLine":
         self._mark = self._clock()
         if self._enabled and self._console.is_terminal:
             text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True))
             count = TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True))
-            self._live = Progress(count, BarColumn(12), text, console=self._console)
+            # Stdout may be a pipe while stderr is a terminal: what goes into the pipe must stay there.
+            self._live = Progress(count, BarColumn(12), text, console=self._console, redirect_stdout=sys.stdout.isatty())
             self._live.add_task("", total=self._total, completed=self._done, text="")
             self._live.start()
         return self
@@ -166,7 +172,6 @@ def memory_bytes() -> int:
 def _peak_bytes() -> int:
     """Where there is no /proc: the most that was ever resident."""
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -19,7 +19,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from sparsepass.graph import SparsepassError
 from sparsepass.retrain import checkpoint
 from sparsepass.retrain.checkpoint import Checkpoints
-from sparsepass.retrain.pieces import write_pieces
 from sparsepass.retrain.processes import any_process
 
 
@@ -79,11 +78,10 @@ def flip_last_bit(path: Path) -> None:
 
 
 def act(action: str, checkpoints: Checkpoints, rank: int) -> None:
-    if action == "save":
+    if action in ("save", "save replicated"):
         local = {"generator": torch.tensor([rank], dtype=torch.uint8)}
-        checkpoints.save(3, sharded(whole()), {"seen": 5}, local_tensors=local, local_state={"position": rank})
-    elif action == "save replicated":
-        checkpoints.save(3, whole(), {"seen": 5})
+        tensors = sharded(whole()) if action == "save" else whole()
+        checkpoints.save(3, tensors, {"seen": 5}, local_tensors=local, local_state={"position": rank})
     elif action in ("restore", "restore swapped"):
         into = sharded(whole(0), swapped=action.endswith("swapped"))
         restored = checkpoints.restore("newest", into)
@@ -106,15 +104,16 @@ def act(action: str, checkpoints: Checkpoints, rank: int) -> None:
         checkpoints.restore("newest", tensors)
         assert equal(tensors, before)
     elif action == "second process has a full disk":
+        patch = pytest.MonkeyPatch()
         if rank == 1:
 
             def refuse(*_: object) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            checkpoint.write_pieces = refuse  # type: ignore[assignment]
+            patch.setattr(checkpoint, "write_pieces", refuse)
         with pytest.raises((OSError, SparsepassError), match="No space left" if rank else "disk is full"):
             checkpoints.save(4, sharded(whole()), {})
-        checkpoint.write_pieces = write_pieces
+        patch.undo()
     elif action == "restore damaged":
         found = checkpoints.newest()
         assert found is not None
