@@ -119,7 +119,9 @@ class TrainingData:
 
         Returns:
             JSON-ready facts of ``train`` and ``validation`` (None without any): source and kind, how it was made into
-            sequences, how many there are, how many sequences and tokens have been taken, and in which epoch that is.
+            sequences, how many there are (None for a stream not yet read to its end), how many sequences and tokens have
+            been taken, and how many epochs that is. If rows are kept apart, ``rows`` tells how many were read, cut to the
+            context, and left out as empty.
         """
         train = self.train
         length = train.num_sequences
@@ -211,13 +213,8 @@ def open_data(
     if data.fingerprint == apart.fingerprint:
         raise _overlap(f"{train_source.name} and {apart_source.name}, which hold the same tokens")
     found = _of_table(data, config, None) if data.stream is None else _of_stream(data, config, None)
-    sequences, places = _apart(apart, config)
-    return TrainingData(
-        found.train,
-        _batch(apart, sequences, places),
-        found._train_facts,
-        _validation_facts(apart, len(sequences), "a source of its own"),
-    )
+    batch = _batch(apart, *_apart(apart, config))
+    return TrainingData(found.train, batch, found._train_facts, _validation_facts(apart, batch, "a source of its own"))
 
 
 def _overlap(which: str) -> SparsepassError:
@@ -282,7 +279,7 @@ def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None) 
     if not number:
         return TrainingData(train, None, facts, {})
     validation = _batch(data, _rows_of_table(data, held), held.tolist())
-    return TrainingData(train, validation, facts, _validation_facts(data, number, "held out, spread evenly"))
+    return TrainingData(train, validation, facts, _validation_facts(data, validation, "held out, spread evenly"))
 
 
 def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None) -> TrainingData:
@@ -320,7 +317,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
     if not number:
         return TrainingData(train, None, facts, {})
     validation = _batch(data, held, list(range(number)))
-    return TrainingData(train, validation, facts, _validation_facts(data, number, "held out, the first of the stream"))
+    return TrainingData(train, validation, facts, _validation_facts(data, validation, "held out, the first of the stream"))
 
 
 def _apart(data: Prepared, config: DataConfig) -> tuple[list[Columns], list[int]]:
@@ -355,11 +352,12 @@ def _facts(data: Prepared, config: DataConfig) -> dict[str, object]:
     return {"source": data.source.name, "kind": data.source.kind, "order": how, "seed": config.seed, **data.facts}
 
 
-def _validation_facts(data: Prepared, number: int, how: str) -> dict[str, object]:
+def _validation_facts(data: Prepared, batch: Batch, how: str) -> dict[str, object]:
+    real = batch.attention_mask
     return {
         "source": data.source.name,
         "kind": data.source.kind,
         "chosen": how,
-        "num_sequences": number,
-        "num_tokens": number * data.shape.context if data.shape.packing else None,
+        "num_sequences": len(batch),
+        "num_tokens": batch.input_ids.numel() if real is None else int(real.sum()),
     }

@@ -183,10 +183,11 @@ def _table(source: Source, settings: _Settings) -> Prepared:
     )
     if prepared.num_sequences == 0:
         raise _too_short(len(table), settings, shape)
-    num_truncated = 0 if settings.packing else int((table.lengths > settings.context).sum())
     prepared.facts.update(num_sequences_in_source=prepared.num_sequences, num_tokens_in_source=len(table))
     if not settings.packing:
-        prepared.facts.update(num_rows_truncated=num_truncated)
+        num_read = len(table.lengths) + table.num_empty
+        num_truncated = int((table.lengths > settings.context).sum())
+        prepared.facts["rows"] = {"num_read": num_read, "num_truncated": num_truncated, "num_empty": table.num_empty}
     return prepared
 
 
@@ -248,6 +249,11 @@ def _stream(source: Source, data: Any, settings: _Settings) -> Prepared:
     facts = _facts(settings, encoder)
     shape = _shape(settings, encoder)
 
+    # Counted as they are read, and again if they are read again.
+    counts = {"num_read": 0, "num_truncated": 0, "num_empty": 0}
+    if not settings.packing:
+        facts["rows"] = counts
+
     def encode(rows: Sequence[Mapping[str, Any]]) -> Part:
         if encoder is None:
             names = [name for name in (IDS, LABELS, MASK) if name in first]
@@ -255,6 +261,9 @@ def _stream(source: Source, data: Any, settings: _Settings) -> Prepared:
         else:
             part = _text_part(rows, encoder, settings, column, pieces=bool(source.texts))
         check_part(part, vocab_size=settings.vocab_size, what=settings.what)
+        counts["num_read"] += len(part.lengths)
+        counts["num_truncated"] += int((part.lengths > settings.context).sum())
+        counts["num_empty"] += int((part.lengths == 0).sum())
         return without_padding(part) if settings.packing else padded(part, settings.context, shape.pad_id)
 
     sequence = TokenStream(data, encode, Place()).read(shape.num_body)

@@ -273,7 +273,10 @@ class TableSequences(Sequences):
         columns = {row: table_sequence(self._table, self.shape, self._row_ends, places[row]) for row in wanted}
         if self.shape.packing:
             return places, columns, count * self.shape.context
-        return places, columns, int(np.minimum(self._table.lengths[places], self.shape.context).sum())
+        if MASK not in self._table.names:
+            return places, columns, int(np.minimum(self._table.lengths[places], self.shape.context).sum())
+        everything = (table_sequence(self._table, self.shape, self._row_ends, place) for place in places)
+        return places, columns, sum(int(sequence[MASK].sum()) for sequence in everything)
 
     def _place_of(self, number: int) -> int:
         epoch, offset = divmod(number, len(self._places))

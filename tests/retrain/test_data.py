@@ -1,5 +1,6 @@
 """Training data: nothing lost, one order for any number of processes, resumed bit for bit, and every mistake told."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -496,10 +497,13 @@ def test_rows_with_masked_prompts(streamed: bool) -> None:
     assert packed.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 11, 12]]
     assert packed.labels.tolist() == [[-100, 6, 7, -100], [-100, 10, 11, 12]]
     assert packed.attention_mask is None
-    if not streamed:
-        facts: Any = data.describe()["train"]
-        assert facts["num_rows_truncated"] == 1
-        assert data.train.num_tokens == 9  # the mask's 0 in the third row's front is not padding that we made
+    assert data.train.num_tokens == 8
+    facts: Any = data.describe()["train"]
+    assert facts["rows"]["num_truncated"] * 4 == facts["rows"]["num_empty"] * 4 == facts["rows"]["num_read"]
+    assert streamed or facts["rows"]["num_read"] == 4
+    held_out = open_data(dataclasses.replace(config, validation=1), tokenizer, source=source).describe()["validation"]
+    assert isinstance(held_out, dict)
+    assert held_out["num_tokens"] == (3 if streamed else 4)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
