@@ -6,7 +6,6 @@ file stands in a table (JSON), so that another number of processes, sharded othe
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from sparsepass.retrain.processes import process_rank
 
 JSON = Any
 
-# Tensors of a GPU are copied to the host file by file: this bounds the copy.
-_FILE_BYTES = 2 << 30
+# Tensors of a GPU are copied to the host file by file, and a file is mapped into memory while it is read: this bounds both.
+_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -215,32 +214,31 @@ def read_pieces(folder: Path, table: Iterable[JSON], into: Mapping[str, Tensor])
         >>> float(target.sum())
         8.0
     """
-    rows: dict[str, list[JSON]] = {}
+    held = {name: local_box(tensor) for name, tensor in into.items()}
+    parts = {name: local_part(tensor) for name, tensor in into.items()}
+    num_read = dict.fromkeys(into, 0)
+    wanted: dict[str, list[JSON]] = {}
     for row in table:
-        rows.setdefault(row["name"], []).append(row)
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
-        for name, tensor in into.items():
-            held, part = local_box(tensor), local_part(tensor)
-            num_read = 0
-            for row in rows[name]:
-                stored = Box(tuple(row["start"]), tuple(row["size"]))
-                shared = stored.meet(held)
-                if shared is None:
-                    continue
-                file = row["file"]
-                if file not in opened:
-                    opened[file] = stack.enter_context(safetensors.safe_open(folder / file, framework="pt"))
-                if shared == stored:
-                    found = opened[file].get_tensor(row["key"])
-                else:
-                    found = opened[file].get_slice(row["key"])[shared.slices_in(stored)]
-                part[shared.slices_in(held)].copy_(found)
-                num_read += math.prod(shared.shape)
-            if num_read != part.numel():
-                raise SparsepassError(
-                    f"{folder} holds {num_read} of the {part.numel()} elements of {name} that are needed here"
-                )
+        if row["name"] in into and _box(row).meet(held[row["name"]]):
+            wanted.setdefault(row["file"], []).append(row)
+    for file, rows in wanted.items():
+        with safetensors.safe_open(folder / file, framework="pt") as opened:
+            for row in rows:
+                name, stored = row["name"], _box(row)
+                shared = stored.meet(held[name])
+                assert shared is not None
+                whole = shared == stored
+                slices = shared.slices_in(stored)
+                found = opened.get_tensor(row["key"]) if whole else opened.get_slice(row["key"])[slices]
+                parts[name][shared.slices_in(held[name])].copy_(found)
+                num_read[name] += math.prod(shared.shape)
+    for name, part in parts.items():
+        if num_read[name] != part.numel():
+            raise SparsepassError(f"{folder} holds {num_read[name]} of the {part.numel()} elements of {name} needed here")
+
+
+def _box(row: JSON) -> Box:
+    return Box(tuple(row["start"]), tuple(row["size"]))
 
 
 def _writes(tensor: Tensor) -> bool:
