@@ -264,6 +264,9 @@ class _Job:
         if lowest < 0:
             raise SparsepassError(f"targets hold {lowest}; expected a token, or {IGNORED} where nothing counts")
         self._highest = highest
+        # Leaves of our own: hooks on the parameters fire in the outer backward, not for each chunk. One set for all chunks:
+        # autocast keeps a cast copy of each.
+        self._leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.trained.items()}
 
     def run(self, hidden_NH: Tensor, gradients: "_Gradients | None" = None) -> tuple[Tensor, Tensor]:
         """Work through all chunks; sums of KL and of cross-entropy."""
@@ -277,11 +280,9 @@ class _Job:
 
     def _chunk(self, hidden_NH: Tensor, chunk: slice, gradients: "_Gradients | None") -> tuple[Tensor, Tensor]:
         hidden_1NH = hidden_NH[chunk].unsqueeze(0)
-        # Leaves of their own: hooks on the parameters fire in the outer backward, not for each chunk.
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.trained.items()}
         with torch.set_grad_enabled(gradients is not None):
             hidden_1NH = hidden_1NH.detach().requires_grad_(gradients is not None and gradients.wants_hidden)
-            logits_1NV = torch.func.functional_call(self._head, leaves, (hidden_1NH,))
+            logits_1NV = torch.func.functional_call(self._head, self._leaves, (hidden_1NH,))
         if logits_1NV.dim() != 3 or logits_1NV.shape[:2] != hidden_1NH.shape[:2]:
             raise SparsepassError(
                 f"the head gives {tuple(logits_1NV.shape)} for {tuple(hidden_1NH.shape)}; expected [1, N, V] for [1, N, H]"
@@ -297,7 +298,7 @@ class _Job:
             gradient=gradients is not None,
         )
         if gradients is not None and found.gradient is not None:
-            inputs = [*([hidden_1NH] if gradients.wants_hidden else []), *leaves.values()]
+            inputs = [*([hidden_1NH] if gradients.wants_hidden else []), *self._leaves.values()]
             gradients.add(
                 chunk, torch.autograd.grad(logits_1NV, inputs, found.gradient.unsqueeze(0), allow_unused=True), self.options
             )

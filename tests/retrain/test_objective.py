@@ -293,17 +293,20 @@ def test_the_loss_scales_and_goes_backward_once() -> None:
 
 
 class _Sizes(TorchDispatchMode):
-    """Records the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation makes, and what autocast casts."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.largest = self.largest_wide = 0
+        self.casts: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
+                if func is torch.ops.aten._to_copy.default and tensor.dtype == torch.bfloat16:
+                    self.casts.append(tuple(tensor.shape))
                 if tensor.element_size() >= 4:
                     self.largest_wide = max(self.largest_wide, tensor.numel())
         return out
@@ -323,6 +326,9 @@ def test_logits_are_never_whole(grads: bool, monkeypatch: pytest.MonkeyPatch) ->
         distillation_loss(hidden, head, targets, teacher, **options)
     assert sizes.largest == chunk * vocabulary
     assert sizes.largest_wide == 4 * vocabulary
+    assert sizes.casts.count((vocabulary, features)) == 1 + tokens // chunk, (
+        "the student's weight once, the teacher's each time"
+    )
 
 
 def test_the_head_runs_once_per_chunk_and_takes_no_gradient_in_validation() -> None:
