@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsepass.export import cli_support as support
-from sparsepass.export.cli_check import compare_command, eval_command, verify_command
+from sparsepass.export.cli_check import compare_command, eval_command
+from sparsepass.export.cli_verify import verify_command
 
 if TYPE_CHECKING:
     from sparsepass.export.prepare import Calibration, Evaluation, Prepared

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: `eval`, `compare`, `verify`."""
+"""The commands that run models and change nothing: `eval` and `compare`."""
 
 import dataclasses
 import json
@@ -12,10 +12,7 @@ from sparsepass.export import cli_support as support
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsepass.export.pattern import PatternReport
-
     Sides = list[tuple[str, Any, Any]]
-_NUM_FAILURES_SHOWN = 20
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -162,127 +159,6 @@ def compare_command(
         if not failures:
             support.stdout().print("[green]Equivalent on these inputs.[/]")
     support.finish(not failures)
-
-
-def verify_command(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FOLDER_OR_FILE",
-            help="A folder that sparsepass wrote, an .onnx or .safetensors file, or a folder with such files.",
-            show_default=False,
-        ),
-    ],
-    pattern: Annotated[
-        str | None,
-        typer.Option("--pattern", help="Pattern to check; by default the report's, or 2:4.", show_default=False),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", help="Weights that may be dense: name, glob or 're:...'. May be repeated."),
-    ] = None,
-    show_all: Annotated[
-        bool, typer.Option("--all", help="Show every weight, and not only what is amiss in a long list.")
-    ] = False,
-    as_json: support.AsJson = False,
-) -> None:
-    """Check in the stored weights that the N:M pattern holds, along the axis in which each is summed.
-
-    In a folder that sparsepass wrote, report.json tells which weights have to be sparse and which are dense on purpose;
-    elsewhere every linear weight has to be sparse, less those that --ignore names.
-
-    Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input.
-    """
-    reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
-    if as_json:
-        _print_json({"conforms": all(r.conforms for r in reports), "reports": [r.to_dict() for r in reports]})
-    else:
-        for report in reports:
-            _show_pattern(report, show_all=show_all)
-    support.finish(all(report.conforms for report in reports))
-
-
-def _show_pattern(report: "PatternReport", *, show_all: bool) -> None:
-    if show_all:
-        support.stdout().print(report.table(all_entries=True))
-        return
-    support.stdout().print(report.summary(), highlight=False)
-    for entry in report.failures[:_NUM_FAILURES_SHOWN]:
-        name = f"{entry.weight} ({entry.parameter})" if entry.parameter not in ("", entry.weight) else entry.weight
-        shape = f" [{'x'.join(map(str, entry.shape))}, summed along axis {entry.axis}]" if entry.shape else ""
-        support.stdout().print(f"  {name}{shape}: {entry.reason}", highlight=False, markup=False)
-    if (more := len(report.failures) - _NUM_FAILURES_SHOWN) > 0:
-        support.stdout().print(f"  and {more} more; --all shows every weight")
-
-
-def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, ...] = ()) -> "tuple[PatternReport, ...]":
-    """Check a file, a saved program, or a folder, by its report if it has one.
-
-    Args:
-        path: What to check.
-        pattern: Stands in for the report's patterns.
-        ignore: Weights that may be dense.
-
-    Returns:
-        One report for each file that the folder's report names; else one.
-
-    Raises:
-        SparsepassError: If it cannot be read.
-    """
-    from sparsepass.export.pattern import check_pattern
-    from sparsepass.export.report import find_report
-    from sparsepass.graph import SparsepassError
-    from sparsepass.graph.program import PROGRAM_FILE
-
-    if not path.exists():
-        raise SparsepassError(f"{path} does not exist; name a folder, an .onnx file or a .safetensors file")
-    if path.is_dir() and (path / PROGRAM_FILE).is_file():
-        return (_check_program(path, pattern, ignore),)
-    folder = path if path.is_dir() else path.parent
-    document = find_report(folder)
-    artifact = (document or {}).get("artifact", {})
-    expected, axes = artifact.get("expected_sparse", {}), artifact.get("axes") or {}
-    if not path.is_dir():
-        expected = {name: weights for name, weights in expected.items() if name == path.name}
-    if not expected:
-        return (check_pattern(path, pattern or "2:4", ignore=ignore),)
-    return tuple(
-        check_pattern(
-            folder / name if name else folder,
-            pattern or "2:4",
-            ignore=ignore,
-            expected_sparse=weights if pattern is None else list(weights),
-            axes=axes.get(name),
-        )
-        for name, weights in expected.items()
-    )
-
-
-def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -> "PatternReport":
-    """Check a saved program: what its graph reads is the weight with its mask, and no file holds that."""
-    import tempfile
-
-    import safetensors.torch
-    import torch
-
-    from sparsepass.export.pattern import check_pattern
-    from sparsepass.graph import Program, SparsepassError
-
-    program = Program.load(folder)
-    if not program.sparse:
-        raise SparsepassError(f"{folder} is a program without sparse weights; apply nm_sparsify first (sparsepass prune)")
-    weights, axes = {}, {}
-    for name, state in program.sparse.items():
-        weight = program.tensor(name).detach()
-        if state.mask is not None:
-            weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
-        weights[name], axes[name] = weight.contiguous(), state.axis
-    patterns = {name: pattern or state.pattern for name, state in program.sparse.items()}
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "model.safetensors"
-        safetensors.torch.save_file(weights, file)
-        found = check_pattern(file, ignore=ignore, expected_sparse=patterns, axes=axes)
-    return dataclasses.replace(found, source=str(folder), pattern="/".join(sorted(set(patterns.values()))))
 
 
 def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":

@@ -13,192 +13,37 @@ What decides on `PatternReport.conforms`:
    and decide nothing.
 """
 
-import io
 import os
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, final
 
 import onnx
 import onnx_ir as ir
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
 from sparsepass.export.pattern_bits import GroupCount, count_groups, is_conforming
 from sparsepass.export.pattern_candidates import Candidate, name_matches
+from sparsepass.export.pattern_cause import Cause, likely_cause, wrong_axis
 from sparsepass.export.pattern_onnx import onnx_candidates
 from sparsepass.export.pattern_onnx_data import onnx_files, read_onnx
-from sparsepass.export.pattern_safetensors import safetensors_candidates, safetensors_files
+from sparsepass.export.pattern_report import PatternEntry, PatternReport, Verdict
+from sparsepass.export.pattern_safetensors import safetensors_candidates, safetensors_files, tensor_candidates
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.passes.pattern import NMPattern
 
 __all__ = ["PatternEntry", "PatternReport", "check_pattern"]
 
-Verdict = Literal["conforms", "violates", "not eligible", "not checkable", "missing", "left out"]
-_VERDICTS: tuple[Verdict, ...] = ("violates", "missing", "not eligible", "not checkable", "conforms", "left out")
-_COLOURS = {
-    "violates": "red",
-    "missing": "red",
-    "not eligible": "yellow",
-    "not checkable": "yellow",
-    "conforms": "green",
-}
-_NUM_ROWS_SHOWN = 60
 _NOTHING_COUNTED = GroupCount(num_groups=0, num_violations=0, first_violation=None, num_nonzeros=0, num_negative_zeros=0)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class PatternEntry:
-    """One use of one stored weight, judged.
-
-    Attributes:
-        file: File it stands in, relative to the source; "" for a model in memory.
-        node: Operation that uses it; the module path in a safetensors file.
-        op: Operation type, or "tensor" in a safetensors file.
-        weight: Name under which the tensor is stored.
-        parameter: The parameter it was in the model the file was exported from, where the file tells (torch.onnx notes
-            it); else "".
-        shape: Stored shape.
-        dtype: Stored element type.
-        axis: Axis of the stored tensor along which K runs, and so along which groups were counted; None if unknown.
-        pattern: The pattern asked for, such as "2:4".
-        verdict: "conforms", "violates", "not eligible" (K is not a multiple of M), "not checkable", "missing" (expected
-            and not in the file), or "left out" (ignored, or dense on purpose; its data was not read).
-        required: Whether it decides on `PatternReport.conforms`.
-        reason: Why, in words; "" for a weight that conforms without remark.
-        num_groups: Groups of M along the axis.
-        num_violations: Groups with more than N nonzeros.
-        first_violation: Index into the stored tensor of the first entry of the first such group.
-        num_nonzeros: Entries that are not zero; a zero of either sign is zero.
-        num_negative_zeros: Entries that are -0.0. They conform, but packers are known to trip over them.
-        conforming_axes: For a weight that violates: other axes along which it would conform.
-    """
-
-    file: str
-    node: str
-    op: str
-    weight: str
-    parameter: str
-    shape: tuple[int, ...]
-    dtype: str
-    axis: int | None
-    pattern: str
-    verdict: Verdict
-    required: bool
-    reason: str = ""
-    num_groups: int = 0
-    num_violations: int = 0
-    first_violation: tuple[int, ...] | None = None
-    num_nonzeros: int = 0
-    num_negative_zeros: int = 0
-    conforming_axes: tuple[int, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class PatternReport:
-    """What `check_pattern` found; `str()` gives a table.
-
-    Attributes:
-        source: What was checked.
-        pattern: The pattern asked for.
-        entries: One entry per operation and constant weight, in file order; a weight used twice has two.
-        stated: The caller stated which weights are sparse or dense, so that finding nothing to check is no failure.
-    """
-
-    source: str
-    pattern: str
-    entries: tuple[PatternEntry, ...]
-    stated: bool = field(default=False, repr=False)
-
-    @property
-    def conforms(self) -> bool:
-        """Every required weight conforms, and there was at least one to check unless the caller said otherwise."""
-        required = [entry for entry in self.entries if entry.required]
-        return all(entry.verdict == "conforms" for entry in required) and (bool(required) or self.stated)
-
-    @property
-    def exit_code(self) -> int:
-        """0 when the source conforms, 1 when it does not; a source that cannot be read (2) is an error instead."""
-        return 0 if self.conforms else 1
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of entries for each verdict; all verdicts are present."""
-        found = Counter(entry.verdict for entry in self.entries)
-        return {verdict: found[verdict] for verdict in _VERDICTS}
-
-    @property
-    def failures(self) -> tuple[PatternEntry, ...]:
-        """The required entries that do not conform."""
-        return tuple(entry for entry in self.entries if entry.required and entry.verdict != "conforms")
-
-    @property
-    def num_negative_zeros(self) -> int:
-        """Entries that are -0.0 in all weights checked, each stored weight counted once."""
-        return sum({(e.file, e.weight): e.num_negative_zeros for e in self.entries}.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
-        return {
-            "source": self.source,
-            "pattern": self.pattern,
-            "conforms": self.conforms,
-            "exit_code": self.exit_code,
-            "counts": self.counts,
-            "num_negative_zeros": self.num_negative_zeros,
-            "entries": [entry.to_dict() for entry in self.entries],
-        }
-
-    def summary(self) -> str:
-        """Return one line: the verdict and the counts."""
-        said = ", ".join(f"{number} {verdict}" for verdict, number in self.counts.items() if number) or "no weight found"
-        if not self.conforms and not self.failures:
-            said += "; nothing was required to conform, so nothing is proven"
-        return f"{self.source}: {self.pattern} {'holds' if self.conforms else 'does NOT hold'} ({said})"
-
-    def table(self, *, all_entries: bool = False) -> Table:
-        """Return a rich table, failures first.
-
-        Args:
-            all_entries: Show every entry; otherwise a long report only counts those that conform or are left out.
-        """
-        rank = {verdict: i for i, verdict in enumerate(_VERDICTS)}
-        rows = sorted(self.entries, key=lambda e: (not e.required or e.verdict == "conforms", rank[e.verdict]))
-        shown = rows
-        if not all_entries and len(rows) > _NUM_ROWS_SHOWN:
-            shown = [e for e in rows if e.verdict not in ("conforms", "left out")][:_NUM_ROWS_SHOWN]
-        table = Table(title=self.summary(), title_justify="left", caption_justify="left")
-        for heading in ("verdict", "weight", "used by", "stored shape", "axis of K", "why"):
-            table.add_column(heading, overflow="fold")
-        for e in shown:
-            colour = _COLOURS.get(e.verdict, "dim") if e.required else "dim"
-            axis, shape = "" if e.axis is None else str(e.axis), "x".join(map(str, e.shape))
-            weight = f"{e.weight} ({e.parameter})" if e.parameter not in ("", e.weight) else e.weight
-            cells = (weight, f"{e.op} {e.node}", f"{shape} {e.dtype}".strip(), axis, e.reason)
-            table.add_row(e.verdict, *(cell.replace("[", r"\[") for cell in cells), style=colour)
-        if len(shown) < len(rows):
-            table.caption = f"{len(rows) - len(shown)} more entries are not shown"
-        return table
-
-    def __str__(self) -> str:
-        out = io.StringIO()
-        Console(file=out, width=160, no_color=True).print(self.table())
-        return out.getvalue()
+# Looking for a merged adapter takes up to a second: only the first weight of each kind of layer is looked at, and what is
+# found there is taken to hold for the others whose zeros were filled.
+_NUM_LOOKED_AT = 12
 
 
 def check_pattern(
-    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto,
+    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto | Mapping[str, Tensor],
     pattern: str | NMPattern = "2:4",
     *,
     ignore: Collection[str] = (),
@@ -213,7 +58,7 @@ def check_pattern(
     Args:
         source: An .onnx file (with or without external data), an onnx_ir model, a ModelProto, a .safetensors file, or a
             folder with model.safetensors (or its shards and their index) or ONNX files (here or in `onnx/`); all found
-            are checked.
+            are checked. Or tensors by name, such as a state dict, which are taken as a checkpoint's.
         pattern: The pattern asked for: at most N nonzeros in M consecutive entries along K.
         ignore: Weights to leave out, by name of weight, module or node: exact, with globs, or a regular expression
             after "re:".
@@ -268,9 +113,15 @@ def check_pattern(
         for candidate, plan in zip(candidates, plans, strict=True)
     ]
     used = [candidate.names for candidate in candidates]
+    entries = _with_causes(entries, candidates, plans)
     entries += [_missing(name, each) for name, each in (sparse or {}).items() if not any(name_matches(name, n) for n in used)]
-    stated = expected_sparse is not None or expected_dense is not None
-    return PatternReport(source=label, pattern=str(asked), entries=tuple(entries), stated=stated)
+    return PatternReport(
+        source=label,
+        pattern=str(asked),
+        entries=tuple(entries),
+        stated=expected_sparse is not None or expected_dense is not None,
+        unused=tuple(name for name in ignored if not any(name_matches(name, n) for n in used)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,10 +194,16 @@ def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
     assert axis is not None, "a candidate without a problem knows its axis"
     view = candidate.read()
     count = count_groups(view, n, m, axis)
+    remarks = [f"computed by {', '.join(candidate.computed)}"] if candidate.computed else []
+    if count.num_violations and candidate.multiplied is not None and (found := candidate.multiplied()) is not None:
+        rounded = count_groups(found[0], n, m, found[1])
+        if not rounded.num_violations:
+            remarks.append(f"{count.num_nonzeros - rounded.num_nonzeros} stored values become zero on the way to the product")
+            count = rounded
     if not count.num_violations:
         zeros = count.num_negative_zeros
-        reason = f"{zeros} zeros are -0.0, which some packers refuse" if zeros else ""
-        return _Finding(verdict="conforms", reason=reason, count=count)
+        remarks += [f"{zeros} zeros are -0.0, which some packers refuse"] if zeros else []
+        return _Finding(verdict="conforms", reason="; ".join(remarks), count=count)
     others = tuple(
         other
         for other, size in enumerate(candidate.shape)
@@ -361,7 +218,40 @@ def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
             f"{count.num_violations} of {count.num_groups} groups of {m} have more than {n} nonzeros, the first at "
             f"{list(count.first_violation or ())}"
         )
-    return _Finding(verdict="violates", reason=reason, count=count, conforming_axes=others)
+    return _Finding(verdict="violates", reason="; ".join((reason, *remarks)), count=count, conforming_axes=others)
+
+
+def _with_causes(
+    entries: Iterable[PatternEntry], candidates: Iterable[Candidate], plans: Iterable[_Plan]
+) -> list[PatternEntry]:
+    """Add to each required weight that violates what probably happened to it."""
+    looked_at: dict[str, Cause] = {}
+    known: dict[object, Cause] = {}
+    explained = []
+    for entry, candidate, plan in zip(entries, candidates, plans, strict=True):
+        if entry.verdict != "violates" or not entry.required:
+            explained.append(entry)
+            continue
+        assert candidate.axis is not None, "a weight was counted along an axis"
+        assert candidate.read is not None, "a weight that was counted can be read"
+        key = (candidate.key, candidate.axis, plan.pattern)
+        if entry.conforming_axes:
+            known[key] = wrong_axis(entry.axis or 0, entry.conforming_axes)
+        elif key not in known:
+            look = entry.layer_kind not in looked_at and len(looked_at) < _NUM_LOOKED_AT
+            count = GroupCount(
+                num_groups=entry.num_groups,
+                num_violations=entry.num_violations,
+                first_violation=entry.first_violation,
+                num_nonzeros=entry.num_nonzeros,
+                num_negative_zeros=entry.num_negative_zeros,
+            )
+            n, m = plan.pattern.n, plan.pattern.m
+            cause = likely_cause(candidate.read(), candidate.dtype, n, m, candidate.axis, count, look_for_rank=look)
+            like = looked_at.setdefault(entry.layer_kind, cause) if look else looked_at.get(entry.layer_kind, cause)
+            known[key] = like if (cause.kind, like.kind) == ("trained without mask", "merged adapter") else cause
+        explained.append(replace(entry, cause=known[key]))
+    return explained
 
 
 def _entry(candidate: Candidate, plan: _Plan, finding: _Finding) -> PatternEntry:
@@ -385,6 +275,7 @@ def _entry(candidate: Candidate, plan: _Plan, finding: _Finding) -> PatternEntry
         num_nonzeros=count.num_nonzeros,
         num_negative_zeros=count.num_negative_zeros,
         conforming_axes=finding.conforming_axes,
+        computed=candidate.computed,
     )
 
 
@@ -416,9 +307,11 @@ def _as_names(argument: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _open(
-    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto, axes: Mapping[str, int]
+    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto | Mapping[str, Tensor], axes: Mapping[str, int]
 ) -> tuple[str, Iterable[Candidate]]:
     """Name the source and find its candidates."""
+    if isinstance(source, Mapping):
+        return "tensors in memory", tensor_candidates(source, axes)
     if isinstance(source, ir.Model | onnx.ModelProto):
         name = source.graph.name
         return f"model {name!r}" if name else "model", onnx_candidates(source)
@@ -431,11 +324,23 @@ def _open(
         if path.suffix == ".safetensors":
             return str(path), safetensors_candidates([path], axes)
         raise SparsepassError(f"{path} is neither an .onnx nor a .safetensors file: the pattern can be checked in these only.")
-    checkpoints, graphs = safetensors_files(path), onnx_files(path)
-    if not checkpoints and not graphs:
+    folders = [path]
+    if not safetensors_files(path) and not onnx_files(path):
+        # A pipeline of several models, such as those of diffusers, has each in a folder of its own.
+        folders = sorted({file.parent for kind in ("*.safetensors", "*.onnx") for file in path.rglob(kind)})
+    if not folders:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
         raise SparsepassError(
             f"{path} holds nothing to check: expected model.safetensors, model.safetensors.index.json with its shards, "
-            "or .onnx files (here or in onnx/)."
+            "or .onnx files (here, in onnx/ or in folders below)."
+            + (" Pickled weights (.bin, .pt) are not read: save them as safetensors." if pickled else "")
         )
-    found = safetensors_candidates(checkpoints, axes) if checkpoints else iter(())
-    return str(path), chain(found, *(onnx_candidates(read_onnx(f), file=str(f.relative_to(path))) for f in graphs))
+    return str(path), chain.from_iterable(_in_folder(folder, path, axes) for folder in folders)
+
+
+def _in_folder(folder: Path, root: Path, axes: Mapping[str, int]) -> Iterator[Candidate]:
+    checkpoints = safetensors_files(folder)
+    for candidate in safetensors_candidates(checkpoints, axes) if checkpoints else ():
+        yield replace(candidate, file=str((folder / candidate.file).relative_to(root)))
+    for graph in onnx_files(folder):
+        yield from onnx_candidates(read_onnx(graph), file=str(graph.relative_to(root)))

@@ -32,6 +32,9 @@ class Candidate:
         problem: Why this use cannot be checked, or None.
         aside: Why this use decides nothing unless the caller expects it to be sparse, or None when it does decide.
         through: Operations between the stored tensor and its use, in order.
+        computed: Operations that made the tensor out of what is stored; empty where it is stored itself.
+        multiplied: Reads what is multiplied in the end, and its axis of K, where rounding on the way may have made more
+            zeros than are stored; None where it makes none, or (called) where it cannot be computed.
     """
 
     file: str
@@ -48,6 +51,8 @@ class Candidate:
     problem: str | None = None
     aside: str | None = None
     through: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    multiplied: Callable[[], tuple[BitView, int] | None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 import math
 import mmap
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, final
 
@@ -17,11 +16,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sparsepass.export.pattern_bits import BitView, unpack_bits, view_bits
 from sparsepass.graph.errors import SparsepassError
 
-__all__ = ["READABLE_TYPES", "OnnxData", "from_proto", "onnx_files", "read_onnx"]
+__all__ = ["READABLE_TYPES", "SIGNED_TYPES", "OnnxData", "from_proto", "onnx_files", "read_onnx"]
 
 Array = npt.NDArray[Any]
 
-_SIGNED = {
+SIGNED_TYPES = {
     "FLOAT",
     "FLOAT16",
     "BFLOAT16",
@@ -32,13 +31,13 @@ _SIGNED = {
     "FLOAT6E2M3",
     "FLOAT6E3M2",
 }
-READABLE_TYPES = _SIGNED | {
+READABLE_TYPES = SIGNED_TYPES | {
     *("FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ", "BOOL"),
     *(f"{u}INT{bits}" for u in ("", "U") for bits in (2, 4, 8, 16, 32, 64)),
 }
 
 
-def onnx_files(folder: Path) -> Iterable[Path]:
+def onnx_files(folder: Path) -> list[Path]:
     """List the ONNX files of a folder, or else of its `onnx` subfolder (the hub's custom), sorted."""
     return sorted(folder.glob("*.onnx")) or sorted(folder.glob("onnx/*.onnx"))
 
@@ -126,7 +125,7 @@ class OnnxData:
         """
         data = self.read(tensor, name)
         dtype = tensor.dtype
-        view = view_bits(data, has_sign=dtype.name in _SIGNED, num_bits=min(dtype.bitwidth, 8 * data.dtype.itemsize))
+        view = view_bits(data, has_sign=dtype.name in SIGNED_TYPES, num_bits=min(dtype.bitwidth, 8 * data.dtype.itemsize))
         if zero is None:
             return view
         values = view.bits & view.bits.dtype.type((1 << dtype.bitwidth) - 1)
@@ -171,6 +170,28 @@ class OnnxData:
             return tensor.numpy()
         itemsize = tensor.dtype.bitwidth // 8
         return np.frombuffer(data, f"<u{itemsize}", math.prod(shape), offset).reshape(shape)
+
+    def values(self, tensor: ir.TensorProtocol, name: str) -> Array:
+        """Return a tensor's values in its own type.
+
+        Args:
+            tensor: The tensor.
+            name: Its name, for errors.
+
+        Returns:
+            The values; types that numpy lacks are those of ml_dtypes.
+
+        Raises:
+            SparsepassError: The data is not there or cut off.
+        """
+        data = self.read(tensor, name)
+        kind = tensor.dtype.numpy()
+        if data.dtype == kind:
+            return data
+        # Unpacked 4-bit integers are a byte each, and a signed one has to have its sign in all of it.
+        if tensor.dtype.bitwidth < 8:
+            return tensor.numpy()
+        return data.view(kind)
 
     def _map(self, tensor: ir.ExternalTensor, name: str) -> mmap.mmap:
         # Read here rather than by onnx_ir: it maps the file once per tensor and refuses the linked files of the hub.

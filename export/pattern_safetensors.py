@@ -14,7 +14,9 @@ is convention:
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from sparsepass.export.pattern_bits import BitView, view_bits
 from sparsepass.export.pattern_candidates import Candidate, name_matches
 from sparsepass.graph.errors import SparsepassError
 
-__all__ = ["safetensors_candidates", "safetensors_files"]
+__all__ = ["safetensors_candidates", "safetensors_files", "tensor_candidates"]
 
+_INDEX = "model.safetensors.index.json"
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _CONV1D_MODULES = re.compile(r"(c_attn|c_proj|c_fc|q_attn)$")
 _TRANSPOSED_EXPERT_FAMILIES = {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"}
@@ -35,11 +38,20 @@ _PACKED = (".qweight", ".weight_packed")
 _QUANTIZER_DATA = ("zero_point", "scale", "scale_inv", "scales", "qzeros", "g_idx", "absmax", "weight_shape")
 # Element types of the format that a weight can have: whether they have a sign bit (and so a -0.0).
 _HAS_SIGN = {"F64": True, "F32": True, "F16": True, "BF16": True, "F8_E4M3": True, "F8_E5M2": True, "I8": False}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a folder: those its index names, else all.
+    """List the safetensors files of a folder: those its index names, else model.safetensors, else all.
 
     Args:
         folder: The folder.
@@ -48,26 +60,35 @@ def safetensors_files(folder: Path) -> list[Path]:
         The files, sorted; empty when there are none.
 
     Raises:
-        SparsepassError: The index cannot be read, or names a file that is not there.
+        SparsepassError: An index cannot be read, or names a file that is not there.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        whole = folder / "model.safetensors"
+    indices = [folder / _INDEX] if (folder / _INDEX).exists() else []
+    whole = folder / "model.safetensors"
+    if not indices and not whole.exists():
+        # Variants and other libraries: model.safetensors.index.fp16.json, diffusion_pytorch_model.safetensors.index.json.
+        indices = sorted(folder.glob("*.safetensors.index*.json"))
+    if not indices:
         return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+    names = sorted({name for index in indices for name in _read_index(index).values()})
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise SparsepassError(
+            f"{folder} is incomplete: {', '.join(i.name for i in indices)} names {len(names)} files, and "
+            f"{', '.join(absent)} is not there. Copy what is missing."
+        )
+    return [folder / name for name in names]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Weight -> file."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SparsepassError(
             f"{index} cannot be read ({type(error).__name__}: {error}): expected JSON with a weight_map from weight to "
             "file. Copy it again."
         ) from error
-    absent = [name for name in names if not (folder / name).exists()]
-    if absent:
-        raise SparsepassError(
-            f"{folder} is incomplete: {index.name} names {len(names)} files, and {', '.join(absent)} is not there. "
-            "Copy what is missing."
-        )
-    return [folder / name for name in names]
 
 
 def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> Iterator[Candidate]:
@@ -81,30 +102,98 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
         One candidate for each tensor of rank 2 or more that can be a weight.
 
     Raises:
-        SparsepassError: A file cannot be read, or `axes` names an axis that a weight lacks.
+        SparsepassError: A file cannot be read, lacks weights that the index puts into it, or `axes` names an axis that a
+            weight lacks.
     """
-    families = _families(paths[0].parent)
-    handles = [_open(path) for path in paths]
-    all_names = {name for handle in handles for name in handle.keys()}  # noqa: SIM118 - not a mapping
+    found: list[_Stored] = []
+    index = paths[0].parent / _INDEX
+    promised = _read_index(index) if len(paths) > 1 and index.exists() else {}
+    for path in paths:
+        handle = _open(path)
+        held = set(handle.keys())
+        absent = [name for name, file in promised.items() if file == path.name and name not in held]
+        if absent:
+            raise SparsepassError(
+                f"{path} is incomplete or of another version: {index.name} puts {len(absent)} weights into it that it does not "
+                f"hold, such as {absent[0]!r}. Copy the folder again."
+            )
+        for name in sorted(held):
+            piece = handle.get_slice(name)
+            found.append(
+                _Stored(
+                    file=path.name,
+                    name=name,
+                    shape=tuple(piece.get_shape()),
+                    dtype=str(piece.get_dtype()),
+                    key=(path, name),
+                    tensor=partial(_read, path, handle, name),
+                )
+            )
+    yield from _candidates(found, _families(paths[0].parent), axes, str(paths[0].parent))
+
+
+def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int]) -> Iterator[Candidate]:
+    """Find the weights among tensors in memory, such as a state dict, by the same conventions.
+
+    Args:
+        tensors: Tensors by name.
+        axes: The axis of K by name of weight, over the conventions.
+
+    Yields:
+        One candidate for each tensor of rank 2 or more that can be a weight.
+
+    Raises:
+        SparsepassError: `axes` names an axis that a weight lacks.
+
+    >>> [c.axis for c in tensor_candidates({"proj.weight": torch.ones(2, 4), "proj.bias": torch.ones(2)}, {})]
+    [1]
+    """
+    found = [
+        _Stored(
+            file="",
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=_DTYPES.get(tensor.dtype, str(tensor.dtype)),
+            key=(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype),
+            tensor=partial(_plain, tensor),
+        )
+        for name, tensor in tensors.items()
+    ]
+    yield from _candidates(found, set(), axes, "the tensors given")
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A tensor that has not been read yet."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    key: object
+    tensor: Callable[[], torch.Tensor]
+
+
+def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int], where: str) -> Iterator[Candidate]:
+    all_names = {each.name for each in stored}
     for pattern in axes:
         if not any(name_matches(pattern, _both(name)) for name in all_names):
             raise SparsepassError(
-                f"axes names {pattern!r}, and {paths[0].parent} has no such weight: give a weight's name, or a glob "
-                "that means one."
+                f"axes names {pattern!r}, and {where} has no such weight: give a weight's name, or a glob that means one."
             )
-    for path, handle in zip(paths, handles, strict=True):
-        for name in handle.keys():  # noqa: SIM118
-            candidate = _candidate(path, handle, name, all_names, families, axes)
-            if candidate is not None:
-                yield candidate
+    for each in stored:
+        candidate = _candidate(each, all_names, families, axes)
+        if candidate is not None:
+            yield candidate
 
 
-def _candidate(
-    path: Path, handle: Any, name: str, all_names: Iterable[str], families: set[str], axes: Mapping[str, int]
-) -> Candidate | None:
+def _candidate(stored: _Stored, all_names: Collection[str], families: set[str], axes: Mapping[str, int]) -> Candidate | None:
     """Judge one tensor by its name, shape and type; None for what cannot be a weight."""
-    piece = handle.get_slice(name)
-    shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
+    name, shape, dtype = stored.name, stored.shape, stored.dtype
     module, _, last = name.rpartition(".")
     given = next((axis for pattern, axis in axes.items() if name_matches(pattern, _both(name))), None)
     problem = aside = None
@@ -134,15 +223,15 @@ def _candidate(
     elif axis is not None and shape[axis] == 1:
         aside = "K = 1: nothing is reduced"
     return Candidate(
-        file=path.name,
+        file=stored.file,
         node=module,
         op="tensor",
         weight=name,
         shape=shape,
         dtype=dtype.lower(),
         axis=axis,
-        key=(path, name),
-        read=None if problem else lambda: _read(path, handle, name, dtype),
+        key=stored.key,
+        read=None if problem else lambda: _bits(stored.tensor(), dtype),
         problem=problem,
         aside=aside,
     )
@@ -181,9 +270,13 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _read(path: Path, handle: Any, name: str, dtype: str) -> BitView:
+def _read(path: Path, handle: Any, name: str) -> torch.Tensor:
     try:
         tensor: torch.Tensor = handle.get_tensor(name)
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         raise SparsepassError(f"weight {name!r} of {path} cannot be read ({error}): copy the file again.") from error
+    return tensor
+
+
+def _bits(tensor: torch.Tensor, dtype: str) -> BitView:
     return view_bits(tensor.view(_WORDS[tensor.element_size()]).numpy(), has_sign=_HAS_SIGN[dtype])

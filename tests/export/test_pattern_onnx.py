@@ -104,8 +104,14 @@ def test_transposed_batches_are_not_checkable() -> None:
     assert only(nodes, w=sparse(2, 8, 12, axis=1)).verdict == "not checkable"
 
 
-def test_operations_of_other_domains_are_none_of_ours() -> None:
-    assert entries([node("MatMul", ["x", "w"], domain="my.domain")], w=dense(8, 8)) == ()
+def test_constant_matrices_of_unknown_operations_are_listed() -> None:
+    found = only(
+        [node("MyLinear", ["x", "w", "b", "ids"], domain="my.domain")], w=dense(8, 8), b=dense(8), ids=np.ones((2, 2), int)
+    )
+    assert (found.verdict, found.weight, found.required) == ("not checkable", "w", True)
+    assert found.reason.startswith("what my.domain::MyLinear does with this constant is not known")
+    assert entries([node("MyNorm", ["x", "b"], domain="my.domain")], b=dense(8)) == ()
+    assert entries([node("BiasGelu", ["x", "w"], domain="com.microsoft")], w=dense(8, 8)) == ()
 
 
 # ---- what is wrong with a weight
@@ -243,10 +249,12 @@ def test_products_of_activations_have_no_weight() -> None:
     assert "no weight found" in check_pattern(model(nodes)).summary()
 
 
-def test_products_of_constants_are_left_to_who_takes_them() -> None:
-    found = only([node("MatMul", ["a", "b"], "ab"), node("MatMul", ["x", "ab"])], a=dense(8, 2), b=dense(2, 8))
-    assert (found.verdict, found.weight, found.op) == ("not checkable", "a", "MatMul")
-    assert "passes through MatMul" in found.reason
+def test_products_of_constants_are_computed_for_who_takes_them() -> None:
+    left = dense(8, 2)
+    left[[2, 3, 5, 6]] = 0
+    found = only([node("MatMul", ["a", "b"], "ab"), node("MatMul", ["x", "ab"])], a=left, b=dense(2, 12))
+    assert (found.verdict, found.weight, found.shape, found.computed) == ("conforms", "a", (8, 12), ("MatMul",))
+    assert found.reason == "computed by MatMul"
 
 
 def test_rotary_frequencies_reduce_nothing() -> None:
@@ -310,16 +318,31 @@ def test_squeeze_and_unsqueeze() -> None:
     assert (added.verdict, added.required) == ("not checkable", False)
 
 
-@pytest.mark.parametrize("op", ["Reshape", "Mul", "Add", "Concat"])
-def test_other_operations_on_the_way_are_named(op: str) -> None:
-    attributes = {"axis": 0} if op == "Concat" else {}
-    other = np.array([8, 12], np.int64) if op == "Reshape" else dense(8, 12)
-    report = check_pattern(
-        model([node(op, ["w", "o"], "r", **attributes), node("MatMul", ["x", "r"])], w=sparse(8, 12, axis=0), o=other)
-    )
+@pytest.mark.parametrize("op", ["Reshape", "Mul", "Add", "Concat", "Split", "Slice"])
+def test_constants_that_other_operations_make_are_computed(op: str) -> None:
+    """Each is right only if the operation is really applied: the stored tensor conforms where the result does not, or so."""
+    weight = sparse(8, 12, axis=0)
+    doubled = np.concatenate([weight, sparse(8, 12, axis=1)], axis=1)
+    cases: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+        "Reshape": (weight.reshape(4, 24), {"o": np.array([8, 12])}, {}, "conforms"),
+        "Mul": (dense(8, 12), {"o": (weight != 0).astype(np.float32)}, {}, "conforms"),
+        "Add": (weight, {"o": dense(8, 12)}, {}, "violates"),
+        "Concat": (weight[:6], {"o": weight[6:]}, {"axis": 0}, "conforms"),
+        "Split": (doubled, {"o": np.array([12, 12])}, {"axis": 1}, "conforms"),
+        "Slice": (doubled, {"o": np.array([0]), "p": np.array([12]), "q": np.array([1])}, {}, "conforms"),
+    }
+    stored, others, attributes, verdict = cases[op]
+    making = helper.make_node(op, ["w", *others], ["r", "s"] if op == "Split" else ["r"], **attributes)
+    found = only([making, node("MatMul", ["x", "r"])], w=stored, **others)
+    assert (found.verdict, found.weight, found.axis, found.shape, found.computed) == (verdict, "w", 0, (8, 12), (op,))
+
+
+def test_a_constant_that_cannot_be_computed_is_named() -> None:
+    nodes = [node("Unpack", ["w"], "r", domain="my.domain"), node("MatMul", ["x", "r"])]
+    report = check_pattern(model(nodes, w=sparse(8, 12, axis=0)))
     found = report.entries[0]
     assert (found.verdict, found.weight, report.conforms) == ("not checkable", "w", False)
-    assert f"passes through {op}" in found.reason
+    assert "passes through Unpack before its use, and that cannot be computed here" in found.reason
 
 
 def test_reshape_to_a_computed_shape_is_named_too() -> None:
@@ -334,9 +357,12 @@ def test_conv_transpose_is_listed_and_decides_nothing() -> None:
     assert (report.entries[0].verdict, report.entries[0].required) == ("not checkable", False)
 
 
-def test_opaque_fused_operations_are_not_checkable() -> None:
-    report = check_pattern(model([node("Attention", ["x", "w"], domain="com.microsoft")], w=sparse(8, 24, axis=0)))
-    assert (report.entries[0].verdict, report.conforms) == ("not checkable", False)
+@pytest.mark.parametrize(("domain", "op", "index"), [("com.microsoft", "MoE", 2), ("com.microsoft.nchwc", "Conv", 1)])
+def test_opaque_fused_operations_are_not_checkable(domain: str, op: str, index: int) -> None:
+    inputs = ["x", "router", "w"][: index + 1]
+    inputs[index] = "w"
+    report = check_pattern(model([node(op, inputs, domain=domain)], w=sparse(8, 24, axis=0)))
+    assert (report.entries[0].verdict, report.entries[0].op, report.conforms) == ("not checkable", op, False)
 
 
 def test_initializers_that_are_also_graph_inputs() -> None:
