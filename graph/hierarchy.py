@@ -76,3 +76,19 @@ def hierarchy(program: Program) -> Hierarchy:
             module._buffers[attribute] = tensor
     tree.train(program.training)
     return Hierarchy(program, tree)
+
+
+def blocks(module: nn.Module) -> tuple[str, ...]:
+    """Names of the repeated blocks of a model: the numbered children that are in no other numbered child.
+
+    They are what is sharded, checkpointed or compiled one by one. A module called more than once counts once.
+
+    >>> blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.ReLU()]), "head": nn.Linear(2, 2)}))
+    ('layers.0', 'layers.1')
+    """
+    found: list[str] = []
+    for name, _ in module.named_modules():
+        last = name.rpartition(".")[2]
+        if last.isdigit() and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return tuple(found)

@@ -79,6 +79,7 @@ class Program(nn.Module):
         origin: The source model's class and configuration.
         sparse: Weight name -> what passes did to it.
         history: Every pass applied, with its configuration and evidence.
+        retraining: What `retrain` did, one JSON object a run: settings, data, validations, flips.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Program(nn.Module):
         origin: Origin | None = None,
         sparse: Mapping[str, SparseState] | None = None,
         history: tuple[PassRecord, ...] = (),
+        retraining: tuple[Mapping[str, Any], ...] = (),
     ) -> None:
         super().__init__()
         self.graph_module = graph_module
@@ -102,6 +104,7 @@ class Program(nn.Module):
         self.origin = origin or Origin()
         self.sparse = dict(sparse or {})
         self.history = history
+        self.retraining = retraining
         self.training = False
 
     @property
@@ -352,6 +355,7 @@ class Program(nn.Module):
             "origin": to_json(self.origin),
             "sparse": to_json(self.sparse),
             "history": to_json(self.history),
+            "retraining": to_json(self.retraining),
             "training": self.training,
         }
 
@@ -394,6 +398,7 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], grap
         ),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
         history=tuple(pass_record_from_json(record) for record in document["history"]),
+        retraining=tuple(document.get("retraining", ())),
     )
     for name, tensor in tensors.items():
         if name.startswith(_EXAMPLE_PREFIX):

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sparsepass.graph.errors import SparsepassError
+from sparsepass.retrain.masks import local
 
 # Elements per piece. On a processor a piece of each of the six tensors of a step should fit in the second-level cache;
 # on a GPU fewer and larger kernels are better.
@@ -25,7 +25,7 @@ _CPU_PIECE, _GPU_PIECE = 1 << 17, 1 << 26
 Masks = Mapping[Tensor, Tensor]
 
 
-class _MaskedOptimizer(torch.optim.Optimizer):
+class MaskedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: options, masks, and the walk over pieces of local tensors."""
 
     _moments: ClassVar[tuple[str, ...]] = ()
@@ -41,7 +41,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
                 raise SparsepassError(f"a mask was given for a {tuple(parameter.shape)} tensor that is not optimized")
             if mask.dtype != torch.bool:
                 raise SparsepassError(f"masks are bool, got {mask.dtype}; ~ on an integer mask gives -1 and -2, not 1 and 0")
-            if mask.shape != parameter.shape or _local(mask).shape != _local(parameter).shape:
+            if mask.shape != parameter.shape or local(mask).shape != local(parameter).shape:
                 raise SparsepassError(
                     f"the mask of a {tuple(parameter.shape)} parameter has shape {tuple(mask.shape)}, or is sharded otherwise"
                 )
@@ -81,6 +81,13 @@ class _MaskedOptimizer(torch.optim.Optimizer):
                     self._update(weight, grad, moments, kept, int(state["step"].item()), group)
         return loss
 
+    def initialize(self) -> None:
+        """Make the moments of all parameters now instead of at their first step, so that a checkpoint can be read into them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self._start(parameter, self.state[parameter], group)
+
     def _start(self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         # A tensor, and on the processor: torch's optimizers keep it so, and sharded checkpoints expect tensors.
         state["step"] = torch.tensor(0.0)
@@ -94,7 +101,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class ASTAdamW(_MaskedOptimizer):
+class ASTAdamW(MaskedOptimizer):
     """AdamW with annealed SR-STE: decay on masked weights, outside the first moment and inside the second.
 
     With ``d = decay * (1 - M) .* W``::
@@ -162,7 +169,7 @@ class ASTAdamW(_MaskedOptimizer):
         weight.addcdiv_(numerator, denominator, value=-step_size)
 
 
-class ASTSGD(_MaskedOptimizer):
+class ASTSGD(MaskedOptimizer):
     """SGD with annealed SR-STE: ``W <- W - lr (g + decay (1 - M) .* W)``, the decay outside the momentum.
 
     Args:
@@ -219,7 +226,7 @@ class ASTSGD(_MaskedOptimizer):
         weight.add_(grad, alpha=-group["lr"])
 
 
-class AdamS(_MaskedOptimizer):
+class AdamS(MaskedOptimizer):
     """CAST's optimizer: masked weights are driven to zero by an L1 term that takes over from the gradient.
 
     With ``a = progress`` from 0 to 1 over the run::
@@ -305,19 +312,14 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise SparsepassError(f"progress must be in [0, 1], got {options['progress']}")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Matching flat pieces of tensors of one shape, as views; whole where one is not contiguous."""
-    local = [_local(tensor.detach()) for tensor in tensors]
-    piece = _GPU_PIECE if local[0].is_cuda else _CPU_PIECE
-    size = local[0].numel()
-    if size <= piece or not all(tensor.is_contiguous() for tensor in local):
-        yield local
+    shards = [local(tensor.detach()) for tensor in tensors]
+    piece = _GPU_PIECE if shards[0].is_cuda else _CPU_PIECE
+    size = shards[0].numel()
+    if size <= piece or not all(tensor.is_contiguous() for tensor in shards):
+        yield shards
         return
-    flat = [tensor.view(-1) for tensor in local]
+    flat = [tensor.view(-1) for tensor in shards]
     for start in range(0, size, piece):
         yield [tensor[start : start + piece] for tensor in flat]

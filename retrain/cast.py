@@ -1,0 +1,115 @@
+"""What CAST changes in a program: two learnable scales per row beside each masked weight, folded in at the end.
+
+Shape suffixes: O rows, I in, of the matrix that N:M runs along the last axis of.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsepass.graph import Program, Site
+from sparsepass.graph.rewrite import beside, finish
+
+_aten = torch.ops.aten
+_MASKED = torch.ops.sparsepass.masked_weight.default
+
+
+def attach_scales(program: Program, sites: Iterable[Site]) -> dict[str, str]:
+    """Multiply each masked linear weight by learnable scales: ``W_eff[r, c] = W[r, c] A[r, c // (in/2)]``, A starting at one.
+
+    Layers of other kinds, and such with an odd number of input features, have none.
+
+    Args:
+        program: Changed in place.
+        sites: Those with masks.
+
+    Returns:
+        Weight name -> name of its scales, a parameter ``[out, 2]``.
+
+    Source: CAST, arXiv 2509.25996.
+    """
+    graph = program.graph_module.graph
+    scales: dict[str, str] = {}
+    by_weight = {site.weight: site for site in sites}
+    for weight, site in by_weight.items():
+        if site.layout not in ("linear", "conv1d_hf") or site.in_features % 2:
+            continue
+        name = beside(site, "cast_scales")
+        tensor = program.tensor(weight)
+        program.set_tensor(name, nn.Parameter(torch.ones(site.out_features, 2, dtype=tensor.dtype, device=tensor.device)))
+        scales[weight] = name
+    for node in [n for n in graph.nodes if n.target is _MASKED]:
+        source = node.args[0]
+        if source.op == "get_attr" and source.target in scales:
+            _scale(node, source, by_weight[source.target], scales[source.target])
+    finish(program)
+    return scales
+
+
+def fold_scales(program: Program, scales: Mapping[str, str], sites: Mapping[str, Site]) -> None:
+    """Write the scales into the weights and take them out of the graph. Exact up to the order of the two products."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is _MASKED and node.args[0].op == "call_function":
+            names = _ancestors_read(node.args[0])
+            weight = next((name for name in names if name in scales), None)
+            if weight is not None:
+                (source,) = (n for n in graph.nodes if n.op == "get_attr" and n.target == weight and _feeds(n, node))
+                node.replace_input_with(node.args[0], source)
+    graph.eliminate_dead_code()
+    for weight, name in scales.items():
+        tensor = program.tensor(weight)
+        with torch.no_grad():
+            tensor.copy_(scaled(sites[weight], tensor, program.tensor(name)))
+        program.delete_tensor(name)
+    finish(program)
+
+
+def scaled(site: Site, weight: Tensor, scales_O2: Tensor) -> Tensor:
+    """Return a stored weight with its two scales per row multiplied in."""
+    matrix_OI = site.to_matrix(weight)
+    return site.from_matrix((torch.unflatten(matrix_OI, -1, (2, -1)) * scales_O2.unsqueeze(-1)).flatten(-2))
+
+
+def _scale(masked: fx.Node, source: fx.Node, site: Site, name: str) -> None:
+    graph = masked.graph
+    half = site.in_features // 2
+    with graph.inserting_before(masked):
+        scales = graph.get_attr(name)
+        if site.nm_axis == 1:
+            split = graph.call_function(_aten.unflatten.int, (source, 1, [2, half]))
+            wide = graph.call_function(_aten.unsqueeze.default, (scales, 2))
+        else:
+            split = graph.call_function(_aten.unflatten.int, (source, 0, [2, half]))
+            turned = graph.call_function(_aten.transpose.int, (scales, 0, 1))
+            wide = graph.call_function(_aten.unsqueeze.default, (turned, 1))
+        product = graph.call_function(_aten.mul.Tensor, (split, wide))
+        first = 1 if site.nm_axis == 1 else 0
+        result = graph.call_function(_aten.flatten.using_ints, (product, first, first + 1))
+    node = scales
+    while node is not masked:
+        if stack := masked.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = dict(stack)
+        node = node.next
+    masked.replace_input_with(source, result)
+
+
+def _ancestors_read(node: fx.Node) -> set[str]:
+    found, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "get_attr":
+            found.add(str(current.target))
+        stack.extend(current.all_input_nodes)
+    return found
+
+
+def _feeds(source: fx.Node, node: fx.Node) -> bool:
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current is source:
+            return True
+        stack.extend(current.all_input_nodes)
+    return False

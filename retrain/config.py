@@ -1,0 +1,186 @@
+"""The settings of a training run: plain fields, checked when they are made, readable from a recipe file."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from sparsepass.graph import SparsepassError
+
+Method = Literal["ast", "cast", "fixed"]
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig:
+    """How a program is retrained.
+
+    The defaults are the paper's for models of about 100M parameters where a run is long enough for them; lengths that depend
+    on the run are fractions of it.
+
+    Attributes:
+        method: ``ast``: masks move, masked weights fade (AST); ``cast``: the forward stays dense and an optimizer drives
+            weights to zero (CAST); ``fixed``: the mask stays as it is and what is behind it does not train.
+        max_steps: Optimizer steps; this or max_tokens.
+        max_tokens: Tokens to train on at most, over all processes; the run is as many whole steps as fit in.
+        batch_size: Sequences per optimizer step, over all processes.
+        micro_batch_size: Sequences that a process runs at once; the rest is accumulated. None: all of its share.
+        optimizer: ``adamw`` or ``sgd``, each in AST's form. CAST brings its own.
+        lr: Peak learning rate.
+        min_lr: Where its descent ends, before the line to zero.
+        lr_shape: ``cosine``, ``linear`` or ``constant``, between warm-up and the line to zero.
+        warmup: Steps (1 or more) or fraction of the run (below 1) of the rise to the peak.
+        final_linear: Fraction of the run over which the rate goes to zero at the end.
+        betas: Decay rates of AdamW's moments.
+        eps: AdamW's.
+        momentum: SGD's.
+        weight_decay: Decoupled decay of matrices (tensors of two or more dimensions).
+        clip_grad_norm: Gradients are scaled to at most this norm; None for no limit.
+        decay: Largest decay of masked weights (lambda); CAST's size of the L1 term.
+        decay_warmup: Steps (1 or more) or fraction of the run (below 1) over which the decay grows (T0).
+        mask_interval: Optimizer steps between two refreshes of the masks.
+        freeze_masks_after: Fraction of the run after which masks stay as they are.
+        behind: What stands behind the masks at the start: ``original`` (what the program has there), ``zeros``, ``clipped``
+            (see `sparsepass.retrain.masks.put_behind`), or a factor.
+        kd_weight: Weight of the KL divergence to the teacher; the rest is cross-entropy with the text.
+        temperature: Of the distillation.
+        hidden_weight: Weight of the mean squared error of each block's output to the teacher's; 0 is off.
+        frozen: Parameters that are not trained: names or globs. Embeddings are named like ``*embed_tokens*``.
+        dtype: ``bfloat16`` computes under autocast with float32 weights; ``float32``.
+        chunk_tokens: Tokens whose logits are held at once; None chooses.
+        parallel: ``ddp``, ``fsdp`` (sharded, one group a block), or ``auto``: ddp.
+        activation_checkpointing: Whether activations within a block are computed again in the backward pass.
+        compile: Whether blocks run through torch.compile.
+        seed: Of the random states at the start.
+        validate_every: Steps between validations; None: ten in a run.
+        checkpoint_every: Steps between checkpoints; None: at every validation.
+        keep_checkpoints: Newest checkpoints kept; the best one is kept besides.
+        log_every: Steps between two lines of metrics.jsonl.
+        trackers: Trackers that accelerate knows, such as ``tensorboard``.
+    """
+
+    method: Method = "ast"
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-4
+    min_lr: float = 2e-5
+    lr_shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+    final_linear: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_grad_norm: float | None = 1.0
+    decay: float = 1e-4
+    decay_warmup: float = 0.25
+    mask_interval: int = 10
+    freeze_masks_after: float = 1.0
+    behind: Literal["original", "zeros", "clipped"] | float = "clipped"
+    kd_weight: float = 0.67
+    temperature: float = 2.0
+    hidden_weight: float = 0.0
+    frozen: tuple[str, ...] = ()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    chunk_tokens: int | None = None
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    validate_every: int | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    log_every: int = 1
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_tokens is None:
+            raise SparsepassError("a training run needs a length: give max_steps or max_tokens")
+        for name in ("max_steps", "max_tokens", "batch_size", "micro_batch_size", "mask_interval", "validate_every",
+                     "checkpoint_every", "keep_checkpoints", "log_every", "chunk_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SparsepassError(f"{name} expects a whole number of at least 1, got {value!r}")
+        for name in ("lr", "min_lr", "warmup", "eps", "weight_decay", "decay", "decay_warmup", "hidden_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise SparsepassError(f"{name} expects a number of at least 0, got {getattr(self, name)!r}")
+        for name in ("final_linear", "freeze_masks_after", "kd_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SparsepassError(f"{name} expects a fraction from 0 to 1, got {getattr(self, name)!r}")
+        if self.min_lr > self.lr:
+            raise SparsepassError(f"min_lr {self.min_lr} is above lr {self.lr}; the rate descends from lr to min_lr")
+        if not self.temperature > 0:
+            raise SparsepassError(f"temperature expects a number above 0, got {self.temperature}")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise SparsepassError(f"clip_grad_norm expects a number above 0 or null, got {self.clip_grad_norm}")
+        if not isinstance(self.behind, str) and not 0 <= self.behind <= 1:
+            raise SparsepassError(f"behind expects original, zeros, clipped or a factor from 0 to 1, got {self.behind}")
+
+    def num_steps(self, context: int) -> int:
+        """Optimizer steps of the run, with sequences of ``context`` tokens.
+
+        Raises:
+            SparsepassError: If max_tokens does not suffice for one step.
+        """
+        if self.max_tokens is None:
+            assert self.max_steps is not None
+            return self.max_steps
+        fitting = self.max_tokens // (self.batch_size * context)
+        if fitting < 1:
+            raise SparsepassError(
+                f"max_tokens {self.max_tokens} is less than one step of {self.batch_size} sequences of {context} tokens; "
+                "raise it, or lower batch_size"
+            )
+        return min(fitting, self.max_steps or fitting)
+
+    @staticmethod
+    def from_mapping(settings: Mapping[str, Any], *, where: str = "the training settings") -> "RetrainConfig":
+        """Make a configuration from plain values, as a recipe file has them.
+
+        Args:
+            settings: Field name -> value.
+            where: Named in errors.
+
+        Raises:
+            SparsepassError: If a name is unknown (the nearest is said) or a value does not fit.
+
+        >>> RetrainConfig.from_mapping({"max_steps": 3, "lr": "1e-3"}).lr
+        0.001
+        """
+        return read_settings(RetrainConfig, settings, where=where)
+
+
+def steps_of(length: float, num_steps: int) -> int:
+    """Steps that a length stands for: itself from 1 on, a fraction of the run below.
+
+    >>> steps_of(0.1, 50), steps_of(20, 50)
+    (5, 20)
+    """
+    return int(length) if length >= 1 else round(length * num_steps)
+
+
+def read_settings(kind: type[Settings], settings: Mapping[str, Any], *, where: str) -> Settings:
+    """Make a dataclass of plain fields from the values of a file, with errors that a user can act on.
+
+    Raises:
+        SparsepassError: If a name is unknown (the nearest is said) or a value does not fit its field.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1)
+            raise SparsepassError(
+                f"{where}: there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f" (there are {names})")
+            )
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][:1])
+        raise SparsepassError(f"{where}: {place}: {first['msg']}, got {first['input']!r}") from error

@@ -1,0 +1,255 @@
+"""The student: a rewritten program, cut at its head and given its module tree back, with the loss inside.
+
+The loss is computed inside the module's forward, so that DDP and FSDP2, which wrap the module, see every parameter used.
+
+Tensor shape legend: B batch, T tokens, H hidden features.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph import Program, Site, SparsepassError
+from sparsepass.graph.cut import cut_head
+from sparsepass.graph.hierarchy import Hierarchy, blocks
+from sparsepass.passes.pattern import NMPattern
+from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.masks import put_behind
+from sparsepass.retrain.objective import CHUNK_TOKENS, IGNORED, Distillation, distillation_loss, hidden_state_loss
+from sparsepass.retrain.teacher import TeacherTargets
+
+
+class Body(nn.Module):
+    """A program without its head, called with what it takes of ids and mask. Final.
+
+    Shapes: input_ids_BT and attention_mask_BT [B, T] -> hidden states [B, T, H].
+    """
+
+    def __init__(self, hierarchy: Hierarchy, input_names: Iterable[str]) -> None:
+        super().__init__()
+        self.hierarchy = hierarchy
+        self._takes_mask = "attention_mask" in input_names
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """Run the body; no mask means all ones."""
+        inputs = {"input_ids": input_ids_BT}
+        if self._takes_mask:
+            inputs["attention_mask"] = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
+        hidden_BTH: Tensor = self.hierarchy(**inputs)
+        return hidden_BTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves:
+    """A causal language model in two, over the program's own parameters.
+
+    Attributes:
+        body: Ids to hidden states.
+        head: Hidden states to logits.
+        blocks: The repeated blocks of the body, in order.
+    """
+
+    body: Body
+    head: nn.Module
+    blocks: tuple[nn.Module, ...]
+
+
+def halves(program: Program) -> Halves:
+    """Cut a causal language model at its head.
+
+    Raises:
+        SparsepassError: If it is no causal language model.
+    """
+    needed = [name for name in program.input_names if name not in ("input_ids", "attention_mask")]
+    if "input_ids" not in program.input_names or needed or "logits" not in program.output_names:
+        raise SparsepassError(
+            f"retraining works on causal language models, which take input_ids and return logits; this program takes "
+            f"{', '.join(program.input_names)} and returns {', '.join(program.output_names)}"
+        )
+    body, head = cut_head(program)
+    hierarchy = body.hierarchy()
+    assert isinstance(hierarchy, Hierarchy)
+    found = tuple(hierarchy.get_submodule(name) for name in blocks(hierarchy))
+    return Halves(body=Body(hierarchy, program.input_names), head=head, blocks=found)
+
+
+class Student(nn.Module):
+    """A body, a head and the loss between them. Final.
+
+    Args:
+        parts: The halves of the program.
+        config: Settings of the loss.
+    """
+
+    def __init__(self, parts: Halves, config: RetrainConfig) -> None:
+        super().__init__()
+        self.body, self.head = parts.body, parts.head
+        self._config = config
+        self._states = States(parts.blocks) if config.hidden_weight else None
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None,
+        targets_BT: Tensor,
+        teacher: TeacherTargets | None,
+        teacher_states: list[Tensor] | None,
+        num_tokens: float,
+    ) -> Distillation:
+        """Compute the loss of a batch; see `distillation_loss`."""
+        config = self._config
+        with recording(self._states) as states:
+            hidden_BTH = self.body(input_ids_BT, attention_mask_BT)
+        found = distillation_loss(
+            hidden_BTH,
+            self.head,
+            targets_BT,
+            teacher,
+            kd_weight=config.kd_weight if teacher is not None else 0.0,
+            temperature=config.temperature,
+            num_tokens=num_tokens,
+            chunk_tokens=config.chunk_tokens or CHUNK_TOKENS,
+        )
+        if states and teacher_states is not None:
+            error = hidden_state_loss(states, teacher_states, targets_BT != IGNORED, num_tokens=num_tokens)
+            found = found._replace(loss=found.loss + config.hidden_weight * error)
+        return found
+
+
+class States:
+    """Records what blocks return while it is switched on. Final."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.recorded: list[Tensor] | None = None
+        for module in modules:
+            module.register_forward_hook(self._take)
+
+    def _take(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.recorded is not None:
+            tensors = [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
+            self.recorded.append(tensors[0])
+
+
+class recording:  # noqa: N801  # used as a context manager only
+    """Gives the list that states are recorded into; a recomputation in the backward pass records nothing."""
+
+    def __init__(self, states: States | None) -> None:
+        self._states = states
+
+    def __enter__(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        if self._states is not None:
+            self._states.recorded = found
+        return found
+
+    def __exit__(self, *error: object) -> None:
+        if self._states is not None:
+            self._states.recorded = None
+
+
+class Slots:
+    """Where each named tensor of a program lives in the module trees, whatever wraps them later. Final.
+
+    Sharding puts other Parameter objects in the places of the old ones; the places stay.
+
+    Args:
+        program: Names and tensors.
+        roots: Modules that hold these tensors.
+    """
+
+    def __init__(self, program: Program, roots: Iterable[nn.Module]) -> None:
+        names = {id(tensor): name for name, tensor in program.tensors().items()}
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        for root in roots:
+            for module in root.modules():
+                for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                    name = names.get(id(tensor))
+                    if name is not None:
+                        self._places.setdefault(name, (module, attribute))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        module, attribute = self._places[name]
+        tensor = getattr(module, attribute)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def make_parameter(self, name: str) -> None:
+        """Turn a buffer into a parameter that is not trained, so that it is sharded with its module."""
+        module, attribute = self._places[name]
+        tensor = module._buffers.pop(attribute)
+        assert tensor is not None
+        module.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def masked_sites(program: Program) -> dict[str, tuple[Site, NMPattern, str]]:
+    """Weight name -> site, pattern and mask name, of every weight that has a mask.
+
+    Raises:
+        SparsepassError: If the program has none.
+    """
+    sites = {site.weight: site for site in program.sites()}
+    found = {
+        weight: (sites[weight], NMPattern.parse(state.pattern), state.mask)
+        for weight, state in program.sparse.items()
+        if state.mask is not None
+    }
+    if not found:
+        why = "its masks have been folded into the weights" if program.sparse else "it has no sparse layers"
+        raise SparsepassError(f"there is nothing to retrain: {why}; apply nm_sparsify (and no fold) first")
+    return found
+
+
+@torch.no_grad()
+def set_behind(program: Program, behind: "str | float") -> None:
+    """Set what stands behind every mask of a program; see `put_behind`. The program's tensors are changed in place."""
+    for weight, (site, pattern, mask) in masked_sites(program).items():
+        tensor = program.tensor(weight)
+        matrix_OI, mask_OI = site.to_matrix(tensor.detach()), site.to_matrix(program.tensor(mask))
+        tensor.copy_(site.from_matrix(put_behind(matrix_OI, mask_OI, behind, pattern)))
+
+
+def choose_trained(program: Program, frozen: Iterable[str]) -> list[str]:
+    """Ask for the gradients of all floating-point parameters but the frozen ones.
+
+    Returns:
+        Names of the trained parameters.
+
+    Raises:
+        SparsepassError: If a pattern names no parameter, or parameters are not float32.
+    """
+    parameters: Mapping[str, nn.Parameter] = dict(program.graph_module.named_parameters())
+    patterns = list(frozen)
+    for pattern in patterns:
+        if not any(_named(name, pattern, program) for name in parameters):
+            raise SparsepassError(
+                f"frozen: no parameter is named {pattern!r}; names look like {next(iter(parameters), '')!r}, and globs work"
+            )
+    trained = []
+    for name, parameter in parameters.items():
+        wanted = parameter.is_floating_point() and not any(_named(name, pattern, program) for pattern in patterns)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise SparsepassError(
+                    f"{name} is {parameter.dtype}: training keeps its weights in float32 (updates vanish in less); load the "
+                    "model with dtype float32 before the passes. Computation is bfloat16 anyway, see the setting dtype"
+                )
+            trained.append(name)
+    if not trained:
+        raise SparsepassError("frozen leaves no parameter to train")
+    return trained
+
+
+def _named(name: str, pattern: str, program: Program) -> bool:
+    names = [name, *(alias for alias, target in program.aliases.items() if target == name)]
+    return any(fnmatch.fnmatchcase(known, pattern) for known in names)

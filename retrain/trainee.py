@@ -1,0 +1,160 @@
+"""Everything that a step of training changes, made ready: the student, its optimizer and its masks, on one process or many."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sparsepass.graph import Program
+from sparsepass.retrain import parallel
+from sparsepass.retrain.cast import attach_scales, fold_scales
+from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.masks import MaskedSite, MovingMasks, local
+from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW, MaskedOptimizer
+from sparsepass.retrain.student import Slots, Student, choose_trained, halves, masked_sites, set_behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """A program in training. Its tensors live in `slots`; `model` is what is called.
+
+    Attributes:
+        program: Gets its tensors back at the end, see `give_back`.
+        student: The module itself.
+        model: It, as DDP wraps it; the student where nothing does.
+        slots: The program's tensors, where they are now.
+        trained: Name -> trained parameter.
+        optimizer: Over these.
+        masks: Moved by `refresh`.
+        forward_masks: Weight name -> the mask that the forward pass reads, where that is not the one that moves (CAST).
+        scales: Weight name -> name of CAST's scales.
+    """
+
+    program: Program
+    student: Student
+    model: nn.Module
+    slots: Slots
+    trained: Mapping[str, nn.Parameter]
+    optimizer: MaskedOptimizer
+    masks: MovingMasks
+    forward_masks: Mapping[str, Tensor]
+    scales: dict[str, str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name; sharded where the training is."""
+        found: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in self.trained.items()}
+        found |= {f"masks/{name}": known.mask for name, known in self.masks.sites.items()}
+        for name, parameter in self.trained.items():
+            found |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return found
+
+    @contextlib.contextmanager
+    def sparse_forward(self) -> Iterator[None]:
+        """Run the forward pass behind the masks, whatever the method does in training."""
+        with torch.no_grad():
+            for name, mask in self.forward_masks.items():
+                local(mask).copy_(local(self.masks.sites[name].mask))
+        try:
+            yield
+        finally:
+            for mask in self.forward_masks.values():
+                local(mask).fill_(True)
+
+    def drop_masked_gradients(self) -> None:
+        """Set the gradient of what is behind the masks to zero."""
+        for known in self.masks.sites.values():
+            if known.weight.grad is not None:
+                local(known.weight.grad).mul_(local(known.mask))
+
+    @torch.no_grad()
+    def give_back(self) -> Program:
+        """Put trained weights and masks into the program, whole, on every process."""
+        for name in self.slots:
+            self.program.set_tensor(name, _like(self.program.tensor(name), parallel.whole(self.slots[name])))
+        for name, known in self.masks.sites.items():
+            mask = self.program.sparse[name].mask
+            assert mask is not None
+            self.program.set_tensor(mask, parallel.whole(known.mask).detach().clone())
+        if self.scales:
+            fold_scales(self.program, self.scales, {name: known.site for name, known in self.masks.sites.items()})
+        return self.program
+
+
+def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerator) -> Trainee:
+    """Make a program ready for training.
+
+    Args:
+        program: Its tensors are trained in place, or on the way to `Trainee.give_back` where they are sharded.
+        config: The settings.
+        accelerator: Process and device.
+
+    Raises:
+        SparsepassError: If the program has no masks, is no causal language model, or is not float32.
+    """
+    program.to(accelerator.device)
+    set_behind(program, config.behind)
+    sites = masked_sites(program)
+    scales = attach_scales(program, [site for site, _, _ in sites.values()]) if config.method == "cast" else {}
+    names = choose_trained(program, config.frozen)
+    parts = halves(program)
+    student = Student(parts, config)
+    slots = Slots(program, (student,))
+    if config.activation_checkpointing:
+        parallel.checkpoint_activations(parts.blocks)
+    model: nn.Module = student
+    if config.parallel == "fsdp" and accelerator.num_processes > 1:
+        # A buffer would stay whole on every process.
+        for _, _, mask in sites.values():
+            slots.make_parameter(mask)
+        axes = {id(slots[key]): 1 for name, (site, _, mask) in sites.items() if site.nm_axis == 0 for key in (name, mask)}
+        parallel.shard(student, parts.blocks, axes, accelerator.device)
+    elif accelerator.num_processes > 1:
+        model = accelerator.prepare_model(student)
+    if config.compile:
+        for block in parts.blocks:
+            block.compile()
+    trained = {name: slots[name] for name in names if name in slots}
+    moving: dict[str, MaskedSite] = {}
+    forward_masks: dict[str, Tensor] = {}
+    for name, (site, pattern, mask_name) in sites.items():
+        moved = slots[mask_name]
+        if config.method == "cast":
+            forward_masks[name] = moved
+            moved = moved.detach().clone()
+            local(forward_masks[name]).fill_(True)
+        moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved)
+    masks = {known.weight: known.mask for known in moving.values() if known.weight.requires_grad}
+    optimizer = _optimizer(config, trained, masks)
+    optimizer.initialize()
+    return Trainee(
+        program=program,
+        student=student,
+        model=model,
+        slots=slots,
+        trained=trained,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        masks=MovingMasks(moving),
+        forward_masks=forward_masks,
+        scales=scales,
+    )
+
+
+def _optimizer(config: RetrainConfig, trained: Mapping[str, Tensor], masks: dict[Tensor, Tensor]) -> MaskedOptimizer:
+    matrices = [p for p in trained.values() if p.dim() > 1]
+    others = [p for p in trained.values() if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}] if matrices else []
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    masks = {} if config.method == "fixed" else {parameter: mask.detach() for parameter, mask in masks.items()}
+    if config.method == "cast":
+        return AdamS(groups, masks, lr=config.lr, betas=config.betas, eps=config.eps, decay=config.decay)
+    if config.optimizer == "sgd":
+        return ASTSGD(groups, masks, lr=config.lr, momentum=config.momentum)
+    return ASTAdamW(groups, masks, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
