@@ -25,7 +25,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from sparsepass.export.pattern_bits import GroupCount, count_groups, is_conforming
-from sparsepass.export.pattern_candidates import Candidate, name_matches
+from sparsepass.export.pattern_candidates import Candidate, NamePatterns
 from sparsepass.export.pattern_cause import Cause, likely_cause, wrong_axis
 from sparsepass.export.pattern_onnx import onnx_candidates
 from sparsepass.export.pattern_onnx_data import onnx_files, read_onnx
@@ -97,7 +97,22 @@ def check_pattern(
         sparse = dict.fromkeys(_as_names("expected_sparse", expected_sparse), asked)
     label, found = _open(source, axes or {})
     candidates = tuple(found)
-    plans = [_plan(candidate, asked, ignored, sparse, dense) for candidate in candidates]
+    wanted = _Wanted(
+        pattern=asked,
+        sparse=sparse,
+        sparse_names=NamePatterns(sparse or ()),
+        dense_names=NamePatterns(dense),
+        ignored_names=NamePatterns(ignored),
+    )
+    plans = [_plan(candidate, wanted) for candidate in candidates]
+    given = NamePatterns(axes or ())
+    for candidate in candidates:
+        given.matching(candidate.names)
+    # A weight that is expected and not there is reported as missing; any other name without a weight is a mistake.
+    if strays := [name for name in given.unmet if name not in (sparse or {})]:
+        raise SparsepassError(
+            f"axes names {strays[0]!r}, and {label} has no such weight: give a weight's name, or a glob that means one."
+        )
 
     # Uses that read the same bytes along the same axis are one piece of work.
     work = {
@@ -112,15 +127,14 @@ def check_pattern(
         _entry(candidate, plan, plan.finding or findings[candidate.key, candidate.axis, plan.pattern])
         for candidate, plan in zip(candidates, plans, strict=True)
     ]
-    used = [candidate.names for candidate in candidates]
     entries = _with_causes(entries, candidates, plans)
-    entries += [_missing(name, each) for name, each in (sparse or {}).items() if not any(name_matches(name, n) for n in used)]
+    entries += [_missing(name, sparse[name]) for name in wanted.sparse_names.unmet] if sparse else []
     return PatternReport(
         source=label,
         pattern=str(asked),
         entries=tuple(entries),
         stated=expected_sparse is not None or expected_dense is not None,
-        unused=tuple(name for name in ignored if not any(name_matches(name, n) for n in used)),
+        unused=wanted.ignored_names.unmet,
     )
 
 
@@ -143,16 +157,21 @@ class _Plan:
     finding: _Finding | None
 
 
-def _plan(
-    candidate: Candidate,
-    asked: NMPattern,
-    ignored: Collection[str],
-    sparse: Mapping[str, NMPattern] | None,
-    dense: Collection[str],
-) -> _Plan:
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What the caller asked for."""
+
+    pattern: NMPattern
+    sparse: Mapping[str, NMPattern] | None
+    sparse_names: NamePatterns
+    dense_names: NamePatterns
+    ignored_names: NamePatterns
+
+
+def _plan(candidate: Candidate, wanted: _Wanted) -> _Plan:
     names = candidate.names
-    expected = [each for name, each in (sparse or {}).items() if name_matches(name, names)]
-    on_purpose = next((name for name in dense if name_matches(name, names)), None)
+    expected = [(wanted.sparse or {})[name] for name in wanted.sparse_names.matching(names)]
+    on_purpose = next(iter(wanted.dense_names.matching(names)), None)
     if expected and on_purpose is not None:
         raise SparsepassError(
             f"weight {candidate.weight!r} is expected to be sparse and, by {on_purpose!r}, to be dense: "
@@ -163,10 +182,10 @@ def _plan(
             f"weight {candidate.weight!r} is expected to be {' and '.join(map(str, expected))} at once: "
             "make the names in expected_sparse more exact."
         )
-    pattern = expected[0] if expected else asked
-    skip = next((f"ignored by {name!r}" for name in ignored if name_matches(name, names)), None)
+    pattern = expected[0] if expected else wanted.pattern
+    skip = next((f"ignored by {name!r}" for name in wanted.ignored_names.matching(names)), None)
     if skip is None and not expected:
-        if on_purpose is not None or sparse is not None:
+        if on_purpose is not None or wanted.sparse is not None:
             skip = "dense on purpose"
         elif candidate.problem is None:
             skip = candidate.aside

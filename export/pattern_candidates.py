@@ -9,7 +9,7 @@ from typing import final
 from sparsepass.export.pattern_bits import BitView
 from sparsepass.graph.errors import SparsepassError
 
-__all__ = ["Candidate", "name_matches"]
+__all__ = ["Candidate", "NamePatterns", "name_matches"]
 
 
 @final
@@ -86,3 +86,33 @@ def name_matches(pattern: str, names: Iterable[str]) -> bool:
             ) from error
         return any(compiled.match(name) for name in names)
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+@final
+class NamePatterns:
+    """Name patterns that are asked for many weights: exact ones are looked up, so that thousands of names cost nothing.
+
+    Args:
+        patterns: The patterns, as `name_matches` takes them.
+
+    >>> NamePatterns(["a", "b.*", "c"]).matching(["b.x", "c"])
+    ['b.*', 'c']
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._order = {pattern: i for i, pattern in enumerate(patterns)}
+        self._open = [p for p in self._order if p.startswith("re:") or any(char in p for char in "*?[")]
+        self._met: set[str] = set()
+
+    def matching(self, names: Iterable[str]) -> list[str]:
+        """The patterns that mean one of the names, in the order given."""
+        names = tuple(names)
+        found = {name for name in names if name in self._order}
+        found.update(pattern for pattern in self._open if pattern not in found and name_matches(pattern, names))
+        self._met |= found
+        return sorted(found, key=self._order.__getitem__)
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """The patterns that have meant none of the names asked for so far."""
+        return tuple(pattern for pattern in self._order if pattern not in self._met)

@@ -24,7 +24,7 @@ import safetensors
 import torch
 
 from sparsepass.export.pattern_bits import BitView, view_bits
-from sparsepass.export.pattern_candidates import Candidate, name_matches
+from sparsepass.export.pattern_candidates import Candidate, NamePatterns
 from sparsepass.graph.errors import SparsepassError
 
 __all__ = ["safetensors_candidates", "safetensors_files", "tensor_candidates"]
@@ -102,7 +102,7 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
         One candidate for each tensor of rank 2 or more that can be a weight.
 
     Raises:
-        SparsepassError: A file cannot be read, lacks weights that the index puts into it, or `axes` names an axis that a
+        SparsepassError: A file cannot be read, lacks weights that the index puts into it, or `axes` gives an axis that a
             weight lacks.
     """
     found: list[_Stored] = []
@@ -129,7 +129,7 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
                     tensor=partial(_read, path, handle, name),
                 )
             )
-    yield from _candidates(found, _families(paths[0].parent), axes, str(paths[0].parent))
+    yield from _candidates(found, _families(paths[0].parent), axes)
 
 
 def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int]) -> Iterator[Candidate]:
@@ -143,7 +143,7 @@ def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, in
         One candidate for each tensor of rank 2 or more that can be a weight.
 
     Raises:
-        SparsepassError: `axes` names an axis that a weight lacks.
+        SparsepassError: `axes` gives an axis that a weight lacks.
 
     >>> [c.axis for c in tensor_candidates({"proj.weight": torch.ones(2, 4), "proj.bias": torch.ones(2)}, {})]
     [1]
@@ -159,7 +159,7 @@ def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, in
         )
         for name, tensor in tensors.items()
     ]
-    yield from _candidates(found, set(), axes, "the tensors given")
+    yield from _candidates(found, set(), axes)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,24 +178,22 @@ class _Stored:
     tensor: Callable[[], torch.Tensor]
 
 
-def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int], where: str) -> Iterator[Candidate]:
+def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
     all_names = {each.name for each in stored}
-    for pattern in axes:
-        if not any(name_matches(pattern, _both(name)) for name in all_names):
-            raise SparsepassError(
-                f"axes names {pattern!r}, and {where} has no such weight: give a weight's name, or a glob that means one."
-            )
+    patterns = NamePatterns(axes)
     for each in stored:
-        candidate = _candidate(each, all_names, families, axes)
+        candidate = _candidate(each, all_names, families, axes, patterns)
         if candidate is not None:
             yield candidate
 
 
-def _candidate(stored: _Stored, all_names: Collection[str], families: set[str], axes: Mapping[str, int]) -> Candidate | None:
+def _candidate(
+    stored: _Stored, all_names: Collection[str], families: set[str], axes: Mapping[str, int], patterns: NamePatterns
+) -> Candidate | None:
     """Judge one tensor by its name, shape and type; None for what cannot be a weight."""
     name, shape, dtype = stored.name, stored.shape, stored.dtype
     module, _, last = name.rpartition(".")
-    given = next((axis for pattern, axis in axes.items() if name_matches(pattern, _both(name))), None)
+    given = next((axes[pattern] for pattern in patterns.matching(_both(name))), None)
     problem = aside = None
     if name.endswith(_QUANTIZER_DATA):
         return None

@@ -1,6 +1,7 @@
 """The report, the expectations, and safetensors checkpoints."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,65 @@ def test_shards(tmp_path: Path) -> None:
         check_pattern(tmp_path)
 
 
+def test_an_index_and_its_files_have_to_belong_together(tmp_path: Path) -> None:
+    save_file({"a.weight": sparse(4, 8)}, tmp_path / "model-1.safetensors")
+    save_file({"b.weight": sparse(4, 8)}, tmp_path / "model-2.safetensors")
+    weights = {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors", "c.weight": "model-2.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(SparsepassError, match=r"model-2\.safetensors is incomplete .* such as 'c\.weight'"):
+        check_pattern(tmp_path)
+    assert check_pattern(tmp_path / "model-2.safetensors").conforms, "a shard by itself promises nothing"
+
+
+def test_indices_of_variants_and_of_other_libraries(tmp_path: Path) -> None:
+    save_file({"a.weight": sparse(4, 8)}, tmp_path / "part-1.safetensors")
+    save_file({"old.weight": dense(4, 8)}, tmp_path / "left_over.safetensors")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "part-1.safetensors"}}))
+    assert [entry.weight for entry in check_pattern(tmp_path).entries] == ["a.weight"]
+
+
+def test_a_pipeline_of_several_models_in_folders_below(tmp_path: Path) -> None:
+    for name, weight in (("text_encoder", sparse(4, 8)), ("unet", dense(4, 8))):
+        (tmp_path / name).mkdir()
+        checkpoint(tmp_path / name, {"a.weight": weight})
+    found = check_pattern(tmp_path)
+    assert [(entry.file, entry.verdict) for entry in found.entries] == [
+        ("text_encoder/model.safetensors", "conforms"),
+        ("unet/model.safetensors", "violates"),
+    ]
+
+
+def test_pickled_weights_are_not_read_and_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(SparsepassError, match="save them as safetensors"):
+        check_pattern(tmp_path)
+
+
+def test_tensors_in_memory_are_taken_as_a_checkpoint(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": sparse(4, 8, dtype=torch.bfloat16),
+        "b.weight": sparse(8, 8, axis=0),
+        "c.weight": dense(4, 8)[:, ::2],
+        "embed_tokens.weight": dense(4, 8),
+        "b.bias": dense(4),
+    }
+    memory = check_pattern(tensors, axes={"b.weight": 0})
+    checkpoint(tmp_path, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    files = check_pattern(tmp_path, axes={"b.weight": 0})
+    assert {e.weight: (e.verdict, e.axis, e.num_violations, e.reason) for e in memory.entries} == {
+        e.weight: (e.verdict, e.axis, e.num_violations, e.reason) for e in files.entries
+    }
+    assert memory.source == "tensors in memory"
+
+
+def test_ignored_names_that_mean_nothing_are_reported() -> None:
+    report = check_pattern(two_layers(GOOD, DENSE), ignore=["*head*", "lm_haed", "re:nothing"])
+    assert report.unused == ("lm_haed", "re:nothing")
+    assert report.to_dict()["unused"] == ["lm_haed", "re:nothing"]
+
+
 def test_folder_with_checkpoint_and_graph(tmp_path: Path) -> None:
     checkpoint(tmp_path, {"a.weight": sparse(4, 8)})
     (tmp_path / "onnx").mkdir()
@@ -297,3 +357,16 @@ def test_values_agree_with_the_passes_own_check(tmp_path: Path) -> None:
     assert entry.num_violations == int((groups > 2).sum()) > 0
     first = (groups > 2).nonzero()[0].tolist()
     assert entry.first_violation == (first[0], 4 * first[1])
+
+
+def test_many_names_cost_no_time() -> None:
+    """A mixture of experts has tens of thousands of weights: names are looked up and not tried one by one."""
+    names = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(48) for j in range(128)]
+    weight = sparse(4, 8)
+    begin = time.process_time()
+    report = check_pattern(
+        dict.fromkeys(names, weight), expected_sparse=dict.fromkeys(names, "2:4"), axes=dict.fromkeys(names, 1)
+    )
+    assert time.process_time() - begin < 5
+    assert report.conforms
+    assert len(report.entries) == len(names)
