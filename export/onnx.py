@@ -139,14 +139,14 @@ def lower_onnx(
     if program.device.type != "cpu":
         program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
     with quiet():
-        kind, pieces, notes = _pieces(program, own, wanted, past)
+        kind, pieces, notes = _pieces(program, wanted, past)
         try:
             return _write(program, out, kind, pieces, number, wanted, notes)
         except SparsepassError as error:
             if kind == "forward" or past is True:
                 raise
             notes = (*notes, f"one plain graph without a cache was written, because {error}")
-            return _write(program, out, "forward", (_plain(program, own, wanted),), number, wanted, notes)
+            return _write(program, out, "forward", (_plain(program, wanted),), number, wanted, notes)
 
 
 def _check_opset(opset: int | None) -> int:
@@ -192,9 +192,7 @@ def _dtype_of(program: Program) -> torch.dtype:
     return next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
 
 
-def _pieces(
-    program: Program, own: torch.dtype, wanted: torch.dtype, past: bool | None
-) -> tuple[Kind, tuple[Piece, ...], tuple[str, ...]]:
+def _pieces(program: Program, wanted: torch.dtype, past: bool | None) -> tuple[Kind, tuple[Piece, ...], tuple[str, ...]]:
     reason = ""
     if past is not False:
         try:
@@ -206,7 +204,7 @@ def _pieces(
         if past:
             raise SparsepassError(f"a graph with a cache cannot be written: {reason}; leave with_past out for a plain one")
     notes = (f"one plain graph without a cache was written: {reason}",) if reason else ()
-    return "forward", (_plain(program, own, wanted),), notes
+    return "forward", (_plain(program, wanted),), notes
 
 
 def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piece, ...], tuple[str, ...]]:
@@ -258,7 +256,13 @@ def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
     return model
 
 
-def _plain(program: Program, own: torch.dtype, wanted: torch.dtype) -> Piece:
+def plain_program(program: Program, wanted: torch.dtype) -> Program:
+    """A program without masks (folded into the weights) and in the wanted dtype; the given one stays as it is.
+
+    Raises:
+        SparsepassError: If it cannot be converted.
+    """
+    own = _dtype_of(program)
     if wanted != own:
         if program.origin.model_class is None:
             raise SparsepassError(
@@ -267,10 +271,14 @@ def _plain(program: Program, own: torch.dtype, wanted: torch.dtype) -> Piece:
             )
         inputs = {n: t.to(wanted) if t.is_floating_point() else t for n, t in program.example_inputs.items()}
         program = capture(_converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
-    folded = _folded(program)
-    inputs = {name: program.example_inputs[name] for name in program.input_names}
-    axes = {name: _axes(program, name, tensor) for name, tensor in inputs.items()}
-    return plain_piece(folded.graph_module, inputs, axes, program.output_names)
+    return _folded(program)
+
+
+def _plain(program: Program, wanted: torch.dtype) -> Piece:
+    folded = plain_program(program, wanted)
+    inputs = {name: folded.example_inputs[name] for name in folded.input_names}
+    axes = {name: _axes(folded, name, tensor) for name, tensor in inputs.items()}
+    return plain_piece(folded.graph_module, inputs, axes, folded.output_names)
 
 
 def _folded(program: Program) -> Program:

@@ -29,7 +29,10 @@ SCHEMA_VERSION: Final = 1
 
 REPORT_FILE, PAGE_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.txt"
 
-_PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy")
+_PACKAGES = (
+    "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy", "tensorrt",
+    "tensorrt-rtx-cu13-bindings", "torch-tensorrt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
         ),
     },
     "artifact": {
-        "target": Field(kind="text", meaning="`onnx` or `hf` so far"),
+        "target": Field(kind="text", meaning="`onnx`, `hf` or `tensorrt` so far"),
         "files": Field(kind="object", meaning="file -> bytes, the evidence beside it left out"),
         "size_bytes": Field(kind="integer", meaning="sum of these"),
         "expected_sparse": Field(
@@ -109,6 +112,28 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
         "dtype": Field(kind="text", meaning="type of the written weights"),
         "notes": Field(kind="list", meaning="what a reader should know of the files"),
         "details": Field(kind="object", meaning="the target's own record"),
+    },
+    "sparsity": {
+        "runtime": Field(kind="text", meaning="what built the engines: `tensorrt`, `tensorrt-rtx` or `torch-tensorrt`"),
+        "runtime_version": Field(kind="text", meaning="its version"),
+        "gpus": Field(kind="list", meaning="GPUs of the machine that built them; empty if it has none"),
+        "engines": Field(
+            kind="list",
+            meaning="entries `name`, `file`, `log`, `graph`, `profiles`, `targets` (compute capabilities), `size_bytes`, "
+            "`num_layers`, `seconds`, `flag_requested`, `num_eligible` and `num_chosen` (as the log counts)",
+        ),
+        "layers": Field(
+            kind="list",
+            meaning="one entry for each weight in each engine: `engine`, `layer`, `op`, `weight`, `shape`, `dtype`, `axis`; "
+            "the states `conforms`, `flag_requested`, `eligible` and `chosen`, and what follows, `ran_sparse`, each `yes`, "
+            "`no` or `unknown`; `reason`, `tactic`, `dense_ms`, `sparse_ms`",
+        ),
+        "counts": Field(kind="object", meaning="how often each state has each value, in `total` and engine by engine"),
+        "measured": Field(
+            kind="object",
+            meaning="on a GPU: `points` (`batch`, `sequence`, `dense_ms`, `sparse_ms`) and `break_even` of each engine",
+            optional=True,
+        ),
     },
     "verification": {
         "held": Field(kind="flag", meaning="whether every check held; null if verification was switched off", optional=True),
@@ -131,6 +156,18 @@ _ENTRIES: Final[Mapping[tuple[str, str], Mapping[str, Field]]] = {
         "stride": Field(kind="integer", meaning=""),
         "bos": Field(kind="flag", meaning=""),
         "dtype": Field(kind="text", meaning=""),
+    },
+    ("sparsity", "engines"): {
+        "name": Field(kind="text", meaning=""),
+        "file": Field(kind="text", meaning=""),
+        "size_bytes": Field(kind="integer", meaning=""),
+        "flag_requested": Field(kind="flag", meaning=""),
+        "num_eligible": Field(kind="integer", meaning="", optional=True),
+        "num_chosen": Field(kind="integer", meaning="", optional=True),
+    },
+    ("sparsity", "layers"): {
+        name: Field(kind="text", meaning="")
+        for name in ("engine", "layer", "weight", "conforms", "flag_requested", "eligible", "chosen", "ran_sparse", "reason")
     },
     ("passes", "passes"): {
         "text": Field(kind="text", meaning=""),

@@ -192,6 +192,58 @@ def _artifact(section: Mapping[str, Any]) -> str:
     return "\n\n".join(lines + (["\n".join(notes)] if notes else []))
 
 
+def _sparsity(section: Mapping[str, Any]) -> str:
+    rows = []
+    for engine in section["engines"]:
+        states = section["counts"]["engines"].get(engine["name"], {})
+        told = [_tally(states.get(state, {})) for state in ("conforms", "flag_requested", "eligible", "chosen", "ran_sparse")]
+        targets = ", ".join(f"SM{number}" for number in engine["targets"])
+        rows.append((engine["name"], targets, size(engine["size_bytes"]), *told))
+    headings = ("engine", "runs on", "size", "weights conform", "flag requested", "eligible", "chosen", "ran sparse")
+    gpu = ", ".join(section["gpus"]) or "without a GPU"
+    parts = [
+        f"## Was the sparsity used? (built by {section['runtime']} {section['runtime_version']}, {gpu})",
+        "Over the weights that are meant to be sparse. The states are independent: a weight that conforms need not be "
+        "eligible, and an eligible layer runs sparse only if the builder chose a sparse kernel.",
+        _table(headings, rows),
+    ]
+    meant = [layer for layer in section["layers"] if layer["conforms"] != "unknown"]
+    reasons = Counter((layer["ran_sparse"], layer["reason"]) for layer in meant)
+    parts.append(_table(("ran sparse", "why", "layers"), ((ran, why, n) for (ran, why), n in reasons.most_common())))
+    if section.get("measured"):
+        parts.append(_measured(section["measured"]))
+    table = _table(
+        ("engine", "weight", "shape", "conforms", "flag", "eligible", "chosen", "ran sparse", "why"),
+        (
+            (
+                layer["engine"],
+                layer["weight"],
+                "x".join(map(str, layer["shape"])),
+                *(layer[state] for state in ("conforms", "flag_requested", "eligible", "chosen", "ran_sparse", "reason")),
+            )
+            for layer in section["layers"]
+        ),
+    )
+    parts.append(f"<details><summary>Layer by layer</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _measured(measured: Mapping[str, Any]) -> str:
+    parts = []
+    for engine, found in measured.items():
+        rows = [
+            (p["batch"], p["sequence"], number(p["dense_ms"]), number(p["sparse_ms"]), f"{p['dense_ms'] / p['sparse_ms']:.2f}x")
+            for p in found["points"]
+        ]
+        parts.append(f"Measured, {engine}: {found['break_even']}")
+        parts.append(_table(("batch", "tokens", "dense ms", "sparse ms", "gain"), rows))
+    return "\n\n".join(parts)
+
+
+def _tally(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {value}" for value, count in values.items() if count)
+
+
 def _verification(section: Mapping[str, Any]) -> str:
     said = {True: "held", False: "DID NOT HOLD", None: "not checked"}
     rows = [(check["name"], said[check["held"]], check["summary"]) for check in section["checks"]]
@@ -256,6 +308,7 @@ _RENDERERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "accuracy": _accuracy,
     "passes": _passes,
     "artifact": _artifact,
+    "sparsity": _sparsity,
     "verification": _verification,
     "samples": _samples,
 }

@@ -4,9 +4,9 @@ import difflib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import safetensors.torch
 import torch
@@ -18,6 +18,9 @@ from sparsepass.export.report import plain_json, run_record, write_report
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.files import check_free, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
+
+if TYPE_CHECKING:
+    from sparsepass.export.tensorrt_options import EngineOptions
 
 SAMPLES_FILE: Final = "samples/samples.safetensors"
 """In a folder of its own: loaders that read every safetensors file beside config.json would take it for weights."""
@@ -33,6 +36,7 @@ class Lowering:
         task: What the model is for, such as ``text-generation``; None to tell from its class.
         tokenizer: The model's tokenizer, if it has one.
         processor: Its processor, if it has one.
+        engine: How engines are built; None for the target's defaults.
     """
 
     dtype: torch.dtype | None = None
@@ -40,6 +44,7 @@ class Lowering:
     task: str | None = None
     tokenizer: Any = None
     processor: Any = None
+    engine: "EngineOptions | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ class Lowered:
         notes: What a reader should know of the files.
         details: The target's own record as JSON.
         artifact: The target's own record, for its verification.
+        sections: Sections of the report that the target knows.
     """
 
     dtype: str
@@ -61,6 +67,7 @@ class Lowered:
     notes: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     artifact: Any = None
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,7 @@ def export(
     dtype: "torch.dtype | str | None" = None,
     opset: int | None = None,
     task: str | None = None,
+    engine: "EngineOptions | None" = None,
     example_inputs: Any = None,
     force: bool = False,
     verify: bool = True,
@@ -153,7 +161,7 @@ def export(
 
     Args:
         model: A program, a model in memory, or what `load_model` takes.
-        target: A name from `TARGETS`: ``onnx`` or ``hf``.
+        target: A name from `TARGETS`: ``onnx``, ``hf`` or ``tensorrt``.
         out: Folder to write.
         passes: What to apply first; see `apply_passes`. None applies nothing.
         calibration: Data for the passes, or a `Calibration` with its settings.
@@ -163,6 +171,7 @@ def export(
         dtype: Type of the written weights; by default as they are.
         opset: ONNX operator set.
         task: Such as ``text-generation``; by default the model's class tells.
+        engine: How the engines of the target tensorrt are built.
         example_inputs: What to capture a model with that is no transformers model.
         force: Whether a folder that is not empty is replaced.
         verify: Whether to verify what was written.
@@ -185,7 +194,7 @@ def export(
         True
     """
     row = _target(target)
-    given = {"opset": opset, "task": task}
+    given = {"opset": opset, "task": task, "engine": engine}
     if unread := [name for name, value in given.items() if value is not None and name not in row.options]:
         raise SparsepassError(f"the target {row.name} has no option {unread[0]}; leave it out, or choose another target")
     wanted = None if dtype is None else parse_dtype(dtype)
@@ -212,6 +221,7 @@ def export(
         task=task,
         tokenizer=prepared.loaded.tokenizer,
         processor=prepared.loaded.processor,
+        engine=engine,
     )
     return _write(prepared, row, Path(out), options, force=force, verify=verify, command=command, tell=tell)
 
@@ -228,23 +238,27 @@ def _write(
             tell("opening what was written, and comparing it with the program")
         checks = row.verify(program, staging, lowered, options) if verify else ()
         held = all(check.held is not False for check in checks) if verify else None
-        document = prepared.document | {
-            "artifact": {
-                "target": row.name,
-                "dtype": lowered.dtype,
-                "files": files,
-                "size_bytes": sum(files.values()),
-                "expected_sparse": lowered.expected_sparse,
-                "axes": lowered.axes,
-                "notes": lowered.notes,
-                "details": lowered.details,
-            },
-            "verification": {
-                "held": held,
-                "checks": [{"name": c.name, "held": c.held, "summary": c.summary, "details": c.details} for c in checks],
-            },
-            "samples": write_samples(program, staging / SAMPLES_FILE) | {"file": SAMPLES_FILE},
-        }
+        document = (
+            prepared.document
+            | dict(lowered.sections)
+            | {
+                "artifact": {
+                    "target": row.name,
+                    "dtype": lowered.dtype,
+                    "files": files,
+                    "size_bytes": sum(files.values()),
+                    "expected_sparse": lowered.expected_sparse,
+                    "axes": lowered.axes,
+                    "notes": lowered.notes,
+                    "details": lowered.details,
+                },
+                "verification": {
+                    "held": held,
+                    "checks": [{"name": c.name, "held": c.held, "summary": c.summary, "details": c.details} for c in checks],
+                },
+                "samples": write_samples(program, staging / SAMPLES_FILE) | {"file": SAMPLES_FILE},
+            }
+        )
         seconds = time.perf_counter() - prepared.started
         document["runs"] = [*document["runs"], run_record("export", command=command, seconds=seconds)]
         written = write_report(staging, _moved(plain_json(document), staging, out))
@@ -306,9 +320,7 @@ def _lower_onnx(program: Program, folder: Path, options: Lowering) -> Lowered:
     from sparsepass.export.onnx import lower_onnx
 
     artifact = lower_onnx(program, folder, dtype=options.dtype, opset=options.opset, task=options.task)
-    for companion in (options.processor, options.tokenizer):
-        if companion is not None:
-            companion.save_pretrained(folder)
+    _save_companions(folder, options)
     return Lowered(
         dtype=artifact.dtype,
         expected_sparse=artifact.expected_sparse,
@@ -316,6 +328,12 @@ def _lower_onnx(program: Program, folder: Path, options: Lowering) -> Lowered:
         details=artifact.to_dict(),
         artifact=artifact,
     )
+
+
+def _save_companions(folder: Path, options: Lowering) -> None:
+    for companion in (options.processor, options.tokenizer):
+        if companion is not None:
+            companion.save_pretrained(folder)
 
 
 def _verify_onnx(program: Program, folder: Path, lowered: Lowered, options: Lowering) -> tuple[Check, ...]:
@@ -418,6 +436,31 @@ def _verify_hf(program: Program, folder: Path, lowered: Lowered, options: Loweri
     )
 
 
+def _lower_tensorrt(program: Program, folder: Path, options: Lowering) -> Lowered:
+    from sparsepass.export.tensorrt import lower_tensorrt
+
+    artifact = lower_tensorrt(
+        program, folder, options=options.engine, dtype=options.dtype, opset=options.opset, task=options.task
+    )
+    _save_companions(folder, options)
+    return Lowered(
+        dtype=artifact.onnx.dtype,
+        expected_sparse=artifact.onnx.expected_sparse,
+        notes=artifact.notes,
+        details=artifact.onnx.to_dict(),
+        artifact=artifact,
+        sections={"sparsity": artifact.section()},
+    )
+
+
+def _verify_tensorrt(program: Program, folder: Path, lowered: Lowered, options: Lowering) -> tuple[Check, ...]:
+    from sparsepass.export.tensorrt_verify import verify_engines
+
+    graphs = _verify_onnx(program, folder, replace(lowered, artifact=lowered.artifact.onnx), options)
+    found = verify_engines(program, folder, lowered.artifact)
+    return (*graphs, *(Check(**check) for check in found))
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     target.name: target
     for target in (
@@ -434,6 +477,13 @@ TARGETS: Final[Mapping[str, Target]] = {
             lower=_lower_hf,
             verify=_verify_hf,
             options=frozenset({"dtype"}),
+        ),
+        Target(
+            name="tensorrt",
+            description="TensorRT engines with sparse weights, and for each layer whether they were used",
+            lower=_lower_tensorrt,
+            verify=_verify_tensorrt,
+            options=frozenset({"dtype", "opset", "task", "engine"}),
         ),
     )
 }

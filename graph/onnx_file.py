@@ -66,7 +66,7 @@ class OnnxFile(Artifact):
 
     def run(self, inputs: Inputs, observe: Observe | None = None) -> dict[str, Tensor]:
         """Compute the outputs; see `Artifact.run`."""
-        feeds = self._feeds(inputs)
+        feeds = self.feeds(inputs)
         names = [output.name for output in self._model.graph.output]
         outputs = self._infer(str(self._path), feeds, names)
         if observe is not None:
@@ -74,7 +74,7 @@ class OnnxFile(Artifact):
             for path, value in zip(layers.values(), self._infer_layers(feeds, list(layers)), strict=True):
                 if value.is_floating_point():
                     observe(path, value)
-        return {_output_name(name): value for name, value in zip(names, outputs, strict=True)}
+        return {output_name(name): value for name, value in zip(names, outputs, strict=True)}
 
     def facts(self, layer: str) -> str:
         """The initializers that stand in the layer."""
@@ -114,7 +114,12 @@ class OnnxFile(Artifact):
             ) from error
         return [_from_ort(value) for value in values]
 
-    def _feeds(self, inputs: Inputs) -> dict[str, Tensor]:
+    def feeds(self, inputs: Inputs) -> dict[str, Tensor]:
+        """All inputs of the graph on the CPU, in its types: those given, and those that are made up.
+
+        Raises:
+            EquivalenceError: If one is missing and cannot be made up, or one is given that it does not take.
+        """
         weights = {t.name for t in self._model.graph.initializer}
         declared = {i.name: i for i in self._model.graph.input if i.name not in weights}
         if isinstance(inputs, Mapping):
@@ -173,10 +178,10 @@ def _empty_cache(name: str, dims: Sequence[int | str], batch: int, where: str) -
     return torch.zeros([batch, *(size or 0 for size in sizes[1:])])
 
 
-def _output_name(name: str) -> str:
+def output_name(name: str) -> str:
     """Exporters name the cache in several ways; all else keeps its name.
 
-    >>> _output_name("present.3.key"), _output_name("output.past_key_values.layers.3.keys"), _output_name("logits")
+    >>> output_name("present.3.key"), output_name("output.past_key_values.layers.3.keys"), output_name("logits")
     ('past_key_values.3.key', 'past_key_values.3.key', 'logits')
     """
     match = _CACHE_LEAF.search(name)

@@ -71,6 +71,33 @@ def full_report() -> dict[str, Any]:
             "notes": [],
             "details": {},
         },
+        "sparsity": {
+            "runtime": "tensorrt",
+            "runtime_version": "11.4",
+            "gpus": ["L40S (SM89)"],
+            "engines": [
+                {
+                    "name": "decode",
+                    "file": "decode.engine",
+                    "targets": [89],
+                    "size_bytes": 1000,
+                    "flag_requested": True,
+                    "num_eligible": 1,
+                    "num_chosen": None,
+                }
+            ],
+            "layers": [
+                dict.fromkeys(("conforms", "flag_requested", "eligible", "chosen", "ran_sparse"), "yes")
+                | {"engine": "decode", "layer": "n", "weight": "a.weight", "shape": [4, 8], "reason": "a sparse tactic"}
+            ],
+            "counts": {"total": {}, "engines": {"decode": {"chosen": {"yes": 1, "no": 0, "unknown": 2}}}},
+            "measured": {
+                "decode": {
+                    "points": [{"batch": 1, "sequence": 64, "past": 0, "dense_ms": 3.0, "sparse_ms": 2.0}],
+                    "break_even": "sparse is faster everywhere",
+                }
+            },
+        },
         "verification": {
             "held": False,
             "checks": [
@@ -99,6 +126,10 @@ def test_the_page_tells_a_newcomer_what_matters() -> None:
     assert "1.2 MB" in page
     assert "| outputs | DID NOT HOLD | they differ |" in page
     assert "| other | not checked |" in page
+    assert "| decode | SM89 | 1.0 kB |  |  |  | 1 yes, 2 unknown |  |" in page
+    assert "| yes | a sparse tactic | 1 |" in page
+    assert "| 1 | 64 | 3 | 2 | 1.50x |" in page
+    assert "sparse is faster everywhere" in page
 
 
 def test_unknown_sections_are_kept_and_shown(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def never(*_: Any, **__: Any) -> Any:
     ("change", "said"),
     [
         ({"target": "onx"}, "did you mean 'onnx'"),
-        ({"target": "tensorrt"}, "known are onnx, hf"),
+        ({"target": "coreml"}, "known are onnx, hf, tensorrt"),
         ({"target": "hf", "opset": 18}, "has no option opset"),
         ({"passes": "nm_sparsfy"}, "nm_sparsify"),
         ({"passes": "nm_sparsify{pattern=4:2}"}, "4:2"),
