@@ -43,8 +43,8 @@ class NonFiniteLossError(SparsepassError):
         what = f"the loss is {loss:.4g}" if not math.isfinite(loss) else f"the norm of the gradients is {grad_norm:.4g}"
         return cls(
             f"step {step}: {what}, {place}. The step was not taken, and earlier checkpoints are intact. Lower lr (it is "
-            f"{config.lr:g}) or make warmup longer{clip}; if it happens at the first step, check the model and the data, and try "
-            "dtype: float32"
+            f"{config.lr:g}) or make warmup longer{clip}; at the first step, check the model and the data, "
+            "and try dtype: float32"
         )
 
 

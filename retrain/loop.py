@@ -333,8 +333,9 @@ def _forward(
 
 
 def _synchronised(trainee: Trainee, accelerator: Accelerator, *, last: bool) -> Any:
-    """Let DDP exchange gradients with the last micro-batch only. Sharded gradients are exchanged each time: to keep them
-    whole in between would take the memory that sharding saves.
+    """Let DDP exchange gradients with the last micro-batch only.
+
+    Sharded gradients are exchanged each time: to keep them whole in between would take the memory that sharding saves.
     """
     return contextlib.nullcontext() if last or trainee.model is trainee.student else accelerator.no_sync(trainee.model)
 

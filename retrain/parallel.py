@@ -27,16 +27,25 @@ def make_accelerator(trackers: tuple[str, ...], folder: str | None) -> Accelerat
         SparsepassError: If accelerate was configured to shard by itself.
     """
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it overlooks that several processes were started
         log_with=list(trackers) or None,
         project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type not in _PLAIN:
         raise SparsepassError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; launch with --multi_gpu (or --cpu) and without "
-            "it, and set parallel: fsdp in the training settings to shard"
+            f"accelerate is configured for {accelerator.distributed_type.value}; launch with --multi_gpu (or --cpu) and "
+            "without it, and set parallel: fsdp in the training settings to shard"
         )
     return accelerator
+
+
+def replicate(student: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Wrap a module in DDP. Its buffers (masks, rotary frequencies) are the same everywhere and are not sent around."""
+    names = [name for name, _ in student.named_buffers()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, names)
+    wrapped: nn.Module = accelerator.prepare_model(student)
+    return wrapped
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:

@@ -113,7 +113,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
         axes = {id(slots[key]): 1 for name, (site, _, mask) in sites.items() if site.nm_axis == 0 for key in (name, mask)}
         parallel.shard(student, parts.blocks, axes, accelerator.device)
     elif accelerator.num_processes > 1:
-        model = accelerator.prepare_model(student)
+        model = parallel.replicate(student, accelerator)
     if config.compile:
         for block in parts.blocks:
             block.compile()
