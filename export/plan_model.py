@@ -1,0 +1,325 @@
+"""What `plan` must know of a model: the layers, the products of attention, and how many rows each sees. No weights needed.
+
+The graph is run twice or more without numbers (fake tensors), with inputs of different lengths. What grows between the
+runs tells how many rows a layer sees for each sequence, each source token and each target token.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsepass.graph import Program, Site
+from sparsepass.graph.records import SparseState
+
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+
+_aten = torch.ops.aten
+_SDPA = _aten.scaled_dot_product_attention.default
+_MATMULS = {_aten.matmul.default, _aten.bmm.default}
+_STEP = 4  # tokens by which the second run is longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """A length as a function of the inputs: ``constant + source * S + target * T`` for each sequence.
+
+    Attributes:
+        constant: What does not depend on tokens, such as the patches of an image.
+        source: Times the tokens of the prompt, or of an encoder's input.
+        target: Times the tokens of a decoder that has an encoder.
+    """
+
+    constant: float = 0.0
+    source: float = 0.0
+    target: float = 0.0
+
+    def at(self, source: float, target: float) -> float:
+        """The length for so many tokens.
+
+        >>> Extent(constant=1, source=2).at(10, 0)
+        21.0
+        """
+        return float(self.constant + self.source * source + self.target * target)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it depends on tokens."""
+        return bool(self.source or self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A site, with what the roofline needs.
+
+    Attributes:
+        site: The site.
+        in_features: Length of the sum, kernel positions of a convolution included.
+        rows: Rows of its result for each sequence.
+        experts: Matrices of which each token takes some; 1 for a plain layer.
+        in_decode: Whether it runs again for each new token.
+        is_head: Whether it is the output head, of which generation needs one row for each sequence.
+        state: What earlier passes did to it.
+    """
+
+    site: Site
+    in_features: int
+    rows: Extent
+    experts: int
+    in_decode: bool
+    is_head: bool
+    state: SparseState | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product of two activations, ``[m, k] x [k, n]`` for each head: one half of an attention.
+
+    Attributes:
+        heads: How many of them there are for each sequence.
+        m: Rows of the left one.
+        k: Length of the sum.
+        n: Columns of the right one, which a decoder keeps in its cache.
+        cached_heads: Heads of the right one that are really stored (grouped-query attention stores fewer).
+        in_decode: Whether it runs again for each new token.
+    """
+
+    heads: float
+    m: Extent
+    k: Extent
+    n: Extent
+    cached_heads: float
+    in_decode: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model as `plan` sees it.
+
+    Attributes:
+        program: Where it comes from.
+        kind: ``decoder`` and ``encoder-decoder`` generate; ``encoder`` is everything else.
+        layers: Every site that multiplies, in the graph's order.
+        products: Attention.
+        window: Tokens that sliding attention looks back; None without it.
+        window_share: Share of the attention layers that slide.
+        max_tokens: Longest sequence that the configuration allows; None if it says none.
+        takes_tokens: Whether the length of the input can vary.
+        is_unrolled: Whether the graph was captured for one length only: rows are scaled, and its recurrence is not counted.
+        num_parameters: Of the whole model, tied ones once.
+    """
+
+    program: Program
+    kind: Kind
+    layers: tuple[Layer, ...]
+    products: tuple[Product, ...]
+    window: int | None
+    window_share: float
+    max_tokens: int | None
+    takes_tokens: bool
+    is_unrolled: bool
+    num_parameters: int
+
+
+def model_shape(program: Program) -> ModelShape:
+    """Read off a program what `plan` needs.
+
+    Args:
+        program: With weights or on the meta device, dense or with masks and branches.
+
+    Example:
+        >>> from sparsepass import capture
+        >>> shape = model_shape(capture(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(2, 8)))
+        >>> shape.kind, shape.layers[0].rows
+        ('encoder', Extent(constant=1.0, source=0.0, target=0.0))
+    """
+    kind, config = _kind(program), _text_config(program)
+    graph = program.graph_module.graph
+    sites = program.sites()
+    lengths = _lengths(program)
+    runs = [_run(program, lengths)]
+    for axis in ("source", "target"):
+        longer = {key: size + _STEP if key[2] == axis else size for key, size in lengths.items()}
+        runs.append(_run(program, longer) if longer != lengths else runs[0])
+    batch = next(iter(program.example_inputs.values())).shape[0]
+    base = {which: next((size for key, size in lengths.items() if key[2] == which), 0) for which in ("source", "target")}
+    heads = {program.aliases.get(name, name) for name in program.origin.output_heads}
+    fixed = _fixed_length(program, lengths) if kind == "decoder" else 0
+
+    def extent(sizes: Iterable[float], per: float = 1.0) -> Extent:
+        first, source, target = (size / per for size in sizes)
+        slope_s, slope_t = (source - first) / _STEP, (target - first) / _STEP
+        constant = first - slope_s * base["source"] - slope_t * base["target"]
+        if fixed and constant % fixed == 0:
+            return Extent(source=constant / fixed)
+        return Extent(constant=round(constant, 9), source=slope_s, target=slope_t)
+
+    layers = []
+    for site in sites:
+        if site.layout in ("embedding", "computed") or not site.nodes:
+            continue
+        rows = extent(sum(math.prod(run[node]) for node in site.nodes) / site.out_features / batch for run in runs)
+        is_experts = site.layout in ("experts", "experts_transposed")
+        layers.append(
+            Layer(
+                site=site,
+                in_features=site.num_weights // site.out_features // (site.shape[0] if is_experts else 1),
+                rows=rows,
+                experts=site.shape[0] if is_experts else 1,
+                in_decode=bool(rows.target if kind == "encoder-decoder" else rows.source) and kind != "encoder",
+                is_head=site.weight in heads or (site.left_alone or "").startswith("output head"),
+                state=program.sparse.get(site.weight),
+            )
+        )
+    ours = {node for site in sites for node in site.nodes}
+    products = [
+        product
+        for node in (() if fixed else graph.nodes)
+        for product in _products(node, runs, extent, batch, ours, kind, _cached_share(config, runs[0], node))
+    ]
+    window, share = _window(config)
+    return ModelShape(
+        program=program,
+        kind=kind,
+        layers=tuple(layers),
+        products=tuple(products),
+        window=window,
+        window_share=share,
+        max_tokens=_positive(getattr(config, "max_position_embeddings", None)),
+        takes_tokens=bool(fixed) or any(which == "source" for _, _, which in lengths),
+        is_unrolled=bool(fixed),
+        num_parameters=sum(t.numel() for t in _weights(program)),
+    )
+
+
+def _weights(program: Program) -> list[Tensor]:
+    """The model's own parameters: no masks, no branches."""
+    branches = [state.branch for state in program.sparse.values() if state.branch is not None]
+    ours = {name for branch in branches for name in (branch.weight, branch.projection)}
+    return [t for name, t in program.graph_module.named_parameters() if name not in ours]
+
+
+def _kind(program: Program) -> Kind:
+    import transformers
+
+    kind = getattr(transformers, (program.origin.model_class or "").removeprefix("transformers."), None)
+    if any(name.startswith("decoder_") for name in program.input_names):
+        return "encoder-decoder"
+    return "decoder" if kind is not None and kind.can_generate() else "encoder"
+
+
+def _text_config(program: Program) -> Any:
+    """The configuration object of the model, of its text part if it has several; None for a plain module."""
+    import transformers
+
+    origin = program.origin
+    if origin.model_class is None or origin.config is None:
+        return None
+    kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
+    config = kind.config_class.from_dict(dict(origin.config))
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+_Key = tuple[str, int, str]
+
+
+def _lengths(program: Program) -> dict[_Key, int]:
+    """(input, axis, ``source`` or ``target``) -> example length, for each axis of tokens that may vary."""
+    found = {}
+    for name in program.input_names:
+        example = program.example_inputs[name]
+        if example.dim() in (2, 3) and 1 in program.dynamic_axes.get(name, ()):
+            found[(name, 1, "target" if name.startswith("decoder_") else "source")] = example.shape[1]
+    return found
+
+
+def _run(program: Program, lengths: Mapping[_Key, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of every node's result, for inputs of these lengths."""
+    sizes = {name: list(program.example_inputs[name].shape) for name in program.input_names}
+    for (name, axis, _), size in lengths.items():
+        sizes[name][axis] = size
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                shapes[n.name] = tuple(result.shape)
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = [
+            torch.empty(sizes[name], dtype=program.example_inputs[name].dtype, device=program.example_inputs[name].device)
+            for name in program.input_names
+        ]
+        Shapes(program.graph_module).run(*inputs)
+    return shapes
+
+
+def _fixed_length(program: Program, lengths: Mapping[_Key, int]) -> int:
+    """Length of the tokens of a graph that was captured for one length only, as of unrolled recurrences; else 0."""
+    ids = program.example_inputs.get("input_ids")
+    return 0 if lengths or ids is None else int(ids.shape[1])
+
+
+def _cached_share(config: Any, shapes: Mapping[str, tuple[int, ...]], node: fx.Node) -> float:
+    """Share of the attention's heads that have keys and values of their own, if the graph repeats them before use."""
+    heads = _positive(getattr(config, "num_attention_heads", None))
+    stored = _positive(getattr(config, "num_key_value_heads", None))
+    if not heads or not stored or node.op != "call_function" or len(node.args) < 2:
+        return 1.0
+    right = node.args[1]
+    shape = shapes.get(right.name, ()) if isinstance(right, fx.Node) else ()
+    repeated = len(shape) > 3 and shape[-3] == heads
+    return stored / heads if repeated else 1.0
+
+
+def _products(
+    node: fx.Node,
+    runs: list[dict[str, tuple[int, ...]]],
+    extent: Any,
+    batch: int,
+    ours: set[str],
+    kind: Kind,
+    share: float,
+) -> list[Product]:
+    if node.op != "call_function" or node.name in ours or (node.target is not _SDPA and node.target not in _MATMULS):
+        return []
+    left, right = node.args[0], node.args[1]
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    shapes = [(run[left.name], run[right.name]) for run in runs]
+    if len(shapes[0][0]) < 3 or len(shapes[0][1]) < 3:
+        return []
+    per_batch = math.prod(shapes[0][0][:-2]) / batch
+    cached = math.prod(shapes[0][1][:-2]) / batch * share
+    m, k = extent(a[-2] for a, _ in shapes), extent(a[-1] for a, _ in shapes)
+    again = bool(m.target if kind == "encoder-decoder" else m.source) and kind != "encoder"
+
+    def product(inner: Extent, columns: Extent) -> Product:
+        return Product(heads=per_batch, m=m, k=inner, n=columns, cached_heads=cached, in_decode=again)
+
+    if node.target is _SDPA:
+        tokens = extent(b[-2] for _, b in shapes)
+        return [product(k, tokens), product(tokens, k)]
+    if not k.varies and k.constant == 1:
+        return []  # an outer product, as of positions and rotary frequencies
+    return [product(k, extent(b[-1] for _, b in shapes))]
+
+
+def _window(config: Any) -> tuple[int | None, float]:
+    """How far sliding attention looks back, and in which share of the layers."""
+    window = _positive(getattr(config, "sliding_window", None))
+    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None, 0.0
+    attention = [kind for kind in kinds if "attention" in kind and "linear" not in kind]
+    return window, sum(kind == "sliding_attention" for kind in attention) / len(attention) if attention else 1.0
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
