@@ -7,6 +7,7 @@ import typer
 
 from sparsepass.export import cli_support as support
 from sparsepass.export.cli_check import compare_command, eval_command
+from sparsepass.export.cli_plan import plan_command
 from sparsepass.export.cli_verify import verify_command
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def export_command(
 
 
 _EXPORT_SHORT = "Rewrite, write as ONNX or Hugging Face folder, and verify."
+app.command("plan", short_help="What would 2:4 gain on a GPU, and where?")(support.clean(plan_command))
 app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
