@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsepass.export import cli_support as support
+from sparsepass.export import cli_tensorrt as tensorrt
 from sparsepass.export.cli_check import compare_command, eval_command
 from sparsepass.export.cli_plan import plan_command
 from sparsepass.export.cli_verify import verify_command
@@ -111,7 +112,7 @@ def prune_command(
 
 def export_command(
     model: Model,
-    target: Annotated[str, typer.Option("--target", "-t", help="What to write: onnx or hf.", show_default=False)],
+    target: Annotated[str, typer.Option("--target", "-t", help="What to write: onnx, hf or tensorrt.", show_default=False)],
     out: Out,
     passes: Annotated[
         str | None,
@@ -135,6 +136,15 @@ def export_command(
         int | None, typer.Option("--opset", help="ONNX operator set; by default the newest that is tried.")
     ] = None,
     task: support.Task = None,
+    runtime: tensorrt.Runtime = None,
+    sm: tensorrt.Sm = None,
+    profile: tensorrt.Profile = None,
+    timeout: tensorrt.Timeout = None,
+    timing_cache: tensorrt.TimingCache = None,
+    hardware_compatible: tensorrt.HardwareCompatible = False,
+    one_engine: tensorrt.OneEngine = False,
+    no_sparse: tensorrt.NoSparse = False,
+    no_measure: tensorrt.NoMeasure = False,
     eval_text: support.EvalText = None,
     eval_context: support.EvalContext = 512,
     max_tokens: support.MaxTokens = None,
@@ -145,7 +155,7 @@ def export_command(
     revision: support.Revision = None,
     trust_remote_code: support.TrustRemoteCode = False,
 ) -> None:
-    """Apply passes to MODEL, write it as ONNX or as a Hugging Face folder, open what was written, and verify it.
+    """Apply passes to MODEL, write it as ONNX, TensorRT engines or a Hugging Face folder, open it, and verify it.
 
     Beside the artifact stand recipe.txt, samples (inputs and outputs), report.json and report.md.
 
@@ -167,6 +177,17 @@ def export_command(
         dtype=dtype,
         opset=opset,
         task=task,
+        engine=tensorrt.engine_options(
+            runtime=runtime,
+            sm=sm,
+            profiles=profile,
+            timeout_s=timeout,
+            timing_cache=timing_cache,
+            hardware_compatible=hardware_compatible,
+            one_engine=one_engine,
+            sparse=not no_sparse,
+            measure=not no_measure,
+        ),
         force=force,
         verify=not no_verify,
         validate=not no_validate,
@@ -182,7 +203,7 @@ def export_command(
     support.finish(result.held is not False)
 
 
-_EXPORT_SHORT = "Rewrite, write as ONNX or Hugging Face folder, and verify."
+_EXPORT_SHORT = "Rewrite, write as ONNX, TensorRT or Hugging Face folder, and verify."
 app.command("plan", short_help="What would 2:4 gain on a GPU, and where?")(support.clean(plan_command))
 app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))

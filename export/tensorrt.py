@@ -159,11 +159,14 @@ def lower_tensorrt(
     plans = plan_engines(artifact, settings, config=program.origin.config, examples=examples)
     engines: list[Engine] = []
     layers: list[LayerEvidence] = []
+    notes = [*artifact.notes, *_notes(installed, artifact, here)]
     version = installed.version
     for plan in plans:
         log = out / f"{plan.name}.log"
         built = _build(program, artifact, plan, out, log, settings, installed, targets, inspect=bool(here))
         version = built.version
+        if built.inspection is not None and "error" in built.inspection:
+            notes.append(f"the engine inspector could not read {plan.name}.engine: {built.inspection['error']}")
         with log.open(encoding="utf-8", errors="replace") as lines:
             told = parse_log(lines)
         _compress(log)
@@ -176,7 +179,7 @@ def lower_tensorrt(
         gpus=here,
         engines=tuple(engines),
         layers=tuple(layers),
-        notes=(*artifact.notes, *_notes(installed, artifact, here)),
+        notes=tuple(notes),
     )
     if settings.measure and settings.sparse and here and torch.cuda.is_available():
         written = replace(written, measured=_measure(program, plans, out, written, settings, installed, targets))

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,18 @@ from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
 
 pytestmark = pytest.mark.skipif(
-    find("tensorrt-rtx") is None and not (sys.platform == "linux" and "86" in __import__("platform").machine()),
+    find("tensorrt-rtx") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="tensorrt-rtx is to be had for x86-64 only",
 )
 RTX = EngineOptions(runtime="tensorrt-rtx", sm=(86,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_gpu() -> Iterator[None]:
+    """What is tested here is the same with and without a GPU in the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt, "gpus", lambda: ())
+        yield
 
 
 def two_layers(dtype: torch.dtype = torch.float16, pattern: str = "2:4") -> Program:

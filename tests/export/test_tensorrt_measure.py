@@ -106,3 +106,28 @@ def test_an_engine_without_a_gpu_says_so(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(EquivalenceError, match="sees no GPU"):
         EngineFile(tmp_path / "model.engine", tmp_path / "model.onnx", "tensorrt")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_engines_run_and_are_timed_on_a_gpu(runtime: str, tmp_path: Path) -> None:
+    from sparsepass.export.targets import export
+    from sparsepass.export.tensorrt_options import EngineOptions
+    from sparsepass.export.tensorrt_packages import find
+
+    if find(runtime) is None or not torch.cuda.is_available():
+        pytest.skip(f"{runtime} is not installed, or there is no GPU for torch")
+    model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 512))
+    result = export(
+        model,
+        "tensorrt",
+        tmp_path / "out",
+        passes="nm_sparsify",
+        example_inputs=torch.randn(2, 512),
+        engine=EngineOptions(runtime=runtime),
+    )
+    checks = {check["name"]: check for check in result.report["verification"]["checks"]}
+    assert checks["engine outputs"]["held"] is True, checks["engine outputs"]["summary"]
+    measured = result.report["sparsity"]["measured"]["model"]
+    assert [point["batch"] for point in measured["points"]] == [1, 2, 4, 8]
+    assert all(point["dense_ms"] > 0 and point["sparse_ms"] > 0 for point in measured["points"])
