@@ -106,7 +106,12 @@ def _quantize(draw: st.DrawFn, chain: Chain, values: Any, kind: str, rng: np.ran
     elif shape:
         spread = zero.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
     away = np.sign(values) * np.maximum(np.abs(np.round(values)), 1) * (np.abs(values) > 1e-6)
-    chain.tensors["w"] = (spread + away).astype(stored_as)
+    stored = (spread + away).astype(stored_as)
+    order = draw(st.permutations(range(values.ndim)))
+    chain.tensors["w"] = stored.transpose(order).copy()
+    if list(order) != sorted(order):
+        # Stored in another order than it is dequantized in: zero points lie along the axes of the latter.
+        chain.step("Transpose", perm=[int(i) for i in np.argsort(order)])
     # A zero point that is left out is zero, whatever the integers were made with: the reference decides.
     others = [np.full(shape, 0.1, np.float32), *([zero.astype(stored_as)] if draw(st.booleans()) else [])]
     chain.step("DequantizeLinear", *others, axis=axis, **({"block_size": block} if block else {}))
