@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from sparsepass.graph import SparsepassError
 
@@ -105,6 +105,10 @@ class RetrainConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise SparsepassError(f"{name} expects a whole number of at least 1, got {value!r}")
+        for name in ("method", "optimizer", "lr_shape", "dtype", "parallel"):
+            choices = get_args(get_type_hints(RetrainConfig)[name])
+            if getattr(self, name) not in choices:
+                raise SparsepassError(f"{name} expects one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("lr", "min_lr", "warmup", "eps", "weight_decay", "decay", "decay_warmup", "hidden_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise SparsepassError(f"{name} expects a number of at least 0, got {getattr(self, name)!r}")
@@ -117,8 +121,12 @@ class RetrainConfig:
             raise SparsepassError(f"temperature expects a number above 0, got {self.temperature}")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise SparsepassError(f"clip_grad_norm expects a number above 0 or null, got {self.clip_grad_norm}")
-        if not isinstance(self.behind, str) and not 0 <= self.behind <= 1:
-            raise SparsepassError(f"behind expects original, zeros, clipped or a factor from 0 to 1, got {self.behind}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SparsepassError(f"betas expects two numbers from 0 to below 1, got {self.betas}")
+        if not 0 <= self.momentum < 1:
+            raise SparsepassError(f"momentum expects a number from 0 to below 1, got {self.momentum}")
+        if self.behind not in ("original", "zeros", "clipped") if isinstance(self.behind, str) else not 0 <= self.behind <= 1:
+            raise SparsepassError(f"behind expects original, zeros, clipped or a factor from 0 to 1, got {self.behind!r}")
 
     def num_steps(self, context: int) -> int:
         """Optimizer steps of the run, with sequences of ``context`` tokens.

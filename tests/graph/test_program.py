@@ -55,7 +55,17 @@ def assert_same(a: Program, b: Program) -> None:
         assert torch.equal(tensor, other), name
         assert (type(tensor), tensor.dtype, tensor.requires_grad) == (type(other), other.dtype, other.requires_grad)
         assert tensor.data_ptr() != other.data_ptr() or tensor.numel() == 0
-    for attribute in ("history", "sparse", "aliases", "origin", "dynamic_axes", "output_structure", "training", "recipe"):
+    for attribute in (
+        "history",
+        "sparse",
+        "aliases",
+        "origin",
+        "dynamic_axes",
+        "output_structure",
+        "training",
+        "recipe",
+        "retraining",
+    ):
         assert getattr(a, attribute) == getattr(b, attribute), attribute
     assert a.sites() == b.sites()
     assert str(a.report()) == str(b.report())
@@ -90,6 +100,7 @@ def test_copies_keep_masks_branches_and_history(roundtrip: Callable[[Program, Pa
             program.tensor(state.branch.weight).normal_(generator=torch.Generator().manual_seed(1))
     program.train()
     program.tensor("model.norm.weight").requires_grad_(False)
+    program.retraining = ({"settings": {"lr": 1e-3, "frozen": []}, "validations": [{"step": 0, "nll": 4.5}]}, {"num_steps": 3})
     copied = roundtrip(program, tmp_path)
     assert_same(program, copied)
     assert_same_outputs(program, copied, "llama")

@@ -1,0 +1,116 @@
+"""Small runs of retraining, for the tests: tiny programs, a table of random tokens, settings, and what came out of a run."""
+
+import copy
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.families import captured
+from torch import Tensor, nn
+
+from sparsepass.graph import Program
+from sparsepass.passes import apply_passes
+from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.data import DataConfig, TrainingData, open_data
+from sparsepass.retrain.loop import METRICS, retrain
+from sparsepass.retrain.metrics import read_metrics
+
+CONTEXT = 16
+RECIPE = "nm_sparsify,slorb{k=8}"
+SMALL: dict[str, Any] = {
+    "max_steps": 8,
+    "batch_size": 8,
+    "lr": 1e-2,
+    "min_lr": 1e-3,
+    "warmup": 2,
+    "final_linear": 0.25,
+    "weight_decay": 0.1,
+    "decay": 1e-2,
+    "decay_warmup": 4,
+    "mask_interval": 3,
+    "dtype": "float32",
+    "validate_every": 4,
+}
+
+_export = torch.export.export
+_exported: dict[Any, Any] = {}
+
+
+def _export_once(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(module, torch.fx.GraphModule):
+        return _export(module, *args, **kwargs)
+    named = (*module.named_parameters(), *module.named_buffers())
+    key = (module.code, tuple((name, tensor.shape, tensor.dtype) for name, tensor in named))
+    if key not in _exported:
+        _exported[key] = _export(module, *args, **kwargs)
+    return _exported[key]
+
+
+@contextmanager
+def exports_once() -> Iterator[None]:
+    """Export a graph once in a process: that is most of the time of a tiny run, and the weights are put in afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", _export_once)
+        yield
+
+
+@functools.cache
+def _sparse(name: str, recipe: str) -> Program:
+    return apply_passes(captured(name), recipe, validate=False)
+
+
+def sparse(name: str = "llama", recipe: str = RECIPE) -> Program:
+    """A tiny sparse program, of the test's own."""
+    return copy.deepcopy(_sparse(name, recipe))
+
+
+def data(validation: int | None = 8, num_sequences: int = 64) -> TrainingData:
+    """Random tokens, the same ones each time."""
+    ids = torch.randint(3, 96, (num_sequences, CONTEXT), generator=torch.Generator().manual_seed(1))
+    return open_data(DataConfig(context=CONTEXT, validation=validation), source=ids)
+
+
+def settings(**changes: Any) -> RetrainConfig:
+    """The settings of a small run."""
+    return RetrainConfig(**SMALL | changes)
+
+
+def train(program: Program, teacher: Any, config: RetrainConfig, **options: Any) -> Program:
+    """Retrain quietly on `data`."""
+    options = {"data": data(), "progress": False} | options
+    with exports_once():
+        return retrain(program, teacher, config=config, **options)
+
+
+def run(name: str = "llama", folder: Path | None = None, recipe: str = RECIPE, **changes: Any) -> Program:
+    """A small run of a tiny program against its dense model."""
+    return train(sparse(name, recipe), captured(name), settings(**changes), run_folder=folder)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Tells tensors apart by their bits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def masks(program: Program) -> dict[str, Tensor]:
+    """The masks of a program by weight name."""
+    return {name: program.tensor(state.mask) for name, state in program.sparse.items() if state.mask is not None}
+
+
+def measures(program: Program) -> list[float]:
+    """The validation losses of the last run."""
+    return [found["nll"] for found in program.retraining[-1]["validations"]]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What each step of a run measured."""
+    return [line for line in read_metrics(folder / METRICS) if "loss" in line]

@@ -1,0 +1,84 @@
+"""Settings: what is refused, how recipes give them, and how long a run is."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsepass.graph import SparsepassError
+from sparsepass.retrain.config import RetrainConfig, steps_of
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": None}, "needs a length: give max_steps or max_tokens"),
+        ({"max_steps": 0}, "max_steps expects a whole number of at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size expects a whole number of at least 1, got 2.0"),
+        ({"micro_batch_size": True}, "micro_batch_size expects a whole number of at least 1, got True"),
+        ({"mask_interval": 0}, "mask_interval expects"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints expects"),
+        ({"lr": -1.0}, "lr expects a number of at least 0, got -1.0"),
+        ({"lr": float("nan")}, "lr expects a number of at least 0, got nan"),
+        ({"decay": float("inf")}, "decay expects a number of at least 0, got inf"),
+        ({"kd_weight": 1.5}, "kd_weight expects a fraction from 0 to 1, got 1.5"),
+        ({"freeze_masks_after": -0.1}, "freeze_masks_after expects a fraction"),
+        ({"lr": 1e-5}, "min_lr 2e-05 is above lr 1e-05"),
+        ({"temperature": 0.0}, "temperature expects a number above 0, got 0.0"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm expects a number above 0 or null, got 0.0"),
+        ({"behind": 2.0}, "behind expects original, zeros, clipped or a factor from 0 to 1, got 2.0"),
+        ({"behind": "noise"}, "behind expects original, zeros, clipped or a factor from 0 to 1, got 'noise'"),
+        ({"method": "srste"}, "method expects one of ast, cast, fixed, got 'srste'"),
+        ({"optimizer": "adam"}, "optimizer expects one of adamw, sgd, got 'adam'"),
+        ({"lr_shape": "step"}, "lr_shape expects one of cosine, linear, constant, got 'step'"),
+        ({"dtype": "float16"}, "dtype expects one of bfloat16, float32, got 'float16'"),
+        ({"parallel": "dp"}, "parallel expects one of auto, ddp, fsdp, got 'dp'"),
+        ({"betas": (0.9, 1.0)}, r"betas expects two numbers from 0 to below 1, got \(0.9, 1.0\)"),
+        ({"momentum": 1.0}, "momentum expects a number from 0 to below 1, got 1.0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SparsepassError, match=message):
+        RetrainConfig(**{"max_steps": 10} | changes)
+
+
+def test_settings_of_a_recipe() -> None:
+    found = RetrainConfig.from_mapping(
+        {"max_steps": 30, "lr": "1e-3", "betas": [0.9, 0.99], "behind": "zeros", "frozen": ["*embed*"], "clip_grad_norm": None}
+    )
+    assert found == RetrainConfig(
+        max_steps=30, lr=1e-3, betas=(0.9, 0.99), behind="zeros", frozen=("*embed*",), clip_grad_norm=None
+    )
+    assert RetrainConfig.from_mapping({"max_steps": 1, "behind": 0.5}).behind == 0.5
+    assert RetrainConfig.from_mapping(dataclasses.asdict(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_step": 3}, "recipe.yaml: there is no setting 'max_step'; did you mean 'max_steps'?"),
+        ({"max_steps": 3, "colour": "red"}, r"recipe.yaml: there is no setting 'colour' \(there are \['method'"),
+        ({"max_steps": "many"}, "recipe.yaml: max_steps: .*, got 'many'"),
+        ({"max_steps": 3, "method": "srste"}, "recipe.yaml: method: .*'ast', 'cast' or 'fixed', got 'srste'"),
+        ({}, "a training run needs a length"),
+    ],
+)
+def test_errors_of_a_recipe_name_the_place(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SparsepassError, match=message):
+        RetrainConfig.from_mapping(given, where="recipe.yaml")
+
+
+def test_the_length_of_a_run() -> None:
+    assert RetrainConfig(max_steps=7).num_steps(512) == 7
+    assert RetrainConfig(max_tokens=1000, batch_size=3).num_steps(100) == 3
+    assert RetrainConfig(max_tokens=1000, max_steps=2, batch_size=3).num_steps(100) == 2
+    with pytest.raises(SparsepassError, match="max_tokens 299 is less than one step of 3 sequences of 100 tokens"):
+        RetrainConfig(max_tokens=299, batch_size=3).num_steps(100)
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000), st.floats(0, 1, exclude_max=True))
+def test_lengths_are_steps_or_fractions(num_steps: int, length: int, fraction: float) -> None:
+    assert steps_of(length, num_steps) == length
+    assert steps_of(fraction, num_steps) == round(fraction * num_steps) <= num_steps
