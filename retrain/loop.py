@@ -26,7 +26,7 @@ from sparsepass.retrain.diagnose import NonFiniteLossError, first_not_finite
 from sparsepass.retrain.metrics import MetricsFile
 from sparsepass.retrain.objective import IGNORED, Distillation, next_token_targets
 from sparsepass.retrain.online import OnlineParts, online_teacher
-from sparsepass.retrain.processes import any_process
+from sparsepass.retrain.processes import any_process, together
 from sparsepass.retrain.progress import ProgressLine, memory_bytes
 from sparsepass.retrain.random_states import random_states, set_random_states
 from sparsepass.retrain.schedule import annealed_decay, learning_rate
@@ -66,14 +66,15 @@ def retrain(
             ``kd_weight=0``. It is not changed.
         data: From `open_data`.
         config: The settings.
-        run_folder: Where checkpoints and ``metrics.jsonl`` go; None keeps nothing.
+        run_folder: Where checkpoints and ``metrics.jsonl`` go; None keeps nothing, so that only the last weights can be
+            returned.
         resume: ``auto`` goes on from the newest checkpoint of the folder, if it has one; ``never`` refuses a folder that has.
         inplace: Whether the program itself is trained.
         progress: Whether a line shows loss, KL, flip rate, speed, memory and the time left.
 
     Returns:
-        The retrained program, that of the best validation where there is validation data. Its masks are N:M, and its
-        `retraining` tells what was done.
+        The retrained program: of its checkpoints the one with the best validation, or else the last weights (without
+        validation data, or without a run folder). Its masks are N:M, and its `retraining` tells what was done.
 
     Raises:
         SparsepassError: If something does not fit: no masks, another vocabulary, a batch that the processes do not divide, a
@@ -94,6 +95,7 @@ def retrain(
     fingerprint = _fingerprint(program, config, num_steps)
     trainee = make_trainee(program, config, accelerator)
     guide = online_teacher(teacher, config, accelerator)
+    guide.check(trainee.student)
     checkpoints = None if folder is None else Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints)
     state = _State(started=time.time())
     notes = _resume(checkpoints, resume, trainee, data, state, fingerprint)
@@ -121,7 +123,7 @@ def retrain(
 
         def save() -> None:
             if checkpoints is not None:
-                trainee.masks.check()
+                together(trainee.masks.check)
                 states, tensors = random_states()
                 saved = {**fingerprint, **state.to_json(), "data": data.train.state()}
                 checkpoints.save(
@@ -133,11 +135,27 @@ def retrain(
                     local_state=states,
                 )
 
-        if state.step == 0 and data.validation is not None:
+        def due() -> bool:
+            known = bool(state.validations) and state.validations[-1]["step"] == state.step
+            return (
+                data.validation is not None and not known and (state.step == num_steps or state.step % plan.validate_every == 0)
+            )
+
+        def measure() -> None:
+            assert data.validation is not None
             with line.pause("validating"):
                 found = validate(trainee, guide, data.validation, config, accelerator)
-            state.validations.append({"step": 0, **found})
-            write({"step": 0, "validation": found})
+                if not math.isfinite(found["nll"] or 0.0):
+                    raise _bad_validation(trainee, guide, data.validation[slice(plan.micro)], state.step, config, accelerator)
+            state.validations.append({"step": state.step, **found})
+            state.last_validation = found["nll"]
+            write({"step": state.step, "validation": found, "flips_by_layer": state.flips_by_layer})
+            line.print(f"step {state.step}: validation perplexity {found['perplexity']:.3f}")
+
+        if due():  # before the first step, and where a signal came before a validation that was due
+            measure()
+            if state.step:
+                save()
         while state.step < num_steps:
             step = state.step
             began = time.perf_counter()
@@ -174,13 +192,8 @@ def retrain(
             stopping = any_process(stop.requested, accelerator.device)
             last = state.step == num_steps
             state.last_validation = None
-            if data.validation is not None and (last or state.step % plan.validate_every == 0) and not stopping:
-                with line.pause("validating"):
-                    found = validate(trainee, guide, data.validation, config, accelerator)
-                state.validations.append({"step": state.step, **found})
-                state.last_validation = found["nll"]
-                write({"step": state.step, "validation": found, "flips_by_layer": state.flips_by_layer})
-                line.print(f"step {state.step}: validation perplexity {found['perplexity']:.3f}")
+            if due() and (last or not stopping):
+                measure()
             if last or stopping or state.step % plan.checkpoint_every == 0:
                 with line.pause("saving"):
                     save()
@@ -191,6 +204,7 @@ def retrain(
                     "Start the same command again to go on"
                 )
         best = _best(checkpoints, trainee, state)
+        together(trainee.masks.check)
     trained = trainee.give_back()
     trained.retraining = (*trained.retraining, _record(config, data, guide, state, best, num_steps))
     return trained
@@ -253,7 +267,7 @@ class _State:
     def __post_init__(self) -> None:
         self.flips_by_layer: dict[str, float] = {}
         self.since_first_by_layer: dict[str, float] = {}
-        self.validations: list[dict[str, float]] = []
+        self.validations: list[dict[str, float | None]] = []
 
     _SAVED = ("step", "num_tokens", "seconds", "flip_rate", "flips_since_first", "flips_by_layer", "since_first_by_layer",
               "validations")  # fmt: skip
@@ -363,6 +377,18 @@ def _check(
     raise NonFiniteLossError.at(step + 1, sums.loss, norm, where, trainee.trained, config)
 
 
+def _bad_validation(
+    trainee: Trainee, guide: OnlineParts, rows: Batch, step: int, config: RetrainConfig, accelerator: Accelerator
+) -> NonFiniteLossError:
+    rows = rows.to(accelerator.device)
+    where = first_not_finite(trainee.student, lambda: _forward(trainee, guide, rows, _targets(rows), 1.0, config))
+    return NonFiniteLossError(
+        f"after step {step} the validation loss is not finite, first in {f'the output of {where}' if where else 'later rows'}. "
+        f"Earlier checkpoints are intact. Lower lr (it is {config.lr:g}) or make warmup longer; at step 0, check the model and "
+        "the validation data, and try dtype: float32"
+    )
+
+
 def _refresh(trainee: Trainee, state: _State, accelerator: Accelerator, config: RetrainConfig, num_steps: int) -> None:
     if state.step > config.freeze_masks_after * num_steps:
         state.flip_rate = 0.0
@@ -385,13 +411,14 @@ def _replicated(trainee: Trainee) -> bool:
 @torch.no_grad()
 def validate(
     trainee: Trainee, guide: OnlineParts, sequences: Batch, config: RetrainConfig, accelerator: Accelerator
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Measure the sparse student on the validation sequences, shared out over the processes.
 
     Returns:
         ``nll``, nats per token; ``perplexity``, its exponential: that of `sparsepass.export.eval.perplexity` over the same
-        windows; ``kl`` to the teacher at the training temperature; ``num_tokens``.
+        windows; ``kl`` to the teacher at the training temperature, None where no teacher is in memory; ``num_tokens``.
     """
+    guide = guide.without_cache()
     share = config.micro_batch_size or max(1, config.batch_size // accelerator.num_processes)
     kl = ce = counted = 0.0
     with trainee.sparse_forward():
@@ -407,7 +434,12 @@ def validate(
     if not counted:
         raise SparsepassError("the validation data has no token that counts; check its labels and attention mask")
     nll = ce / counted
-    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "kl": kl / counted, "num_tokens": counted}
+    return {
+        "nll": nll,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "kl": kl / counted if guide.teacher else None,
+        "num_tokens": counted,
+    }
 
 
 def _fingerprint(program: Program, config: RetrainConfig, num_steps: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.retrain import parallel
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data_sequences import Batch
-from sparsepass.retrain.student import Halves, States, halves, recording
+from sparsepass.retrain.student import Halves, States, Student, halves, recording
 from sparsepass.retrain.teacher import OnlineTeacher, Teacher, TeacherTargets
 
 
@@ -25,18 +25,43 @@ class OnlineParts:
         teacher: Gives targets; None trains on the text alone.
         states: Records the blocks' outputs; None without a hidden-state loss.
         about: What it is, for the report.
+        parts: The model's halves, where it is in memory.
     """
 
     teacher: Teacher | None
     states: States | None
     about: Mapping[str, Any]
+    parts: Halves | None = None
+
+    def check(self, student: Student) -> None:
+        """Make sure that the teacher can teach a student.
+
+        Raises:
+            SparsepassError: If it has another vocabulary; with a hidden-state loss, if it has another number of blocks.
+        """
+        if self.parts is None:
+            return
+        if self.parts.vocabulary != student.vocabulary and self.parts.vocabulary and student.vocabulary:
+            raise SparsepassError(
+                f"the teacher knows {self.parts.vocabulary} tokens and the program {student.vocabulary}; distillation compares "
+                "them token by token, so give a teacher with the same tokenizer"
+            )
+        if self.states is not None and len(self.parts.blocks) != student.num_blocks:
+            raise SparsepassError(
+                f"hidden_weight compares block by block, and the program has {student.num_blocks} blocks, the teacher "
+                f"{len(self.parts.blocks)}; give a teacher of the same depth, or set hidden_weight: 0"
+            )
+
+    def without_cache(self) -> "OnlineParts":
+        """What there is for sequences other than those of the training: a cache knows nothing of them."""
+        return self if isinstance(self.teacher, OnlineTeacher) else replace(self, teacher=None)
 
     def look(self, batch: Batch) -> tuple[TeacherTargets | None, list[Tensor] | None]:
         """What the teacher says about a batch."""
         if self.teacher is None:
             return None, None
         with recording(self.states) as states:
-            targets = self.teacher.targets(batch.input_ids, batch.attention_mask, torch.tensor(batch.places))
+            targets = self.teacher.targets(batch.input_ids, batch.attention_mask, torch.tensor(batch.indices))
         return targets, states or None
 
 
@@ -80,7 +105,7 @@ def online_teacher(teacher: nn.Module | Teacher | None, config: RetrainConfig, a
         parallel.shard(parts.body, parts.blocks, {}, accelerator.device, whole=True)
     online = OnlineTeacher(parts.body, parts.head)
     about = {"kind": "model", "class": teacher.origin.model_class, "dtype": config.dtype}
-    return OnlineParts(teacher=online, states=states, about=about)
+    return OnlineParts(teacher=online, states=states, about=about, parts=parts)
 
 
 def _store_low(teacher: Program, parts: Halves) -> None:

@@ -2,7 +2,7 @@
 
 Each takes the masks of its parameters, reads them at every step and never writes them. A parameter without a mask takes
 the plain step, and so does one whose mask keeps everything. The decay is a value of the parameter group, like the learning
-rate, so that a schedule sets it.
+rate, so that a schedule sets it. Where a group's ``hold`` is true, its masked weights stay as they are.
 
 All arithmetic is element by element: of sharded parameters (DTensor) each process updates its own shard, without
 communication. Tensors are worked through in pieces, so that on a processor the temporaries stay in its cache, and on a GPU
@@ -32,7 +32,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, masks: Masks, defaults: dict[str, Any]) -> None:
         _check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"hold": False})
         for group in self.param_groups:
             _check_options(group)
         mine = {p for group in self.param_groups for p in group["params"]}
@@ -78,7 +78,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 mask = self._masks.get(parameter)
                 for weight, grad, *rest in _pieces([*tensors, *([] if mask is None else [mask])]):
                     moments, kept = (rest, None) if mask is None else (rest[:-1], rest[-1])
+                    before = weight.clone() if kept is not None and group["hold"] else None
                     self._update(weight, grad, moments, kept, int(state["step"].item()), group)
+                    if before is not None and kept is not None:
+                        torch.where(kept, weight, before, out=weight)
         return loss
 
     def initialize(self) -> None:

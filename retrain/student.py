@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.cut import cut_head
@@ -51,11 +51,13 @@ class Halves:
         body: Ids to hidden states.
         head: Hidden states to logits.
         blocks: The repeated blocks of the body, in order.
+        vocabulary: Logits of a token; None if no linear layer makes them.
     """
 
     body: Body
     head: nn.Module
     blocks: tuple[nn.Module, ...]
+    vocabulary: int | None
 
 
 def halves(program: Program) -> Halves:
@@ -74,7 +76,17 @@ def halves(program: Program) -> Halves:
     hierarchy = body.hierarchy()
     assert isinstance(hierarchy, Hierarchy)
     found = tuple(hierarchy.get_submodule(name) for name in blocks(hierarchy))
-    return Halves(body=Body(hierarchy, program.input_names), head=head, blocks=found)
+    return Halves(body=Body(hierarchy, program.input_names), head=head, blocks=found, vocabulary=_vocabulary(head))
+
+
+def _vocabulary(head: nn.Module) -> int | None:
+    sizes = [
+        int(head.get_parameter(str(node.args[1].target)).shape[0])
+        for node in (head.graph.nodes if isinstance(head, fx.GraphModule) else ())
+        if node.target is torch.ops.aten.linear.default
+        if isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+    ]
+    return sizes[-1] if sizes else None
 
 
 class Student(nn.Module):
@@ -88,6 +100,7 @@ class Student(nn.Module):
     def __init__(self, parts: Halves, config: RetrainConfig) -> None:
         super().__init__()
         self.body, self.head = parts.body, parts.head
+        self.vocabulary, self.num_blocks = parts.vocabulary, len(parts.blocks)
         self._config = config
         self._states = States(parts.blocks) if config.hidden_weight else None
 

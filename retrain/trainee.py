@@ -146,9 +146,11 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
 def _optimizer(config: RetrainConfig, trained: Mapping[str, Tensor], masks: dict[Tensor, Tensor]) -> MaskedOptimizer:
     matrices = [p for p in trained.values() if p.dim() > 1]
     others = [p for p in trained.values() if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay}] if matrices else []
+    hold = config.method == "fixed"
+    groups: list[dict[str, Any]] = []
+    groups += [{"params": matrices, "weight_decay": config.weight_decay, "hold": hold}] if matrices else []
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
-    masks = {} if config.method == "fixed" else {parameter: mask.detach() for parameter, mask in masks.items()}
+    masks = {parameter: mask.detach() for parameter, mask in masks.items()}
     if config.method == "cast":
         return AdamS(groups, masks, lr=config.lr, betas=config.betas, eps=config.eps, decay=config.decay)
     if config.optimizer == "sgd":

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import captured
+from tests.families import BY_NAME, captured
 from torch import Tensor, nn
 
-from sparsepass.graph import Program
+from sparsepass.export.eval import perplexity
+from sparsepass.graph import Program, capture
 from sparsepass.passes import apply_passes
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import DataConfig, TrainingData, open_data
@@ -60,13 +61,23 @@ def exports_once() -> Iterator[None]:
 
 
 @functools.cache
-def _sparse(name: str, recipe: str) -> Program:
-    return apply_passes(captured(name), recipe, validate=False)
+def _double(name: str) -> Program:
+    return capture(BY_NAME[name].model().double(), BY_NAME[name].inputs(2, 8))
 
 
-def sparse(name: str = "llama", recipe: str = RECIPE) -> Program:
-    """A tiny sparse program, of the test's own."""
-    return copy.deepcopy(_sparse(name, recipe))
+def dense(name: str = "llama", *, double: bool = False) -> Program:
+    """A tiny dense program, of the test's own; in float64 if asked for."""
+    return copy.deepcopy(_double(name)) if double else captured(name)
+
+
+@functools.cache
+def _sparse(name: str, recipe: str, double: bool) -> Program:
+    return apply_passes(dense(name, double=double), recipe, validate=False)
+
+
+def sparse(name: str = "llama", recipe: str = RECIPE, *, double: bool = False) -> Program:
+    """A tiny sparse program, of the test's own; in float64 if asked for."""
+    return copy.deepcopy(_sparse(name, recipe, double))
 
 
 def data(validation: int | None = 8, num_sequences: int = 64) -> TrainingData:
@@ -82,14 +93,18 @@ def settings(**changes: Any) -> RetrainConfig:
 
 def train(program: Program, teacher: Any, config: RetrainConfig, **options: Any) -> Program:
     """Retrain quietly on `data`."""
-    options = {"data": data(), "progress": False} | options
+    options.setdefault("data", data())
+    options.setdefault("progress", False)
     with exports_once():
         return retrain(program, teacher, config=config, **options)
 
 
-def run(name: str = "llama", folder: Path | None = None, recipe: str = RECIPE, **changes: Any) -> Program:
+def run(
+    name: str = "llama", folder: Path | None = None, recipe: str = RECIPE, *, double: bool = False, **changes: Any
+) -> Program:
     """A small run of a tiny program against its dense model."""
-    return train(sparse(name, recipe), captured(name), settings(**changes), run_folder=folder)
+    program, teacher = sparse(name, recipe, double=double), dense(name, double=double)
+    return train(program, teacher, settings(**changes), run_folder=folder)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -114,3 +129,10 @@ def measures(program: Program) -> list[float]:
 def steps(folder: Path) -> list[dict[str, Any]]:
     """What each step of a run measured."""
     return [line for line in read_metrics(folder / METRICS) if "loss" in line]
+
+
+def validation_loss(program: Program, held_out: int = 8, dtype: str | None = None) -> float:
+    """What `sparsepass.export.eval.perplexity` says about the validation rows of `data`."""
+    validation = data(held_out).validation
+    assert validation is not None
+    return perplexity(program, validation.input_ids.flatten(), context=CONTEXT, dtype=dtype).nll_mean

@@ -59,7 +59,7 @@ def test_kept_weights_are_untouched_whatever_stands_behind(
         assert (size.masked_fill(kept, 0) <= 0.99 * smallest).all()
         assert (found * weight >= 0).all()  # signs stay
     else:
-        assert torch.equal(found[~mask], weight[~mask] * behind)
+        assert torch.equal(found[~mask], weight[~mask] * float(behind))
 
 
 @given(st.integers(0, 1000), st.sampled_from(PATTERNS))
