@@ -26,7 +26,7 @@ def learning_rate(
     Source: arXiv 2407.20584, appendix (settings); methods.md section 2.
 
     >>> [round(learning_rate(s, num_steps=10, peak=1.0, floor=0.1, warmup_steps=2, final_steps=2), 2) for s in range(10)]
-    [0.5, 1.0, 1.0, 0.94, 0.77, 0.55, 0.33, 0.16, 0.1, 0.05]
+    [0.5, 1.0, 1.0, 0.94, 0.78, 0.55, 0.33, 0.16, 0.1, 0.05]
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
