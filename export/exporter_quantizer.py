@@ -137,6 +137,9 @@ class SparsePassQuantizer(ExportQuantizer):
         batch_size = _fixed_batch(program)
         if calibration is not None and batch_size is not None and batch_size > 2:
             validate = False  # it takes the first two calibration sequences, and this graph takes its own number only
+        for site in program.sites():
+            if site.weight and site.left_alone is None:  # the program reads the caller's tensors, and passes write
+                program.set_tensor(site.weight, program.tensor(site.weight).detach().clone())
         apply_passes(
             program,
             self.passes,

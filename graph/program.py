@@ -234,6 +234,10 @@ class Program(nn.Module):
         else:
             module.register_buffer(attribute, value)
 
+    def write_tensor(self, name: str, value: Tensor) -> None:
+        """Copy values into a parameter or buffer, whoever else holds it (the model, after ``inplace=True``)."""
+        self.tensor(name).detach().copy_(value)
+
     def delete_tensor(self, name: str) -> None:
         """Remove a parameter or buffer that no node reads any more."""
         path, _, attribute = name.rpartition(".")

@@ -38,14 +38,23 @@ def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> Non
     program.sparse[site.weight] = SparseState(pattern=pattern, axis=site.nm_axis, mask=name)
 
 
-def fold_mask(program: Program, weight: str) -> None:
-    """Write a mask's zeros into the weight, and take the mask out of the graph. Exact."""
+def fold_mask(program: Program, weight: str, *, inplace: bool = False) -> None:
+    """Write a mask's zeros into the weight, and take the mask out of the graph. Exact.
+
+    Args:
+        program: Changed in place.
+        weight: One with a mask.
+        inplace: Whether the zeros go into the tensor that is there; by default the program gets a new one.
+    """
     state = program.sparse[weight]
     assert state.mask is not None
     graph = program.graph_module.graph
     mask = program.tensor(state.mask)
     folded = torch.ops.sparsepass.masked_weight(program.tensor(weight).detach(), mask)
-    program.set_tensor(weight, folded)
+    if inplace:
+        program.write_tensor(weight, folded)
+    else:
+        program.set_tensor(weight, folded)
     for node in list(graph.nodes):
         if node.target is _MASKED and node.args[1].target == state.mask:
             source, mask_node = node.args

@@ -51,5 +51,5 @@ class Fold(Pass):
         """Fold the masks of a group."""
         del context
         for site in group.sites:
-            fold_mask(program, site.weight)
+            fold_mask(program, site.weight, inplace=True)
         return {}

@@ -59,8 +59,8 @@ def apply_passes(
         seed: Where in the text the sequences are taken.
         compute: Precision of calibration's matmuls: ``auto`` is bfloat16 where the processor computes in it.
         example_inputs: What to capture the model with; transformers models can do without.
-        inplace: Whether the program takes over the model's tensors (or is the given Program itself). By default the model
-            is never changed.
+        inplace: Whether the program takes over the model's tensors and writes into them (or is the given Program itself):
+            that takes the memory of one model, not of two. By default the model is never changed.
         validate: Whether to measure, after every pass, how far the outputs moved. Exact passes must not move them.
         progress: Whether to show progress with the time left; by default where standard error is a terminal.
 
@@ -69,7 +69,7 @@ def apply_passes(
 
     Raises:
         SparsepassError: If a pass or option is unknown, stands in the wrong order, or meets something it cannot rewrite. The
-            model is then as it was.
+            model is then as it was; with ``inplace``, the layers that were rewritten by then have their new weights.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))

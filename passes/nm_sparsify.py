@@ -102,7 +102,7 @@ class NMSparsify(Pass):
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
         """Prune the weights of a group, siblings stacked so that they share one inverse Hessian."""
         weights = [program.tensor(site.weight).detach() for site in group.sites]
-        context.originals.update({site.weight: w for site, w in zip(group.sites, weights, strict=True)})
+        context.originals.update({site.weight: w.clone() for site, w in zip(group.sites, weights, strict=True)})
         matrices = [site.to_matrix(w) for site, w in zip(group.sites, weights, strict=True)]
         if matrices[0].dim() == 3:
             pruned = [self._prune_experts(matrices[0], context.statistics)]
@@ -117,12 +117,12 @@ class NMSparsify(Pass):
             ]
         facts: dict[str, Facts] = {}
         for site, weight, matrix, result in zip(group.sites, weights, matrices, pruned, strict=True):
+            facts[site.name] = self._facts(matrix, result, context)  # before the matrix, a view of the weight, changes
             mask = site.from_matrix(result.mask_OI)
             kept = site.from_matrix(result.weight_OI)
             if not torch.equal(kept, torch.ops.sparsepass.masked_weight(weight, mask)) or bool(_has_negative_zero(weight)):
-                program.set_tensor(site.weight, torch.where(mask, kept, weight))
+                program.write_tensor(site.weight, torch.where(mask, kept, weight))
             attach_mask(program, site, mask, self.pattern)
-            facts[site.name] = self._facts(matrix, result, context)
         return facts
 
     def _prune(self, weight_OI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:

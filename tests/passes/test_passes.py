@@ -200,8 +200,22 @@ def test_inplace_takes_the_tensors_over() -> None:
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     program = apply_passes(model, "nm_sparsify", inplace=True)
     assert program.tensor("model.layers.0.mlp.up_proj.weight") is weight
-    copied = apply_passes(model, "nm_sparsify")
+    copied = apply_passes(BY_NAME["llama"].model(), "nm_sparsify")
     assert copied.tensor("model.layers.0.mlp.up_proj.weight") is not weight
+
+
+def test_inplace_prunes_within_the_memory_of_one_model() -> None:
+    family = BY_NAME["llama"]
+    model, untouched = family.model(), family.model()
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    passes = "nm_sparsify{criterion=sparsegpt},fold"
+    program = apply_passes(model, passes, calibration=family.inputs(4, 16), inplace=True)
+    expected = apply_passes(untouched, passes, calibration=family.inputs(4, 16))
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+    for name in program.sparse:
+        assert torch.equal(model.get_parameter(name), expected.tensor(name))
+        assert is_nm(model.get_parameter(name), NMPattern(2, 4))
+        assert not is_nm(untouched.get_parameter(name), NMPattern(2, 4))
 
 
 def _odd() -> nn.Module:
