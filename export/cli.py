@@ -9,10 +9,11 @@ from sparsepass.export import cli_support as support
 from sparsepass.export import cli_tensorrt as tensorrt
 from sparsepass.export.cli_check import compare_command, eval_command
 from sparsepass.export.cli_plan import plan_command
+from sparsepass.export.cli_retrain import retrain_command, run_command
 from sparsepass.export.cli_verify import verify_command
 
 if TYPE_CHECKING:
-    from sparsepass.export.prepare import Calibration, Evaluation, Prepared
+    from sparsepass.export.prepare import Calibration, Evaluation
     from sparsepass.passes import Pass
 
 _MODEL_HELP = "Folder, hub id, .gguf file, or folder written by `sparsepass prune`."
@@ -23,7 +24,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_
 
 app = typer.Typer(
     name="sparsepass",
-    help="N:M (2:4) sparsity for transformers: prune, export, and check what was kept.",
+    help="N:M (2:4) sparsity for transformers: prune, retrain, export, and check what was kept.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -81,9 +82,8 @@ def prune_command(
     The folder holds the program (masks beside the weights), the tokenizer, recipe.txt, report.json and report.md. It
     can be given as MODEL to `export`, `eval`, `compare` and `verify`.
     """
-    from sparsepass.export.prepare import prepare
-    from sparsepass.export.report import run_record, write_report
-    from sparsepass.graph.files import check_free, replaced_folder
+    from sparsepass.export.prepare import prepare, write_program
+    from sparsepass.graph.files import check_free
 
     pipeline = _pipeline(passes, targets or (), ignore or ())
     check_free(out, force=force)
@@ -100,14 +100,7 @@ def prune_command(
         validate=not no_validate,
         tell=support.news(),
     )
-    with replaced_folder(out, force=force) as staging:
-        prepared.program.save_into(staging)
-        prepared.save_companions(staging)
-        seconds = _since(prepared)
-        document = prepared.document
-        document["runs"] = [*document["runs"], run_record("prune", command=support.command_line(), seconds=seconds)]
-        document = write_report(staging, document)
-    _show(document, out)
+    _show(write_program(prepared, out, command=support.command_line(), force=force), out)
 
 
 def export_command(
@@ -205,6 +198,8 @@ def export_command(
 
 _EXPORT_SHORT = "Rewrite, write as ONNX, TensorRT or Hugging Face folder, and verify."
 app.command("plan", short_help="What would 2:4 gain on a GPU, and where?")(support.clean(plan_command))
+app.command("retrain", short_help="Train a pruned program against its dense teacher.")(support.clean(retrain_command))
+app.command("run", short_help="Take a model through a recipe: prune, retrain, eval, export.")(support.clean(run_command))
 app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
@@ -265,12 +260,6 @@ def _is_program(model: str) -> bool:
     from sparsepass.graph.program import PROGRAM_FILE
 
     return (Path(model).expanduser() / PROGRAM_FILE).is_file()
-
-
-def _since(prepared: "Prepared") -> float:
-    import time
-
-    return time.perf_counter() - prepared.started
 
 
 def _show(document: Any, out: Path) -> None:

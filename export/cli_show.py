@@ -10,6 +10,7 @@ from rich.text import Text
 
 from sparsepass.export.report import PAGE_FILE
 from sparsepass.export.report_page import accuracy_rows, accuracy_setting, size, skipped_rows
+from sparsepass.export.report_retraining import training_facts
 
 
 def summary(document: Mapping[str, Any], out: str) -> Group:
@@ -17,6 +18,8 @@ def summary(document: Mapping[str, Any], out: str) -> Group:
     parts: list[Any] = []
     if "passes" in document:
         parts.append(layers_table(document["passes"]))
+    if document.get("retraining"):
+        parts.append(training_table(document["retraining"]["runs"][-1]))
     if document.get("accuracy", {}).get("measurements"):
         parts += [accuracy_table(document["accuracy"]), Text(accuracy_setting(document["accuracy"]), style="dim")]
     if "verification" in document:
@@ -37,6 +40,16 @@ def layers_table(section: Mapping[str, Any]) -> Table:
     table.add_row(str(section["num_sparse"]), "[green]sparse[/]" if section["num_sparse"] else "sparse")
     for reason, count, example in skipped_rows(section):
         table.add_row(str(count), f"dense: {escape(reason)} [dim]({escape(example)})[/]")
+    return table
+
+
+def training_table(run: Mapping[str, Any]) -> Table:
+    """What the last training did."""
+    table = Table(title="Training", title_justify="left", show_edge=False, show_header=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for what, value in training_facts(run):
+        table.add_row(what, escape(value))
     return table
 
 

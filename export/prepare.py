@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparsepass.export.eval import Perplexity, perplexity
 from sparsepass.export.load import LoadedModel, load_model, parse_dtype
-from sparsepass.export.report import find_report, measurement, new_report, plain_json
+from sparsepass.export.report import find_report, measurement, new_report, plain_json, run_record, write_report
 from sparsepass.graph import Program, SparsepassError, capture
+from sparsepass.graph.files import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
 from sparsepass.passes.calibration import ComputeDtype
 from sparsepass.passes.calibration_data import default_text
@@ -234,10 +235,34 @@ def prepare(
     return Prepared(program=program, loaded=loaded, document=document, started=started)
 
 
+def write_program(prepared: Prepared, out: str | Path, *, command: str | None = None, force: bool = False) -> dict[str, Any]:
+    """Save a prepared program with tokenizer, recipe and report: what `sparsepass prune` writes.
+
+    Args:
+        prepared: From `prepare`.
+        out: Folder to write.
+        command: The command line, for the report.
+        force: Whether a folder that stands at ``out`` is replaced.
+
+    Returns:
+        The report, as written.
+
+    Raises:
+        SparsepassError: If ``out`` is not free.
+    """
+    with replaced_folder(out, force=force) as staging:
+        prepared.program.save_into(staging)
+        prepared.save_companions(staging)
+        record = run_record("prune", command=command, seconds=time.perf_counter() - prepared.started)
+        return write_report(staging, prepared.document | {"runs": [*prepared.document["runs"], record]})
+
+
 def stage_name(program: Program) -> str:
-    """What a row of figures calls a program: ``dense``, ``2:4``, ``2:4 + SLoRB``."""
+    """What a row of figures calls a program: ``dense``, ``2:4``, ``2:4 + SLoRB``, ``2:4, retrained``."""
     branch = " + SLoRB" if any(state.branch is not None for state in program.sparse.values()) else ""
-    return patterns(program) + branch
+    times = len(program.retraining)
+    trained = "" if not times else ", retrained" if times == 1 else f", retrained {times} times"
+    return patterns(program) + branch + trained
 
 
 def patterns(program: Program) -> str:

@@ -60,7 +60,7 @@ HEADER: Final[Mapping[str, Field]] = {
 """Fields of the document itself."""
 
 RUN: Final[Mapping[str, Field]] = {
-    "stage": Field(kind="text", meaning="`prune` or `export` so far"),
+    "stage": Field(kind="text", meaning="`prune`, `retrain` or `export` so far"),
     "command": Field(kind="text", meaning="the command line, or `python` for a call from Python"),
     "created": Field(kind="text", meaning="when it ended, ISO 8601, UTC"),
     "seconds": Field(kind="number", meaning="wall time, loading included"),
@@ -86,6 +86,15 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
             meaning="one entry a pass: `text` (all options), `promise` (`exact` or `approximate`), `outcomes` "
             "(layer by layer, with reasons and measured facts), `validation` (how far the outputs moved), "
             "`calibration`, `seconds`",
+        ),
+    },
+    "retraining": {
+        "runs": Field(
+            kind="list",
+            meaning="one entry for each time the program was trained: `method`, `settings`, `num_steps`, `num_tokens`, "
+            "`seconds`, `tokens_per_second`, `step_of_weights` (the step whose weights were kept), `teacher`, `data`, "
+            "`validations`, `flips_since_first` (share of all mask entries that differ from the first mask), "
+            "`flips_by_layer` (the same, weight by weight), `curve` (column -> at most 200 values)",
         ),
     },
     "accuracy": {
@@ -148,6 +157,21 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
 """Section -> its fields. Sections are optional, their fields are not (unless they say so)."""
 
 _ENTRIES: Final[Mapping[tuple[str, str], Mapping[str, Field]]] = {
+    ("retraining", "runs"): {
+        "method": Field(kind="text", meaning=""),
+        "settings": Field(kind="object", meaning=""),
+        "num_steps": Field(kind="integer", meaning=""),
+        "num_tokens": Field(kind="integer", meaning=""),
+        "seconds": Field(kind="number", meaning=""),
+        "tokens_per_second": Field(kind="number", meaning=""),
+        "step_of_weights": Field(kind="integer", meaning=""),
+        "teacher": Field(kind="object", meaning=""),
+        "data": Field(kind="object", meaning=""),
+        "validations": Field(kind="list", meaning=""),
+        "flips_since_first": Field(kind="number", meaning=""),
+        "flips_by_layer": Field(kind="object", meaning=""),
+        "curve": Field(kind="object", meaning=""),
+    },
     ("accuracy", "measurements"): {
         "name": Field(kind="text", meaning=""),
         "perplexity": Field(kind="number", meaning=""),
@@ -335,7 +359,7 @@ def find_report(folder: str | Path) -> dict[str, Any] | None:
 
 
 def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Write report.json, report.md and recipe.txt into a folder that the caller moves into place.
+    """Write report.json, report.md with its pictures, and recipe.txt into a folder that the caller moves into place.
 
     Returns:
         The document as written: checked, and with infinities and NaN as text.
@@ -349,6 +373,10 @@ def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / REPORT_FILE).write_text(text, encoding="utf-8")
     (folder / PAGE_FILE).write_text(render_page(plain), encoding="utf-8")
+    if "retraining" in plain:
+        from sparsepass.export.figures import draw_figures
+
+        draw_figures(folder, plain["retraining"])
     (folder / RECIPE_FILE).write_text(plain["recipe"] + "\n", encoding="utf-8")
     return plain
 

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from sparsepass.export.markdown import markdown_table, number
 from sparsepass.export.report import HEADER
+from sparsepass.export.report_retraining import retraining_part
 
 _NUM_FAILURES_SHOWN = 20
 
@@ -77,13 +79,6 @@ def size(num_bytes: float) -> str:
     raise AssertionError
 
 
-def number(value: Any) -> str:
-    """A figure for people: four digits that count."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _title(document: Mapping[str, Any]) -> str:
     model, artifact = document.get("model"), document.get("artifact")
     about = f": {model['source']}" if model else ""
@@ -119,13 +114,13 @@ def _model(section: Mapping[str, Any]) -> str:
         if section.get(name):
             facts[name] = section[name]
     notes = [f"- {note}" for note in section.get("notes", ())]
-    return "## Model\n\n" + _table(("", ""), facts.items()) + ("\n\n" + "\n".join(notes) if notes else "")
+    return "## Model\n\n" + markdown_table(("", ""), facts.items()) + ("\n\n" + "\n".join(notes) if notes else "")
 
 
 def _accuracy(section: Mapping[str, Any]) -> str:
     if not section["measurements"]:
         return ""
-    table = _table(("model", "perplexity", "times dense"), accuracy_rows(section))
+    table = markdown_table(("model", "perplexity", "times dense"), accuracy_rows(section))
     return f"## Accuracy\n\n{accuracy_setting(section)}\n\n{table}"
 
 
@@ -145,13 +140,13 @@ def _passes(section: Mapping[str, Any]) -> str:
             )
         )
     if rows:
-        parts.append(_table(("pass", "layers rewritten", "left alone", "how far the outputs moved", "time"), rows))
+        parts.append(markdown_table(("pass", "layers rewritten", "left alone", "how far the outputs moved", "time"), rows))
     for record in section["passes"]:
         if record.get("calibration"):
             parts.append(f"Calibration of `{record['text'].partition('{')[0]}`: {_calibration(record['calibration'])}.")
     skipped = skipped_rows(section)
     if skipped:
-        parts.append("Layers that are dense, and why:\n\n" + _table(("reason", "layers", "for example"), skipped))
+        parts.append("Layers that are dense, and why:\n\n" + markdown_table(("reason", "layers", "for example"), skipped))
     parts.append(_layers(section))
     return "\n\n".join(part for part in parts if part)
 
@@ -172,7 +167,7 @@ def _layers(section: Mapping[str, Any]) -> str:
         (layer, shape, "; ".join(facts.get(layer, ())) or f"dense: {section['skipped'].get(layer, '')}")
         for layer, shape in shapes.items()
     ]
-    table = _table(("layer", "stored shape", "what was done"), rows)
+    table = markdown_table(("layer", "stored shape", "what was done"), rows)
     return f"<details><summary>Layer by layer</summary>\n\n{table}\n\n</details>"
 
 
@@ -183,7 +178,7 @@ def _artifact(section: Mapping[str, Any]) -> str:
     number_sparse = sum(len(weights) for weights in section["expected_sparse"].values())
     lines = [
         f"## Files ({section['target']}, {section['dtype']})",
-        _table(("file", "size"), files),
+        markdown_table(("file", "size"), files),
         f"{number_sparse} stored weights have to be N:M sparse; `artifact.expected_sparse` in report.json names them, "
         "and `sparsepass verify` on this folder checks them again.",
         "A sparse weight is stored with its zeros: the file is as large as a dense one. Runtimes that know 2:4 pack it "
@@ -205,14 +200,14 @@ def _sparsity(section: Mapping[str, Any]) -> str:
         f"## Was the sparsity used? (built by {section['runtime']} {section['runtime_version']}, {gpu})",
         "Over the weights that are meant to be sparse. The states are independent: a weight that conforms need not be "
         "eligible, and an eligible layer runs sparse only if the builder chose a sparse kernel.",
-        _table(headings, rows),
+        markdown_table(headings, rows),
     ]
     meant = [layer for layer in section["layers"] if layer["conforms"] != "unknown"]
     reasons = Counter((layer["ran_sparse"], layer["reason"]) for layer in meant)
-    parts.append(_table(("ran sparse", "why", "layers"), ((ran, why, n) for (ran, why), n in reasons.most_common())))
+    parts.append(markdown_table(("ran sparse", "why", "layers"), ((ran, why, n) for (ran, why), n in reasons.most_common())))
     if section.get("measured"):
         parts.append(_measured(section["measured"]))
-    table = _table(
+    table = markdown_table(
         ("engine", "weight", "shape", "conforms", "flag", "eligible", "chosen", "ran sparse", "why"),
         (
             (
@@ -236,7 +231,7 @@ def _measured(measured: Mapping[str, Any]) -> str:
             for p in found["points"]
         ]
         parts.append(f"Measured, {engine}: {found['break_even']}")
-        parts.append(_table(("batch", "tokens", "dense ms", "sparse ms", "gain"), rows))
+        parts.append(markdown_table(("batch", "tokens", "dense ms", "sparse ms", "gain"), rows))
     return "\n\n".join(parts)
 
 
@@ -249,7 +244,7 @@ def _verification(section: Mapping[str, Any]) -> str:
     rows = [(check["name"], said[check["held"]], check["summary"]) for check in section["checks"]]
     if not rows:
         return ""
-    return "## Verification\n\n" + _table(("check", "result", "what was found"), rows)
+    return "## Verification\n\n" + markdown_table(("check", "result", "what was found"), rows)
 
 
 def _samples(section: Mapping[str, Any]) -> str:
@@ -260,7 +255,7 @@ def _samples(section: Mapping[str, Any]) -> str:
     ]
     return (
         f"## Samples\n\n`{section['file']}` holds these tensors, so that another runtime can be checked against this "
-        "export.\n\n" + _table(("", "name", "shape", "type"), rows)
+        "export.\n\n" + markdown_table(("", "name", "shape", "type"), rows)
     )
 
 
@@ -297,15 +292,10 @@ def _calibration(facts: Mapping[str, Any]) -> str:
     return said
 
 
-def _table(headings: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 _RENDERERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "model": _model,
     "accuracy": _accuracy,
+    "retraining": retraining_part,
     "passes": _passes,
     "artifact": _artifact,
     "sparsity": _sparsity,

@@ -150,6 +150,7 @@ def export(
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    sections: Mapping[str, Any] | None = None,
     command: str | None = None,
     tell: Tell = silent,
 ) -> ExportResult:
@@ -180,6 +181,7 @@ def export(
         gguf_file: See `load_model`.
         revision: See `load_model`.
         trust_remote_code: See `load_model`.
+        sections: Sections of the report that an earlier stage knows, such as ``accuracy``.
         command: The command line, for the report.
         tell: Called with one line at the beginning of each step.
 
@@ -215,6 +217,7 @@ def export(
         progress=progress,
         tell=tell,
     )
+    prepared.document.update(sections or {})
     options = Lowering(
         dtype=wanted,
         opset=opset,

@@ -36,8 +36,8 @@ from sparsepass.retrain.trackers import tracking
 from sparsepass.retrain.trainee import Trainee, make_trainee
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-# Settings that a resumed run may change: they say how a run is watched, not what it computes.
-_FREE = ("keep_checkpoints", "log_every", "trackers", "validate_every", "checkpoint_every", "compile")
+FREE_SETTINGS = ("keep_checkpoints", "log_every", "trackers", "validate_every", "checkpoint_every", "compile")
+"""Settings that a resumed run may change: they say how a run is watched, not what it computes."""
 
 
 class TrainingStoppedError(SparsepassError):
@@ -444,7 +444,7 @@ def validate(
 
 def _fingerprint(program: Program, config: RetrainConfig, num_steps: int) -> dict[str, Any]:
     """What tells this run from another one."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     weights = {name: list(program.tensor(name).shape) for name in program.sparse}
     return {"settings": settings, "num_steps": num_steps, "recipe": program.recipe, "sparse_weights": weights}
 

@@ -3,6 +3,7 @@
 Without a process group everything here is about the one process there is.
 """
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,6 +33,26 @@ def num_processes() -> int:
         1
     """
     return distributed.get_world_size() if _grouped() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes; known from the launcher before the processes are joined.
+
+    Example:
+        >>> is_first_process()
+        True
+    """
+    return process_rank() == 0 if _grouped() else int(os.environ.get("RANK", "0")) == 0
+
+
+def leave_processes() -> None:
+    """Part from the other processes after a training; from then on each is alone.
+
+    Example:
+        >>> leave_processes()
+    """
+    if _grouped():
+        distributed.destroy_process_group()
 
 
 def together(action: Callable[[], T]) -> list[T]:
