@@ -8,9 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsepass.export.report import PAGE_FILE
-from sparsepass.export.report_page import accuracy_rows, accuracy_setting, size, skipped_rows
+from sparsepass.export.report import HTML_FILE
+from sparsepass.export.report_page import accuracy_rows, accuracy_setting, size
 from sparsepass.export.report_retraining import training_facts
+from sparsepass.export.report_summary import skipped_rows
 
 
 def summary(document: Mapping[str, Any], out: str) -> Group:
@@ -28,7 +29,7 @@ def summary(document: Mapping[str, Any], out: str) -> Group:
         artifact = document["artifact"]
         written = f"{size(artifact['size_bytes'])} in {len(artifact['files'])} files"
         parts.append(Text(f"{artifact['target']}, {artifact['dtype']}: {written}"))
-    parts.append(Text(f"Written to {out}; {PAGE_FILE} there tells everything."))
+    parts.append(Text(f"Written to {out}; {HTML_FILE} there tells everything."))
     return Group(*parts)
 
 

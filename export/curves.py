@@ -1,7 +1,6 @@
 """What a training run left, as the report's section ``retraining``: its settings and results, and its curves in few points."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -57,29 +56,6 @@ def curve(lines: Sequence[Mapping[str, Any]], num_points: int = NUM_POINTS) -> d
         if name in lines[-1]:
             found[name] = [_mean([line.get(name) for line in piece]) for piece in pieces]
     return found
-
-
-def layer_grid(by_layer: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Put layers with numbered blocks into a grid: one row a kind of layer, one column a block.
-
-    Args:
-        by_layer: Weight name -> value.
-
-    Returns:
-        Names of the rows, names of the columns, values (None where there is no such layer).
-
-    Example:
-        >>> layer_grid({"model.layers.0.mlp.up.weight": 0.1, "model.layers.1.mlp.up.weight": 0.2, "proj.weight": 0.3})
-        (['mlp.up', 'proj'], ['0', '1'], [[0.1, 0.2], [0.3, None]])
-    """
-    cells: dict[tuple[str, int], float] = {}
-    for name, value in by_layer.items():
-        match = re.match(r"(?:.*?\.)?(\d+)\.(.+)", name)
-        kind, block = (match[2], int(match[1])) if match else (name, 0)
-        cells[kind.removesuffix(".weight"), block] = value
-    kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    numbers = sorted({block for _, block in cells})
-    return kinds, [str(number) for number in numbers], [[cells.get((kind, n)) for n in numbers] for kind in kinds]
 
 
 def _mean(values: Sequence[Any]) -> float | None:

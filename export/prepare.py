@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsepass.export.eval import Perplexity, perplexity
 from sparsepass.export.load import LoadedModel, load_model, parse_dtype
 from sparsepass.export.report import find_report, measurement, new_report, plain_json, run_record, write_report
+from sparsepass.export.report_layers import layer_sparsity
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.graph.files import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
@@ -219,7 +220,7 @@ def prepare(
     else:
         program = before or capture(loaded.model, example_inputs, inplace=inplace)
     document["recipe"] = program.recipe
-    document["passes"] = plain_json(program.report().to_dict())
+    document["passes"] = plain_json(program.report().to_dict() | {"layers": layer_sparsity(program)})
     if pipeline:
         document.pop("accuracy", None)
         if uses_python_docs:

@@ -5,8 +5,8 @@ it knows and leaves those of earlier stages as they are:
 
 1. Adding a section, or a field to one, does not change the version: readers keep what they do not know.
 2. Changing what a field means raises `SCHEMA_VERSION`. A reader refuses a newer version than its own.
-3. `SECTIONS` is the one table: a section is a row here, a renderer in `report_page.py`, and a heading in
-   docs/report.md.
+3. `SECTIONS` is the one table: a section is a row here, a renderer in `report_page.py` and one in `report_html.py`, and a
+   heading in docs/report.md.
 """
 
 import json
@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ SCHEMA: Final = "sparsepass-report"
 SCHEMA_VERSION: Final = 1
 """Version of the schema. It is raised when a field changes its meaning, not when one is added."""
 
-REPORT_FILE, PAGE_FILE, RECIPE_FILE = "report.json", "report.md", "recipe.txt"
+REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
 
 _PACKAGES = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy", "tensorrt",
@@ -60,7 +61,7 @@ HEADER: Final[Mapping[str, Field]] = {
 """Fields of the document itself."""
 
 RUN: Final[Mapping[str, Field]] = {
-    "stage": Field(kind="text", meaning="`prune`, `retrain` or `export` so far"),
+    "stage": Field(kind="text", meaning="`prune`, `retrain`, `eval`, `export`, `plan` or `verify` so far"),
     "command": Field(kind="text", meaning="the command line, or `python` for a call from Python"),
     "created": Field(kind="text", meaning="when it ended, ISO 8601, UTC"),
     "seconds": Field(kind="number", meaning="wall time, loading included"),
@@ -86,6 +87,11 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
             meaning="one entry a pass: `text` (all options), `promise` (`exact` or `approximate`), `outcomes` "
             "(layer by layer, with reasons and measured facts), `validation` (how far the outputs moved), "
             "`calibration`, `seconds`",
+        ),
+        "layers": Field(
+            kind="object",
+            meaning="sparse layer -> `pattern`, `zeros` (counted share of zeros, as the passes left it), `branch_k`",
+            optional=True,
         ),
     },
     "retraining": {
@@ -148,6 +154,35 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
         "held": Field(kind="flag", meaning="whether every check held; null if verification was switched off", optional=True),
         "checks": Field(kind="list", meaning="entries `name`, `held` (null if it could not be checked), `summary`, `details`"),
     },
+    "pattern": {
+        "conforms": Field(kind="flag", meaning="whether the pattern holds in all files"),
+        "reports": Field(
+            kind="list",
+            meaning="one entry a file: `source`, `pattern`, `conforms`, `counts`, `causes`, and `entries` (weight by weight: "
+            "verdict, reason, shape, axis, what was counted)",
+        ),
+    },
+    "plan": {
+        "model": Field(kind="text", meaning="what was planned for"),
+        "device": Field(kind="object", meaning="the GPU, with its figures"),
+        "runtime": Field(kind="object", meaning="the model of its kernels"),
+        "dtype": Field(kind="text", meaning="type of the weights"),
+        "pays": Field(kind="flag", meaning="whether 2:4 is predicted to gain anything"),
+        "points": Field(
+            kind="list",
+            meaning="one entry a workload: `batch`, `seq`, `new_tokens`, predicted times and `speedup` of `prefill`, `decode` "
+            "(null without one) and `request`, bytes of cache and of all",
+        ),
+        "memory": Field(kind="list", meaning="bytes of the weights for each type: dense, as recommended, all 2:4"),
+        "layers": Field(
+            kind="list",
+            meaning="one entry a layer: shape, `decision`, `reason`, predicted times of `prefill` and `decode`, intensities, "
+            "`pays_at`",
+        ),
+        "ignore": Field(kind="list", meaning="layers to leave dense, as patterns for the passes"),
+        "passes": Field(kind="text", meaning="recommended passes; null if none pays", optional=True),
+        "notes": Field(kind="list", meaning="what is not covered, and what was assumed"),
+    },
     "samples": {
         "file": Field(kind="text", meaning="safetensors file with `inputs/NAME` and `outputs/NAME`"),
         "inputs": Field(kind="object", meaning="name -> `{shape, dtype}`"),
@@ -198,6 +233,26 @@ _ENTRIES: Final[Mapping[tuple[str, str], Mapping[str, Field]]] = {
         "promise": Field(kind="text", meaning=""),
         "outcomes": Field(kind="list", meaning=""),
         "seconds": Field(kind="number", meaning=""),
+    },
+    ("pattern", "reports"): {
+        "source": Field(kind="text", meaning=""),
+        "pattern": Field(kind="text", meaning=""),
+        "conforms": Field(kind="flag", meaning=""),
+        "counts": Field(kind="object", meaning=""),
+        "entries": Field(kind="list", meaning=""),
+    },
+    ("plan", "points"): {
+        "batch": Field(kind="integer", meaning=""),
+        "seq": Field(kind="integer", meaning=""),
+        "prefill": Field(kind="object", meaning=""),
+        "decode": Field(kind="object", meaning="", optional=True),
+    },
+    ("plan", "layers"): {
+        "name": Field(kind="text", meaning=""),
+        "out_features": Field(kind="integer", meaning=""),
+        "in_features": Field(kind="integer", meaning=""),
+        "decision": Field(kind="text", meaning=""),
+        "reason": Field(kind="text", meaning=""),
     },
     ("verification", "checks"): {
         "name": Field(kind="text", meaning=""),
@@ -359,7 +414,7 @@ def find_report(folder: str | Path) -> dict[str, Any] | None:
 
 
 def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Write report.json, report.md with its pictures, and recipe.txt into a folder that the caller moves into place.
+    """Write report.json, its pages (`write_pages`) and recipe.txt into a folder that the caller moves into place.
 
     Returns:
         The document as written: checked, and with infinities and NaN as text.
@@ -367,17 +422,69 @@ def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SparsepassError: If the document breaks the schema.
     """
-    from sparsepass.export.report_page import render_page
-
     plain = check_report(plain_json(document), "the report to be written")
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / REPORT_FILE).write_text(text, encoding="utf-8")
-    (folder / PAGE_FILE).write_text(render_page(plain), encoding="utf-8")
-    if "retraining" in plain:
-        from sparsepass.export.figures import draw_figures
-
-        draw_figures(folder, plain["retraining"])
+    (folder / REPORT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_pages(folder, plain)
     (folder / RECIPE_FILE).write_text(plain["recipe"] + "\n", encoding="utf-8")
+    return plain
+
+
+def write_pages(folder: Path, document: Mapping[str, Any]) -> None:
+    """Render a checked report into a folder: report.html, report.md, and the pictures that report.md shows.
+
+    Args:
+        folder: An existing folder.
+        document: From `read_report` or `check_report`.
+    """
+    from sparsepass.export.figures import draw_figures
+    from sparsepass.export.report_html import render_html
+    from sparsepass.export.report_page import render_page
+
+    (folder / HTML_FILE).write_text(render_html(document), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(render_page(document), encoding="utf-8", errors="backslashreplace")
+    if "retraining" in document:
+        draw_figures(folder, document["retraining"])
+
+
+def add_to_report(
+    folder: str | Path, sections: Mapping[str, Any], *, stage: str, command: str | None, seconds: float
+) -> dict[str, Any]:
+    """Add sections to the report of a folder that stands already, or begin a report in a new one.
+
+    Files are written beside their places and moved over them; report.json comes last.
+
+    Args:
+        folder: A folder with a report, or one that is new or empty.
+        sections: Take the place of those of the same name.
+        stage: What found them, such as ``verify``.
+        command: The command line; None for a call from Python.
+        seconds: How long it took.
+
+    Returns:
+        The report, as written.
+
+    Raises:
+        SparsepassError: If files of another kind lie there, or the report is damaged, of a newer schema, or breaks it.
+    """
+    place = Path(folder)
+    document = find_report(place)
+    if document is None:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise SparsepassError(
+                f"{place} is not empty and holds no report; name a folder that sparsepass wrote, or a new one"
+            )
+        document = new_report()
+    run = run_record(stage, command=command, seconds=seconds)
+    document = {**document, **sections, "runs": [*document["runs"], run]}
+    plain = check_report(plain_json(document), "the report to be written")
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=place) as staging:
+        write_report(Path(staging), plain)
+        names = [HTML_FILE, PAGE_FILE, REPORT_FILE]
+        names += [] if (place / RECIPE_FILE).exists() or not plain["recipe"] else [RECIPE_FILE]
+        for name in names:
+            os.replace(Path(staging) / name, place / name)
     return plain
 
 

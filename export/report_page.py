@@ -8,6 +8,7 @@ from typing import Any, Final
 from sparsepass.export.markdown import markdown_table, number
 from sparsepass.export.report import HEADER
 from sparsepass.export.report_retraining import retraining_part
+from sparsepass.export.report_summary import Answer, skipped_rows, summary
 
 _NUM_FAILURES_SHOWN = 20
 
@@ -57,14 +58,6 @@ def accuracy_setting(section: Mapping[str, Any]) -> str:
     )
 
 
-def skipped_rows(section: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """Rows (reason, number of layers, an example) of what the section ``passes`` says was left dense."""
-    reasons: Mapping[str, str] = section["skipped"]
-    counts = Counter(reasons.values())
-    example = {reason: layer for layer, reason in reversed(list(reasons.items()))}
-    return [(reason, count, example[reason]) for reason, count in counts.most_common()]
-
-
 def size(num_bytes: float) -> str:
     """A size for people.
 
@@ -84,23 +77,14 @@ def _title(document: Mapping[str, Any]) -> str:
     about = f": {model['source']}" if model else ""
     about += f" as {artifact['target']}" if artifact else ""
     lines = [f"# sparsepass report{about}"]
-    verification = document.get("verification")
-    if verification is not None:
-        said = {
-            True: "**Verification held.**",
-            False: "**Verification did NOT hold.** See below what differs.",
-            None: "Verification was switched off: nothing is known of the written files.",
-        }
-        lines.append(said[verification.get("held")])
-    if "passes" in document:
-        passes = document["passes"]
-        lines.append(
-            f"{passes['num_sparse']} of {passes['num_sites']} linear layers are N:M sparse. (2:4 means: of every 4 "
-            "consecutive weights along the direction in which a layer sums, at most 2 are not zero.)"
-        )
+    lines += [_answer(answer) for answer in summary(document)]
     if document["recipe"]:
         lines.append(f"Passes: `{document['recipe']}`")
     return "\n\n".join(lines)
+
+
+def _answer(answer: Answer) -> str:
+    return f"**{answer.question} {answer.short[:1].upper()}{answer.short[1:]}.** {' '.join(answer.sentences)}"
 
 
 def _model(section: Mapping[str, Any]) -> str:
@@ -146,7 +130,7 @@ def _passes(section: Mapping[str, Any]) -> str:
             parts.append(f"Calibration of `{record['text'].partition('{')[0]}`: {_calibration(record['calibration'])}.")
     skipped = skipped_rows(section)
     if skipped:
-        parts.append("Layers that are dense, and why:\n\n" + markdown_table(("reason", "layers", "for example"), skipped))
+        parts.append("Layers that are dense, and why:\n\n" + markdown_table(("reason", "layers", "which"), skipped))
     parts.append(_layers(section))
     return "\n\n".join(part for part in parts if part)
 
@@ -239,6 +223,42 @@ def _tally(values: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {value}" for value, count in values.items() if count)
 
 
+def _plan(section: Mapping[str, Any]) -> str:
+    rows = []
+    for point in section["points"]:
+        gains = [f"{point[phase]['speedup']:.2f}x" if point[phase] else "" for phase in ("prefill", "decode")]
+        rows.append((point["batch"], point["seq"], *gains))
+    device = f"{section['device'].get('title', '')}, {section['runtime'].get('name', '')}, {section['dtype']} weights"
+    parts = [f"## Plan ({device})", "Predicted gain as recommended: a forecast, not a measurement."]
+    parts.append(markdown_table(("batch", "prompt", "prefill", "decode"), rows))
+    if section["passes"]:
+        parts.append(f"Recommended passes: `{section['passes']}`")
+    layers = (
+        (row["name"], f"{row['out_features']}x{row['in_features']}", row["decision"], row["reason"])
+        for row in section["layers"]
+    )
+    table = markdown_table(("layer", "out x in", "plan", "why"), layers)
+    parts.append(f"<details><summary>Layer by layer</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _pattern(section: Mapping[str, Any]) -> str:
+    parts = ["## Stored weights"]
+    for report in section["reports"]:
+        said = "holds" if report["conforms"] else "does NOT hold"
+        parts.append(f"{report['source']}: {report['pattern']} {said}.")
+        parts.append(
+            markdown_table(("verdict", "weights"), ((word, count) for word, count in report["counts"].items() if count))
+        )
+        wrong = [entry for entry in report["entries"] if entry.get("required") and entry["verdict"] != "conforms"]
+        if wrong:
+            rows = ((entry["weight"], entry["verdict"], entry["reason"]) for entry in wrong[:_NUM_FAILURES_SHOWN])
+            parts.append(markdown_table(("weight", "verdict", "why"), rows))
+            if (more := len(wrong) - _NUM_FAILURES_SHOWN) > 0:
+                parts.append(f"And {more} more.")
+    return "\n\n".join(parts)
+
+
 def _verification(section: Mapping[str, Any]) -> str:
     said = {True: "held", False: "DID NOT HOLD", None: "not checked"}
     rows = [(check["name"], said[check["held"]], check["summary"]) for check in section["checks"]]
@@ -299,6 +319,8 @@ _RENDERERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
     "passes": _passes,
     "artifact": _artifact,
     "sparsity": _sparsity,
+    "plan": _plan,
+    "pattern": _pattern,
     "verification": _verification,
     "samples": _samples,
 }

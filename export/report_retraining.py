@@ -7,14 +7,15 @@ from typing import Any, Final
 from sparsepass.export.figures import figure_names
 from sparsepass.export.markdown import markdown_table, number
 
-_CAPTIONS: Final[Mapping[str, str]] = {
-    "loss": "Loss on the training sequences, and what it is made of, each point a mean over its part of the run; below it the "
-    "learning rate.",
-    "validation": "Perplexity (and KL to the teacher) on held-out sequences, at the precision of the training. The weights of "
-    "the best one were kept.",
-    "flips": "Flip rate: which share of all mask entries changed at a refresh, and which share differs from the first mask.",
-    "layers": "Which share of each layer's mask entries differs from the first mask.",
+CAPTIONS: Final[Mapping[str, str]] = {
+    "loss": "On the training sequences, and what it is made of; each point is a mean over its part of the run.",
+    "validation": "On held-out sequences, at the precision of the training. The weights of the best one were kept.",
+    "flips": "Which share of all mask entries changed when the masks were chosen anew.",
+    "moved": "Which share of all mask entries is no longer as it was at the start.",
+    "rate": "As it was at each step.",
+    "layers": "Which share of each layer's mask entries is no longer as it was at the start.",
 }
+"""What is shown of a run -> what a reader should know of the picture."""
 _NUM_LAYERS_SHOWN: Final = 5
 
 
@@ -32,7 +33,7 @@ def retraining_part(section: Mapping[str, Any]) -> str:
     for index, run in enumerate(runs, 1):
         parts.append("## Training" + (f" ({index} of {len(runs)})" if len(runs) > 1 else ""))
         parts.append(markdown_table(("", ""), training_facts(run)))
-        parts += [f"![{what}]({path})\n\n{_CAPTIONS[what]}" for what, path in figure_names(index, run).items()]
+        parts += [f"![{CAPTIONS[what]}]({path})\n\n{CAPTIONS[what]}" for what, path in figure_names(index, run).items()]
         parts.append(_layers(run["flips_by_layer"]))
         rows = sorted((name, "" if value is None else value) for name, value in run["settings"].items())
         table = markdown_table(("setting", "value"), rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparsepass.export.curves import NUM_POINTS, curve, layer_grid, retraining_run
+from sparsepass.export.curves import NUM_POINTS, curve, retraining_run
 from sparsepass.export.figures import draw_figures, figure_names
 from sparsepass.export.report import check_report, new_report, write_report
 from sparsepass.export.report_retraining import retraining_part, training_facts
@@ -64,12 +64,6 @@ def test_what_was_not_finite_is_left_out_of_the_means() -> None:
     assert curve([]) == {}
 
 
-def test_layers_become_a_grid() -> None:
-    kinds, blocks, values = layer_grid({"h.0.a.weight": 0.1, "h.10.a.weight": 0.3, "h.2.b.weight": 0.2})
-    assert (kinds, blocks) == (["a", "b"], ["0", "2", "10"])
-    assert values == [[0.1, None, 0.3], [None, 0.2, None]]
-
-
 def test_a_run_is_a_section_that_the_schema_knows() -> None:
     run = retraining_run(record(), lines(40))
     document = check_report(new_report() | {"retraining": {"runs": [run]}})
@@ -83,9 +77,9 @@ def test_a_run_is_a_section_that_the_schema_knows() -> None:
 def test_the_page_names_the_pictures_that_are_drawn(tmp_path: Path) -> None:
     run = retraining_run(record(), lines(40))
     write_report(tmp_path, new_report() | {"retraining": {"runs": [run]}})
-    drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.svg")}
     assert drawn == set(figure_names(1, run).values())
-    assert len(drawn) == 4
+    assert len(drawn) == 6
     page = (tmp_path / "report.md").read_text()
     assert all(f"]({name})" in page for name in drawn)
     assert "perplexity 20 at step 0, 18 at step 20, whose weights were kept" in page
@@ -101,8 +95,8 @@ def test_the_page_names_the_pictures_that_are_drawn(tmp_path: Path) -> None:
     ("changes", "metrics", "drawn"),
     [
         ({}, 0, {"validation", "layers"}),
-        ({"validations": []}, 40, {"loss", "flips", "layers"}),
-        ({"flips_since_first_by_layer": {"layers.0.up.weight": 0.0}}, 1, {"loss", "validation"}),
+        ({"validations": []}, 40, {"loss", "flips", "moved", "rate", "layers"}),
+        ({"flips_since_first_by_layer": {"layers.0.up.weight": 0.0}}, 1, {"loss", "validation", "moved", "rate"}),
     ],
 )
 def test_what_a_run_did_not_measure_is_not_drawn(
@@ -111,7 +105,7 @@ def test_what_a_run_did_not_measure_is_not_drawn(
     run = retraining_run(record(**changes), lines(metrics))
     assert set(figure_names(1, run)) == drawn
     draw_figures(tmp_path, {"runs": [run]})
-    assert len(list(tmp_path.rglob("*.png"))) == len(drawn)
+    assert len(list(tmp_path.rglob("*.svg"))) == len(drawn)
     assert retraining_part({"runs": [run]}).count("![") == len(drawn)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.export.browser import SIZES_OF_PICTURES, browser
 from tests.export.test_cli import run
 from tests.export.test_retrain_cli import same
 from tests.export.tiny import WORDS, save_tiny_llama
@@ -111,9 +112,38 @@ def test_the_retrained_program_exports_with_its_checks(target: str, finished: Pa
     assert report["retraining"]["runs"][0]["num_steps"] == STEPS
     named = [entry["name"] for entry in report["accuracy"]["measurements"]]
     assert named == ["dense", "2:4 + SLoRB", "2:4 + SLoRB, retrained"]
-    assert (finished / target / "figures" / "retraining-1-loss.png").is_file()
+    assert (finished / target / "figures" / "retraining-1-loss.svg").is_file()
     checked = run("verify", finished / target)
     assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx"])
+def test_the_page_of_a_full_run_tells_its_story_in_a_browser(target: str, finished: Path) -> None:
+    report = read_report(finished / target)
+    with browser() as page:
+        page.open(finished / target / "report.html")
+        assert page.messages == []
+        assert page.requests == [(finished / target / "report.html").as_uri()]
+        drawn = page.value(SIZES_OF_PICTURES)
+        text = page.value("document.body.innerText")
+    # Perplexity, zeros, errors, six of the training, sizes on disk.
+    assert len(drawn) == 10
+    assert all(width > 50 and height > 30 for width, height in drawn)
+    for said in (
+        "14 of 16 layers 2:4",
+        "output head: pruning it costs much accuracy",
+        "Training closed",
+        "compute what the program computes",
+        "Unknown: ",
+        "sparse-export FOLDER --target tensorrt",
+        "Verification held",
+        "model.layers.1.mlp.down_proj",
+        "Learning rate",
+        f"sparsepass run {finished.parent / 'recipe.yaml'}",
+        report["runs"][0]["versions"]["torch"],
+        *(f"{entry['perplexity']:.4g}" for entry in report["accuracy"]["measurements"]),
+    ):
+        assert said in text, said
 
 
 def test_the_training_pays(finished: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from sparsepass.export import report_html
 from sparsepass.export.report import (
     HEADER,
+    HTML_FILE,
     PAGE_FILE,
     RECIPE_FILE,
     REPORT_FILE,
@@ -115,6 +117,7 @@ def test_a_full_report_round_trips_through_its_file(tmp_path: Path) -> None:
     assert read_report(tmp_path) == read_report(tmp_path / REPORT_FILE) == written
     assert (tmp_path / RECIPE_FILE).read_text() == "nm_sparsify{pattern=2:4}\n"
     assert (tmp_path / PAGE_FILE).read_text() == render_page(written)
+    assert (tmp_path / HTML_FILE).read_text() == report_html.render_html(written)
 
 
 def test_the_page_tells_a_newcomer_what_matters() -> None:
@@ -189,7 +192,7 @@ def test_a_report_holds_plain_values_only() -> None:
 
 
 def test_every_section_has_a_renderer() -> None:
-    assert set(_RENDERERS) == set(SECTIONS)
+    assert set(_RENDERERS) == set(report_html._RENDERERS) == set(SECTIONS)
 
 
 def test_the_documentation_names_every_field() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -108,10 +109,10 @@ def test_the_report_gains_the_run_and_keeps_what_was_measured_before(place: Path
 
 def test_the_page_shows_the_pictures_that_lie_beside_it(place: Path) -> None:
     page = (place / "out" / "report.md").read_text()
-    for what in ("loss", "validation", "flips", "layers"):
-        name = f"figures/retraining-1-{what}.png"
+    for what in ("loss", "validation", "flips", "moved", "rate", "layers"):
+        name = f"figures/retraining-1-{what}.svg"
         assert f"]({name})" in page
-        assert (place / "out" / name).read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(place / "out" / name).getroot().tag.endswith("svg")
     assert "6 steps, 384 tokens" in page
     assert "of their entries differ from the first mask" in page
     assert "| lr | 0.01 |" in page
@@ -135,7 +136,7 @@ def test_a_second_training_adds_a_second_entry(place: Path, tmp_path: Path) -> N
     report = read_report(tmp_path / "again")
     assert [found["num_steps"] for found in report["retraining"]["runs"]] == [6, 2]
     assert "Training (2 of 2)" in (tmp_path / "again" / "report.md").read_text()
-    assert (tmp_path / "again" / "figures" / "retraining-2-loss.png").is_file()
+    assert (tmp_path / "again" / "figures" / "retraining-2-loss.svg").is_file()
 
 
 def test_the_teacher_is_cached_once_and_then_not_loaded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
