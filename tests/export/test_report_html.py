@@ -47,7 +47,13 @@ def large_report(num_blocks: int) -> dict[str, Any]:
     layers = {name: {"pattern": "2:4", "zeros": 0.5, "branch_k": 16} for name in names}
     document["passes"] = {"num_sites": len(names) + 1, "num_sparse": len(names), "passes": passes, "layers": layers,
                           "skipped": {"lm_head": "output head: pruning it costs much accuracy"}}  # fmt: skip
-    known = {"conforms": "yes", "flag_requested": "yes", "eligible": "unknown", "chosen": "unknown", "ran_sparse": "unknown"}
+    known: dict[str, Any] = {
+        "conforms": "yes",
+        "flag_requested": "yes",
+        "eligible": "unknown",
+        "chosen": "unknown",
+        "ran_sparse": "unknown",
+    }
     document["sparsity"]["engines"] = [document["sparsity"]["engines"][0] | {"name": name} for name in ("prefill", "decode")]
     document["sparsity"]["layers"] = [
         known | {"engine": engine, "layer": "n", "weight": f"{name}.weight", "shape": [4096, 4096], "reason": UNKNOWN}
