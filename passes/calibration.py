@@ -8,10 +8,12 @@ not two per block, memory for one group's statistics, and the part of the graph 
 Shape suffixes: B batch, T tokens, I in, K kernel positions.
 """
 
+import ctypes
+import functools
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -112,12 +114,13 @@ def sweep(
                 statistics[key] = _empty(site, gram, program.device)
             try:
                 for index, batch in enumerate(runner.batches):
-                    _update(statistics[key], site, reader, partial(runner.argument, reader, index=index), batch)
+                    _update(statistics[key], site, reader, functools.partial(runner.argument, reader, index=index), batch)
             except SparsepassError as error:
                 raise PassError("calibration", site.name, f"{error}") from error
             if reader is last_reader[key]:
                 rewrite(group, statistics.pop(key))
                 runner.rewritten(reused=len(site.nodes) > 1)
+                _give_back_freed_memory()
                 advance(site.name)
 
 
@@ -262,6 +265,21 @@ def _low_precision(compute: ComputeDtype, program: Program) -> torch.dtype | Non
     if compute not in ("bfloat16", "float16", "float32"):
         raise SparsepassError(f"compute dtype {compute!r} is not known; use auto, bfloat16, float16 or float32")
     return None if compute == "float32" else getattr(torch, compute)
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed activations to the system: glibc keeps them, in pieces that do not fit those of the next segment.
+
+    Without it, SmolLM2-135M takes up to 250 MiB more. Elsewhere than with glibc there is no such call.
+    """
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _empty(site: Site, gram: bool, device: torch.device) -> tuple[InputStatistics, ...]:

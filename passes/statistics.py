@@ -13,9 +13,9 @@ from sparsepass.graph.errors import SparsepassError
 # Width of the strips that the upper triangle is computed in: wide enough for the matrix product to run at full speed,
 # narrow enough to waste little below the diagonal. 192 was the fastest of 96...768 at 576 and 1536 features.
 _STRIP = 192
-# For the Gram matrix, inputs that are not fp32 are converted in pieces of about this many elements (16 MiB). Squares
+# For the Gram matrix, inputs that are not fp32 are converted in pieces of about this many elements (32 MiB). Squares
 # are summed in pieces that stay in the cache (1 MiB), which is six times as fast as in one go.
-_GRAM_PIECE_ELEMENTS, _GRAM_PIECE_MIN_TOKENS = 1 << 22, 512
+_GRAM_PIECE_ELEMENTS, _GRAM_PIECE_MIN_TOKENS = 1 << 23, 512
 _NORMS_PIECE_ELEMENTS, _NORMS_PIECE_MIN_TOKENS = 1 << 18, 32
 
 
