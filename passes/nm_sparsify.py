@@ -42,7 +42,8 @@ class NMSparsify(Pass):
     Raises:
         SparsepassError: If the pattern cannot be, or the criterion is unknown.
 
-    Source: methods.md section 1 of the design notes; magnitude; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774.
+    Source: methods.md section 1 of the design notes; magnitude; Wanda, arXiv 2306.11695; RIA (ICLR 2024); SparseGPT, arXiv
+    2301.00774.
     """
 
     name: ClassVar[str] = "nm_sparsify"
@@ -100,12 +101,14 @@ class NMSparsify(Pass):
         return None
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
-        """Prune the weights of a group, siblings stacked so that they share one inverse Hessian."""
+        """Prune the weights of a group; siblings are stacked where rows do not depend on each other, to share one inverse."""
         weights = [program.tensor(site.weight).detach() for site in group.sites]
         context.originals.update({site.weight: w.clone() for site, w in zip(group.sites, weights, strict=True)})
         matrices = [site.to_matrix(w) for site, w in zip(group.sites, weights, strict=True)]
         if matrices[0].dim() == 3:
             pruned = [self._prune_experts(matrices[0], context.statistics)]
+        elif not self._criterion.rows_are_independent:
+            pruned = [self._prune(matrix, context.statistics) for matrix in matrices]
         else:
             stacked = self._prune(torch.cat(matrices) if len(matrices) > 1 else matrices[0], context.statistics)
             sizes = [len(matrix) for matrix in matrices]

@@ -68,12 +68,15 @@ class Criterion:
         function: The pure function that prunes one weight.
         needs: What it must know of the inputs: nothing, their feature norms, or their Gram matrix.
         compensates: Whether the kept weights are changed to make up for the dropped ones.
+        rows_are_independent: Whether each row is pruned as if it were alone, so that layers that read the same input
+            can be stacked and share what is computed from it.
     """
 
     name: str
     function: CriterionFunction
     needs: Literal["nothing", "norms", "gram"]
     compensates: bool
+    rows_are_independent: bool
 
 
 def check_weight(weight_OI: Tensor) -> None:

@@ -4,15 +4,17 @@ from typing import Final
 
 from sparsepass.passes.criteria.criterion import Criterion, CriterionFunction, CriterionOptions, Pruned
 from sparsepass.passes.criteria.magnitude import magnitude
+from sparsepass.passes.criteria.ria import ria
 from sparsepass.passes.criteria.sparsegpt import sparsegpt
 from sparsepass.passes.criteria.wanda import wanda
 
 __all__ = ["CRITERIA", "Criterion", "CriterionFunction", "CriterionOptions", "Pruned"]
 
 _ROWS: Final = (
-    Criterion(name="magnitude", function=magnitude, needs="nothing", compensates=False),
-    Criterion(name="wanda", function=wanda, needs="norms", compensates=False),
-    Criterion(name="sparsegpt", function=sparsegpt, needs="gram", compensates=True),
+    Criterion(name="magnitude", function=magnitude, needs="nothing", compensates=False, rows_are_independent=True),
+    Criterion(name="wanda", function=wanda, needs="norms", compensates=False, rows_are_independent=True),
+    Criterion(name="ria", function=ria, needs="norms", compensates=False, rows_are_independent=False),
+    Criterion(name="sparsegpt", function=sparsegpt, needs="gram", compensates=True, rows_are_independent=True),
 )
 
 CRITERIA: Final[dict[str, Criterion]] = {row.name: row for row in _ROWS}

@@ -54,7 +54,7 @@ def _reference(program: Program, batches: list[dict[str, Tensor]], criterion: st
     return program
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_sweep_equals_a_full_forward_for_every_group(family: str, criterion: str) -> None:
     batches = [BY_NAME[family].inputs(2, 24), BY_NAME[family].inputs(3, 17)]

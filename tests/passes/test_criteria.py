@@ -5,51 +5,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.layers import check_form, inputs, output_error, random, statistics_of
 from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.passes.criteria.sparsegpt import inverse_cholesky
-from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions, Pruned
-from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
+from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions
+from sparsepass.passes.pattern import NMPattern, nm_mask
 from sparsepass.passes.statistics import InputStatistics
 
 P24 = NMPattern(2, 4)
 DEFAULT = CriterionOptions()
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def inputs(tokens: int, in_features: int, seed: int = 1) -> Tensor:
-    """Correlated activations of very different sizes, as in a real layer."""
-    mix_II = random(in_features, in_features, seed=seed) / math.sqrt(in_features) + torch.eye(in_features)
-    scale_I = torch.exp(random(in_features, seed=seed + 1))
-    return (random(tokens, in_features, seed=seed + 2) @ mix_II * scale_I).float()
-
-
-def statistics_of(x_TI: Tensor) -> InputStatistics:
-    statistics = InputStatistics.zeros(x_TI.shape[1], gram=True)
-    statistics.update(x_TI)
-    return statistics
-
-
-def output_error(weight_OI: Tensor, pruned_OI: Tensor, x_TI: Tensor) -> float:
-    return float((x_TI.double() @ (weight_OI.double() - pruned_OI.double()).T).square().sum())
-
-
-def check_form(weight_OI: Tensor, pruned: Pruned, pattern: NMPattern) -> None:
-    assert pruned.weight_OI.dtype == weight_OI.dtype
-    assert pruned.weight_OI.shape == pruned.mask_OI.shape == weight_OI.shape
-    assert pruned.weight_OI.is_contiguous()
-    assert pruned.mask_OI.is_contiguous()
-    assert pruned.mask_OI.dtype == torch.bool
-    groups = weight_OI.shape[-1] // pattern.m
-    assert bool((torch.unflatten(pruned.mask_OI, -1, (groups, pattern.m)).sum(-1) == pattern.n).all())
-    assert is_nm(pruned.weight_OI, pattern)
-    assert not bool(pruned.weight_OI[~pruned.mask_OI].any())
-    assert not bool((pruned.weight_OI.signbit() & (pruned.weight_OI == 0)).any())
-    assert bool(pruned.weight_OI.isfinite().all())
 
 
 @st.composite
@@ -97,10 +63,70 @@ def test_magnitude_and_wanda_equal_their_definitions(case: tuple[Tensor, NMPatte
     assert torch.equal(pruned.mask_OI, nm_mask(score_OI, pattern))
 
 
-def test_magnitude_and_wanda_take_experts() -> None:
+def slow_ria(weight_OI: Tensor, norms_I: Tensor) -> Tensor:
+    """The score by its definition, one weight at a time."""
+    size = [[abs(float(w)) for w in row] for row in weight_OI]
+    score_OI = torch.zeros(weight_OI.shape, dtype=torch.float64)
+    for i, row in enumerate(size):
+        for j, w in enumerate(row):
+            if w > 0:
+                score_OI[i, j] = (w / sum(other[j] for other in size) + w / sum(row)) * float(norms_I[j]) ** 0.5
+    return score_OI
+
+
+@settings(deadline=None, max_examples=60)
+@given(weights())
+def test_ria_keeps_the_largest_scores_of_its_definition(case: tuple[Tensor, NMPattern]) -> None:
+    weight_OI, pattern = case
+    norms_I = torch.exp(random(weight_OI.shape[1], seed=weight_OI.shape[1])).float()
+    pruned = CRITERIA["ria"].function(
+        weight_OI, InputStatistics(num_tokens=3, sum_squares_I=norms_I.square()), pattern, DEFAULT
+    )
+    score_OI = slow_ria(weight_OI, norms_I.double())
+    best_OG, kept_OG = (
+        (score_OI * mask_OI).unflatten(1, (-1, pattern.m)).sum(2) for mask_OI in (nm_mask(score_OI, pattern), pruned.mask_OI)
+    )
+    torch.testing.assert_close(kept_OG, best_OG, rtol=1e-6, atol=1e-6)  # rounding may turn a tie
+
+
+def test_ria_equals_its_definition_on_real_sizes() -> None:
+    weight_OI, statistics = random(24, 32, dtype=torch.float64), statistics_of(inputs(100, 32))
+    pruned = CRITERIA["ria"].function(weight_OI, statistics, P24, DEFAULT)
+    assert torch.equal(pruned.mask_OI, nm_mask(slow_ria(weight_OI, statistics.norms().double()), P24))
+
+
+def test_ria_breaks_ties_by_index_and_gives_dead_channels_nothing() -> None:
+    ones = InputStatistics(num_tokens=1, sum_squares_I=torch.ones(8))
+    pruned = CRITERIA["ria"].function(torch.full((4, 8), -0.5), ones, P24, DEFAULT)
+    assert torch.equal(pruned.mask_OI, torch.tensor([True, True, False, False]).repeat(4, 2))
+    # a dead feature, a column of zeros and a row of zeros
+    norms_I = torch.ones(8)
+    norms_I[0] = 0
+    weight_OI = random(4, 8).abs() + 0.1
+    weight_OI[:, 5], weight_OI[2] = 0, 0
+    pruned = CRITERIA["ria"].function(weight_OI, InputStatistics(num_tokens=1, sum_squares_I=norms_I), P24, DEFAULT)
+    check_form(weight_OI, pruned, P24)
+    assert not bool(pruned.mask_OI[[0, 1, 3]][:, [0, 5]].any())
+    assert torch.equal(pruned.mask_OI[2].nonzero().flatten(), torch.tensor([0, 1, 4, 5]))
+
+
+def test_ria_spares_channels_of_small_weights() -> None:
+    # Column 0 is small throughout: magnitude drops all of it, its own share of the column keeps its largest weight.
+    weight_OI = torch.tensor([[0.3, 1.0, 1.0, 1.0], [0.01, 1.0, 1.0, 1.0], [0.01, 1.0, 1.0, 1.0]])
+    statistics = InputStatistics(num_tokens=1, sum_squares_I=torch.ones(4))
+    assert not bool(CRITERIA["magnitude"].function(weight_OI, statistics, P24, DEFAULT).mask_OI[:, 0].any())
+    assert CRITERIA["ria"].function(weight_OI, statistics, P24, DEFAULT).mask_OI[:, 0].tolist() == [True, False, False]
+
+
+def test_ria_refuses_a_vector() -> None:
+    with pytest.raises(SparsepassError, match=r"rows of an \[out, in\] matrix, got shape \(8,\)"):
+        CRITERIA["ria"].function(random(8), statistics_of(inputs(40, 8)), P24, DEFAULT)
+
+
+def test_scores_without_a_gram_matrix_take_experts() -> None:
     weight_EOI = random(3, 4, 8)
     statistics = statistics_of(inputs(40, 8))
-    for name in ("magnitude", "wanda"):
+    for name in ("magnitude", "wanda", "ria"):
         whole = CRITERIA[name].function(weight_EOI, statistics, P24, DEFAULT)
         for expert, weight_OI in enumerate(weight_EOI):
             one = CRITERIA[name].function(weight_OI, statistics, P24, DEFAULT)
@@ -165,12 +191,15 @@ def test_sparsegpt_in_low_precision_stays_near_fp64(dtype: torch.dtype) -> None:
     torch.testing.assert_close(low.weight_OI[same_O].double(), high.weight_OI[same_O], atol=atol, rtol=rtol)
 
 
-def test_stacked_siblings_are_pruned_as_if_alone() -> None:
-    q_OI, k_OI, statistics = random(8, 64), random(4, 64, seed=5), statistics_of(inputs(300, 64))
-    stacked = CRITERIA["sparsegpt"].function(torch.cat([q_OI, k_OI]), statistics, P24, DEFAULT).weight_OI
-    for part, whole in ((q_OI, stacked[:8]), (k_OI, stacked[8:])):
-        alone = CRITERIA["sparsegpt"].function(part, statistics, P24, DEFAULT).weight_OI
-        torch.testing.assert_close(whole, alone, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("name", sorted(CRITERIA))
+def test_stacked_siblings_are_pruned_as_if_alone_if_the_table_says_so(name: str) -> None:
+    q_OI, k_OI, statistics = random(8, 64), 2 * random(4, 64, seed=5), statistics_of(inputs(300, 64))
+    stacked = CRITERIA[name].function(torch.cat([q_OI, k_OI]), statistics, P24, DEFAULT)
+    alone = [CRITERIA[name].function(part, statistics, P24, DEFAULT) for part in (q_OI, k_OI)]
+    if CRITERIA[name].rows_are_independent:
+        torch.testing.assert_close(stacked.weight_OI, torch.cat([a.weight_OI for a in alone]), rtol=1e-10, atol=1e-12)
+    else:
+        assert not torch.equal(stacked.mask_OI, torch.cat([a.mask_OI for a in alone]))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -182,6 +211,8 @@ def test_criteria_rank_by_output_error(seed: int) -> None:
     }
     assert error["sparsegpt"] < 0.9 * error["wanda"]
     assert error["wanda"] < error["magnitude"]
+    assert error["sparsegpt"] < 0.9 * error["ria"]
+    assert error["ria"] < error["magnitude"]
 
 
 def test_sparsegpt_does_not_depend_on_the_scale_of_the_inputs() -> None:
@@ -288,6 +319,6 @@ def test_bad_options_raise(options: dict[str, Any]) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    assert list(CRITERIA) == ["magnitude", "wanda", "sparsegpt"]
+    assert list(CRITERIA) == ["magnitude", "wanda", "ria", "sparsegpt"]
     for name, criterion in CRITERIA.items():
         assert criterion.name == name == criterion.function.__name__

@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.graph import SparsepassError
 from sparsepass.passes import PASSES, Fold, NMSparsify, SLoRB, parse_pipeline, pipeline_to_text
+from sparsepass.passes.criteria.table import CRITERIA
 
 _PATTERNS = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda s: not s.startswith("re:")),
@@ -15,9 +16,10 @@ _PATTERNS = st.lists(
 ).map(tuple)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["2:4", "1:4", "4:8"]),
-    st.sampled_from([None, "magnitude", "wanda", "sparsegpt"]),
+    st.sampled_from([None, *CRITERIA]),
     st.floats(0, 1),
     st.integers(1, 512),
     _PATTERNS,
