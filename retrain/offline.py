@@ -55,6 +55,7 @@ def offline_teacher(
                 "write them: run the same command with --cache-only and without accelerate launch, then this one again"
             )
         start = data.train.state()
+        config = config.resolve(accelerator.device)
         teacher = online_teacher(model(), config, accelerator).teacher
         assert isinstance(teacher, OnlineTeacher)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):

@@ -255,7 +255,7 @@ def choose_trained(program: Program, frozen: Iterable[str]) -> list[str]:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise SparsepassError(
                     f"{name} is {parameter.dtype}: training keeps its weights in float32 (updates vanish in less); load the "
-                    "model with dtype float32 before the passes. Computation is bfloat16 anyway, see the setting dtype"
+                    "model with dtype float32 before the passes. What is computed in is another setting, dtype"
                 )
             trained.append(name)
     if not trained:

@@ -13,6 +13,7 @@ def test_the_demo_ends_in_a_table_a_newcomer_understands(tmp_path: Path, capsys:
     model = save_tiny_llama(tmp_path / "tiny")
     out = tmp_path / "demo-out"
     arguments = ["--model", str(model), "-o", str(out), "--num-sequences", "2", "--context", "32", "--eval-tokens", "200"]
+    arguments += ["--train-tokens", "640"]
     assert demo.main(arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
     for part in (
@@ -21,6 +22,8 @@ def test_the_demo_ends_in_a_table_a_newcomer_understands(tmp_path: Path, capsys:
         "dense: output head",
         "2:4, SLoRB switched off",
         "2:4 + SLoRB",
+        "2:4 + SLoRB, retrained",
+        "retraining on 640 tokens",
         "times dense",
         "Python's documentation topics (evaluation part)",
         "held",
@@ -31,6 +34,15 @@ def test_the_demo_ends_in_a_table_a_newcomer_understands(tmp_path: Path, capsys:
     assert "DID NOT HOLD" not in said
     report = read_report(out)
     assert report["verification"]["held"] is True
+    assert [entry["name"] for entry in report["accuracy"]["measurements"]] == [
+        "dense",
+        "2:4, SLoRB switched off",
+        "2:4 + SLoRB",
+        "2:4 + SLoRB, retrained",
+    ]
+    (run,) = report["retraining"]["runs"]
+    assert run["num_steps"] == 10
+    assert len(run["curve"]["step"]) == 10
     assert "calibration part" in report["passes"]["passes"][0]["calibration"]["source"]
 
 

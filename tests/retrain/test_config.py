@@ -1,9 +1,10 @@
 """Settings: what is refused, how recipes give them, and how long a run is."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from sparsepass.retrain.config import RetrainConfig, steps_of
         ({"batch_size": 2.0}, "batch_size expects a whole number of at least 1, got 2.0"),
         ({"micro_batch_size": True}, "micro_batch_size expects a whole number of at least 1, got True"),
         ({"mask_interval": 0}, "mask_interval expects"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints expects"),
+        ({"keep_checkpoints": -1}, "keep_checkpoints expects a whole number of at least 0, got -1"),
         ({"lr": -1.0}, "lr expects a number of at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr expects a number of at least 0, got nan"),
         ({"decay": float("inf")}, "decay expects a number of at least 0, got inf"),
@@ -33,7 +34,7 @@ from sparsepass.retrain.config import RetrainConfig, steps_of
         ({"method": "srste"}, "method expects one of ast, cast, fixed, got 'srste'"),
         ({"optimizer": "adam"}, "optimizer expects one of adamw, sgd, got 'adam'"),
         ({"lr_shape": "step"}, "lr_shape expects one of cosine, linear, constant, got 'step'"),
-        ({"dtype": "float16"}, "dtype expects one of bfloat16, float32, got 'float16'"),
+        ({"dtype": "float16"}, "dtype expects one of auto, bfloat16, float32, got 'float16'"),
         ({"parallel": "dp"}, "parallel expects one of auto, ddp, fsdp, got 'dp'"),
         ({"betas": (0.9, 1.0)}, r"betas expects two numbers from 0 to below 1, got \(0.9, 1.0\)"),
         ({"momentum": 1.0}, "momentum expects a number from 0 to below 1, got 1.0"),
@@ -82,3 +83,21 @@ def test_the_length_of_a_run() -> None:
 def test_lengths_are_steps_or_fractions(num_steps: int, length: int, fraction: float) -> None:
     assert steps_of(length, num_steps) == length
     assert steps_of(fraction, num_steps) == round(fraction * num_steps) <= num_steps
+
+
+@pytest.mark.parametrize(
+    ("asked", "fast", "expected"),
+    [
+        ("auto", torch.bfloat16, "bfloat16"),
+        ("auto", None, "float32"),
+        # GPUs before Ampere are fast in float16, which training would need loss scaling for.
+        ("auto", torch.float16, "float32"),
+        ("bfloat16", None, "bfloat16"),
+        ("float32", torch.bfloat16, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_only_where_the_device_is_fast_in_it(
+    monkeypatch: pytest.MonkeyPatch, asked: Literal["auto", "bfloat16", "float32"], fast: torch.dtype | None, expected: str
+) -> None:
+    monkeypatch.setattr("sparsepass.retrain.config.fast_low_precision", lambda device: fast)
+    assert RetrainConfig(max_steps=1, dtype=asked).resolve("cpu").dtype == expected

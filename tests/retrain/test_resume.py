@@ -86,7 +86,7 @@ def test_every_method_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_without_a_folder_a_signal_still_ends_the_run() -> None:
-    with pytest.raises(TrainingStoppedError, match="after step 2 of 8 by SIGTERM; nothing was saved: there is no run folder"):
+    with pytest.raises(TrainingStoppedError, match="after step 2 of 8 by SIGTERM; nothing was saved: no checkpoints were asked for"):
         train(sparse(), captured("llama"), settings(), data=stopping_at(2))
 
 
@@ -194,6 +194,15 @@ def test_a_folder_with_checkpoints_is_refused_where_a_new_run_is_wanted(tmp_path
         train(sparse(), captured("llama"), settings(), run_folder=tmp_path, resume="never")
     fresh = train(sparse(), captured("llama"), settings(), run_folder=tmp_path / "new", resume="never")
     assert fresh.retraining[0]["num_steps"] == 8
+
+
+def test_a_run_without_checkpoints_keeps_its_metrics_alone(tmp_path: Path) -> None:
+    found = run(folder=tmp_path / "none", keep_checkpoints=0)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [METRICS]
+    assert found.retraining[0]["step_of_weights"] == 8  # the last ones, whatever validation said
+    run(folder=tmp_path / "some")
+    with pytest.raises(SparsepassError, match="holds checkpoints, which a run with keep_checkpoints: 0 would not go on from"):
+        run(folder=tmp_path / "some", keep_checkpoints=0)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
