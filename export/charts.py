@@ -16,14 +16,15 @@ _MAX_TITLES: Final = 400
 _SHADES: Final = 16
 
 STYLE: Final = (
-    ".pic{--a:#2b62c9;--b:#c25e0a;--c:#1c7c4a;--d:#8a4fb5;--ink:#1c1d21;--soft:#5c616b;--line:#dfe1e6;--none:#9aa0aa;"
+    ".pic{--a:#2b62c9;--b:#c25e0a;--c:#1c7c4a;--d:#8a4fb5;--ink:#1c1d21;--soft:#5c616b;--line:#dfe1e6;--none:#9aa0aa;--halo:#fff;"
     "font:11px system-ui,-apple-system,'Segoe UI',Roboto,'Liberation Sans',Arial,sans-serif}"
     "@media(prefers-color-scheme:dark){.pic{--a:#7fabff;--b:#f0a35a;--c:#5ccb90;--d:#cf9df0;--ink:#e7e8ea;--soft:#a5abb6;"
-    "--line:#363b44;--none:#6d7480}}"
+    "--line:#363b44;--none:#6d7480;--halo:#1b1e24}}"
     ".pic text{fill:var(--soft)}.pic .ink{fill:var(--ink)}.pic .axis{stroke:var(--line);fill:none}"
     ".pic .l{fill:none;stroke-width:1.8;stroke-linejoin:round}.pic .la{stroke:var(--a)}.pic .lb{stroke:var(--b)}"
     ".pic .lc{stroke:var(--c)}.pic .ld{stroke:var(--d)}.pic .ln{stroke:var(--none)}"
     ".pic .fa{fill:var(--a)}.pic .fb{fill:var(--b)}.pic .fc{fill:var(--c)}.pic .fd{fill:var(--d)}.pic .fn{fill:var(--none)}"
+    ".pic .halo{paint-order:stroke;stroke:var(--halo);stroke-width:4px}"
     ".pic .hollow{fill:none;stroke:var(--none);stroke-dasharray:2 2}.pic .ref{stroke:var(--soft);stroke-dasharray:4 3}"
 )
 """Style of all pictures. Tones: a, b, c, d, and n for what is not known."""
@@ -178,7 +179,7 @@ def bar_chart(
     top, step, space = 26 if legend or reference else 6, 36, 96
     longest = max([sum(value for value, _ in bar.parts) for bar in bars] + [reference[0] if reference else 0.0] + [1e-30])
     room = WIDTH - space
-    parts = [_legend(legend, 0, 14)] if legend else []
+    parts, ends = [_legend(legend, 0, 14)] if legend else [], []
     for row, bar in enumerate(bars):
         y, place = top + row * step, 0.0
         parts.append(el("text", _cut(bar.label, 64), x=0, y=y + 11, class_="ink"))
@@ -187,12 +188,13 @@ def bar_chart(
             if length:
                 parts.append(_box(place, y + 16, length, 12, f"f{tone}"))
             place += length
-        parts.append(_text(bar.text, place + 6, y + 26))
+        ends.append(el("text", bar.text, x=f"{place + 6:.1f}", y=y + 26, class_="halo"))
     height = top + len(bars) * step + 4
     if reference is not None:
         place = reference[0] / longest * room
         parts.append(el("path", class_="axis ref", d=f"M{place:.1f} {top - 6}V{height}"))
         parts.append(_text(reference[1], place, top - 10, "middle" if place > 40 else "start"))
+    parts += ends
     told = "; ".join(f"{bar.label}: {bar.text}" for bar in bars)
     return Picture(title=title, description=f"{told}.", body=join(parts), width=WIDTH, height=height)
 

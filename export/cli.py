@@ -9,6 +9,7 @@ from sparsepass.export import cli_support as support
 from sparsepass.export import cli_tensorrt as tensorrt
 from sparsepass.export.cli_check import compare_command, eval_command
 from sparsepass.export.cli_plan import plan_command
+from sparsepass.export.cli_report import report_command
 from sparsepass.export.cli_retrain import retrain_command, run_command
 from sparsepass.export.cli_verify import verify_command
 
@@ -79,7 +80,7 @@ def prune_command(
 ) -> None:
     """Rewrite the linear layers of MODEL with passes, and save the program with its report.
 
-    The folder holds the program (masks beside the weights), the tokenizer, recipe.txt, report.json and report.md. It
+    The folder holds the program (masks beside the weights), the tokenizer, recipe.txt and the report (json, html, md). It
     can be given as MODEL to `export`, `eval`, `compare` and `verify`.
     """
     from sparsepass.export.prepare import prepare, write_program
@@ -150,7 +151,7 @@ def export_command(
 ) -> None:
     """Apply passes to MODEL, write it as ONNX, TensorRT engines or a Hugging Face folder, open it, and verify it.
 
-    Beside the artifact stand recipe.txt, samples (inputs and outputs), report.json and report.md.
+    Beside the artifact stand recipe.txt, samples (inputs and outputs) and the report (json, html, md).
 
     Exit code: 0 verification held (or was switched off), 1 it did not, 2 wrong usage or unreadable input.
     """
@@ -204,6 +205,7 @@ app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
+app.command("report", short_help="Show a report, and render its pages anew.")(support.clean(report_command))
 
 export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 export_app.command()(support.clean(export_command))

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparsepass.export import cli_support as support
+from sparsepass.export.cli_report import AddTo, add_to
 
 
 def plan_command(
@@ -36,6 +37,7 @@ def plan_command(
     min_gain: Annotated[float, typer.Option("--min-gain", help="Least speedup of a layer that is worth making it 2:4.")] = 1.02,
     show_all: Annotated[bool, typer.Option("--all", help="One row for each layer, and not for each shape.")] = False,
     gguf_file: support.GgufFile = None,
+    report: AddTo = None,
     as_json: support.AsJson = False,
 ) -> None:
     """Predict what 2:4 sparsity gains for MODEL on a GPU, and which layers to leave dense.
@@ -45,9 +47,11 @@ def plan_command(
     Exit code: 0 it pays for at least one layer, 1 it does not pay, 2 wrong usage or unreadable input.
     """
     import json
+    import time
 
     from sparsepass.export.plan import plan
 
+    started = time.perf_counter()
     found = plan(
         model,
         gpu=gpu,
@@ -67,6 +71,7 @@ def plan_command(
         from sparsepass.export.plan_page import page
 
         support.stdout().print(page(found, every_layer=show_all), highlight=False)
+    add_to(report, "plan", {"plan": found.to_dict()}, started)
     support.finish(found.pays)
 
 

@@ -181,7 +181,7 @@ def run_command(
     _show_outcomes(found)
     for outcome in found:
         if outcome.held is False:
-            support.complain(f"{outcome.name}: verification did not hold; {outcome.folder} / report.md says what differs")
+            support.complain(f"{outcome.name}: verification did not hold; {outcome.folder / 'report.html'} says what differs")
     support.finish(all(outcome.held is not False for outcome in found))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsepass.export import cli_support as support
+from sparsepass.export.cli_report import AddTo, add_to
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport
@@ -39,6 +41,7 @@ def verify_command(
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every weight, and not only what is amiss in a long list.")
     ] = False,
+    report: AddTo = None,
     as_json: support.AsJson = False,
 ) -> None:
     """Check in the stored weights that the N:M pattern holds, along the axis in which each is summed.
@@ -48,6 +51,7 @@ def verify_command(
 
     Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input.
     """
+    started = time.perf_counter()
     reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
     if as_json:
         from sparsepass.export.report import plain_json
@@ -55,12 +59,14 @@ def verify_command(
         document = {"conforms": all(r.conforms for r in reports), "reports": [r.to_dict() for r in reports]}
         typer.echo(json.dumps(plain_json(document), indent=1, default=str))
     else:
-        for report in reports:
-            _show(report, show_all=show_all)
-    unused = set.intersection(*({*report.unused} for report in reports))
+        for each in reports:
+            _show(each, show_all=show_all)
+    unused = set.intersection(*({*each.unused} for each in reports))
     for name in sorted(unused):
         support.say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
-    support.finish(all(report.conforms for report in reports))
+    conforms = all(each.conforms for each in reports)
+    add_to(report, "verify", {"pattern": {"conforms": conforms, "reports": [each.to_dict() for each in reports]}}, started)
+    support.finish(conforms)
 
 
 def _show(report: "PatternReport", *, show_all: bool) -> None:

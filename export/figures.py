@@ -1,7 +1,6 @@
 """Pictures of a report's training runs, drawn from the section ``retraining`` and nothing else."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from sparsepass.export.charts import Line, Picture, grid_chart, line_chart
@@ -37,18 +36,17 @@ def figure_names(count: int, run: Mapping[str, Any]) -> dict[str, str]:
     return {what: f"{FOLDER}/retraining-{count}-{what}.svg" for what in training_pictures(run)}
 
 
-def draw_figures(folder: Path, section: Mapping[str, Any]) -> None:
-    """Draw the pictures of every run into a report's folder.
+def drawn_figures(section: Mapping[str, Any]) -> dict[str, str]:
+    """Draw the pictures of every run: path beside report.md -> SVG.
 
     Args:
-        folder: Where report.md stands.
         section: The report's ``retraining``.
     """
-    for count, run in enumerate(section["runs"], 1):
-        for what, picture in training_pictures(run).items():
-            place = folder / FOLDER / f"retraining-{count}-{what}.svg"
-            place.parent.mkdir(exist_ok=True)
-            place.write_text(picture.file(), encoding="utf-8")
+    return {
+        f"{FOLDER}/retraining-{count}-{what}.svg": picture.file()
+        for count, run in enumerate(section["runs"], 1)
+        for what, picture in training_pictures(run).items()
+    }
 
 
 def _loss(run: Mapping[str, Any]) -> Picture | None:

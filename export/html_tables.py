@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from sparsepass.export.charts import Picture
-from sparsepass.export.markup import Html, el
+from sparsepass.export.markup import Html, el, escaped, join
 
 _MARKED: Final = {"yes": "yes", "no": "no", "unknown": "unk", "held": "held", "DID NOT HOLD": "failed", "not checked": "unk"}
 
@@ -41,7 +41,7 @@ def table(
     heads = el("tr", (el("th", c.heading, scope="col", class_="n" if c.is_number else None) for c in columns))
     body = []
     for row in rows:
-        cells = [el("th", row[0], scope="row")]
+        cells = [el("th", _breakable(row[0]), scope="row", class_="n" if columns[0].is_number else None)]
         for column, cell in zip(columns[1:], row[1:], strict=True):
             kinds = "n" if column.is_number else "why" if column.is_wide else _MARKED.get(str(cell))
             cells.append(el("td", cell, class_=kinds))
@@ -49,6 +49,13 @@ def table(
     named = " ".join(word for word in ("sortable" if is_sortable else "", kind) if word)
     made = el("table", el("thead", heads), el("tbody", body), class_=named or None, aria_label=label)
     return el("div", made, class_="scroll", tabindex="0", role="region", aria_label=label)
+
+
+def facts(rows: Iterable[tuple[str, object]], *, label: str) -> Html:
+    """A table of two columns, names and what is known; what is empty is left out."""
+    return table(
+        (Column("what"), Column("value", is_wide=True)), [row for row in rows if row[1] != ""], label=label, kind="facts"
+    )
 
 
 def figure_of(picture: Picture, note: str = "", *, is_wide: bool = False) -> Html:
@@ -63,3 +70,8 @@ def figure_of(picture: Picture, note: str = "", *, is_wide: bool = False) -> Htm
 def figures(pictures: Iterable[tuple[Picture, str]]) -> Html:
     """Pictures side by side where there is room: picture and note."""
     return el("div", (figure_of(picture, note) for picture, note in pictures), class_="pics")
+
+
+def _breakable(cell: object) -> object:
+    """A name that may be broken behind its dots, and nowhere else."""
+    return join(escaped(cell).split("."), Html(".<wbr>")) if isinstance(cell, str) and not isinstance(cell, Html) else cell

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, final
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-_VOID = frozenset({"meta", "br", "hr", "img", "input", "col"})
+_VOID = frozenset({"meta", "br"})
 
 
 @final

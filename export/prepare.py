@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsepass.export.eval import Perplexity, perplexity
 from sparsepass.export.load import LoadedModel, load_model, parse_dtype
-from sparsepass.export.report import find_report, measurement, new_report, plain_json, run_record, write_report
+from sparsepass.export.report import OF_FILES, find_report, measurement, new_report, plain_json, run_record, write_report
 from sparsepass.export.report_layers import layer_sparsity
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.graph.files import replaced_folder
@@ -292,7 +292,7 @@ def _earlier(loaded: LoadedModel) -> dict[str, Any] | None:
     document = find_report(loaded.source)
     if document is None:
         return None
-    return {name: section for name, section in document.items() if name not in ("artifact", "verification", "samples")}
+    return {name: section for name, section in document.items() if name not in OF_FILES}
 
 
 def _name_text(records: Iterable[Mapping[str, Any]]) -> None:

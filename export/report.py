@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -129,7 +128,11 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
         "details": Field(kind="object", meaning="the target's own record"),
     },
     "sparsity": {
-        "runtime": Field(kind="text", meaning="what built the engines: `tensorrt`, `tensorrt-rtx` or `torch-tensorrt`"),
+        "runtime": Field(
+            kind="text",
+            meaning="what built the engines: `tensorrt`, `tensorrt-rtx` or `torch-tensorrt`; `torch` where torch itself runs "
+            "the layers",
+        ),
         "runtime_version": Field(kind="text", meaning="its version"),
         "gpus": Field(kind="list", meaning="GPUs of the machine that built them; empty if it has none"),
         "engines": Field(
@@ -190,6 +193,9 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
     },
 }
 """Section -> its fields. Sections are optional, their fields are not (unless they say so)."""
+
+OF_FILES: Final = ("artifact", "verification", "samples", "sparsity", "pattern")
+"""Sections that tell of files, and do not go along with the program that they were written from."""
 
 _ENTRIES: Final[Mapping[tuple[str, str], Mapping[str, Field]]] = {
     ("retraining", "runs"): {
@@ -423,28 +429,29 @@ def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         SparsepassError: If the document breaks the schema.
     """
     plain = check_report(plain_json(document), "the report to be written")
-    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / REPORT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     write_pages(folder, plain)
-    (folder / RECIPE_FILE).write_text(plain["recipe"] + "\n", encoding="utf-8")
+    _replace_text(folder / RECIPE_FILE, plain["recipe"] + "\n")
+    _replace_text(folder / REPORT_FILE, _text_of(plain))
     return plain
 
 
 def write_pages(folder: Path, document: Mapping[str, Any]) -> None:
     """Render a checked report into a folder: report.html, report.md, and the pictures that report.md shows.
 
+    Each file is written beside its place and moved over it.
+
     Args:
         folder: An existing folder.
         document: From `read_report` or `check_report`.
     """
-    from sparsepass.export.figures import draw_figures
+    from sparsepass.export.figures import drawn_figures
     from sparsepass.export.report_html import render_html
     from sparsepass.export.report_page import render_page
 
-    (folder / HTML_FILE).write_text(render_html(document), encoding="utf-8")
-    (folder / PAGE_FILE).write_text(render_page(document), encoding="utf-8", errors="backslashreplace")
-    if "retraining" in document:
-        draw_figures(folder, document["retraining"])
+    texts = drawn_figures(document["retraining"]) if "retraining" in document else {}
+    texts |= {PAGE_FILE: render_page(document), HTML_FILE: render_html(document)}
+    for name, text in texts.items():
+        _replace_text(folder / name, text)
 
 
 def add_to_report(
@@ -452,7 +459,7 @@ def add_to_report(
 ) -> dict[str, Any]:
     """Add sections to the report of a folder that stands already, or begin a report in a new one.
 
-    Files are written beside their places and moved over them; report.json comes last.
+    Files are written beside their places and moved over them, report.json last; recipe.txt is left alone.
 
     Args:
         folder: A folder with a report, or one that is new or empty.
@@ -479,12 +486,8 @@ def add_to_report(
     document = {**document, **sections, "runs": [*document["runs"], run]}
     plain = check_report(plain_json(document), "the report to be written")
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=place) as staging:
-        write_report(Path(staging), plain)
-        names = [HTML_FILE, PAGE_FILE, REPORT_FILE]
-        names += [] if (place / RECIPE_FILE).exists() or not plain["recipe"] else [RECIPE_FILE]
-        for name in names:
-            os.replace(Path(staging) / name, place / name)
+    write_pages(place, plain)
+    _replace_text(place / REPORT_FILE, _text_of(plain))
     return plain
 
 
@@ -506,6 +509,21 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"a report holds plain values, got {type(value).__name__} ({value!r})")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file beside its place, and move it over what stands there. What UTF-8 cannot hold is written as an escape."""
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _text_of(plain: Mapping[str, Any]) -> str:
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _check_fields(value: Any, fields: Mapping[str, Field], where: str) -> None:

@@ -83,7 +83,7 @@ def _section(id_: str, heading: str, body: Html) -> Html:
 def _answers(answers: Sequence[Answer]) -> Html:
     rows = []
     for answer in answers:
-        asked = el("dt", answer.question, el("b", answer.short))
+        asked = el("dt", answer.question, el("b", answer.short[:1].upper() + answer.short[1:]))
         told = el("dd", (el("p", parts.with_code(sentence)) for sentence in answer.sentences))
         rows.append(el("div", asked, told, class_=answer.tone))
     return el("dl", rows, class_="answers")

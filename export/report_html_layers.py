@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sparsepass.export.charts import grid_chart
+from sparsepass.export.charts import Picture, grid_chart
 from sparsepass.export.depth import DepthGrid, depth_grid
 from sparsepass.export.html_tables import Column, figure_of, table
 from sparsepass.export.markdown import number
@@ -43,7 +43,7 @@ def layer_table(layers: Sequence[LayerFacts]) -> Html:
     columns += [Column(f"error after {name}", is_number=True) for name in passes]
     columns += [Column("mask moved", is_number=True)] if any(layer.flips is not None for layer in layers) else []
     columns += [Column(f"predicted gain, {phase}", is_number=True) for phase in phases]
-    columns += [Column(f"ran sparse: {engine}") for engine in engines]
+    columns += [Column("ran sparse")] if engines else []
     columns += [Column("note", is_wide=True)]
     has = {column.heading for column in columns}
     rows = []
@@ -54,11 +54,24 @@ def layer_table(layers: Sequence[LayerFacts]) -> Html:
         row += [number(layer.errors.get(name)) for name in passes]
         row += [_percent(layer.flips)] if "mask moved" in has else []
         row += [f"{layer.gains[phase]:.2f}x" if phase in layer.gains else "" for phase in phases]
-        row += [layer.ran.get(engine, "") for engine in engines]
+        row += [_ran_text(layer.ran)] if engines else []
         planned = f"plan: {layer.planned}" if layer.planned else ""
         row.append("; ".join(part for part in (layer.skipped, *layer.notes, planned) if part))
         rows.append(row)
     return table(columns, rows, label="Layer by layer", is_sortable=True, kind="layers")
+
+
+def gain_pictures(layers: Sequence[LayerFacts]) -> list[tuple[Picture, str]]:
+    """Each layer's predicted gain, in prefill and in decoding: picture and note."""
+    planned = [layer for layer in layers if layer.planned]
+    grid, found = depth_grid(layer.name for layer in planned), []
+    for phase in ("prefill", "decode"):
+        gains = {layer.name: layer.gains.get(phase) for layer in planned}
+        if any(gain is not None for gain in gains.values()):
+            label = {layer.name: f"{gains[layer.name] or 1:.2f}x, {layer.planned}" for layer in planned}
+            picture = grid_chart(f"Predicted gain in {phase}, layer by layer", grid, gains, label=label, tone="a", unit="x")
+            found.append((picture, "Dense time over 2:4 time; a dashed cell is a layer that no 2:4 kernel takes."))
+    return found
 
 
 def _passes(section: Mapping[str, Any]) -> Html | None:
@@ -109,16 +122,26 @@ def _errors(layers: Sequence[LayerFacts], grid: DepthGrid) -> Html | None:
 
 
 def _ran(layers: Sequence[LayerFacts], grid: DepthGrid) -> list[Html]:
-    found = []
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for engine in dict.fromkeys(engine for layer in layers for engine in layer.ran):
-        ran = {layer.name: layer.ran[engine] for layer in layers if engine in layer.ran}
+        told = tuple((layer.name, layer.ran[engine]) for layer in layers if engine in layer.ran)
+        alike.setdefault(told, []).append(engine)
+    found = []
+    for told, engines in alike.items():
+        ran = dict(told)
         tones = {name: _RAN_TONES.get(value, "n") for name, value in ran.items()}
-        counts = {value: sum(told == value for told in ran.values()) for value in _RAN_TONES}
+        counts = {value: sum(each == value for each in ran.values()) for value in _RAN_TONES}
         legend = [(f"{value}: {count}", _RAN_TONES[value]) for value, count in counts.items() if count]
         values = dict.fromkeys(ran, 1.0)
-        picture = grid_chart(f"Ran sparse? {engine}", grid, values, label=ran, tones=tones, high=1.0, legend=legend)
+        picture = grid_chart(f"Ran sparse? {', '.join(engines)}", grid, values, label=ran, tones=tones, high=1.0, legend=legend)
         found.append(figure_of(picture, "A dashed cell is a layer that the engine has no record of.", is_wide=True))
     return found
+
+
+def _ran_text(ran: Mapping[str, str]) -> str:
+    """One word where all engines agree."""
+    values = set(ran.values())
+    return values.pop() if len(values) == 1 else ", ".join(f"{engine}: {value}" for engine, value in ran.items())
 
 
 def _share(layer: LayerFacts) -> float | None:

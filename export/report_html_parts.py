@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from sparsepass.export.charts import Bar, Line, Picture, bar_chart, line_chart
 from sparsepass.export.figures import training_pictures
-from sparsepass.export.html_tables import Column, figure_of, figures, table
+from sparsepass.export.html_tables import Column, facts, figure_of, figures, table
 from sparsepass.export.markdown import number
 from sparsepass.export.markup import Html, el, join
-from sparsepass.export.report_html_layers import layer_table
+from sparsepass.export.report_html_layers import gain_pictures, layer_table
 from sparsepass.export.report_layers import is_number, layer_facts
 from sparsepass.export.report_page import accuracy_rows, accuracy_setting, size
 from sparsepass.export.report_retraining import CAPTIONS, training_facts
@@ -101,7 +101,7 @@ def retraining_part(section: Mapping[str, Any], document: Mapping[str, Any]) -> 
     for index, run in enumerate(runs, 1):
         if len(runs) > 1:
             parts.append(el("h3", f"Training {index} of {len(runs)}"))
-        parts.append(_facts(training_facts(run), label="What the training did"))
+        parts.append(facts(training_facts(run), label="What the training did"))
         drawn = training_pictures(run)
         parts.append(figures((picture, CAPTIONS[what]) for what, picture in drawn.items() if picture.is_fluid))
         parts += [figure_of(picture, CAPTIONS[what], is_wide=True) for what, picture in drawn.items() if not picture.is_fluid]
@@ -172,10 +172,17 @@ def _engines(engines: Sequence[Mapping[str, Any]]) -> Html:
 def _evidence(layers: Sequence[Mapping[str, Any]]) -> Html:
     """One row a weight; engines of which all the same is known share it."""
     engines: dict[tuple[Any, ...], list[str]] = {}
+    reasons = Counter(layer["reason"] for layer in layers)
     for layer in layers:
         states = tuple(layer[state] for state in _STATES)
         times = " / ".join(number(layer[name]) for name in ("dense_ms", "sparse_ms") if layer.get(name) is not None)
-        key = (layer["weight"], "x".join(map(str, layer.get("shape", ()))), *states, layer["reason"], times)
+        key = (
+            layer["weight"],
+            "x".join(map(str, layer.get("shape", ()))),
+            *states,
+            _shortened(layer["reason"], reasons),
+            times,
+        )
         engines.setdefault(key, []).append(layer["engine"])
     has_times = any(key[-1] for key in engines)
     columns = [Column("weight"), Column("engine"), Column("shape"), *(Column(name) for name in _STATE_NAMES)]
@@ -185,6 +192,11 @@ def _evidence(layers: Sequence[Mapping[str, Any]]) -> Html:
         weight, shape, *rest, times = key
         rows.append([weight, ", ".join(dict.fromkeys(names)), shape, *rest, *([times] if has_times else [])])
     return table(columns, rows, label="Evidence for each weight", is_sortable=True, kind="names")
+
+
+def _shortened(reason: str, counts: Mapping[str, int]) -> str:
+    """A long reason that many rows share, without what the table of reasons above tells in full."""
+    return reason.partition(":")[0] if len(reason) > 60 and counts[reason] > 3 else reason
 
 
 def _measured(measured: Mapping[str, Any]) -> list[Html]:
@@ -233,8 +245,10 @@ def plan_part(section: Mapping[str, Any], document: Mapping[str, Any]) -> Html:
     ]
     if section["notes"]:
         parts.append(el("ul", (el("li", note) for note in section["notes"])))
+    layers = layer_facts(document)
+    parts += [figure_of(picture, note, is_wide=True) for picture, note in gain_pictures(layers)]
     if "passes" not in document:
-        parts += [el("h3", "Layer by layer"), layer_table(layer_facts(document))]
+        parts += [el("h3", "Layer by layer"), layer_table(layers)]
     else:
         parts.append(el("p", "Each layer's predicted gain stands in the table of layers.", class_="soft"))
     return join(parts)
@@ -335,9 +349,9 @@ def samples_part(section: Mapping[str, Any], document: Mapping[str, Any]) -> Htm
     """Inputs and outputs to check another runtime against."""
     del document
     rows = [
-        (name, kind, "x".join(map(str, facts["shape"])), facts["dtype"])
+        (name, kind, "x".join(map(str, tensor["shape"])), tensor["dtype"])
         for kind in ("inputs", "outputs")
-        for name, facts in section[kind].items()
+        for name, tensor in section[kind].items()
     ]
     told = el(
         "p", el("code", section["file"]), " holds these tensors, so that another runtime can be checked against this export."
@@ -348,12 +362,12 @@ def samples_part(section: Mapping[str, Any], document: Mapping[str, Any]) -> Htm
 def model_part(section: Mapping[str, Any], document: Mapping[str, Any]) -> Html:
     """Where the model came from."""
     del document
-    facts = [("source", f"{section['source']} ({section['kind']})"), ("class", section.get("class") or "")]
-    facts += [("parameters", f"{section['num_parameters']:,}"), ("type of the weights", section["dtype"])]
-    facts += [(name, str(section[name])) for name in ("revision", "commit", "gguf_file") if section.get(name)]
+    known = [("source", f"{section['source']} ({section['kind']})"), ("class", section.get("class") or "")]
+    known += [("parameters", f"{section['num_parameters']:,}"), ("type of the weights", section["dtype"])]
+    known += [(name, str(section[name])) for name in ("revision", "commit", "gguf_file") if section.get(name)]
     notes = section.get("notes") or ()
     listed = el("ul", (el("li", note) for note in notes)) if notes else None
-    return join([_facts(facts, label="Model"), listed])
+    return join([facts(known, label="Model"), listed])
 
 
 def runs_part(document: Mapping[str, Any]) -> Html | None:
@@ -377,7 +391,3 @@ def runs_part(document: Mapping[str, Any]) -> Html | None:
 def _schema(document: Mapping[str, Any]) -> Html:
     said = json.dumps({name: document[name] for name in ("schema", "schema_version")})
     return el("p", "Rendered from report.json (", el("code", said), ") and nothing else.", class_="soft")
-
-
-def _facts(facts: Sequence[tuple[str, object]], *, label: str) -> Html:
-    return table((Column("what"), Column("", is_wide=True)), [fact for fact in facts if fact[1] != ""], label=label)

@@ -26,7 +26,7 @@ def retraining_part(section: Mapping[str, Any]) -> str:
         section: Of a checked report.
 
     Returns:
-        Headings, tables and links to the pictures that `draw_figures` puts beside the page.
+        Headings, tables and links to the pictures that `drawn_figures` draws.
     """
     runs = section["runs"]
     parts = []

@@ -86,12 +86,14 @@ def _pruned(document: Mapping[str, Any]) -> Answer:
         said.append(
             "That means: of every 4 consecutive weights along the direction in which a layer sums, at most 2 are not zero."
         )
+    calibrated: dict[str, list[str]] = {}
     for record in section["passes"]:
         known = record.get("calibration")
         if known:
             tokens = f", {known['num_tokens']:,} tokens" if is_number(known.get("num_tokens")) else ""
             name = record["text"].partition("{")[0]
-            said.append(f"`{name}` was calibrated on {known['source']}{tokens}.")
+            calibrated.setdefault(f"{known['source']}{tokens}", []).append(f"`{name}`")
+    said += [f"Calibrated on {source}: {', '.join(names)}." for source, names in calibrated.items()]
     branches = [facts["branch_k"] for facts in (section.get("layers") or {}).values() if facts.get("branch_k")]
     if branches:
         ks = "/".join(str(k) for k in sorted(set(branches)))
@@ -107,10 +109,10 @@ def _pruned(document: Mapping[str, Any]) -> Answer:
 
 def _left_dense(section: Mapping[str, Any]) -> Answer:
     rows = skipped_rows(section)
-    said = [f"{count} x {reason} ({names})." for reason, count, names in rows[:_MOST_REASONS]]
+    said = [f"{_layers(count)}, {names}: {reason}." for reason, count, names in rows[:_MOST_REASONS]]
     if len(rows) > _MOST_REASONS:
         said.append(f"{sum(row[1] for row in rows[_MOST_REASONS:])} more, for {len(rows) - _MOST_REASONS} other reasons.")
-    return Answer(question="What was left dense, and why?", short=f"{len(section['skipped'])} layers", sentences=tuple(said))
+    return Answer(question="What was left dense, and why?", short=_layers(len(section["skipped"])), sentences=tuple(said))
 
 
 def _accuracy(document: Mapping[str, Any]) -> Answer:
@@ -133,7 +135,8 @@ def _accuracy(document: Mapping[str, Any]) -> Answer:
     said += _kept_by_export(document)
     times = last["perplexity"] / first["perplexity"]
     short = f"{times:.2f} times the perplexity of {first['name']}" if last is not first else "measured once"
-    return Answer(question=question, short=short, sentences=tuple(said))
+    differs = any(check["held"] is False for check in document.get("verification", {}).get("checks", ()))
+    return Answer(question=question, short=short, sentences=tuple(said), tone="bad" if differs else "plain")
 
 
 def _won_back(entries: list[Mapping[str, Any]]) -> Iterator[str]:
@@ -265,4 +268,10 @@ def _stored(section: Mapping[str, Any]) -> Answer:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "no weight found"
+    words = {"conforms": "conform", "violates": "violate"}
+    parts = [f"{count} {words.get(verdict, verdict)}" for verdict, count in counts.items() if count]
+    return f"of its weights {', '.join(parts)}" if parts else "no weight found"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"

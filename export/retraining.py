@@ -17,7 +17,7 @@ from sparsepass.export.curves import retraining_run
 from sparsepass.export.load import LoadedModel, load_model, parse_dtype
 from sparsepass.export.prepare import Evaluation, Tell, silent, stage_name
 from sparsepass.export.recipe import RetrainSection
-from sparsepass.export.report import find_report, measurement, new_report, plain_json, run_record, write_report
+from sparsepass.export.report import OF_FILES, find_report, measurement, new_report, plain_json, run_record, write_report
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.files import check_free, replaced_folder
 from sparsepass.graph.program import PROGRAM_FILE
@@ -33,8 +33,6 @@ from sparsepass.retrain.teacher import Teacher
 ORIGIN_FILE: Final = "origin.json"
 """In a run folder: the program and the teacher that its checkpoints belong to."""
 
-_OF_FILES: Final = ("artifact", "verification", "samples", "sparsity")
-"""Sections of a report that tell of files that stay behind."""
 _SETTING: Final = ("num_tokens", "context", "stride", "bos", "dtype")
 """What has to be the same for two perplexities to stand side by side."""
 
@@ -190,7 +188,7 @@ def retrain_and_report(
         SparsepassError: See `retrain`.
     """
     trained = retrain(program, teacher, data, config, run_folder=run_folder, resume=resume, inplace=True, progress=progress)
-    found = {name: part for name, part in document.items() if name not in _OF_FILES}
+    found = {name: part for name, part in document.items() if name not in OF_FILES}
     record = dict(trained.retraining[-1])
     if teacher_name is not None:
         record["teacher"] = {**record["teacher"], "source": teacher_name}

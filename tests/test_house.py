@@ -87,7 +87,7 @@ def test_every_target_has_a_file_a_test_and_its_documentation() -> None:
         assert f"| `{name}` |" in text
 
 
-@pytest.mark.parametrize("command", ["plan", "prune", "retrain", "run", "export", "eval", "compare", "verify"])
+@pytest.mark.parametrize("command", ["plan", "prune", "retrain", "run", "export", "eval", "compare", "verify", "report"])
 def test_every_option_is_documented(command: str) -> None:
     from typer.main import get_command
 

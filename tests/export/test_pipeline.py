@@ -132,7 +132,7 @@ def test_the_page_of_a_full_run_tells_its_story_in_a_browser(target: str, finish
     for said in (
         "14 of 16 layers 2:4",
         "output head: pruning it costs much accuracy",
-        "Training closed",
+        "times dense",
         "compute what the program computes",
         "Unknown: ",
         "sparse-export FOLDER --target tensorrt",

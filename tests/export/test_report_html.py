@@ -1,5 +1,6 @@
 """report.html: what it says, that nothing in a report can break out of it, its size, and how browsers take it."""
 
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 from tests.export.browser import SIZES_OF_PICTURES, Browser, browser
+from tests.export.test_cli import run
 from tests.export.test_curves import lines, record
 from tests.export.test_report import full_report
 
 from sparsepass.export.curves import retraining_run
-from sparsepass.export.report import check_report, new_report, plain_json
+from sparsepass.export.report import check_report, new_report, plain_json, write_report
 from sparsepass.export.report_html import render_html
 from sparsepass.export.report_layers import joined_names, layer_facts
 from sparsepass.export.report_page import render_page
@@ -108,7 +110,7 @@ class Structure(HTMLParser):
         self.names.append(tag)
         self.ids += [value or "" for name, value in attrs if name == "id"]
         assert not any(name.startswith("on") or name in ("src", "action", "srcset") for name, _ in attrs)
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -337,3 +339,45 @@ def test_layers_are_brought_together_from_all_sections() -> None:
 def test_names_of_layers_are_written_as_ranges() -> None:
     assert joined_names([f"h.{i}.up" for i in (0, 1, 2, 5, 7, 8)]) == "h.0-2,5,7-8.up"
     assert joined_names(["a", "b", "c", "d", "e"]) == "a, b, c, d and 1 more"
+
+
+def test_the_command_renders_a_page_from_the_json_alone(tmp_path: Path) -> None:
+    for name in ("whole", "alone"):
+        (tmp_path / name).mkdir()
+    written = write_report(tmp_path / "whole", large_report(2))
+    (tmp_path / "whole" / "report.json").rename(tmp_path / "alone" / "report.json")
+    result = run("report", tmp_path / "alone")
+    assert result.exit_code == 0, result.output
+    assert "report.html there tells everything" in result.output
+    assert (tmp_path / "alone" / "report.html").read_text() == render_html(written)
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"report.json", "report.html", "report.md", "figures"}
+    assert (tmp_path / "alone" / "figures" / "retraining-1-loss.svg").is_file()
+    result = run("report", tmp_path / "alone" / "report.json", "-o", tmp_path / "elsewhere")
+    assert result.exit_code == 0
+    assert (tmp_path / "elsewhere" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"schema": "sparsepass-report", "schema_version": 99}, "upgrade sparsepass"),
+        ({"schema": "other"}, "no sparsepass report"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_newer_or_foreign_report_is_refused(content: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(json.dumps(content))
+    before = sorted(tmp_path.iterdir())
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_older_report_without_later_fields_has_a_page() -> None:
+    document = full_report()
+    assert "layers" not in document["passes"]
+    found = {layer.name: layer for layer in layer_facts(document)}
+    assert (found["a"].pattern, found["a"].zeros) == ("2:4", None)
+    assert "1 of 2 linear layers are 2:4 sparse" in render_html(check_report(document))
