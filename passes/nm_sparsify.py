@@ -26,7 +26,7 @@ class NMSparsify(Pass):
        weight ``W`` reading ``M .* W``. N:M runs along the reduction axis, whatever the layout.
     2. Leaves alone embeddings and weights tied to them; output heads and routers, unless `targets` names them exactly; and
        weights whose input features are not a multiple of M, because no kernel takes a partial group.
-    3. The criterion decides the mask; one that compensates (SparseGPT) also changes the weights that are kept. Behind the
+    3. The criterion decides the mask; one that compensates (SparseGPT, ALPS) also changes the weights that are kept. Behind the
        mask the original weights stay as they were: the graph does not read them, but later passes and training may.
     4. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already
        rewritten ones.
@@ -34,7 +34,7 @@ class NMSparsify(Pass):
     Args:
         pattern: N:M, at most N nonzeros in M consecutive weights.
         criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
-        damping: SparseGPT's damping, as a fraction of the Hessian's mean diagonal.
+        damping: SparseGPT's and ALPS's damping, as a fraction of the Gram matrix's mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
         targets: See `Pass`.
         ignore: See `Pass`.
@@ -43,7 +43,7 @@ class NMSparsify(Pass):
         SparsepassError: If the pattern cannot be, or the criterion is unknown.
 
     Source: methods.md section 1 of the design notes; magnitude; Wanda, arXiv 2306.11695; RIA (ICLR 2024); SparseGPT, arXiv
-    2301.00774.
+    2301.00774; ALPS, arXiv 2406.07831.
     """
 
     name: ClassVar[str] = "nm_sparsify"

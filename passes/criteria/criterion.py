@@ -21,7 +21,7 @@ class CriterionOptions:
     """What a user may set of the criteria.
 
     Args:
-        damping: Added to the Hessian's diagonal, as a fraction of its mean (SparseGPT).
+        damping: Added to the Hessian's diagonal, as a fraction of its mean (SparseGPT, ALPS).
         block_size: Columns whose updates are gathered before later columns see them (SparseGPT); for speed only.
 
     Raises:
@@ -162,6 +162,49 @@ def check_statistics(statistics: InputStatistics | None, in_features: int, *, cr
     if gram and not statistics.has_gram:
         raise SparsepassError(f"the criterion {criterion!r} needs the inputs' Gram matrix, but only norms were gathered")
     return statistics
+
+
+def unit_gram(
+    statistics: InputStatistics, damping: float, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The damped Gram matrix in the scale in which its diagonal is one.
+
+    Features that were never active ("dead") take no part in the mean that damping is a fraction of, and stand alone
+    with a scale of one.
+
+    Shapes: ``[I, I]``, ``[I]`` and ``[I]``.
+
+    Args:
+        statistics: With a Gram matrix.
+        damping: Added to the diagonal, as a fraction of its mean.
+        dtype: To compute in.
+        device: To compute on.
+
+    Returns:
+        The matrix; the scales, which weights are multiplied with to match; and the dead features.
+
+    Raises:
+        SparsepassError: The Gram matrix holds NaN or Inf.
+
+    >>> statistics = InputStatistics(num_tokens=1, gram_II=torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
+    >>> unit_gram(statistics, 0.0, dtype=torch.float32, device=torch.device("cpu"))[:2]
+    (tensor([[1.0000, 0.5000],
+            [0.5000, 1.0000]]), tensor([2., 1.]))
+    """
+    gram_II = statistics.gram_II
+    assert gram_II is not None
+    if not all_finite(gram_II):
+        raise SparsepassError("the inputs' Gram matrix holds NaN or Inf; look for the calibration batch that brings them in")
+    gram_II = gram_II.to(device=device, dtype=dtype, copy=True)
+    diag_I = gram_II.diagonal()
+    dead_I = diag_I == 0
+    diag_I += damping * diag_I.sum() / (~dead_I).sum().clamp(min=1)
+    diag_I.masked_fill_(dead_I, 1)
+    scale_I = diag_I.sqrt()
+    gram_II /= scale_I
+    gram_II /= scale_I.unsqueeze(1)
+    gram_II.fill_diagonal_(1)
+    return gram_II, scale_I, dead_I
 
 
 def keep_masked(weight_OI: Tensor, mask_OI: Tensor) -> Pruned:

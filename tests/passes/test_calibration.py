@@ -177,3 +177,16 @@ def test_bad_activations_name_the_layer(bad: float) -> None:
         apply_passes(program, "nm_sparsify{criterion=wanda}", calibration=BY_NAME["llama"].inputs(2, 8), validate=False)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) or torch.isnan(tensor).any()
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+def test_every_criterion_runs_from_text_on_siblings_and_experts(criterion: str) -> None:
+    batches = BY_NAME["mixtral"].inputs(4, 16)
+    text = f"nm_sparsify{{criterion={criterion},pattern=1:4}}"
+    program = apply_passes(captured("mixtral"), text, calibration=batches, compute="float32", validate=False)
+    assert f"criterion={criterion}" in program.history[0].text
+    assert any(outcome.site.endswith("q_proj") for outcome in program.history[0].outcomes)
+    for weight, state in program.sparse.items():
+        assert state.mask is not None
+        mask = program.tensor(state.mask)
+        assert bool((mask.unflatten(-1, (-1, 4)).sum(-1) == 1).all()), weight

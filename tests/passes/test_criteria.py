@@ -209,6 +209,7 @@ def test_criteria_rank_by_output_error(seed: int) -> None:
         name: output_error(weight_OI, criterion.function(weight_OI, statistics_of(x_TI), P24, DEFAULT).weight_OI, x_TI)
         for name, criterion in CRITERIA.items()
     }
+    assert error["alps"] < 0.8 * error["sparsegpt"]
     assert error["sparsegpt"] < 0.9 * error["wanda"]
     assert error["wanda"] < error["magnitude"]
     assert error["sparsegpt"] < 0.9 * error["ria"]
@@ -319,6 +320,6 @@ def test_bad_options_raise(options: dict[str, Any]) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    assert list(CRITERIA) == ["magnitude", "wanda", "ria", "sparsegpt"]
+    assert list(CRITERIA) == ["magnitude", "wanda", "ria", "sparsegpt", "alps"]
     for name, criterion in CRITERIA.items():
         assert criterion.name == name == criterion.function.__name__
