@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-sequences", type=int, default=32, help="calibration sequences (default: 32)")
     parser.add_argument("--context", type=int, default=512, help="tokens in each (default: 512)")
     parser.add_argument("--eval-tokens", type=int, default=4096, help="tokens of the evaluation text (default: 4096)")
-    parser.add_argument("--train-tokens", type=int, default=8192, help="tokens to retrain on (default: 8192)")
+    parser.add_argument("--train-tokens", type=int, default=6144, help="tokens to retrain on (default: 6144)")
     given = parser.parse_args(arguments)
     support.quiet_bars()  # before the imports below: tqdm asks once
     from sparsepass.export.report import find_report
