@@ -109,7 +109,7 @@ class Scale:
     def place(self, value: float) -> float:
         """Where a value lies, from 0 to 1."""
         if self.log:
-            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
+            return (math.log(max(value, self.low)) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
 

@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsepass.export.charts import Bar, Line, Picture, bar_chart, figure, grid_chart, line_chart, value_scale
@@ -33,6 +33,8 @@ def test_text_is_escaped_once_and_markup_is_not() -> None:
 
 
 @given(FIGURES, st.booleans(), st.booleans())
+@example([1e-308, 10.0, 6e11], False, False)
+@settings(deadline=None)
 def test_an_axis_holds_every_value(values: list[float], from_zero: bool, tight: bool) -> None:
     scale = value_scale(values, from_zero=from_zero, tight=tight)
     assert scale.low < scale.high

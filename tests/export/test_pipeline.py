@@ -125,6 +125,7 @@ def test_the_page_of_a_full_run_tells_its_story_in_a_browser(target: str, finish
         assert page.messages == []
         assert page.requests == [(finished / target / "report.html").as_uri()]
         drawn = page.value(SIZES_OF_PICTURES)
+        page.value("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         text = page.value("document.body.innerText")
     # Perplexity, zeros, errors, six of the training, sizes on disk.
     assert len(drawn) == 10
@@ -139,7 +140,7 @@ def test_the_page_of_a_full_run_tells_its_story_in_a_browser(target: str, finish
         "Verification held",
         "model.layers.1.mlp.down_proj",
         "Learning rate",
-        f"sparsepass run {finished.parent / 'recipe.yaml'}",
+        f"run {finished.parent / 'recipe.yaml'}",
         report["runs"][0]["versions"]["torch"],
         *(f"{entry['perplexity']:.4g}" for entry in report["accuracy"]["measurements"]),
     ):

@@ -12,9 +12,10 @@ from tests.export.browser import SIZES_OF_PICTURES, Browser, browser
 from tests.export.test_cli import run
 from tests.export.test_curves import lines, record
 from tests.export.test_report import full_report
+from tests.export.tiny import save_tiny_llama
 
 from sparsepass.export.curves import retraining_run
-from sparsepass.export.report import check_report, new_report, plain_json, write_report
+from sparsepass.export.report import check_report, new_report, plain_json, read_report, write_report
 from sparsepass.export.report_html import render_html
 from sparsepass.export.report_layers import joined_names, layer_facts
 from sparsepass.export.report_page import render_page
@@ -381,3 +382,35 @@ def test_an_older_report_without_later_fields_has_a_page() -> None:
     found = {layer.name: layer for layer in layer_facts(document)}
     assert (found["a"].pattern, found["a"].zeros) == ("2:4", None)
     assert "1 of 2 linear layers are 2:4 sparse" in render_html(check_report(document))
+
+
+def test_plan_and_verify_add_to_a_report(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "tiny")
+    assert run("prune", tmp_path / "tiny", "-o", tmp_path / "pruned", "--no-validate").exit_code == 0
+    zeros = read_report(tmp_path / "pruned")["passes"]["layers"]
+    assert {facts["zeros"] for facts in zeros.values()} == {0.5}
+    assert len(zeros) == 14
+    recipe = (tmp_path / "pruned" / "recipe.txt").read_text()
+    planned = run("plan", tmp_path / "tiny", "--gpu", "a100", "--seq", 16, "--new-tokens", 8, "--report", tmp_path / "pruned")
+    assert planned.exit_code in (0, 1), planned.output
+    assert run("verify", tmp_path / "pruned", "--report", tmp_path / "pruned").exit_code == 0
+    report = read_report(tmp_path / "pruned")
+    assert [entry["stage"] for entry in report["runs"]] == ["prune", "plan", "verify"]
+    assert report["pattern"]["conforms"] is True
+    assert len(report["plan"]["layers"]) >= 14
+    assert (tmp_path / "pruned" / "recipe.txt").read_text() == recipe
+    page = (tmp_path / "pruned" / "report.html").read_text()
+    assert "The pattern holds" in page
+    assert f"{report['plan']['device']['title']}, tensorrt-llm" in page
+    assert not list((tmp_path / "pruned").glob(".*"))
+
+    alone = run("verify", tmp_path / "tiny", "--report", tmp_path / "found")
+    assert alone.exit_code == 1
+    assert "The pattern does NOT hold" in (tmp_path / "found" / "report.html").read_text()
+    assert read_report(tmp_path / "found")["runs"][0]["stage"] == "verify"
+
+    before = sorted((tmp_path / "tiny").iterdir())
+    refused = run("verify", tmp_path / "tiny", "--report", tmp_path / "tiny")
+    assert refused.exit_code == 2
+    assert "holds no report" in refused.stderr
+    assert sorted((tmp_path / "tiny").iterdir()) == before
