@@ -7,6 +7,7 @@ import typer
 
 from sparsepass.export import cli_support as support
 from sparsepass.export import cli_tensorrt as tensorrt
+from sparsepass.export import cli_torch as torch
 from sparsepass.export.cli_check import compare_command, eval_command
 from sparsepass.export.cli_plan import plan_command
 from sparsepass.export.cli_report import report_command
@@ -106,7 +107,9 @@ def prune_command(
 
 def export_command(
     model: Model,
-    target: Annotated[str, typer.Option("--target", "-t", help="What to write: onnx, hf or tensorrt.", show_default=False)],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="What to write: onnx, hf, tensorrt or torch.", show_default=False)
+    ],
     out: Out,
     passes: Annotated[
         str | None,
@@ -139,6 +142,10 @@ def export_command(
     one_engine: tensorrt.OneEngine = False,
     no_sparse: tensorrt.NoSparse = False,
     no_measure: tensorrt.NoMeasure = False,
+    timings: torch.Timings = None,
+    measure_shapes: torch.MeasureShapes = None,
+    compiled: torch.Compiled = False,
+    sparse_only: torch.SparseOnly = False,
     eval_text: support.EvalText = None,
     eval_context: support.EvalContext = 512,
     max_tokens: support.MaxTokens = None,
@@ -180,7 +187,14 @@ def export_command(
             hardware_compatible=hardware_compatible,
             one_engine=one_engine,
             sparse=not no_sparse,
-            measure=not no_measure,
+            measure=not no_measure or target == "torch",
+        ),
+        semi_structured=torch.semi_structured_options(
+            timings=timings,
+            shapes=measure_shapes,
+            compiled=compiled,
+            sparse_only=sparse_only,
+            measure=not no_measure or target != "torch",
         ),
         force=force,
         verify=not no_verify,

@@ -46,7 +46,12 @@ OneEngine = Annotated[
     typer.Option("--one-engine", help="One engine with two profiles for prefill and decode: weights once, not twice."),
 ]
 NoSparse = Annotated[bool, typer.Option("--no-sparse", help="Build without sparse tactics: the dense engine to compare with.")]
-NoMeasure = Annotated[bool, typer.Option("--no-measure", help="On a GPU, do not build dense engines too and time both.")]
+NoMeasure = Annotated[
+    bool,
+    typer.Option(
+        "--no-measure", help="On a GPU, do not time dense against sparse (for which tensorrt builds dense engines too)."
+    ),
+]
 
 
 def engine_options(

@@ -14,6 +14,7 @@ from sparsepass.export.cli_report import AddTo, add_to
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport
+    from sparsepass.export.torch_record import Record
 
 __all__ = ["check_folder", "verify_command"]
 
@@ -53,20 +54,32 @@ def verify_command(
     """
     started = time.perf_counter()
     reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
+    record = _record(path)
     if as_json:
         from sparsepass.export.report import plain_json
 
         document = {"conforms": all(r.conforms for r in reports), "reports": [r.to_dict() for r in reports]}
+        if record is not None:
+            document["torch_semi_structured"] = record.to_dict()
         typer.echo(json.dumps(plain_json(document), indent=1, default=str))
     else:
         for each in reports:
             _show(each, show_all=show_all)
+        if record is not None:
+            support.stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
     unused = set.intersection(*({*each.unused} for each in reports))
     for name in sorted(unused):
         support.say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
     conforms = all(each.conforms for each in reports)
     add_to(report, "verify", {"pattern": {"conforms": conforms, "reports": [each.to_dict() for each in reports]}}, started)
     support.finish(conforms)
+
+
+def _record(path: Path) -> "Record | None":
+    """What a folder of the target torch says of its layers."""
+    from sparsepass.export.torch_record import RECORD_FILE, read_record
+
+    return read_record(path) if (path / RECORD_FILE).is_file() else None
 
 
 def _show(report: "PatternReport", *, show_all: bool) -> None:

@@ -28,7 +28,16 @@ from sparsepass.passes.slorb_math import fixed_projection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ADAPTER_FOLDER", "adapter_config", "adapter_tensors", "branched", "check_adapter", "with_adapter", "write_adapter"]
+__all__ = [
+    "ADAPTER_FOLDER",
+    "adapter_config",
+    "adapter_tensors",
+    "branched",
+    "check_adapter",
+    "read_adapter",
+    "with_adapter",
+    "write_adapter",
+]
 
 ADAPTER_FOLDER = "adapter"
 _LORA_A, _LORA_B = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
@@ -156,6 +165,17 @@ def check_adapter(program: Program, folder: Path, dtype: torch.dtype) -> list[st
     said += [f"the adapter holds {name}, which the program does not have" for name in stored if name not in expected]
     both = [name for name in expected if name in stored]
     return said + [f"{name} is not the program's" for name in both if not torch.equal(stored[name], expected[name])]
+
+
+def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read the branches of an adapter that `write_adapter` wrote: module path -> X and S.
+
+    Shapes: X [R, I], S [O, R].
+    """
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    before, after = _LORA_A.split("{}")
+    paths = [name.removeprefix(before).removesuffix(after) for name in tensors if name.endswith(after)]
+    return {path: (tensors[_LORA_A.format(path)], tensors[_LORA_B.format(path)]) for path in paths}
 
 
 def with_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:

@@ -14,7 +14,7 @@ from sparsepass.graph.difference import difference
 from sparsepass.graph.program import Program
 from sparsepass.passes.pattern import NMPattern, num_violations
 
-__all__ = ["verify_hf"]
+__all__ = ["load_plain", "verify_hf"]
 
 # Relative error of the outputs that is taken for rounding without a further look, by the checkpoint's dtype.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -46,7 +46,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
     """
     given = {name: t.to(program.device) for name, t in (inputs or program.example_inputs).items()}
     with quiet():
-        model = _load(folder).to(program.device)
+        model = load_plain(folder).to(program.device)
     dtype, loaded_by = model.dtype, auto_class(type(model), model.config)
     failures: list[str] = []
     pattern = _check_files(program, model, folder)
@@ -80,8 +80,8 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
     }
 
 
-def _load(folder: Path) -> Any:
-    """What a user would do: the Auto class that goes with the configuration, and nothing else."""
+def load_plain(folder: Path) -> Any:
+    """Load as a user would: by the Auto class that goes with the configuration, and nothing else."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)

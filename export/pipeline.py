@@ -293,6 +293,7 @@ class _Stages:
             opset=section.opset,
             task=section.task,
             engine=section.engine,
+            semi_structured=section.semi_structured,
             verify=section.verify,
             force=True,
             trust_remote_code=self._trust,

@@ -1,7 +1,8 @@
 """A recipe: one file for the whole way of a model, checked as a whole before anything runs.
 
 Its sections are the stages, in the order in which they run: ``prune``, ``retrain``, ``eval``, ``export``. Each section is a
-dataclass here or, for ``train``, ``data`` and ``engine``, one of the library's own, so that a setting has one name everywhere.
+dataclass here or one of the library's own (``train``, ``data``, ``engine``, ``semi_structured``), so that a setting has one
+name everywhere.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from sparsepass.export.prepare import PYTHON_DOCS, Evaluation
 from sparsepass.export.settings import override, parse_settings, read_recipe_text, refuse_unknown
 from sparsepass.export.targets import TARGETS
 from sparsepass.export.tensorrt_options import EngineOptions
+from sparsepass.export.torch_record import SemiStructuredOptions
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.graph.program import PROGRAM_FILE
 from sparsepass.passes import parse_pipeline
@@ -128,6 +130,7 @@ class ExportSection:
         opset: ONNX operator set.
         task: What the model is for.
         engine: How engines are built (target tensorrt).
+        semi_structured: How layers are chosen (target torch).
         verify: Whether what was written is opened and compared.
     """
 
@@ -136,6 +139,7 @@ class ExportSection:
     opset: int | None = None
     task: str | None = None
     engine: EngineOptions | None = None
+    semi_structured: SemiStructuredOptions | None = None
     verify: bool = True
 
 
@@ -262,10 +266,13 @@ def read_retrain_section(
 def _export_section(settings: Any, where: str) -> ExportSection:
     _mapping(settings, where)
     refuse_unknown(settings, [field.name for field in dataclasses.fields(ExportSection)], where)
-    engine = settings.get("engine")
-    if engine is not None:
-        engine = _section(EngineOptions, engine, f"{where}.engine")
-    return _section(ExportSection, {**settings, **({"engine": engine} if engine else {})}, where)
+    kinds: Mapping[str, type[Any]] = {"engine": EngineOptions, "semi_structured": SemiStructuredOptions}
+    options = {
+        name: _section(kind, settings[name], f"{where}.{name}")
+        for name, kind in kinds.items()
+        if settings.get(name) is not None
+    }
+    return _section(ExportSection, {**settings, **options}, where)
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -310,7 +317,7 @@ def _check_exports(recipe: Recipe, where: str) -> None:
             raise SparsepassError(f"{where}: export: the target {one.target} is there twice; each has one folder")
         if one.dtype is not None:
             parse_dtype(one.dtype)
-        given = {"opset": one.opset, "task": one.task, "engine": one.engine}
+        given = {"opset": one.opset, "task": one.task, "engine": one.engine, "semi_structured": one.semi_structured}
         for option, value in given.items():
             if value is not None and option not in TARGETS[one.target].options:
                 raise SparsepassError(f"{where}: export: the target {one.target} has no option {option}; leave it out")

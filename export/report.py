@@ -111,7 +111,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
         ),
     },
     "artifact": {
-        "target": Field(kind="text", meaning="`onnx`, `hf` or `tensorrt` so far"),
+        "target": Field(kind="text", meaning="`onnx`, `hf`, `tensorrt` or `torch` so far"),
         "files": Field(kind="object", meaning="file -> bytes, the evidence beside it left out"),
         "size_bytes": Field(kind="integer", meaning="sum of these"),
         "expected_sparse": Field(

@@ -21,6 +21,7 @@ from sparsepass.passes import Pass, parse_pipeline
 
 if TYPE_CHECKING:
     from sparsepass.export.tensorrt_options import EngineOptions
+    from sparsepass.export.torch_record import SemiStructuredOptions
 
 SAMPLES_FILE: Final = "samples/samples.safetensors"
 """In a folder of its own: loaders that read every safetensors file beside config.json would take it for weights."""
@@ -37,6 +38,7 @@ class Lowering:
         tokenizer: The model's tokenizer, if it has one.
         processor: Its processor, if it has one.
         engine: How engines are built; None for the target's defaults.
+        semi_structured: How layers are chosen that torch's 2:4 kernels run; None for the target's defaults.
     """
 
     dtype: torch.dtype | None = None
@@ -45,6 +47,7 @@ class Lowering:
     tokenizer: Any = None
     processor: Any = None
     engine: "EngineOptions | None" = None
+    semi_structured: "SemiStructuredOptions | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,7 @@ def export(
     opset: int | None = None,
     task: str | None = None,
     engine: "EngineOptions | None" = None,
+    semi_structured: "SemiStructuredOptions | None" = None,
     example_inputs: Any = None,
     force: bool = False,
     verify: bool = True,
@@ -162,7 +166,7 @@ def export(
 
     Args:
         model: A program, a model in memory, or what `load_model` takes.
-        target: A name from `TARGETS`: ``onnx``, ``hf`` or ``tensorrt``.
+        target: A name from `TARGETS`: ``onnx``, ``hf``, ``tensorrt`` or ``torch``.
         out: Folder to write.
         passes: What to apply first; see `apply_passes`. None applies nothing.
         calibration: Data for the passes, or a `Calibration` with its settings.
@@ -173,6 +177,7 @@ def export(
         opset: ONNX operator set.
         task: Such as ``text-generation``; by default the model's class tells.
         engine: How the engines of the target tensorrt are built.
+        semi_structured: How the target torch chooses the layers that 2:4 kernels run.
         example_inputs: What to capture a model with that is no transformers model.
         force: Whether a folder that is not empty is replaced.
         verify: Whether to verify what was written.
@@ -196,7 +201,7 @@ def export(
         True
     """
     row = _target(target)
-    given = {"opset": opset, "task": task, "engine": engine}
+    given = {"opset": opset, "task": task, "engine": engine, "semi_structured": semi_structured}
     if unread := [name for name, value in given.items() if value is not None and name not in row.options]:
         raise SparsepassError(f"the target {row.name} has no option {unread[0]}; leave it out, or choose another target")
     wanted = None if dtype is None else parse_dtype(dtype)
@@ -225,6 +230,7 @@ def export(
         tokenizer=prepared.loaded.tokenizer,
         processor=prepared.loaded.processor,
         engine=engine,
+        semi_structured=semi_structured,
     )
     return _write(prepared, row, Path(out), options, force=force, verify=verify, command=command, tell=tell)
 
@@ -464,6 +470,35 @@ def _verify_tensorrt(program: Program, folder: Path, lowered: Lowered, options: 
     return (*graphs, *(Check(**check) for check in found))
 
 
+def _lower_torch(program: Program, folder: Path, options: Lowering) -> Lowered:
+    from sparsepass.export.torch import write_torch
+
+    artifact = write_torch(
+        program,
+        folder,
+        options=options.semi_structured,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        processor=options.processor,
+    )
+    return Lowered(
+        dtype=artifact.hf.dtype,
+        expected_sparse={"": artifact.hf.expected_sparse},
+        axes={"": artifact.hf.axes},
+        notes=artifact.notes,
+        details=artifact.to_dict(),
+        artifact=artifact,
+        sections={"sparsity": artifact.section()},
+    )
+
+
+def _verify_torch(program: Program, folder: Path, lowered: Lowered, options: Lowering) -> tuple[Check, ...]:
+    from sparsepass.export.torch import verify_torch
+
+    found = verify_torch(program, folder, lowered.artifact)
+    return (*_verify_hf(program, folder, lowered, options), *(Check(**check) for check in found))
+
+
 TARGETS: Final[Mapping[str, Target]] = {
     target.name: target
     for target in (
@@ -487,6 +522,13 @@ TARGETS: Final[Mapping[str, Target]] = {
             lower=_lower_tensorrt,
             verify=_verify_tensorrt,
             options=frozenset({"dtype", "opset", "task", "engine"}),
+        ),
+        Target(
+            name="torch",
+            description="a Hugging Face folder whose layers torch's 2:4 kernels run, where that is measured to be faster",
+            lower=_lower_torch,
+            verify=_verify_torch,
+            options=frozenset({"dtype", "semi_structured"}),
         ),
     )
 }

@@ -32,6 +32,7 @@ from sparsepass.export.tensorrt_packages import RUNTIMES, Gpu, Installed, abilit
 from sparsepass.export.tensorrt_profiles import EnginePlan, plan_engines, shapes
 from sparsepass.export.tensorrt_torch import build_torch_engine
 from sparsepass.export.tensorrt_verify import engine_files
+from sparsepass.export.torch_rules import check_two_four
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.graph.program import Program
 
@@ -194,13 +195,7 @@ def check_patterns(program: Program) -> None:
     Raises:
         SparsepassError: If a weight has another pattern than 2:4.
     """
-    other = {name: str(state.pattern) for name, state in program.sparse.items() if str(state.pattern) != "2:4"}
-    if other:
-        name, pattern = next(iter(other.items()))
-        raise SparsepassError(
-            f"{name} is {pattern}{f', and {len(other) - 1} more are not 2:4' if len(other) > 1 else ''}: TensorRT has sparse "
-            "kernels for 2:4 only; prune with nm_sparsify{pattern=2:4}, or use the onnx target"
-        )
+    check_two_four({name: str(state.pattern) for name, state in program.sparse.items()}, "TensorRT", "use the onnx target")
 
 
 def resolve_targets(options: EngineOptions, installed: Installed, here: tuple[Gpu, ...]) -> tuple[int, ...]:

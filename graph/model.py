@@ -42,12 +42,29 @@ class SLoRBLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x [..., in] -> [..., out]."""
-        if self.slorb_projection is None:
-            projected = torch.unflatten(x, -1, (-1, self.k)).sum(-1)
-        else:
-            projected = nn.functional.linear(x, self.slorb_projection)
         weight = self.weight.t() if self.transposed else self.weight
-        return nn.functional.linear(x, weight, self.bias) + nn.functional.linear(projected, self.slorb_weight)
+        return nn.functional.linear(x, weight, self.bias) + slorb_branch(x, self.slorb_weight, self.k, self.slorb_projection)
+
+
+def slorb_branch(x: Tensor, branch: Tensor, k: int, projection: Tensor | None) -> Tensor:
+    """A SLoRB branch alone: ``(X x) S^T``.
+
+    Shapes: x [..., in], S [out, in/k], X [in/k, in]; gives [..., out].
+
+    Args:
+        x: Inputs of the layer.
+        branch: S.
+        k: Input features summed into one.
+        projection: X; None for the segment sum.
+
+    Source: AST, arXiv 2407.20584, eqs. 5 and 6.
+
+    Example:
+        >>> slorb_branch(torch.ones(1, 4), torch.ones(2, 2), 2, None)
+        tensor([[4., 4.]])
+    """
+    projected = torch.unflatten(x, -1, (-1, k)).sum(-1) if projection is None else nn.functional.linear(x, projection)
+    return nn.functional.linear(projected, branch)
 
 
 def to_model(program: Program) -> nn.Module:

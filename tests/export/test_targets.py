@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from sparsepass.export import targets
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.prepare import Calibration, Evaluation, prepare, without_branches
-from sparsepass.export.report import PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
+from sparsepass.export.report import HTML_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
 from sparsepass.export.targets import SAMPLES_FILE, TARGETS, Check, export, read_samples
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
-EVIDENCE = {REPORT_FILE, PAGE_FILE, RECIPE_FILE}
+EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def test_a_folder_goes_through_passes_lowering_and_verification(target: str, fol
         passes="nm_sparsify{criterion=wanda},slorb{k=16}",
         calibration=Calibration(data=str(text), num_sequences=2, context=16),
         evaluation=Evaluation(text=text, context=16, max_tokens=64),
+        dtype="bfloat16" if target == "torch" else None,
         command="sparse-export tiny",
     )
     assert result.held is True
