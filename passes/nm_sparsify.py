@@ -3,6 +3,8 @@
 Shape suffixes: E experts, O out, I in.
 """
 
+import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -13,8 +15,10 @@ from torch import Tensor
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
+from sparsepass.passes.criteria.criterion import check_weight
 from sparsepass.passes.criteria.table import CRITERIA, Criterion, CriterionOptions, Pruned
-from sparsepass.passes.pattern import NMPattern
+from sparsepass.passes.mask_pack import MaskPack, PackedMask
+from sparsepass.passes.pattern import NMPattern, canonical_zeros
 from sparsepass.passes.statistics import InputStatistics
 
 
@@ -36,6 +40,8 @@ class NMSparsify(Pass):
         criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
         damping: SparseGPT's and ALPS's damping, as a fraction of the Gram matrix's mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
+        masks: Path of a mask pack (`sparsepass.passes.mask_pack`) instead of a criterion; pattern and layers are the pack's.
+        any_model: Whether a pack is applied to weights that it was not made with.
         targets: See `Pass`.
         ignore: See `Pass`.
 
@@ -53,6 +59,8 @@ class NMSparsify(Pass):
     criterion: str | None = None
     damping: float = 0.01
     block_size: int = 128
+    masks: str | None = None
+    any_model: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,23 +68,37 @@ class NMSparsify(Pass):
         CriterionOptions(damping=self.damping, block_size=self.block_size)
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(CRITERIA))}")
+        if self.masks is not None and self.criterion is not None:
+            raise SparsepassError(f"masks come from {self.masks} or from the criterion {self.criterion}; give one of the two")
+        if self.any_model and self.masks is None:
+            raise SparsepassError("any_model speaks of a mask pack; name it with masks=PATH, or leave any_model out")
 
     def resolve(self, *, has_calibration: bool) -> Self:
-        """Choose the criterion: SparseGPT with calibration, magnitude without."""
+        """Choose the criterion: SparseGPT with calibration, magnitude without; none for a mask pack."""
+        if self.masks is not None:
+            patterns = {known.pattern for known in self._pack.masks.values()}
+            return replace(self, pattern=patterns.pop()) if len(patterns) == 1 else self
         return replace(self, criterion=self.criterion or ("sparsegpt" if has_calibration else "magnitude"))
 
     @property
     def needs(self) -> Needs:
         """What the criterion needs."""
-        return self._criterion.needs
+        return "nothing" if self.masks is not None else self._criterion.needs
 
     @property
     def _criterion(self) -> Criterion:
         assert self.criterion is not None, "resolve() runs before anything else"
         return CRITERIA[self.criterion]
 
+    @property
+    def _pack(self) -> MaskPack:
+        assert self.masks is not None
+        return _read_pack(self.masks, os.stat(self.masks).st_mtime_ns if os.path.exists(self.masks) else None)
+
     def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """Refuse sites that are sparse already, or that an earlier pass of the pipeline will make sparse."""
+        """Refuse sites that are sparse already, or that an earlier pass will make sparse; and a pack of another model."""
+        if self.masks is not None:
+            self._pack.check_model(program, values=not self.any_model)
         earlier = [p for p in before if p.name == self.name]
         mine = {site.weight for site in self.choose(program)[0]}
         done = mine & program.sparse.keys()
@@ -92,6 +114,8 @@ class NMSparsify(Pass):
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Features that M does not divide; statistics that a convolution in groups does not have."""
+        if self.masks is not None:
+            return None if site.weight in self._pack.masks else f"not in the mask pack {self.masks}"
         m = NMPattern.parse(self.pattern).m
         if site.in_features % m:
             what = "input channels of a group" if site.layout in ("conv1d", "conv2d") else "in_features"
@@ -105,7 +129,9 @@ class NMSparsify(Pass):
         weights = [program.tensor(site.weight).detach() for site in group.sites]
         context.originals.update({site.weight: w.clone() for site, w in zip(group.sites, weights, strict=True)})
         matrices = [site.to_matrix(w) for site, w in zip(group.sites, weights, strict=True)]
-        if matrices[0].dim() == 3:
+        if self.masks is not None:
+            pruned = [self._take(self._pack.masks[site.weight], m) for site, m in zip(group.sites, matrices, strict=True)]
+        elif matrices[0].dim() == 3:
             pruned = [self._prune_experts(matrices[0], context.statistics)]
         elif not self._criterion.rows_are_independent:
             pruned = [self._prune(matrix, context.statistics) for matrix in matrices]
@@ -125,8 +151,15 @@ class NMSparsify(Pass):
             kept = site.from_matrix(result.weight_OI)
             if not torch.equal(kept, torch.ops.sparsepass.masked_weight(weight, mask)) or bool(_has_negative_zero(weight)):
                 program.write_tensor(site.weight, torch.where(mask, kept, weight))
-            attach_mask(program, site, mask, self.pattern)
+            pattern = self.pattern if self.masks is None else self._pack.masks[site.weight].pattern
+            attach_mask(program, site, mask, pattern)
         return facts
+
+    @staticmethod
+    def _take(known: PackedMask, weight_OI: Tensor) -> Pruned:
+        check_weight(weight_OI)
+        mask_OI = known.mask().to(weight_OI.device)
+        return Pruned(weight_OI=canonical_zeros(weight_OI.masked_fill(~mask_OI, 0)), mask_OI=mask_OI)
 
     def _prune(self, weight_OI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
         options = CriterionOptions(damping=self.damping, block_size=self.block_size)
@@ -164,6 +197,13 @@ class NMSparsify(Pass):
         if result.note:
             facts["note"] = result.note
         return facts
+
+
+@functools.lru_cache(maxsize=4)
+def _read_pack(path: str, modified_ns: int | None) -> MaskPack:
+    """Read a pack once for all its layers, and anew if the file has changed."""
+    del modified_ns
+    return MaskPack.load(path)
 
 
 def _relative_error(original: Tensor, pruned: Tensor, statistics: Sequence[InputStatistics]) -> float:
