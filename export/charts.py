@@ -9,17 +9,17 @@ from sparsepass.export.depth import DepthGrid
 from sparsepass.export.markup import Html, el, join
 
 WIDTH: Final = 440
-_LETTER: Final = 6.4
-"""Width of a letter in a picture, roughly: its font is 11 units high."""
+_LETTER: Final = 6.9
+"""Width of a letter in a picture, roughly: its font is 12 units high."""
 _MAX_TITLES: Final = 400
 """So many cells of a grid have a tooltip each; in a larger one, cells of one shade are one shape, so that pages stay small."""
 _SHADES: Final = 16
 
 STYLE: Final = (
     ".pic{--a:#2b62c9;--b:#c25e0a;--c:#1c7c4a;--d:#8a4fb5;--ink:#1c1d21;--soft:#5c616b;--line:#dfe1e6;--none:#9aa0aa;--halo:#fff;"
-    "font:11px system-ui,-apple-system,'Segoe UI',Roboto,'Liberation Sans',Arial,sans-serif}"
-    "@media(prefers-color-scheme:dark){.pic{--a:#7fabff;--b:#f0a35a;--c:#5ccb90;--d:#cf9df0;--ink:#e7e8ea;--soft:#a5abb6;"
-    "--line:#363b44;--none:#6d7480;--halo:#1b1e24}}"
+    "font:12px system-ui,-apple-system,'Segoe UI',Roboto,'Liberation Sans',Arial,sans-serif}"
+    "@media screen and (prefers-color-scheme:dark){.pic{--a:#7fabff;--b:#f0a35a;--c:#5ccb90;--d:#cf9df0;--ink:#e7e8ea;"
+    "--soft:#a5abb6;--line:#363b44;--none:#6d7480;--halo:#1b1e24}}"
     ".pic text{fill:var(--soft)}.pic .ink{fill:var(--ink)}.pic .axis{stroke:var(--line);fill:none}"
     ".pic .l{fill:none;stroke-width:1.8;stroke-linejoin:round}.pic .la{stroke:var(--a)}.pic .lb{stroke:var(--b)}"
     ".pic .lc{stroke:var(--c)}.pic .ld{stroke:var(--d)}.pic .ln{stroke:var(--none)}"
@@ -160,7 +160,7 @@ def line_chart(
         end = spot_x > (left + right) / 2
         parts.append(el("circle", cx=f"{spot_x:.1f}", cy=f"{spot_y:.1f}", r=5.5, class_="l lb"))
         parts.append(el("text", marked[2], x=f"{spot_x + (-9 if end else 9):.1f}", y=f"{max(spot_y - 8, top + 8):.1f}",
-                        text_anchor="end" if end else "start", class_="ink"))  # fmt: skip
+                        text_anchor="end" if end else "start", class_="ink halo"))  # fmt: skip
     told = "; ".join(_told(line, y_label) for line in lines if any(value is not None for value in line.values))
     return Picture(title=title, description=f"Over {x_label}. {told}.", body=join(parts), width=WIDTH, height=height)
 
