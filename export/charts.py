@@ -243,8 +243,8 @@ def grid_chart(
         kind = "hollow" if shade is None else f"f{(tones or {}).get(name, tone)}"
         x, y, w, h = left + place[1] * size, top + place[0] * height, size - 1, height - 1
         if detailed:
-            told = el("title", f"{name}: {label.get(name, '')}")
-            parts.append(el("rect", told, x=x, y=y, width=w, height=h, class_=kind, fill_opacity=shade))
+            hint = el("title", f"{name}: {label.get(name, '')}")
+            parts.append(el("rect", hint, x=x, y=y, width=w, height=h, class_=kind, fill_opacity=shade))
         else:
             shapes.setdefault((kind, shade), []).append(f"M{x} {y}h{w}v{h}h-{w}z")
     parts += [el("path", d="".join(each), class_=kind, fill_opacity=shade) for (kind, shade), each in shapes.items()]

@@ -9,6 +9,7 @@ from sparsepass.export import cli_support as support
 from sparsepass.export import cli_tensorrt as tensorrt
 from sparsepass.export import cli_torch as torch
 from sparsepass.export.cli_check import compare_command, eval_command
+from sparsepass.export.cli_masks import masks_command
 from sparsepass.export.cli_plan import plan_command
 from sparsepass.export.cli_report import report_command
 from sparsepass.export.cli_retrain import retrain_command, run_command
@@ -219,6 +220,7 @@ app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
+app.command("masks", short_help="Write, show or compare masks apart from the weights.")(support.clean(masks_command))
 app.command("report", short_help="Show a report, and render its pages anew.")(support.clean(report_command))
 
 export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -78,8 +78,8 @@ def skipped_rows(section: Mapping[str, Any]) -> list[tuple[str, int, str]]:
 def _pruned(document: Mapping[str, Any]) -> Answer:
     question, section = "What was pruned?", document.get("passes")
     if section is None or not section["num_sparse"]:
-        said = "No pass has made a layer sparse." if section is None else f"All {section['num_sites']} linear layers are dense."
-        return Answer(question=question, short="nothing", sentences=(said,))
+        none = "No pass has made a layer sparse." if section is None else f"All {section['num_sites']} linear layers are dense."
+        return Answer(question=question, short="nothing", sentences=(none,))
     patterns = "/".join(sorted({layer.pattern for layer in layer_facts(document) if layer.pattern})) or "N:M"
     said = [f"{section['num_sparse']} of {section['num_sites']} linear layers are {patterns} sparse."]
     if patterns == "2:4":
@@ -179,8 +179,8 @@ def _plan(section: Mapping[str, Any]) -> Answer:
     where = f"{device.get('title', '')}, {section['runtime'].get('name', '')}, {section['dtype']} weights"
     planned = sum(row["decision"] == "2:4" for row in section["layers"])
     if not section["pays"]:
-        said = (f"Nothing, at these sizes, on {where}.",)
-        return Answer(question=question, short="nothing", sentences=said, tone="bad")
+        nothing = (f"Nothing, at these sizes, on {where}.",)
+        return Answer(question=question, short="nothing", sentences=nothing, tone="bad")
     point = section["points"][0]
     at = f"batch {point['batch']}, {point['seq']} tokens"
     said = [f"On {where}, at {at}: prefill {point['prefill']['speedup']:.2f} times as fast"]
@@ -249,8 +249,8 @@ def _verified(section: Mapping[str, Any]) -> Answer:
     unchecked = [check for check in checks if check["held"] is None]
     rest = [f"Could not be checked here: {check['name']} ({check['summary']})." for check in unchecked]
     if failed:
-        said = tuple(f"`{check['name']}` did NOT hold: {check['summary']}." for check in failed)
-        return Answer(question=question, short="verification did NOT hold", sentences=(*said, *rest), tone="bad")
+        broken = [f"`{check['name']}` did NOT hold: {check['summary']}." for check in failed]
+        return Answer(question=question, short="verification did NOT hold", sentences=(*broken, *rest), tone="bad")
     held = [check["name"] for check in checks if check["held"]]
     said = (f"Verification held. Checked in the files themselves: {', '.join(held) or 'nothing'}.",)
     return Answer(question=question, short="verification held", sentences=(*said, *rest), tone="good")

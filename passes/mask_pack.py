@@ -144,7 +144,7 @@ class MaskPack:
         except (OSError, safetensors.SafetensorError) as error:
             raise SparsepassError(f"{place} cannot be read as safetensors ({error}); copy it again") from error
         if text is None or json.loads(text).get("format") != FORMAT:
-            raise SparsepassError(f"{place} is no mask pack; `sparsepass masks pack PROGRAM -o masks.safetensors` writes one")
+            raise SparsepassError(f"{place} is no mask pack; `sparsepass masks PROGRAM -o masks.safetensors` writes one")
         header = json.loads(text)
         if header["version"] > VERSION:
             raise SparsepassError(

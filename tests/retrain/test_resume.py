@@ -86,7 +86,9 @@ def test_every_method_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_without_a_folder_a_signal_still_ends_the_run() -> None:
-    with pytest.raises(TrainingStoppedError, match="after step 2 of 8 by SIGTERM; nothing was saved: no checkpoints were asked for"):
+    with pytest.raises(
+        TrainingStoppedError, match="after step 2 of 8 by SIGTERM; nothing was saved: no checkpoints were asked for"
+    ):
         train(sparse(), captured("llama"), settings(), data=stopping_at(2))
 
 
