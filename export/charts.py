@@ -306,7 +306,7 @@ def figure(value: float) -> str:
     """
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if 1e3 <= abs(value) < 1e6:
+    if 1e3 <= abs(value) < 1e5:
         return f"{value:,.0f}"
     if 1e-3 <= abs(value) < 1e3:
         return f"{value:.4g}"

@@ -9,7 +9,7 @@ from sparsepass.export.markdown import markdown_table, number
 
 CAPTIONS: Final[Mapping[str, str]] = {
     "loss": "On the training sequences, and what it is made of; each point is a mean over its part of the run.",
-    "validation": "On held-out sequences, at the precision of the training. The weights of the best one were kept.",
+    "validation": "On held-out sequences, at the precision of the training. The circle marks the weights that were kept.",
     "flips": "Which share of all mask entries changed when the masks were chosen anew.",
     "moved": "Which share of all mask entries is no longer as it was at the start.",
     "rate": "As it was at each step.",

@@ -135,8 +135,8 @@ def _accuracy(document: Mapping[str, Any]) -> Answer:
     said += _kept_by_export(document)
     times = last["perplexity"] / first["perplexity"]
     short = f"{times:.2f} times the perplexity of {first['name']}" if last is not first else "measured once"
-    differs = any(check["held"] is False for check in document.get("verification", {}).get("checks", ()))
-    return Answer(question=question, short=short, sentences=tuple(said), tone="bad" if differs else "plain")
+    is_bad = any("Training made it worse" in sentence or "do NOT compute" in sentence for sentence in said)
+    return Answer(question=question, short=short, sentences=tuple(said), tone="bad" if is_bad else "plain")
 
 
 def _won_back(entries: list[Mapping[str, Any]]) -> Iterator[str]:

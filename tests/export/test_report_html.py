@@ -317,6 +317,11 @@ def test_accuracy_is_told_with_what_training_won_back() -> None:
     assert found.short == "2.00 times the perplexity of dense"
     assert any("closed 50% of the gap" in sentence for sentence in found.sentences)
     assert any("do NOT compute what the program computes: they differ" in sentence for sentence in found.sentences)
+    del document["verification"]
+    document["accuracy"]["measurements"][2]["perplexity"] = 80.0
+    (found,) = [each for each in summary(document) if "accuracy" in each.question]
+    assert found.tone == "bad"
+    assert any("the gap that pruning had opened grew by 50%" in sentence for sentence in found.sentences)
     document["accuracy"]["measurements"][2]["perplexity"] = "inf"
     (found,) = [each for each in summary(document) if "accuracy" in each.question]
     assert "inf" not in found.short
