@@ -220,7 +220,9 @@ def prepare(
     else:
         program = before or capture(loaded.model, example_inputs, inplace=inplace)
     document["recipe"] = program.recipe
+    known = document.get("passes", {}).get("passes", ())
     document["passes"] = plain_json(program.report().to_dict() | {"layers": layer_sparsity(program)})
+    _keep_names(document["passes"]["passes"], known)
     if pipeline:
         document.pop("accuracy", None)
         if uses_python_docs:
@@ -293,6 +295,13 @@ def _earlier(loaded: LoadedModel) -> dict[str, Any] | None:
     if document is None:
         return None
     return {name: section for name, section in document.items() if name not in OF_FILES}
+
+
+def _keep_names(records: Iterable[Mapping[str, Any]], known: Iterable[Mapping[str, Any]]) -> None:
+    """Call the text of earlier passes what the earlier report called it; a program does not know the name."""
+    for record, earlier in zip(records, known, strict=False):
+        if record["text"] == earlier["text"] and record.get("calibration") and earlier.get("calibration"):
+            record["calibration"]["source"] = earlier["calibration"]["source"]
 
 
 def _name_text(records: Iterable[Mapping[str, Any]]) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.export.tiny import save_tiny_llama
 
 from sparsepass.export import report_html
+from sparsepass.export.prepare import Calibration, prepare, write_program
 from sparsepass.export.report import (
     HEADER,
     HTML_FILE,
@@ -202,6 +204,16 @@ def test_the_documentation_names_every_field() -> None:
         for name, field in fields.items():
             row = f"| `{name}` | {field.kind}{' or null' if field.optional else ''} | {field.meaning} |"
             assert row in text, f"docs/report.md lacks: {row}"
+
+
+def test_a_program_keeps_the_name_that_its_report_gave_the_calibration_text(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "tiny")
+    calibration = Calibration(data="python-docs", num_sequences=1, context=8)
+    prepared = prepare(tmp_path / "tiny", passes="nm_sparsify", calibration=calibration, validate=False, progress=False)
+    named = write_program(prepared, tmp_path / "pruned")["passes"]["passes"]
+    assert named[0]["calibration"]["source"].startswith("Python's documentation topics")
+    again = prepare(tmp_path / "pruned", passes=None).document["passes"]["passes"]
+    assert [record["calibration"]["source"] for record in again] == [record["calibration"]["source"] for record in named]
 
 
 def test_sizes() -> None:
