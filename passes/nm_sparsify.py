@@ -38,7 +38,7 @@ class NMSparsify(Pass):
     Args:
         pattern: N:M, at most N nonzeros in M consecutive weights.
         criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
-        damping: SparseGPT's and ALPS's damping, as a fraction of the Gram matrix's mean diagonal.
+        damping: Of SparseGPT, ALPS and ProxSparse, as a fraction of the Gram matrix's mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
         masks: Path of a mask pack (`sparsepass.passes.mask_pack`) instead of a criterion; pattern and layers are the pack's.
         any_model: Whether a pack is applied to weights that it was not made with.
@@ -49,7 +49,7 @@ class NMSparsify(Pass):
         SparsepassError: If the pattern cannot be, or the criterion is unknown.
 
     Source: methods.md section 1 of the design notes; magnitude; Wanda, arXiv 2306.11695; RIA (ICLR 2024); SparseGPT, arXiv
-    2301.00774; ALPS, arXiv 2406.07831.
+    2301.00774; ALPS, arXiv 2406.07831; ProxSparse, arXiv 2502.00258.
     """
 
     name: ClassVar[str] = "nm_sparsify"

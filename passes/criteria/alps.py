@@ -46,7 +46,7 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
     never active get no weight.
 
     Cost: one eigendecomposition, about 10 I^3 operations, and 4 I^2 for each row and iteration, of which most rows take 30
-    to 40. On one core 576 x 576 takes under a second, 3072 x 576 and 576 x 1536 take a few, several times as long as
+    to 40. On one core 576 x 576 takes 1 s, 3072 x 576 takes 4 and 576 x 1536 takes 5: ten to thirty times as long as
     SparseGPT.
 
     Shapes: ``[O, I]``.

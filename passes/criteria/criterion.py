@@ -21,7 +21,7 @@ class CriterionOptions:
     """What a user may set of the criteria.
 
     Args:
-        damping: Added to the Hessian's diagonal, as a fraction of its mean (SparseGPT, ALPS).
+        damping: Added to the Hessian's diagonal, as a fraction of its mean (SparseGPT, ALPS, ProxSparse).
         block_size: Columns whose updates are gathered before later columns see them (SparseGPT); for speed only.
 
     Raises:

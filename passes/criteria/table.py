@@ -5,6 +5,7 @@ from typing import Final
 from sparsepass.passes.criteria.alps import alps
 from sparsepass.passes.criteria.criterion import Criterion, CriterionFunction, CriterionOptions, Pruned
 from sparsepass.passes.criteria.magnitude import magnitude
+from sparsepass.passes.criteria.proxsparse import proxsparse
 from sparsepass.passes.criteria.ria import ria
 from sparsepass.passes.criteria.sparsegpt import sparsegpt
 from sparsepass.passes.criteria.wanda import wanda
@@ -15,6 +16,7 @@ _ROWS: Final = (
     Criterion(name="magnitude", function=magnitude, needs="nothing", compensates=False, rows_are_independent=True),
     Criterion(name="wanda", function=wanda, needs="norms", compensates=False, rows_are_independent=True),
     Criterion(name="ria", function=ria, needs="norms", compensates=False, rows_are_independent=False),
+    Criterion(name="proxsparse", function=proxsparse, needs="gram", compensates=False, rows_are_independent=True),
     Criterion(name="sparsegpt", function=sparsegpt, needs="gram", compensates=True, rows_are_independent=True),
     Criterion(name="alps", function=alps, needs="gram", compensates=True, rows_are_independent=True),
 )

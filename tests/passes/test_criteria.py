@@ -211,6 +211,7 @@ def test_criteria_rank_by_output_error(seed: int) -> None:
     }
     assert error["alps"] < 0.8 * error["sparsegpt"]
     assert error["sparsegpt"] < 0.9 * error["wanda"]
+    assert error["proxsparse"] < 0.99 * error["wanda"]
     assert error["wanda"] < error["magnitude"]
     assert error["sparsegpt"] < 0.9 * error["ria"]
     assert error["ria"] < error["magnitude"]
@@ -320,6 +321,6 @@ def test_bad_options_raise(options: dict[str, Any]) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    assert list(CRITERIA) == ["magnitude", "wanda", "ria", "sparsegpt", "alps"]
+    assert list(CRITERIA) == ["magnitude", "wanda", "ria", "proxsparse", "sparsegpt", "alps"]
     for name, criterion in CRITERIA.items():
         assert criterion.name == name == criterion.function.__name__
