@@ -27,7 +27,10 @@ from sparsepass.passes.calibration_data import default_text
 JOBS = {
     "magnitude": "nm_sparsify{criterion=magnitude}",
     "wanda": "nm_sparsify{criterion=wanda}",
+    "ria": "nm_sparsify{criterion=ria}",
+    "proxsparse": "nm_sparsify{criterion=proxsparse}",
     "sparsegpt": "nm_sparsify{criterion=sparsegpt}",
+    "alps": "nm_sparsify{criterion=alps}",
     "wanda + slorb": "nm_sparsify{criterion=wanda},slorb{k=16}",
     "sparsegpt + slorb": "nm_sparsify{criterion=sparsegpt},slorb{k=16}",
     "sparsegpt + slorb, mean": "nm_sparsify{criterion=sparsegpt},slorb{k=16,init=mean}",
