@@ -140,6 +140,7 @@ def write_torch(
         shapes = settings.shapes or default_shapes(_limit(program.origin.config))
         measured = measure_layers(layers, shapes, wanted, _GPU, compiled=settings.compiled)
     if measured is not None:
+        measured = measured.of(layers)
         layers = choose(layers, measured, sparse_only=settings.sparse_only)
     record = Record(dtype=short(wanted), layers=layers, options=settings, measured=measured)
     write_record(record, folder)

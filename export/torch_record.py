@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -156,6 +156,11 @@ class Measured:
     def points(self, shape: tuple[int, ...], bias: bool) -> tuple[Timing, ...]:
         """The times of one shape; empty if there are none."""
         return next((each.points for each in self.times if (each.shape, each.bias) == (shape, bias)), ())
+
+    def of(self, layers: Iterable[LayerRecord]) -> "Measured":
+        """The times of the shapes of some layers, and no others."""
+        shapes = {(layer.shape, layer.bias) for layer in layers if layer.eligible}
+        return replace(self, times=tuple(each for each in self.times if (each.shape, each.bias) in shapes))
 
     def to_dict(self) -> dict[str, Any]:
         """The times as JSON."""
