@@ -79,7 +79,7 @@ def test_each_recipe_trains_a_tiny_model(name: str, place: Path, tmp_path: Path)
     report = retrain_program(tmp_path / "pruned", section, tmp_path / "out", progress=False)
     (found,) = report["retraining"]["runs"]
     assert found["num_steps"] == 2
-    kept = dataclasses.asdict(recipe.retrain.train)
+    kept = dataclasses.asdict(recipe.retrain.train.resolve("cpu"))  # auto is recorded as what it was
     assert {k: v for k, v in found["settings"].items() if k not in SMALL} == {
         k: list(v) if isinstance(v, tuple) else v for k, v in kept.items() if k not in SMALL
     }
