@@ -132,10 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsepass.export.demo", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("demo-out"), help="folder to write (default: demo-out)")
     parser.add_argument("--model", type=Path, help="another causal language model: a folder or a .gguf file")
-    parser.add_argument("--num-sequences", type=int, default=32, help="calibration sequences (default: 32)")
+    parser.add_argument("--num-sequences", type=int, default=16, help="calibration sequences (default: 16)")
     parser.add_argument("--context", type=int, default=512, help="tokens in each (default: 512)")
-    parser.add_argument("--eval-tokens", type=int, default=4096, help="tokens of the evaluation text (default: 4096)")
-    parser.add_argument("--train-tokens", type=int, default=6144, help="tokens to retrain on (default: 6144)")
+    parser.add_argument("--eval-tokens", type=int, default=2048, help="tokens of the evaluation text (default: 2048)")
+    parser.add_argument("--train-tokens", type=int, default=4096, help="tokens to retrain on (default: 4096)")
     given = parser.parse_args(arguments)
     support.quiet_bars()  # before the imports below: tqdm asks once
     from sparsepass.export.report import find_report
