@@ -1,14 +1,21 @@
 """Custom operators that rewritten graphs call, registered with torch.library.
 
-``sparsepass::masked_weight`` is the only one: it multiplies a weight by its mask and passes the gradient straight through.
-It works on the weight, not on the matmul, so one operator serves every layout (linear, Conv1D, convolution, experts), and
-whatever kernel the runtime has for the matmul stays in use. SLoRB needs no operator of its own: a segment sum and a linear.
+``sparsepass::masked_weight`` multiplies a weight by its mask and passes the gradient straight through; ``learned_weight`` puts
+a weight behind a mask that is being learned, hard or soft. They work on the weight, not on the matmul, so one operator serves
+every layout (linear, Conv1D, convolution, experts), and whatever kernel the runtime has for the matmul stays in use. SLoRB
+needs no operator of its own: a segment sum and a linear.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsepass.graph import soft_masks
+from sparsepass.graph.soft_masks import Draw
+
 MASKED_WEIGHT = "sparsepass::masked_weight"
+LEARNED_WEIGHT = "sparsepass::learned_weight"
 
 
 @torch.library.custom_op(MASKED_WEIGHT, mutates_args=())
@@ -51,3 +58,103 @@ def _masked(weight: Tensor, mask: Tensor) -> Tensor:
     if mask.shape != weight.shape:
         raise ValueError(f"masked_weight expects a mask shaped like the weight {tuple(weight.shape)}, got {tuple(mask.shape)}")
     return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+@torch.library.custom_op(LEARNED_WEIGHT, mutates_args=())
+def learned_weight(weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """Return a weight behind a mask that is being learned: hard where the temperature is 0, else soft.
+
+    Soft is ``W .* (y S)`` with ``y = softmax((scale logits + noise) / temperature)`` over the C candidate masks S of each
+    group; see `sparsepass.graph.soft_masks`. The choice is made piece by piece, in the forward pass and again in the backward
+    pass: what is kept in between are the arguments.
+
+    Shapes: weight ``[...]`` with I = G * M entries along ``axis``; mask the same; logits as the weight with that axis at the
+    end and cut in two, ``[..., C, G]``; control ``[3]``.
+
+    Args:
+        weight: Any float dtype.
+        mask: Bool: the hard mask.
+        logits: Of each group's candidates.
+        control: float64: scale, temperature, and the key of the noise (a whole number of at least 0).
+        n: Entries kept of a group.
+        m: Length of a group.
+        axis: Axis of the weight along which groups run.
+
+    Returns:
+        Shaped and typed like the weight. Gradients reach the logits, and the weight through the mask.
+
+    Raises:
+        ValueError: If the mask is not bool, or shapes do not fit.
+
+    Source: MaskLLM, arXiv 2409.17481, section 3.
+
+    Example:
+        >>> weight, mask = torch.tensor([[1.0, -2.0, 3.0, 4.0]]), torch.tensor([[False, False, True, True]])
+        >>> learned_weight(weight, mask, torch.zeros(1, 6, 1), torch.tensor([1.0, 0, 0], dtype=torch.float64), 2, 4, 1)
+        tensor([[0., 0., 3., 4.]])
+    """
+    _check_logits(weight, logits, control, n, m, axis)
+    draw = _draw(control)
+    if draw is None:
+        return _masked(weight, mask).contiguous()
+    out = soft_masks.soft_weight(weight.movedim(axis, -1), logits, n, m, draw)
+    return out.movedim(-1, axis).contiguous()
+
+
+@learned_weight.register_fake
+def _(weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: int, axis: int) -> Tensor:
+    _check_logits(weight, logits, control, n, m, axis)
+    return torch.empty_like(_masked(weight, mask), memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sparsepass::learned_weight_gradient", mutates_args=())
+def learned_weight_gradient(
+    grad: Tensor, weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: int, axis: int
+) -> Tensor:
+    """Gradient of `learned_weight` to its logits; zeros where it is hard."""
+    draw = _draw(control)
+    if draw is None:
+        return torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    return soft_masks.soft_weight_gradient(grad.movedim(axis, -1), weight.movedim(axis, -1), logits, n, m, draw)
+
+
+@learned_weight_gradient.register_fake
+def _(grad: Tensor, weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: int, axis: int) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.n, ctx.m, ctx.axis = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, mask, logits, control = ctx.saved_tensors
+    pattern = ctx.n, ctx.m, ctx.axis
+    to_weight = to_logits = None
+    if ctx.needs_input_grad[0]:
+        to_weight = learned_weight(grad, mask, logits, control, *pattern)
+    if ctx.needs_input_grad[2]:
+        to_logits = learned_weight_gradient(grad, weight, mask, logits, control, *pattern)
+    return to_weight, None, to_logits, None, None, None, None
+
+
+learned_weight.register_autograd(_backward, setup_context=_keep)
+
+
+def _draw(control: Tensor) -> Draw | None:
+    scale, temperature, key = control.tolist()
+    return Draw(scale=scale, temperature=temperature, key=int(key)) if temperature else None
+
+
+def _check_logits(weight: Tensor, logits: Tensor, control: Tensor, n: int, m: int, axis: int) -> None:
+    shape = list(weight.shape)
+    length = shape.pop(axis)
+    expected = (*shape, soft_masks.num_candidates(n, m), length // m)
+    if length % m or tuple(logits.shape) != expected:
+        raise ValueError(
+            f"learned_weight expects logits of shape {expected} for {n}:{m} along axis {axis} of a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(logits.shape)}"
+        )
+    if control.shape != (3,):
+        raise ValueError(f"learned_weight expects scale, temperature and key in control, got shape {tuple(control.shape)}")

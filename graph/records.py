@@ -24,6 +24,19 @@ class BranchState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LearnedState:
+    """What a mask that is being learned has beside it; the mask is the hard one of the logits.
+
+    Attributes:
+        logits: Name of the candidates' logits, a parameter; see `sparsepass.graph.soft_masks`.
+        control: Name of the buffer with scale, temperature (0: the hard mask is used) and key of the noise.
+    """
+
+    logits: str
+    control: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparseState:
     """What passes have done to one weight.
 
@@ -32,12 +45,14 @@ class SparseState:
         axis: Axis of the stored weight along which it runs.
         mask: Name of the bool buffer; None once the mask is folded into the weight.
         branch: The SLoRB branch, if there is one.
+        learned: What is beside the mask while it is being learned.
     """
 
     pattern: str
     axis: int
     mask: str | None
     branch: BranchState | None = None
+    learned: LearnedState | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +121,14 @@ def to_json(record: Any) -> JSON:
 
 def sparse_state_from_json(document: JSON) -> SparseState:
     """Undo `to_json` for a `SparseState`."""
-    branch = document["branch"]
-    return SparseState(**{**document, "branch": BranchState(**branch) if branch else None})
+    branch, learned = document["branch"], document.get("learned")
+    return SparseState(
+        **{
+            **document,
+            "branch": BranchState(**branch) if branch else None,
+            "learned": LearnedState(**learned) if learned else None,
+        }
+    )
 
 
 def pass_record_from_json(document: JSON) -> PassRecord:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph.program import Program, with_sparse
-from sparsepass.graph.records import BranchState, SparseState
+from sparsepass.graph.records import BranchState, LearnedState, SparseState
 from sparsepass.graph.sites import Site
+from sparsepass.graph.soft_masks import candidate_masks, hard_mask
 
 _aten = torch.ops.aten
 _MASKED = torch.ops.sparsepass.masked_weight.default
+_LEARNED = torch.ops.sparsepass.learned_weight.default
 
 
 def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> None:
@@ -38,16 +40,75 @@ def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> Non
     program.sparse[site.weight] = SparseState(pattern=pattern, axis=site.nm_axis, mask=name)
 
 
+def attach_logits(program: Program, site: Site, logits: Tensor, n: int, m: int) -> None:
+    """Let a site's mask be learned: the mask becomes the hard one of the logits, and the graph reads all three.
+
+    Args:
+        program: Changed in place.
+        site: A site of it that has a mask, which is not learned yet.
+        logits: Shaped like the weight with its N:M axis at the end and cut in two, ``[..., C, G]``.
+        n: Entries kept of a group.
+        m: Length of a group.
+    """
+    state = program.sparse[site.weight]
+    assert state.mask is not None
+    graph = program.graph_module.graph
+    learned = LearnedState(logits=beside(site, "mask_logits"), control=beside(site, "mask_control"))
+    assert logits.shape[-2] == len(candidate_masks(n, m))
+    mask = hard_mask(logits.detach(), n, m).movedim(-1, site.nm_axis).contiguous()
+    program.set_tensor(state.mask, mask)
+    program.set_tensor(learned.logits, nn.Parameter(logits))
+    program.set_tensor(learned.control, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=logits.device))
+    for node in list(graph.nodes):
+        if node.target is _MASKED and node.args[1].target == state.mask:
+            with graph.inserting_before(node):
+                read = [graph.get_attr(name) for name in (learned.logits, learned.control)]
+                soft = graph.call_function(_LEARNED, (*node.args, *read, n, m, site.nm_axis))
+            for new in (*read, soft):
+                _inherit(new, node)
+            node.replace_all_uses_with(soft)
+            graph.erase_node(node)
+    with_sparse(program, site.weight, learned=learned)
+
+
+def detach_logits(program: Program, weight: str) -> None:
+    """Undo `attach_logits`: the mask stays as it is, and nothing is learned any more. Exact where the mask was hard.
+
+    Args:
+        program: Changed in place.
+        weight: One whose mask is being learned.
+    """
+    state = program.sparse[weight]
+    assert state.mask is not None
+    assert state.learned is not None
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is _LEARNED and node.args[1].target == state.mask:
+            source, mask, *read = node.args[:4]
+            with graph.inserting_before(node):
+                masked = graph.call_function(_MASKED, (source, mask))
+            _inherit(masked, node)
+            node.replace_all_uses_with(masked)
+            graph.erase_node(node)
+            for unread in read:
+                graph.erase_node(unread)
+    program.delete_tensor(state.learned.logits)
+    program.delete_tensor(state.learned.control)
+    with_sparse(program, weight, learned=None)
+
+
 def fold_mask(program: Program, weight: str, *, inplace: bool = False) -> None:
     """Write a mask's zeros into the weight, and take the mask out of the graph. Exact.
 
     Args:
         program: Changed in place.
-        weight: One with a mask.
+        weight: One with a mask; one that is being learned stops being so.
         inplace: Whether the zeros go into the tensor that is there; by default the program gets a new one.
     """
     state = program.sparse[weight]
     assert state.mask is not None
+    if state.learned is not None:
+        detach_logits(program, weight)
     graph = program.graph_module.graph
     mask = program.tensor(state.mask)
     folded = torch.ops.sparsepass.masked_weight(program.tensor(weight).detach(), mask)

@@ -16,7 +16,7 @@ import sparsepass.graph.ops  # noqa: F401  (registers the operator that _MASKED 
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
 _aten = torch.ops.aten
-_MASKED = torch.ops.sparsepass.masked_weight.default
+_MASKED = {torch.ops.sparsepass.masked_weight.default, torch.ops.sparsepass.learned_weight.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default, _aten.mT.default}
 _MATMULS = {_aten.mm.default, _aten.matmul.default, _aten.bmm.default}
 _CONVS = {
@@ -217,7 +217,7 @@ def _comes_from_weights(node: fx.Node) -> bool:
 
 
 def _stored(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and (node.target in _TRANSPOSES or node.target is _MASKED):
+    while node.op == "call_function" and (node.target in _TRANSPOSES or node.target in _MASKED):
         node = node.all_input_nodes[0]
     return node
 
@@ -236,7 +236,7 @@ def _weight_use(
     assert isinstance(activation, fx.Node)
     bias_node = bias if isinstance(bias, fx.Node) else None
     source, transposed = weight, False
-    while source.op == "call_function" and (source.target is _MASKED or source.target in _TRANSPOSES):
+    while source.op == "call_function" and (source.target in _MASKED or source.target in _TRANSPOSES):
         if source.target in _TRANSPOSES:
             if not _swaps_last_two(source):
                 break

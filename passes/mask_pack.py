@@ -72,7 +72,7 @@ class MaskPack:
 
     Attributes:
         masks: Weight name -> mask.
-        dense_digest: SHA-256 over all parameters that are not sparse, by name; SLoRB branches left out.
+        dense_digest: SHA-256 over all parameters that are not sparse, by name; SLoRB branches and logits of masks left out.
         recipe: Passes that made the program.
         model_class: Of the model that was captured.
         about: What the author says, such as the domain.
@@ -367,6 +367,7 @@ def kept_digest(weight_OI: Tensor, mask_OI: Tensor) -> str:
 def _dense_digest(program: Program, masked: Iterable[str]) -> str:
     branches = [state.branch for state in program.sparse.values() if state.branch is not None]
     left_out = {*masked, *(branch.weight for branch in branches), *(branch.projection or "" for branch in branches)}
+    left_out |= {state.learned.logits for state in program.sparse.values() if state.learned is not None}
     names = sorted(name for name in dict(program.graph_module.named_parameters()) if name not in left_out)
     digest = hashlib.sha256()
     for name in names:

@@ -32,7 +32,8 @@ class NMSparsify(Pass):
        weights whose input features are not a multiple of M, because no kernel takes a partial group.
     3. The criterion decides the mask; one that compensates (SparseGPT, ALPS) also changes the weights that are kept. Behind the
        mask the original weights stay as they were: the graph does not read them, but later passes and training may.
-    4. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already
+    4. With ``compensate=false`` such a criterion gives its mask alone, over the original weights.
+    5. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already
        rewritten ones.
 
     Args:
@@ -40,6 +41,7 @@ class NMSparsify(Pass):
         criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
         damping: Of SparseGPT, ALPS and ProxSparse, as a fraction of the Gram matrix's mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
+        compensate: Whether the weights that are kept may change; without effect on criteria that only choose.
         masks: Path of a mask pack (`sparsepass.passes.mask_pack`) instead of a criterion; pattern and layers are the pack's.
         any_model: Whether a pack is applied to weights that it was not made with.
         targets: See `Pass`.
@@ -59,6 +61,7 @@ class NMSparsify(Pass):
     criterion: str | None = None
     damping: float = 0.01
     block_size: int = 128
+    compensate: bool = True
     masks: str | None = None
     any_model: bool | None = None
 
@@ -143,6 +146,11 @@ class NMSparsify(Pass):
                 for weight_OI, mask_OI in zip(
                     torch.split(stacked.weight_OI, sizes), torch.split(stacked.mask_OI, sizes), strict=True
                 )
+            ]
+        if not self.compensate:
+            pruned = [
+                replace(found, weight_OI=canonical_zeros(matrix.masked_fill(~found.mask_OI, 0)))
+                for matrix, found in zip(matrices, pruned, strict=True)
             ]
         facts: dict[str, Facts] = {}
         for site, weight, matrix, result in zip(group.sites, weights, matrices, pruned, strict=True):

@@ -5,10 +5,11 @@ from importlib.metadata import entry_points
 from sparsepass.graph import SparsepassError
 from sparsepass.passes.base import Pass
 from sparsepass.passes.fold import Fold
+from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.slorb import SLoRB
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (NMSparsify, SLoRB, Fold)}
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (NMSparsify, SLoRB, LearnMasks, Fold)}
 """Name -> class. A new pass is one file, one line here, one test file."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.graph import Program, Site, capture
 from sparsepass.graph.records import BranchState, SparseState
-from sparsepass.graph.rewrite import attach_branch, attach_mask, beside, finish, fold_mask
+from sparsepass.graph.rewrite import attach_branch, attach_logits, attach_mask, beside, detach_logits, finish, fold_mask
 
 GOLDEN = Path(__file__).parent / "golden"
 _aten = torch.ops.aten
@@ -102,6 +102,23 @@ def test_the_graph_with_masks_and_branches() -> None:
     attach_branch(program, sites["v"], branch_of(sites["v"]), 4, torch.ones(2, 8))
     finish(program)
     check_golden(program, "with_branches")
+
+
+def test_the_graph_with_learned_masks() -> None:
+    program, sites = program_and_sites()
+    for name in ("q", "out"):
+        attach_mask(program, sites[name], mask_of(sites[name]), "2:4")
+    before = [node.target for node in program.graph_module.graph.nodes]
+    for name in ("q", "out"):
+        attach_logits(program, sites[name], torch.zeros(4, 6, sites[name].in_features // 4), 2, 4)
+    finish(program)
+    check_golden(program, "with_learned_masks")
+    for name in ("q", "out"):
+        detach_logits(program, sites[name].weight)
+    finish(program)
+    assert [node.target for node in program.graph_module.graph.nodes] == before
+    assert not any("mask_" in name for name in program.tensors())
+    assert all(state.learned is None for state in program.sparse.values())
 
 
 def test_what_a_masked_program_computes() -> None:

@@ -18,7 +18,7 @@ from sparsepass.passes.base import Facts, GroupContext, Needs, SiteGroup
 from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
-_BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "fold": "nm_sparsify"}
+_BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "learn_masks": "nm_sparsify", "fold": "nm_sparsify"}
 _OPTIONS = {"slorb": "slorb{k=4}"}
 _NAMES = [family.name for family in FAMILIES]
 

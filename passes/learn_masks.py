@@ -1,0 +1,158 @@
+"""The pass `learn_masks`: masks that are chosen by training, over weights that stay as they are.
+
+Shape suffixes: R rows (every axis of a weight but the one that N:M runs along), I in, C candidates, G groups of a row.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.rewrite import attach_logits
+from sparsepass.graph.soft_masks import noise_key, num_candidates
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.passes.criteria.table import CRITERIA
+from sparsepass.passes.learn_masks_math import add_prior, first_logits
+from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.pattern import NMPattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnMasks(Pass):
+    """Give each group of M weights one trainable logit for each of its C(M, N) candidate masks.
+
+    1. Rewrites every site that nm_sparsify has masked, in every layout. In place of ``M .* W`` the graph reads W behind the
+       mask of the largest logit; while `sparsepass.retrain` trains with ``method: maskllm``, behind a soft mix of the
+       candidates.
+    2. The mask that is there is the prior: logits start at ``N(0, init_std^2)``, and those of the candidates that share
+       entries with it are raised. A prior from a file is a mask pack, ``nm_sparsify{masks=FILE,any_model=true}``.
+    3. The weights are frozen, so they must be the original ones: after a criterion that compensates nm_sparsify has to say
+       ``compensate=false``.
+    4. Leaves alone sites without a mask, and those with a SLoRB branch, which fits what the mask drops. Patterns with more
+       than 128 candidates are refused.
+
+    The program computes with hard masks all the time; `fold`, exports and mask packs take these. Training ends with an ordinary
+    masked program.
+
+    Args:
+        alpha: Strength of the prior; 0 ignores the mask that is there.
+        init_std: Standard deviation of the logits at the start, to which the prior is scaled.
+        seed: Of the logits at the start.
+        targets: See `Pass`.
+        ignore: See `Pass`.
+
+    Raises:
+        SparsepassError: If a number is out of range.
+
+    Source: MaskLLM, arXiv 2409.17481, sections 3 and 4.
+    """
+
+    name: ClassVar[str] = "learn_masks"
+    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+
+    alpha: float = 3.0
+    init_std: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha < float("inf"):
+            raise SparsepassError(f"learn_masks: alpha expects a number of at least 0, got {self.alpha}")
+        if not 0 < self.init_std < float("inf"):
+            raise SparsepassError(
+                f"learn_masks: init_std expects a number above 0, got {self.init_std}: the prior is scaled to it, and equal "
+                "logits would all choose the first candidate"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing: the mask that is there comes from other passes."""
+        return "nothing"
+
+    def check(self, program: Program, before: Sequence[Pass]) -> None:
+        """It runs after nm_sparsify, on the original weights, before fold and slorb, and once for each layer."""
+        if any(p.name == "fold" for p in before) or any(s.mask is None for s in program.sparse.values()):
+            raise PassError(
+                self.name,
+                "pipeline",
+                "learn_masks chooses among all weights of a group, and fold has thrown some away; put learn_masks before fold",
+            )
+        if not program.sparse and not any(p.name == "nm_sparsify" for p in before):
+            raise PassError(
+                self.name, "pipeline", "learn_masks starts from masks, and there are none; put nm_sparsify before it"
+            )
+        if (any(s.learned is not None for s in program.sparse.values()) or any(p.name == self.name for p in before)) and not (
+            self.targets and all(p.targets for p in before if p.name == self.name)
+        ):
+            raise PassError(
+                self.name,
+                "pipeline",
+                "the masks are being learned already; leave learn_masks out, or name other layers in targets",
+            )
+        if any(p.name == "slorb" for p in before):
+            raise PassError(
+                self.name, "pipeline", "slorb fits what the masks drop, which is not settled yet; learn the masks first"
+            )
+        changed = [p for p in before if isinstance(p, NMSparsify) and _changes_weights(p)]
+        changed += [p for p in _earlier(program) if _changes_weights(p)]
+        if changed:
+            raise PassError(
+                self.name,
+                "pipeline",
+                f"masks are learned over the original weights, and {changed[0].criterion} changes those that it keeps; write "
+                f"nm_sparsify{{criterion={changed[0].criterion},compensate=false}}",
+            )
+
+    def refusal(self, site: Site, program: Program) -> str | None:
+        """Sites without a mask, with a branch, learned already, or with too many candidates."""
+        state = program.sparse.get(site.weight)
+        if state is None:
+            return f"not sparse: {site.left_alone or 'nm_sparsify left it alone'}"
+        if state.learned is not None:
+            return "its mask is being learned already"
+        if state.branch is not None:
+            return "it has a SLoRB branch, which fits what its mask drops"
+        pattern = NMPattern.parse(state.pattern)
+        try:
+            num_candidates(pattern.n, pattern.m)
+        except SparsepassError as error:
+            return str(error)
+        return None
+
+    def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
+        """Make the logits of each site of a group, and attach them."""
+        del context
+        facts: dict[str, Facts] = {}
+        for site in group.sites:
+            state = program.sparse[site.weight]
+            assert state.mask is not None
+            pattern = NMPattern.parse(state.pattern)
+            before = program.tensor(state.mask)
+            mask_RI = before.movedim(site.nm_axis, -1)
+            # Each site has numbers of its own, whichever sites are learned besides.
+            seed = noise_key(self.seed, 0, zlib.crc32(site.weight.encode()))
+            *rows, length = mask_RI.shape
+            logits_RCG = first_logits(
+                tuple(rows), length // pattern.m, pattern, std=self.init_std, seed=seed, device=before.device
+            )
+            weight = program.tensor(site.weight)
+            logits_RCG = add_prior(logits_RCG, mask_RI, pattern, self.alpha).to(
+                weight.dtype if weight.dtype.itemsize > 4 else logits_RCG.dtype
+            )
+            attach_logits(program, site, logits_RCG, pattern.n, pattern.m)
+            moved = int((program.tensor(state.mask) != before).sum())
+            facts[site.name] = {"logits": logits_RCG.numel(), "moved_from_prior": moved / before.numel()}
+        return facts
+
+
+def _changes_weights(item: NMSparsify) -> bool:
+    return item.criterion is not None and CRITERIA[item.criterion].compensates and item.compensate
+
+
+def _earlier(program: Program) -> list[NMSparsify]:
+    """The nm_sparsify passes that the program went through in earlier runs."""
+    from sparsepass.passes.text import parse_pipeline
+
+    found = [parse_pipeline(record.text)[0] for record in program.history if record.text.startswith(NMSparsify.name)]
+    return [item for item in found if isinstance(item, NMSparsify)]
