@@ -5,8 +5,20 @@ from sparsepass.passes.fold import Fold
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.manager import apply_passes
 from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 from sparsepass.passes.table import PASSES
 from sparsepass.passes.text import parse_pipeline, pipeline_to_text
 
-__all__ = ["PASSES", "Fold", "LearnMasks", "NMSparsify", "Pass", "SLoRB", "apply_passes", "parse_pipeline", "pipeline_to_text"]
+__all__ = [
+    "PASSES",
+    "Fold",
+    "LearnMasks",
+    "NMSparsify",
+    "Pass",
+    "Reconstruct",
+    "SLoRB",
+    "apply_passes",
+    "parse_pipeline",
+    "pipeline_to_text",
+]

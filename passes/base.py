@@ -5,15 +5,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site
 from sparsepass.passes.statistics import InputStatistics
 
-Needs = Literal["nothing", "norms", "gram"]
-NEEDS_ORDER: tuple[Needs, ...] = ("nothing", "norms", "gram")
+Needs = Literal["nothing", "inputs", "norms", "gram"]
+"""What a pass must know of each site's input: nothing; the inputs, from which it computes for itself; their norms; their
+Gram matrix."""
+NEEDS_ORDER: tuple[Needs, ...] = ("nothing", "inputs", "norms", "gram")
 Facts = Mapping[str, float | int | str]
 
 
@@ -28,6 +30,46 @@ class SiteGroup:
     sites: tuple[Site, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockWork:
+    """How a pass works that rewrites a whole block at a time.
+
+    Attributes:
+        steps: How often it calls `BlockRun.advance` for each block.
+        batch_size: Sequences to a batch, at most.
+    """
+
+    steps: int
+    batch_size: int
+
+
+class BlockRun(Protocol):
+    """A block of the graph that a pass can run while it rewrites it; the calibration engine's."""
+
+    @property
+    def name(self) -> str:
+        """Path of the block's module."""
+
+    @property
+    def num_batches(self) -> int:
+        """Number of calibration batches."""
+
+    def targets(self, batch: int) -> tuple[Tensor, ...]:
+        """What the block gave in the dense model, for one batch."""
+
+    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
+        """Which tokens of a batch are no padding; None if all are."""
+
+    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run the block, whose predecessors are rewritten already, with other values for some parameters and buffers."""
+
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the one-dimensional parameters (norms, biases) that this block alone reads."""
+
+    def advance(self, word: str) -> None:
+        """Say that one of the steps of the pass's `BlockWork` is done."""
+
+
 @dataclass(kw_only=True)
 class GroupContext:
     """What is known of a group while it is rewritten, and forgotten right after.
@@ -36,11 +78,13 @@ class GroupContext:
         statistics: Of the group's input: one, or one for each expert; empty without calibration.
         originals: Weight name -> the weight before the first pass of this run changed it.
         measure: Whether to measure what costs time and changes nothing, for the report.
+        block: The block whose sites the group is, for a pass that works block by block.
     """
 
     statistics: tuple[InputStatistics, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict)
     measure: bool = True
+    block: BlockRun | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +130,11 @@ class Pass(ABC):
     @abstractmethod
     def needs(self) -> Needs:
         """What the pass must know of each site's input."""
+
+    @property
+    def block_work(self) -> BlockWork | None:
+        """None for a pass that rewrites groups of sites; else how it works on a block, after the passes before it."""
+        return None
 
     @abstractmethod
     def check(self, program: Program, before: Sequence["Pass"]) -> None:

@@ -5,6 +5,10 @@ the activations of all batches are complete and went through already rewritten p
 group is rewritten, the statistics are dropped, and the run goes on with the rewritten weights. So there is one forward pass,
 not two per block, memory for one group's statistics, and the part of the graph after the last site never runs.
 
+Where a pass rewrites whole blocks, a second run of the dense model goes ahead by one block and leaves its outputs as targets;
+when the groups of a block are rewritten, the block itself is, from the inputs that were kept; then the run goes back to the
+block's beginning and takes it with its last weights.
+
 Shape suffixes: B batch, T tokens, I in, K kernel positions.
 """
 
@@ -14,6 +18,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,7 +26,8 @@ from torch import Tensor, fx
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.precision import fast_low_precision
-from sparsepass.passes.base import SiteGroup
+from sparsepass.passes.base import BlockRun, SiteGroup
+from sparsepass.passes.blocks import Block
 from sparsepass.passes.calibration_data import CalibrationBatch
 from sparsepass.passes.statistics import InputStatistics
 
@@ -76,6 +82,8 @@ def sweep(
     gram: bool,
     compute: ComputeDtype = "auto",
     weights: WeightSource | None = None,
+    blocks: Sequence[Block] = (),
+    rewrite_block: Callable[[Block, BlockRun], None] | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run the graph once over all batches and rewrite each group when its statistics are complete.
@@ -89,12 +97,17 @@ def sweep(
         compute: Precision of matmuls and attention; statistics are always fp32. ``auto``: bfloat16 where the processor
             computes in it, else float32.
         weights: Where parameters come from.
-        advance: Called with a group's first site name when it is done.
+        blocks: What to rewrite as a whole, from `find_blocks`; ``groups`` are then those of the blocks and of no block.
+        rewrite_block: Called once for each block, after its groups.
+        advance: Called with a group's first site name when it is done, and by `BlockRun.advance`.
 
     Raises:
         PassError: If activations are NaN or Inf, with the site.
     """
     runner = _Runner(program, list(batches), weights or ProgramWeights(program), compute)
+    dense = _Runner(program, list(batches), weights or ProgramWeights(program), compute) if blocks else None
+    block_of = {site.weight: block for block in blocks for site in block.sites}
+    current: _Stretch | None = None
     by_name = {node.name: node for node in program.graph_module.graph.nodes}
     readers: dict[fx.Node, list[SiteGroup]] = {}
     last_reader: dict[str, fx.Node] = {}
@@ -107,6 +120,12 @@ def sweep(
         last_reader[group.sites[0].weight] = max(firsts, key=order.__getitem__)
     statistics: dict[str, tuple[InputStatistics, ...]] = {}
     for reader in sorted(readers, key=order.__getitem__):
+        block = block_of.get(readers[reader][0].sites[0].weight)
+        if current is not None and current.block is not block:
+            current.finish(rewrite_block)
+            current = None
+        if dense is not None and block is not None and current is None:
+            current = _Stretch(block, runner, dense, advance)
         runner.run_before(reader)
         for group in readers[reader]:
             key = group.sites[0].weight
@@ -119,10 +138,16 @@ def sweep(
             except SparsepassError as error:
                 raise PassError("calibration", site.name, f"{error}") from error
             if reader is last_reader[key]:
+                if dense is not None and block is None:
+                    dense.run_past([by_name[name] for one in group.sites for name in one.nodes])
                 rewrite(group, statistics.pop(key))
                 runner.rewritten(reused=len(site.nodes) > 1)
+                if dense is not None:
+                    dense.overtaken()
                 _give_back_freed_memory()
                 advance(site.name)
+    if current is not None:
+        current.finish(rewrite_block)
 
 
 class _Runner:
@@ -130,6 +155,7 @@ class _Runner:
 
     def __init__(self, program: Program, batches: list[CalibrationBatch], weights: WeightSource, compute: ComputeDtype) -> None:
         self.batches = batches
+        self.parameter = program.tensor
         self._graph = program.graph_module.graph
         self._weights = weights
         self._device = program.device
@@ -187,6 +213,82 @@ class _Runner:
         for node in reversed(inserted):
             if node.users and all(user in self._done for user in node.users):
                 self._done.add(node)
+
+    def run_past(self, nodes: Sequence[fx.Node]) -> None:
+        """Run until all of these are run."""
+        order = {node: index for index, node in enumerate(self._graph.nodes)}
+        last = max(nodes, key=order.__getitem__)
+        if order[last] >= order[self._stop]:
+            self.run_before(last.next)
+
+    def overtaken(self) -> None:
+        """Take note that a run behind this one has rewritten what this one ran when it was dense. That is not run again."""
+        for constant in list(self._constants):
+            self._forget(constant)
+        for node in self._ahead(self._stop):
+            self._done.add(node)
+            source = node.args[0] if node.target is _aten.add.Tensor else None
+            for values in self._values:
+                if isinstance(source, fx.Node) and source in values:
+                    values[node] = values[source]  # a branch: the operation's readers read the sum now
+
+    def mark(self) -> "_Mark":
+        """Remember this place, to run on from it again."""
+        return _Mark(stop=self._stop, done=frozenset(self._done), values=tuple(dict(values) for values in self._values))
+
+    def rewind(self, mark: "_Mark", nodes: Sequence[fx.Node]) -> None:
+        """Go back to a place, behind which ``nodes`` have run since."""
+        for constant in list(self._constants):
+            self._forget(constant)
+        self._done = (set(mark.done) | self._done) - set(nodes)
+        self._values = [dict(values) for values in mark.values]
+        self._stop = nodes[0]
+
+    def value(self, node: fx.Node, index: int) -> Any:
+        """What a node gave for one batch, or gives for all."""
+        return self._lookup(node, self._values[index])
+
+    def run_block(
+        self, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[fx.Node, Any]:
+        """Run nodes for one batch with some tensors in the place of the graph's own; gradients reach them.
+
+        Args:
+            nodes: A stretch of the graph.
+            known: Results of nodes in front of it.
+            tensors: Name -> value.
+        """
+        results: dict[fx.Node, Any] = {}
+        differs: dict[fx.Node, bool] = {}
+
+        def is_other(constant: fx.Node) -> bool:
+            if constant not in differs:
+                differs[constant] = (
+                    str(constant.target) in tensors
+                    if constant.op == "get_attr"
+                    else any(map(is_other, constant.all_input_nodes))
+                )
+            return differs[constant]
+
+        def look_up(node: fx.Node) -> Any:
+            if node in results:
+                return results[node]
+            if node in known:
+                return known[node]
+            if not is_other(node):
+                return self._constant(node)
+            results[node] = tensors[str(node.target)] if node.op == "get_attr" else execute(node)
+            return results[node]
+
+        def execute(node: fx.Node) -> Any:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), look_up)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        with self._precision():
+            for node in nodes:
+                if not self._is_constant(node):
+                    results[node] = execute(node)
+        return results
 
     def _ahead(self, stop: fx.Node) -> list[fx.Node]:
         """Nodes in front of ``stop`` that have not run. Rewriting may insert some anywhere before it."""
@@ -250,6 +352,72 @@ class _Runner:
         if self._low is None:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self._low)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Mark:
+    """A place of a run: what had been run, and all results that were still needed."""
+
+    stop: fx.Node
+    done: frozenset[fx.Node]
+    values: tuple[Mapping[fx.Node, Any], ...]
+
+
+class _Stretch:
+    """A block while the run is in it, from before its first group is rewritten until it is rewritten itself."""
+
+    def __init__(self, block: Block, runner: _Runner, dense: _Runner, advance: Callable[[str], None]) -> None:
+        self.block = block
+        self._runner, self._advance = runner, advance
+        runner.run_before(block.before.next)
+        self._mark = runner.mark()
+        dense.run_before(block.after)
+        indices = range(len(runner.batches))
+        self._targets = [tuple(dense.value(node, index) for node in block.outputs()) for index in indices]
+
+    def finish(self, rewrite_block: Callable[[Block, BlockRun], None] | None) -> None:
+        """Rewrite the block, and send the run back to its beginning."""
+        assert rewrite_block is not None
+        nodes = self.block.nodes()
+        self._runner.rewind(self._mark, nodes)
+        rewrite_block(self.block, self)
+        self._runner.rewritten(reused=False)
+        _give_back_freed_memory()
+
+    @property
+    def name(self) -> str:
+        return self.block.name
+
+    @property
+    def num_batches(self) -> int:
+        return len(self._targets)
+
+    def targets(self, batch: int) -> tuple[Tensor, ...]:
+        return self._targets[batch]
+
+    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
+        return self._runner.batches[batch].valid_BT
+
+    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        results = self._runner.run_block(self.block.nodes(), self._mark.values[batch], tensors)
+        return tuple(results[node] for node in self.block.outputs())
+
+    def own_vectors(self) -> tuple[str, ...]:
+        inside = set(self.block.nodes())
+        readers: dict[str, set[fx.Node]] = {}
+        for node in self.block.before.graph.nodes:
+            if node.op == "get_attr":
+                readers.setdefault(str(node.target), set()).update(node.users)
+        names = [name for name, users in readers.items() if users and users <= inside]
+        tensors = {name: self._runner.parameter(name) for name in names}
+        return tuple(
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
+        )
+
+    def advance(self, word: str) -> None:
+        self._advance(f"{self.name}: {word}")
 
 
 def _low_precision(compute: ComputeDtype, program: Program) -> torch.dtype | None:

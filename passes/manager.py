@@ -4,6 +4,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from sparsepass.graph.equivalence import difference
 from sparsepass.graph.progress import item_progress, shows_progress
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
-from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass, SiteGroup
+from sparsepass.passes.base import NEEDS_ORDER, BlockRun, Facts, GroupContext, Pass, SiteGroup
+from sparsepass.passes.blocks import Block, find_blocks
 from sparsepass.passes.calibration import ComputeDtype, site_groups, sweep
 from sparsepass.passes.calibration_data import CalibrationBatch, CalibrationData, calibration_batches
 from sparsepass.passes.statistics import InputStatistics
@@ -55,7 +57,7 @@ def apply_passes(
         tokenizer: Turns text into tokens; needed if calibration is text.
         num_sequences: Calibration sequences to use at most.
         context: Tokens per sequence made from text; by default 2048 or the model's limit.
-        batch_size: Sequences run at once. Memory and speed only.
+        batch_size: Sequences run at once, at most. Memory and speed only; a pass that trains has a batch size of its own.
         seed: Where in the text the sequences are taken.
         compute: Precision of calibration's matmuls: ``auto`` is bfloat16 where the processor computes in it.
         example_inputs: What to capture the model with; transformers models can do without.
@@ -99,7 +101,7 @@ def apply_passes(
             input_names=program.input_names,
             num_sequences=num_sequences,
             context=context or _context(program),
-            batch_size=batch_size,
+            batch_size=min([batch_size, *(p.block_work.batch_size for p in pipeline if p.block_work is not None)]),
             seed=seed,
             vocab_size=_vocabulary(program),
         )
@@ -124,14 +126,19 @@ class _Run:
             item.check(self.program, self.pipeline[:index])
 
     def all(self) -> None:
-        """Run every pass. Consecutive passes that read statistics share one sweep, group by group."""
+        """Run every pass. Consecutive passes that read statistics share one sweep, group by group.
+
+        All passes before one that works on whole blocks run in its sweep, since it needs the dense model's blocks.
+        """
         if self.calibration is not None:
             self._batches = list(self.calibration.batches())
         if self._validates:
             self._inputs, self._inputs_name = self._validation_inputs()
             self._start = self._previous = self._outputs()
-        for calibrated, items in groupby(self.pipeline, key=lambda p: p.needs != "nothing"):
-            if calibrated:
+        before_blocks = max((i for i, item in enumerate(self.pipeline) if item.block_work), default=-1)
+        calibrated = {id(p) for i, p in enumerate(self.pipeline) if p.needs != "nothing" or i <= before_blocks}
+        for is_calibrated, items in groupby(self.pipeline, key=lambda p: id(p) in calibrated):
+            if is_calibrated:
                 self._sweep(tuple(items))
             else:
                 for item in items:
@@ -164,19 +171,42 @@ class _Run:
         facts: dict[str, dict[str, Facts]] = {item.name: {} for item in items}
         reasons: dict[str, dict[str, str]] = {item.name: {} for item in items}
         reasons[first.name] = skipped
+        by_group = [item for item in items if item.block_work is None]
+        by_block = [item for item in items if item.block_work is not None]
+        blocks: list[Block] = []
+        originals: dict[str, Tensor] = {}
+        if by_block:
+            blocks, no_block = find_blocks(self.program, groups)
+            in_blocks = {site.weight for block in blocks for site in block.sites}
+            alone = [replace(g, sites=tuple(s for s in g.sites if s.weight not in in_blocks)) for g in groups]
+            groups = [g for block in blocks for g in block.groups] + [g for g in alone if g.sites]
+            for item in by_block:
+                reasons[item.name] |= no_block
+
+        def rewrite_by(item: Pass, group: SiteGroup, context: GroupContext) -> None:
+            refused = {site.name: item.reason(site, self.program) for site in group.sites}
+            mine = tuple(site for site in group.sites if refused[site.name] is None)
+            reasons[item.name] |= {name: reason for name, reason in refused.items() if reason is not None}
+            if mine:
+                facts[item.name] |= _rewrite(item, self.program, SiteGroup(sites=mine), context)
 
         def rewrite(group: SiteGroup, statistics: tuple[InputStatistics, ...]) -> None:
             context = GroupContext(statistics=statistics, measure=self._validates)
-            for item in items:
-                refused = {site.name: item.reason(site, self.program) for site in group.sites}
-                mine = tuple(site for site in group.sites if refused[site.name] is None)
-                reasons[item.name] |= {name: reason for name, reason in refused.items() if reason is not None}
-                if mine:
-                    facts[item.name] |= _rewrite(item, self.program, SiteGroup(sites=mine), context)
+            for item in by_group:
+                rewrite_by(item, group, context)
+            if by_block:
+                originals.update(context.originals)
+
+        def rewrite_block(block: Block, run: BlockRun) -> None:
+            for item in by_block:
+                context = GroupContext(originals=originals, measure=self._validates, block=run)
+                rewrite_by(item, SiteGroup(sites=block.sites), context)
+            originals.clear()
 
         needs = max((item.needs for item in items), key=NEEDS_ORDER.index)
         title = "+".join(item.name for item in items)
-        with item_progress(self._progress, title, len(groups)) as advance:
+        num_steps = len(groups) + len(blocks) * sum(item.block_work.steps for item in by_block if item.block_work)
+        with item_progress(self._progress, title, num_steps) as advance:
             sweep(
                 self.program,
                 self._batches,
@@ -184,6 +214,8 @@ class _Run:
                 rewrite,
                 gram=needs == "gram",
                 compute=self._compute,
+                blocks=blocks,
+                rewrite_block=rewrite_block,
                 advance=advance,
             )
         finish(self.program)
@@ -191,9 +223,10 @@ class _Run:
         for index, item in enumerate(items):
             if index:
                 _require_work(item, list(facts[item.name]), reasons[item.name])
-            # Passes of one sweep are measured as if the later ones had not run: their branches are muted.
+            # Passes of one sweep are measured as if the later ones had not run: their branches are muted. What a later one
+            # has trained cannot be taken back, so that what came before it has no measurement of its own.
             with _muted_branches(self.program, facts, items[index + 1 :]):
-                measured = self._measure(item)
+                measured = None if any(later in by_block for later in items[index + 1 :]) else self._measure(item)
             self._record(item, facts[item.name], reasons[item.name], seconds, measured)
 
     def _validation_inputs(self) -> tuple[dict[str, Tensor], str]:

@@ -81,6 +81,8 @@ class SLoRB(Pass):
                 "pipeline",
                 "slorb needs what the masks drop, and fold has thrown it away; put slorb before fold",
             )
+        if any(p.name == "reconstruct" for p in before):
+            raise PassError(self.name, "pipeline", "reconstruct trains branches with the weights; put slorb before reconstruct")
         if not program.sparse and not any(p.name == "nm_sparsify" for p in before):
             raise PassError(self.name, "pipeline", "slorb adds to sparse layers, and there are none; put nm_sparsify before it")
         earlier = [p for p in before if p.name == self.name]

@@ -7,9 +7,10 @@ from sparsepass.passes.base import Pass
 from sparsepass.passes.fold import Fold
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (NMSparsify, SLoRB, LearnMasks, Fold)}
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)}
 """Name -> class. A new pass is one file, one line here, one test file."""
 
 

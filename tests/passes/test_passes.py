@@ -18,8 +18,9 @@ from sparsepass.passes.base import Facts, GroupContext, Needs, SiteGroup
 from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
-_BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "learn_masks": "nm_sparsify", "fold": "nm_sparsify"}
-_OPTIONS = {"slorb": "slorb{k=4}"}
+_BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "learn_masks": "nm_sparsify", "fold": "nm_sparsify", "reconstruct": ""}
+_OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
+_CALIBRATED = ("reconstruct",)
 _NAMES = [family.name for family in FAMILIES]
 
 
@@ -38,12 +39,13 @@ def _ready(name: str, pass_name: str) -> Program:
 @pytest.mark.parametrize("name", list(PASSES))
 def test_contract(name: str, family: str, tmp_path: Path) -> None:
     text = _OPTIONS.get(name, name)
-    (item,) = parse_pipeline(text)
-    assert parse_pipeline(pipeline_to_text([item])) == (item,)
+    *others, item = parse_pipeline(text)
+    assert parse_pipeline(pipeline_to_text([*others, item])) == (*others, item)
+    calibration = BY_NAME[family].inputs(4, 8) if name in _CALIBRATED else None
 
     before = _ready(family, name)
     reference = copy.deepcopy(before)
-    program = apply_passes(before, text)
+    program = apply_passes(before, text, calibration=calibration)
     assert _same(before, reference, family), "the given program was changed"
     assert before.history == reference.history
 
@@ -60,7 +62,7 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
     # A second run rewrites nothing: it says why, and leaves the program as it was.
     again = copy.deepcopy(program)
     with pytest.raises(PassError):
-        apply_passes(again, text, inplace=True)
+        apply_passes(again, text, calibration=calibration, inplace=True)
     assert _same(again, program, family)
     assert again.history == program.history
 
@@ -236,6 +238,16 @@ def _odd() -> nn.Module:
         ("nm_sparsify{criterion=wanda}", [], "empty"),
         ("nm_sparsify{criterion=wanda}", torch.zeros(4, dtype=torch.long), "shape"),
         ("nm_sparsify{criterion=wanda}", torch.full((2, 8), 10**6), "vocab"),
+        ("reconstruct", torch.ones(4, 8, dtype=torch.long), "same call as nm_sparsify"),
+        ("nm_sparsify,reconstruct", None, "needs calibration data"),
+        ("nm_sparsify,fold,reconstruct", torch.ones(4, 8, dtype=torch.long), "put it before fold"),
+        ("nm_sparsify,reconstruct,reconstruct", torch.ones(4, 8, dtype=torch.long), "twice"),
+        ("nm_sparsify,reconstruct,slorb{k=4}", torch.ones(4, 8, dtype=torch.long), "put slorb before reconstruct"),
+        ("nm_sparsify,reconstruct{batch_size=8}", torch.ones(4, 8, dtype=torch.long), "got 1 batch"),
+        ("nm_sparsify{criterion=wanda},learn_masks,reconstruct", torch.ones(4, 8, dtype=torch.long), "leave one of the two"),
+        ("nm_sparsify,reconstruct{lr=2}", None, "between 0 and 1"),
+        ("nm_sparsify,reconstruct{steps=0}", None, "at least 1"),
+        ("nm_sparsify,reconstruct{masks=soft}", None, "known: 'fixed', 'moving'"),
         (["nm_sparsify", "slorb{k=7}"], None, "not a multiple of k=7"),
         ("nm_sparsify{targets=model.layers.9}", None, "matches no layer"),
         ("nm_sparsify{pattern=2:5}", None, "not a multiple of 5"),
