@@ -10,6 +10,7 @@
 7. Traces of the machine that exported (file names in metadata) are removed.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
 
 from sparsepass.export.onnx_artifact import Array, OnnxGraph, OnnxValue, Role, Step, StoredWeight, apply_view
 
@@ -131,6 +132,8 @@ def _rename_weights(graph: ir.Graph, weight_names: Callable[[str], str | None]) 
 def _settle_layouts(model: ir.Model, names: set[str]) -> dict[str, tuple[str, tuple[Step, ...]]]:
     graph = model.graph
     views: dict[str, tuple[str, tuple[Step, ...]]] = {}
+    settled: list[str] = []
+    made: list[ir.Value] = []
     for name in sorted(names):
         value = graph.initializers[name]
         assert value.shape is not None
@@ -144,7 +147,7 @@ def _settle_layouts(model: ir.Model, names: set[str]) -> dict[str, tuple[str, tu
             continue
         tensor = value.const_value
         assert tensor is not None
-        made = []
+        settled.append(name)
         for number, (view, found) in enumerate(leaves.items()):
             stored = _viewed(tensor, view, sizes[view], name if len(leaves) == 1 else f"{name}.{number}")
             new = ir.Value(name=stored.name, shape=ir.Shape(sizes[view]), type=ir.TensorType(tensor.dtype), const_value=stored)
@@ -153,11 +156,12 @@ def _settle_layouts(model: ir.Model, names: set[str]) -> dict[str, tuple[str, tu
             views[stored.name] = (name, view)
             for leaf in found:
                 ir.convenience.replace_all_uses_with(leaf, new)
-        ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.RemoveUnusedNodesPass()(model)  # once for all weights: it walks the whole graph
+    for name in settled:
         graph.initializers.pop(name, None)
-        for new in made:
-            assert new.name is not None
-            graph.initializers[new.name] = new
+    for new in made:
+        assert new.name is not None
+        graph.initializers[new.name] = new
     return views
 
 
@@ -254,10 +258,30 @@ def _optimize(model: ir.Model, weights: set[str]) -> None:
     for name in weights & set(model.graph.initializers):
         value = model.graph.initializers[name]
         hidden[value], value.const_value = value.const_value, None
-    optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
+    with _linear_rules():
+        optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
     for value, tensor in hidden.items():
         value.const_value = tensor
     ir_passes.RemoveUnusedNodesPass()(model)
+
+
+@contextlib.contextmanager
+def _linear_rules() -> Iterator[None]:
+    """Leave out the optimizer's rules whose pattern has several outputs (in onnxscript 0.7: Slice, Slice -> Split).
+
+    Its matcher looks for each of those at every node of the graph in every other node: a third of the export of a model of
+    30 layers. If onnxscript moves its list of rules, exports are slower and otherwise nearly the same.
+    """
+    original = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if original is None:
+        yield
+        return
+    rules = tuple(rule for rule in original if getattr(rule._target_pattern, "has_single_output_node", True))
+    rewriter._DEFAULT_REWRITE_RULES = rules
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = original
 
 
 def _name_axes(graph: ir.Graph, axis_names: Mapping[str, tuple[str | None, ...]], fixed: Mapping[str, str]) -> None:
