@@ -11,8 +11,20 @@ import torch
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.precision import fast_low_precision
 
-Method = Literal["ast", "cast", "fixed"]
+Method = Literal["ast", "cast", "fixed", "maskllm"]
 Settings = TypeVar("Settings")
+_BY_METHOD: dict[str, dict[str, Any]] = {
+    "lr": {"maskllm": 5e-4, "": 2e-4},
+    "min_lr": {"maskllm": 5e-5, "": 2e-5},
+    "weight_decay": {"maskllm": 0.1, "": 0.0},
+    "behind": {"maskllm": "original", "": "clipped"},
+}
+"""Defaults that depend on the method; the last one is that of all others."""
+
+
+def _by_method() -> Any:
+    """A field whose default is in `_BY_METHOD`."""
+    return dataclasses.field(default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,28 +36,33 @@ class RetrainConfig:
 
     Attributes:
         method: ``ast``: masks move, masked weights fade (AST); ``cast``: the forward stays dense and an optimizer drives
-            weights to zero (CAST); ``fixed``: the mask stays as it is and what is behind it does not train.
+            weights to zero (CAST); ``fixed``: the mask stays as it is and what is behind it does not train; ``maskllm``: masks
+            are learned over weights that stay as they are (MaskLLM), after the pass learn_masks.
         max_steps: Optimizer steps; this or max_tokens.
         max_tokens: Tokens to train on at most, over all processes; the run is as many whole steps as fit in.
         batch_size: Sequences per optimizer step, over all processes.
         micro_batch_size: Sequences that a process runs at once; the rest is accumulated. None: all of its share.
         optimizer: ``adamw`` or ``sgd``, each in AST's form. CAST brings its own.
-        lr: Peak learning rate.
-        min_lr: Where its descent ends, before the line to zero.
+        lr: Peak learning rate. None: 2e-4; 5e-4 for maskllm.
+        min_lr: Where its descent ends, before the line to zero. None: 2e-5; 5e-5 for maskllm.
         lr_shape: ``cosine``, ``linear`` or ``constant``, between warm-up and the line to zero.
         warmup: Steps (1 or more) or fraction of the run (below 1) of the rise to the peak.
         final_linear: Fraction of the run over which the rate goes to zero at the end.
         betas: Decay rates of AdamW's moments.
         eps: AdamW's.
         momentum: SGD's.
-        weight_decay: Decoupled decay of matrices (tensors of two or more dimensions).
+        weight_decay: Decoupled decay of matrices (tensors of two or more dimensions). None: 0; 0.1 for maskllm.
         clip_grad_norm: Gradients are scaled to at most this norm; None for no limit.
         decay: Largest decay of masked weights (lambda); CAST's size of the L1 term.
         decay_warmup: Steps (1 or more) or fraction of the run (below 1) over which the decay grows (T0).
-        mask_interval: Optimizer steps between two refreshes of the masks.
+        mask_interval: Optimizer steps between two refreshes of the masks; maskllm refreshes them before a validation too, and
+            only looks at them.
         freeze_masks_after: Fraction of the run after which masks stay as they are.
         behind: What stands behind the masks at the start: ``original`` (what the program has there), ``zeros``, ``clipped``
-            (see `sparsepass.retrain.masks.put_behind`), or a factor.
+            (see `sparsepass.retrain.masks.put_behind`), or a factor. None: clipped; original for maskllm.
+        mask_scale: maskllm: what the logits are multiplied by (kappa), at the first and the last step; a line in between.
+        mask_temperature: maskllm: temperature of the soft masks (tau), at the first and the last step; a line in between.
+        mask_norm: maskllm: reward of the kept weights' squared norm (lambda) at the first step; it goes to zero in a line.
         kd_weight: Weight of the KL divergence to the teacher; the rest is cross-entropy with the text.
         temperature: Of the distillation.
         hidden_weight: Weight of the mean squared error of each block's output to the teacher's; 0 is off.
@@ -71,21 +88,24 @@ class RetrainConfig:
     batch_size: int = 128
     micro_batch_size: int | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 2e-4
-    min_lr: float = 2e-5
+    lr: float = _by_method()
+    min_lr: float = _by_method()
     lr_shape: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     final_linear: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.0
-    weight_decay: float = 0.0
+    weight_decay: float = _by_method()
     clip_grad_norm: float | None = 1.0
     decay: float = 1e-4
     decay_warmup: float = 0.25
     mask_interval: int = 10
     freeze_masks_after: float = 1.0
-    behind: Literal["original", "zeros", "clipped"] | float = "clipped"
+    behind: Literal["original", "zeros", "clipped"] | float = _by_method()
+    mask_scale: tuple[float, float] = (100.0, 500.0)
+    mask_temperature: tuple[float, float] = (4.0, 0.05)
+    mask_norm: float = 1e-5
     kd_weight: float = 0.67
     temperature: float = 2.0
     hidden_weight: float = 0.0
@@ -103,6 +123,9 @@ class RetrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, values in _BY_METHOD.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values.get(self.method, values[""]))
         if self.max_steps is None and self.max_tokens is None:
             raise SparsepassError("a training run needs a length: give max_steps or max_tokens")
         for name in ("max_steps", "max_tokens", "batch_size", "micro_batch_size", "mask_interval", "validate_every",
@@ -114,7 +137,7 @@ class RetrainConfig:
             choices = get_args(get_type_hints(RetrainConfig)[name])
             if getattr(self, name) not in choices:
                 raise SparsepassError(f"{name} expects one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("lr", "min_lr", "warmup", "eps", "weight_decay", "decay", "decay_warmup", "hidden_weight"):
+        for name in ("lr", "min_lr", "warmup", "eps", "weight_decay", "decay", "decay_warmup", "hidden_weight", "mask_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise SparsepassError(f"{name} expects a number of at least 0, got {getattr(self, name)!r}")
         for name in ("final_linear", "freeze_masks_after", "kd_weight"):
@@ -132,6 +155,14 @@ class RetrainConfig:
             raise SparsepassError(f"momentum expects a number from 0 to below 1, got {self.momentum}")
         if self.behind not in ("original", "zeros", "clipped") if isinstance(self.behind, str) else not 0 <= self.behind <= 1:
             raise SparsepassError(f"behind expects original, zeros, clipped or a factor from 0 to 1, got {self.behind!r}")
+        for name in ("mask_scale", "mask_temperature"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or not all(0 < end < float("inf") for end in ends):
+                raise SparsepassError(f"{name} expects two numbers above 0, at the first and the last step, got {ends}")
+        if self.method == "maskllm" and (self.behind != "original" or self.freeze_masks_after != 1):
+            raise SparsepassError(
+                "method maskllm chooses among all weights as they are, to the end: leave out behind and freeze_masks_after"
+            )
 
     def resolve(self, device: torch.device | str) -> "RetrainConfig":
         """The same settings, with ``dtype: auto`` decided for a device."""

@@ -23,13 +23,14 @@ from sparsepass.retrain.config import RetrainConfig, steps_of
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.data_sequences import Batch
 from sparsepass.retrain.diagnose import NonFiniteLossError, first_not_finite
+from sparsepass.retrain.learned_masks import frozen_digest
 from sparsepass.retrain.metrics import MetricsFile
 from sparsepass.retrain.objective import IGNORED, Distillation, next_token_targets
 from sparsepass.retrain.online import OnlineParts, online_teacher
 from sparsepass.retrain.processes import any_process, together
 from sparsepass.retrain.progress import ProgressLine, memory_bytes
 from sparsepass.retrain.random_states import random_states, set_random_states
-from sparsepass.retrain.schedule import annealed_decay, learning_rate
+from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
 from sparsepass.retrain.signals import StopSignals
 from sparsepass.retrain.teacher import Teacher
 from sparsepass.retrain.trackers import tracking
@@ -55,7 +56,7 @@ def retrain(
     inplace: bool = False,
     progress: bool = True,
 ) -> Program:
-    """Train a sparse program against its dense teacher (AST and its relatives).
+    """Train a sparse program against its dense teacher: its weights (AST and its relatives) or its masks (MaskLLM).
 
     Run it in one process, or in several that `accelerate launch` or torchrun started: the numbers are the same.
 
@@ -82,7 +83,7 @@ def retrain(
         NonFiniteLossError: If the loss or a gradient is not finite; the checkpoints before are intact.
         TrainingStoppedError: If SIGTERM or Ctrl-C came; the run was saved and goes on when it is started again.
 
-    Source: AST, arXiv 2407.20584; CAST, arXiv 2509.25996.
+    Source: AST, arXiv 2407.20584; CAST, arXiv 2509.25996; MaskLLM, arXiv 2409.17481.
 
     Exactness: a run that was interrupted and resumed is bit-equal to one that was not, on the same number of processes.
     """
@@ -165,19 +166,21 @@ def retrain(
                 _refresh(trainee, state, accelerator, config, num_steps)
             batch = data.train.take(config.batch_size, rows=plan.rows(accelerator.process_index))
             sums = _gradients(trainee, guide, batch, plan, config, accelerator)
+            trainee.learned.reward_norm(straight(step, num_steps=num_steps, start=config.mask_norm, end=0.0))
             norm = _check(trainee, guide, batch, sums, step, config, accelerator)
             trainee.optimizer.step()
             trainee.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             state.num_tokens += plan.num_tokens(data.train.shape.context)
-            if config.method == "ast" and state.step % config.mask_interval == 0:
+            moves = config.method == "ast" and state.step % config.mask_interval == 0
+            if moves or (config.method == "maskllm" and plan.looks(state.step, num_steps, config)):
                 _refresh(trainee, state, accelerator, config, num_steps)
             seconds = time.perf_counter() - began
             state.seconds += seconds
             values = {
                 "step": state.step, "tokens": state.num_tokens, **sums.means(), "grad_norm": norm, "lr": lr,
                 "decay": trainee.optimizer.param_groups[0].get("decay", 0.0), "flip_rate": state.flip_rate,
-                "flips_since_first": state.flips_since_first, "seconds": seconds,
+                "flips_since_first": state.flips_since_first, **state.settled(), "seconds": seconds,
                 "tokens_per_second": plan.num_tokens(data.train.shape.context) / seconds, "memory_bytes": memory_bytes(),
             }  # fmt: skip
             if state.step % config.log_every == 0 or state.step == num_steps:
@@ -220,6 +223,10 @@ class _Plan:
     micro: int
     validate_every: int
     checkpoint_every: int
+
+    def looks(self, step: int, num_steps: int, config: RetrainConfig) -> bool:
+        """Whether learned masks are refreshed after this step: nothing in training reads them."""
+        return step % config.mask_interval == 0 or step % self.validate_every == 0 or step == num_steps
 
     def rows(self, rank: int) -> slice:
         return slice(rank * self.share, (rank + 1) * self.share)
@@ -264,6 +271,8 @@ class _State:
     flip_rate: float = 0.0
     flips_since_first: float = 0.0
     last_validation: float | None = None
+    decided: float | None = None
+    kept_norm: float | None = None
 
     def __post_init__(self) -> None:
         self.flips_by_layer: dict[str, float] = {}
@@ -271,14 +280,19 @@ class _State:
         self.validations: list[dict[str, float | None]] = []
 
     _SAVED = ("step", "num_tokens", "seconds", "flip_rate", "flips_since_first", "flips_by_layer", "since_first_by_layer",
-              "validations")  # fmt: skip
+              "validations", "decided", "kept_norm")  # fmt: skip
+
+    def settled(self) -> dict[str, float]:
+        """What is known of learned masks."""
+        known = {"decided": self.decided, "kept_norm": self.kept_norm}
+        return {name: value for name, value in known.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         return {"state": {name: getattr(self, name) for name in self._SAVED}}
 
     def read(self, saved: Mapping[str, Any]) -> None:
         for name in self._SAVED:
-            setattr(self, name, saved["state"][name])
+            setattr(self, name, saved["state"].get(name, getattr(self, name)))
 
 
 @dataclass(kw_only=True)
@@ -311,6 +325,11 @@ def _set_schedule(trainee: Trainee, config: RetrainConfig, step: int, num_steps:
             group["decay"] = annealed_decay(step, decay=config.decay, decay_steps=steps_of(config.decay_warmup, num_steps))
         if config.method == "cast":
             group["progress"] = step / num_steps
+    trainee.learned.draw(
+        step,
+        scale=straight(step, num_steps=num_steps, start=config.mask_scale[0], end=config.mask_scale[1]),
+        temperature=straight(step, num_steps=num_steps, start=config.mask_temperature[0], end=config.mask_temperature[1]),
+    )
     return lr
 
 
@@ -403,6 +422,10 @@ def _refresh(trainee: Trainee, state: _State, accelerator: Accelerator, config: 
         state.flips_by_layer[name], state.since_first_by_layer[name] = of_last / of_all, of_first / of_all
         last, first, entries = last + of_last, first + of_first, entries + of_all
     state.flip_rate, state.flips_since_first = last / entries, first / entries
+    if known := trainee.learned.settled():
+        numbers = [sum(getattr(one, name) for one in known) for name in ("num_decided", "num_groups", "kept", "whole")]
+        decided, groups, kept, whole = parallel.total(accelerator, *numbers) if not _replicated(trainee) else numbers
+        state.decided, state.kept_norm = decided / groups, kept / whole
 
 
 def _replicated(trainee: Trainee) -> bool:
@@ -447,7 +470,8 @@ def _fingerprint(program: Program, config: RetrainConfig, num_steps: int) -> dic
     """What tells this run from another one."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     weights = {name: list(program.tensor(name).shape) for name in program.sparse}
-    return {"settings": settings, "num_steps": num_steps, "recipe": program.recipe, "sparse_weights": weights}
+    found = {"settings": settings, "num_steps": num_steps, "recipe": program.recipe, "sparse_weights": weights}
+    return found | ({"frozen_weights": frozen_digest(program)} if config.method == "maskllm" else {})
 
 
 def _resume(
@@ -509,4 +533,5 @@ def _record(
         "validations": state.validations,
         "flips_since_first": state.flips_since_first,
         "flips_since_first_by_layer": state.since_first_by_layer,
+        **state.settled(),
     }

@@ -1,4 +1,4 @@
-"""Masks that move while a program is trained: magnitude N:M of the dense weights, refreshed now and then.
+"""Masks that move while a program is trained: magnitude N:M of the dense weights, or learned; refreshed now and then.
 
 Everything here works on what a process holds of a weight: of sharded ones its own shard, which holds whole groups.
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sparsepass.graph import Site, SparsepassError
+from sparsepass.graph.soft_masks import hard_mask
 from sparsepass.passes.pattern import NMPattern, keep_largest, num_violations
 
 # Weights per piece: on a processor, what a piece needs should fit in its cache; on a GPU it bounds the memory.
@@ -28,12 +29,14 @@ class MaskedSite:
         pattern: Its N:M pattern.
         weight: The dense weight, trained as a whole.
         mask: True where it is kept; shaped and sharded like the weight.
+        logits: Of each group's candidate masks, where the mask is learned; sharded by rows, as the weight is.
     """
 
     site: Site
     pattern: NMPattern
     weight: Tensor
     mask: Tensor
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +69,12 @@ class MovingMasks:
 
     @torch.no_grad()
     def refresh(self) -> dict[str, Flips]:
-        """Set every mask to the N:M of largest magnitude of its weight; ties go to the lowest index.
+        """Set every mask to the N:M of largest magnitude of its weight, or of its largest logits; ties go to the lowest index.
 
         Returns:
             The flips of each site, counted in this process's shards.
 
-        Source: AST, arXiv 2407.20584, section 3.
+        Source: AST, arXiv 2407.20584, section 3; MaskLLM, arXiv 2409.17481, section 3.
         """
         return {name: Flips(**_refresh(known, self.first[name])) for name, known in self.sites.items()}
 
@@ -94,6 +97,13 @@ class MovingMasks:
 
 def _refresh(known: MaskedSite, first: Tensor) -> dict[str, int]:
     weight, mask = local(known.weight), local(known.mask)
+    if known.logits is not None:
+        moved = mask.movedim(known.site.nm_axis, -1)
+        kept = hard_mask(local(known.logits), known.pattern.n, known.pattern.m)
+        changed = int((kept != moved).sum())
+        moved.copy_(kept)
+        from_first = int(_count_bits(pack(mask) ^ first))
+        return {"since_last": changed, "since_first": from_first, "num_entries": mask.numel()}
     changed = 0
     weight_OI, mask_OI = known.site.to_matrix(weight), known.site.to_matrix(mask)
     for weight_piece, mask_piece in _pieces(weight_OI, mask_OI):

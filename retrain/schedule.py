@@ -40,6 +40,15 @@ def learning_rate(
     return peak + (end - peak) * share
 
 
+def straight(step: int, *, num_steps: int, start: float, end: float) -> float:
+    """Return what goes in a line from ``start`` at the first step to ``end`` at the last.
+
+    >>> [straight(step, num_steps=5, start=4.0, end=0.0) for step in range(5)]
+    [4.0, 3.0, 2.0, 1.0, 0.0]
+    """
+    return start + (end - start) * step / max(num_steps - 1, 1)
+
+
 def annealed_decay(step: int, *, decay: float, decay_steps: int) -> float:
     """Return the decay of masked weights: up in a line to ``decay`` over ``decay_steps``, then constant.
 

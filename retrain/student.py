@@ -6,7 +6,7 @@ Tensor shape legend: B batch, T tokens, H hidden features.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,8 +231,13 @@ def set_behind(program: Program, behind: "str | float") -> None:
         tensor.copy_(site.from_matrix(put_behind(matrix_OI, mask_OI, behind, pattern)))
 
 
-def choose_trained(program: Program, frozen: Iterable[str]) -> list[str]:
+def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str] | None = None) -> list[str]:
     """Ask for the gradients of all floating-point parameters but the frozen ones.
+
+    Args:
+        program: Its parameters are told.
+        frozen: Names or globs.
+        only: If given, all others are frozen too.
 
     Returns:
         Names of the trained parameters.
@@ -250,6 +255,7 @@ def choose_trained(program: Program, frozen: Iterable[str]) -> list[str]:
     trained = []
     for name, parameter in parameters.items():
         wanted = parameter.is_floating_point() and not any(_named(name, pattern, program) for pattern in patterns)
+        wanted = wanted and (only is None or name in only)
         parameter.requires_grad_(wanted)
         if wanted:
             if parameter.dtype not in (torch.float32, torch.float64):

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsepass.graph import Program
+from sparsepass.graph.rewrite import detach_logits, finish
 from sparsepass.retrain import parallel
 from sparsepass.retrain.cast import attach_scales, fold_scales
 from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.learned_masks import LearnedMasks, LearnedSite, check_method
 from sparsepass.retrain.masks import MaskedSite, MovingMasks, local
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW, MaskedOptimizer
 from sparsepass.retrain.student import Slots, Student, choose_trained, halves, masked_sites, set_behind
@@ -32,6 +34,7 @@ class Trainee:
         masks: Moved by `refresh`.
         forward_masks: Weight name -> the mask that the forward pass reads, where that is not the one that moves (CAST).
         scales: Weight name -> name of CAST's scales.
+        learned: The masks that are learned; empty where the method learns none.
     """
 
     program: Program
@@ -43,6 +46,7 @@ class Trainee:
     masks: MovingMasks
     forward_masks: Mapping[str, Tensor]
     scales: dict[str, str]
+    learned: LearnedMasks
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name; sharded where the training is."""
@@ -59,7 +63,8 @@ class Trainee:
             for name, mask in self.forward_masks.items():
                 local(mask).copy_(local(self.masks.sites[name].mask))
         try:
-            yield
+            with self.learned.hard():
+                yield
         finally:
             for mask in self.forward_masks.values():
                 local(mask).fill_(True)
@@ -72,13 +77,20 @@ class Trainee:
 
     @torch.no_grad()
     def give_back(self) -> Program:
-        """Put trained weights and masks into the program, whole, on every process."""
+        """Put trained weights and masks into the program, whole, on every process; of learned masks the hard ones remain."""
+        states = [self.program.sparse[name].learned for name in self.learned.sites]
+        left = {name for state in states if state is not None for name in (state.logits, state.control)}
         for name in self.slots:
+            if name in left:
+                continue
             self.program.set_tensor(name, _like(self.program.tensor(name), parallel.whole(self.slots[name])))
         for name, known in self.masks.sites.items():
             mask = self.program.sparse[name].mask
             assert mask is not None
             self.program.set_tensor(mask, parallel.whole(known.mask).detach().clone())
+        for name in self.learned.sites:
+            detach_logits(self.program, name)
+        finish(self.program)
         if self.scales:
             fold_scales(self.program, self.scales, {name: known.site for name, known in self.masks.sites.items()})
         return self.program
@@ -93,13 +105,16 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
         accelerator: Process and device.
 
     Raises:
-        SparsepassError: If the program has no masks, is no causal language model, or is not float32.
+        SparsepassError: If the program has no masks, is no causal language model, is not float32, or does not fit the method.
     """
+    check_method(program, config.method)
     program.to(accelerator.device)
     set_behind(program, config.behind)
     sites = masked_sites(program)
     scales = attach_scales(program, [site for site, _, _ in sites.values()]) if config.method == "cast" else {}
-    names = choose_trained(program, config.frozen)
+    learned = {name: state.learned for name, state in program.sparse.items() if state.learned is not None}
+    only = {state.logits for state in learned.values()} if config.method == "maskllm" else None
+    names = choose_trained(program, config.frozen, only)
     parts = halves(program)
     student = Student(parts, config)
     slots = Slots(program, (student,))
@@ -120,13 +135,22 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     trained = {name: slots[name] for name in names if name in slots}
     moving: dict[str, MaskedSite] = {}
     forward_masks: dict[str, Tensor] = {}
+    learning: dict[str, LearnedSite] = {}
     for name, (site, pattern, mask_name) in sites.items():
         moved = slots[mask_name]
         if config.method == "cast":
             forward_masks[name] = moved
             moved = moved.detach().clone()
             local(forward_masks[name]).fill_(True)
-        moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved)
+        logits = None
+        if config.method == "maskllm":
+            if name not in learned:
+                continue
+            logits, control = slots[learned[name].logits], slots[learned[name].control]
+            learning[name] = LearnedSite(
+                site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits, control=control
+            )
+        moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits)
     masks = {known.weight: known.mask for known in moving.values() if known.weight.requires_grad}
     optimizer = _optimizer(config, trained, masks)
     optimizer.initialize()
@@ -140,6 +164,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
         masks=MovingMasks(moving),
         forward_masks=forward_masks,
         scales=scales,
+        learned=LearnedMasks(learning, seed=config.seed),
     )
 
 

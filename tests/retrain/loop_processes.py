@@ -106,7 +106,9 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_weight": 0.1},
     "llama cast": {"method": "cast", "decay": 1e-3},
     "gpt2": {"micro_batch_size": 2},
-}
+    "gpt2 maskllm": {"recipe": "nm_sparsify,learn_masks{alpha=1.0}", "method": "maskllm", "lr": 5e-3, "behind": "original",
+                     "mask_norm": 1e-2, "micro_batch_size": 2},
+}  # fmt: skip
 
 
 def numbers(folder: Path) -> None:
@@ -129,7 +131,9 @@ def numbers(folder: Path) -> None:
     for kind in ("one", "ddp", "fsdp"):
         if kind == "one":
             for name, options in NUMBERS.items():
-                run(name.split()[0], double=True, max_steps=1, **{k: v for k, v in options.items() if k == "method"})
+                run(
+                    name.split()[0], double=True, max_steps=1, **{k: v for k, v in options.items() if k in ("method", "recipe")}
+                )
         wait(fork(act(kind), 1 if kind == "one" else 2, folder / kind))
 
 
@@ -165,17 +169,22 @@ def refusals(folder: Path, kind: str) -> None:
 
 
 def killed_run(kind: str) -> Callable[[Path], Program]:
-    options: dict[str, Any] = {"parallel": kind if kind != "one" else "auto", "max_steps": KILLED_STEPS, "checkpoint_every": 2}
+    options: dict[str, Any] = {"parallel": kind if kind in ("ddp", "fsdp") else "auto"}
+    options |= {"max_steps": KILLED_STEPS, "checkpoint_every": 2}
+    if kind == "maskllm":
+        options |= {key: value for key, value in NUMBERS["gpt2 maskllm"].items() if key != "micro_batch_size"}
     name = "gpt2" if kind == "fsdp" else "llama"
     return lambda folder: run(name, folder, **options)
 
 
 def kills(folder: Path) -> None:
     found: dict[str, Any] = {}
-    for kind in ("one", "ddp", "fsdp"):
-        act, num_processes, place = killed_run(kind), 1 if kind == "one" else 2, folder / kind
+    for kind in ("one", "ddp", "fsdp", "maskllm"):
+        act, num_processes, place = killed_run(kind), 2 if kind in ("ddp", "fsdp") else 1, folder / kind
         if kind in ("one", "fsdp"):
             run("gpt2" if kind == "fsdp" else "llama", max_steps=1)  # so that the exports are there before the forks
+        if kind == "maskllm":
+            run("llama", max_steps=1, recipe=NUMBERS["gpt2 maskllm"]["recipe"], method=kind, behind="original")
 
         def finish(rank: int, into: str, act: Callable[[Path], Program] = act, place: Path = place) -> None:
             trained = act(place / into)

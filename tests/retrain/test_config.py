@@ -31,12 +31,17 @@ from sparsepass.retrain.config import RetrainConfig, steps_of
         ({"clip_grad_norm": 0.0}, "clip_grad_norm expects a number above 0 or null, got 0.0"),
         ({"behind": 2.0}, "behind expects original, zeros, clipped or a factor from 0 to 1, got 2.0"),
         ({"behind": "noise"}, "behind expects original, zeros, clipped or a factor from 0 to 1, got 'noise'"),
-        ({"method": "srste"}, "method expects one of ast, cast, fixed, got 'srste'"),
+        ({"method": "srste"}, "method expects one of ast, cast, fixed, maskllm, got 'srste'"),
         ({"optimizer": "adam"}, "optimizer expects one of adamw, sgd, got 'adam'"),
         ({"lr_shape": "step"}, "lr_shape expects one of cosine, linear, constant, got 'step'"),
         ({"dtype": "float16"}, "dtype expects one of auto, bfloat16, float32, got 'float16'"),
         ({"parallel": "dp"}, "parallel expects one of auto, ddp, fsdp, got 'dp'"),
         ({"betas": (0.9, 1.0)}, r"betas expects two numbers from 0 to below 1, got \(0.9, 1.0\)"),
+        ({"mask_scale": (100.0, 0.0)}, r"mask_scale expects two numbers above 0, .* got \(100.0, 0.0\)"),
+        ({"mask_temperature": (1.0,)}, r"mask_temperature expects two numbers above 0, .* got \(1.0,\)"),
+        ({"mask_norm": -1.0}, "mask_norm expects a number of at least 0, got -1.0"),
+        ({"method": "maskllm", "behind": "zeros"}, "maskllm chooses among all weights as they are, .* leave out behind"),
+        ({"method": "maskllm", "freeze_masks_after": 0.5}, "leave out behind and freeze_masks_after"),
         ({"momentum": 1.0}, "momentum expects a number from 0 to below 1, got 1.0"),
     ],
 )
@@ -56,13 +61,22 @@ def test_settings_of_a_recipe() -> None:
     assert RetrainConfig.from_mapping(dataclasses.asdict(found)) == found
 
 
+def test_defaults_that_depend_on_the_method() -> None:
+    names = ("lr", "min_lr", "weight_decay", "behind")
+    of_masks = RetrainConfig(max_steps=1, method="maskllm")
+    assert [getattr(of_masks, name) for name in names] == [5e-4, 5e-5, 0.1, "original"]
+    assert [getattr(RetrainConfig(max_steps=1), name) for name in names] == [2e-4, 2e-5, 0.0, "clipped"]
+    assert RetrainConfig(max_steps=1, method="maskllm", lr=0.1).lr == 0.1
+    assert dataclasses.replace(of_masks, max_steps=2).lr == 5e-4
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"max_step": 3}, "recipe.yaml: there is no setting 'max_step'; did you mean 'max_steps'?"),
         ({"max_steps": 3, "colour": "red"}, r"recipe.yaml: there is no setting 'colour' \(there are \['method'"),
         ({"max_steps": "many"}, "recipe.yaml: max_steps: .*, got 'many'"),
-        ({"max_steps": 3, "method": "srste"}, "recipe.yaml: method: .*'ast', 'cast' or 'fixed', got 'srste'"),
+        ({"max_steps": 3, "method": "srste"}, "recipe.yaml: method: .*'ast', 'cast', 'fixed' or 'maskllm', got 'srste'"),
         ({}, "a training run needs a length"),
     ],
 )

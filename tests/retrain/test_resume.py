@@ -227,7 +227,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["one", "ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["one", "ddp", "fsdp", "maskllm"])
 def test_a_run_killed_again_and_again_ends_bit_equal(killed: dict[str, Any], kind: str) -> None:
     found = killed[kind]
     assert found["whole"]["digest"] == found["killed"]["digest"]
