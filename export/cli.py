@@ -9,10 +9,12 @@ from sparsepass.export import cli_support as support
 from sparsepass.export import cli_tensorrt as tensorrt
 from sparsepass.export import cli_torch as torch
 from sparsepass.export.cli_check import compare_command, eval_command
+from sparsepass.export.cli_criteria import criteria_command
 from sparsepass.export.cli_masks import masks_command
 from sparsepass.export.cli_plan import plan_command
 from sparsepass.export.cli_report import report_command
 from sparsepass.export.cli_retrain import retrain_command, run_command
+from sparsepass.export.cli_sensitivity import sensitivity_command
 from sparsepass.export.cli_verify import verify_command
 
 if TYPE_CHECKING:
@@ -221,6 +223,8 @@ app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(supp
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
 app.command("masks", short_help="Write, show or compare masks apart from the weights.")(support.clean(masks_command))
+app.command("criteria", short_help="Compare pruning criteria on a model, on one calibration.")(support.clean(criteria_command))
+app.command("sensitivity", short_help="Which layers should stay dense?")(support.clean(sensitivity_command))
 app.command("report", short_help="Show a report, and render its pages anew.")(support.clean(report_command))
 
 export_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

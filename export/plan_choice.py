@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sparsepass.export.plan_model import Layer, ModelShape
@@ -70,12 +70,20 @@ def matmul_of(layer: Layer, refused: Ineligible | None, dtype: Dtype, slorb_k: i
 
 
 def ignore_list(shape: ModelShape, chosen: Collection[str]) -> tuple[str, ...]:
-    """Patterns that leave exactly those layers dense which the passes would take and the plan does not choose.
+    """Patterns that leave exactly those layers dense which the passes would take and the plan does not choose."""
+    return ignore_patterns(takes(shape), chosen)
+
+
+def ignore_patterns(able: Sequence[Site], chosen: Collection[str]) -> tuple[str, ...]:
+    """Patterns that leave exactly those of some sites dense that are not chosen.
 
     One pattern serves for all layers of a stack: a glob where that suffices, a regular expression where the glob would match
     more, and names where only some of the stack are left out.
+
+    Args:
+        able: The sites that a pass takes if it is given nothing to ignore.
+        chosen: Names of those that it should take.
     """
-    able = takes(shape)
     leave = {site.name for site in able if site.name not in chosen}
     groups: dict[str, set[str]] = {}
     for site in able:

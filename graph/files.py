@@ -45,6 +45,24 @@ def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file beside its place and move it over what stands there, so that it is never half there.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder, "a.txt"), "new")
+        ...     Path(folder, "a.txt").read_text()
+        'new'
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def check_free(out: str | Path, *, force: bool = False) -> None:
     """Raise unless a folder can be written at ``out``: nothing there, an empty folder, or any folder with ``force``.
 

@@ -88,7 +88,21 @@ def test_every_target_has_a_file_a_test_and_its_documentation() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["plan", "prune", "retrain", "run", "export", "eval", "compare", "verify", "masks", "report"]
+    "command",
+    [
+        "plan",
+        "prune",
+        "retrain",
+        "run",
+        "export",
+        "eval",
+        "compare",
+        "verify",
+        "masks",
+        "criteria",
+        "sensitivity",
+        "report",
+    ],
 )
 def test_every_option_is_documented(command: str) -> None:
     from typer.main import get_command
