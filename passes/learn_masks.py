@@ -94,6 +94,10 @@ class LearnMasks(Pass):
             raise PassError(
                 self.name, "pipeline", "slorb fits what the masks drop, which is not settled yet; learn the masks first"
             )
+        if any(p.name == "reconstruct" for p in before) or any(r.text.startswith("reconstruct") for r in program.history):
+            raise PassError(
+                self.name, "pipeline", "masks are learned over the original weights, and reconstruct changes them; leave it out"
+            )
         changed = [p for p in before if isinstance(p, NMSparsify) and _changes_weights(p)]
         changed += [p for p in _earlier(program) if _changes_weights(p)]
         if changed:

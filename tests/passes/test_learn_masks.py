@@ -178,12 +178,17 @@ def test_each_layer_starts_the_same_whatever_is_learned_besides() -> None:
         ("nm_sparsify,learn_masks,learn_masks", None, "learned already"),
         ("nm_sparsify,slorb{k=4},learn_masks", None, "learn the masks first"),
         ("nm_sparsify,learn_masks", BATCHES, r"write nm_sparsify\{criterion=sparsegpt,compensate=false\}"),
+        (
+            "nm_sparsify{criterion=magnitude},reconstruct{steps=1},learn_masks",
+            BATCHES,
+            "reconstruct changes them; leave it out",
+        ),
         ("nm_sparsify,learn_masks{alpha=-1.0}", None, "alpha expects a number of at least 0"),
         ("nm_sparsify,learn_masks{init_std=0.0}", None, "init_std expects a number above 0"),
         (
             "nm_sparsify{targets=model.layers.0.mlp.*},learn_masks{targets=model.layers.1.*}",
             None,
-            "no layer can be rewritten .*nm_sparsify left it alone",
+            "no layer can be rewritten .*not among the targets",
         ),
     ],
 )
