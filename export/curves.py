@@ -8,7 +8,7 @@ NUM_POINTS: Final = 200
 """Points of a curve in the report; `metrics.jsonl` in the run folder has every step."""
 
 _MEANS: Final = ("loss", "kl", "ce", "grad_norm", "flip_rate", "tokens_per_second")
-_LASTS: Final = ("step", "tokens", "lr", "decay", "flips_since_first", "memory_bytes")
+_LASTS: Final = ("step", "tokens", "lr", "decay", "flips_since_first", "decided", "kept_norm", "memory_bytes")
 
 
 def retraining_run(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

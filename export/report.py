@@ -99,7 +99,8 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
             meaning="one entry for each time the program was trained: `method`, `settings`, `num_steps`, `num_tokens`, "
             "`seconds`, `tokens_per_second`, `step_of_weights` (the step whose weights were kept), `teacher`, `data`, "
             "`validations`, `flips_since_first` (share of all mask entries that differ from the first mask), "
-            "`flips_by_layer` (the same, weight by weight), `curve` (column -> at most 200 values)",
+            "`flips_by_layer` (the same, weight by weight), `decided` and `kept_norm` (of learned masks), "
+            "`curve` (column -> at most 200 values)",
         ),
     },
     "accuracy": {
@@ -211,6 +212,8 @@ _ENTRIES: Final[Mapping[tuple[str, str], Mapping[str, Field]]] = {
         "validations": Field(kind="list", meaning=""),
         "flips_since_first": Field(kind="number", meaning=""),
         "flips_by_layer": Field(kind="object", meaning=""),
+        "decided": Field(kind="number", meaning="", optional=True),
+        "kept_norm": Field(kind="number", meaning="", optional=True),
         "curve": Field(kind="object", meaning=""),
     },
     ("accuracy", "measurements"): {

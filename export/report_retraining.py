@@ -60,8 +60,16 @@ def training_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{run['seconds'] / 60:.1f} minutes of training, {run['tokens_per_second']:,.0f} tokens a second"),
     ]
     facts += _validation_facts(run)
-    if run["method"] == "ast":
+    if run["method"] in ("ast", "maskllm"):
         facts.append(("masks", f"{100 * run['flips_since_first']:.3g}% of their entries differ from the first mask"))
+    if "decided" in run:
+        facts.append(
+            (
+                "learned masks",
+                f"{100 * run['decided']:.3g}% of the groups are decided (a probability above 0.99); the masks keep "
+                f"{100 * run['kept_norm']:.3g}% of the weights' squared norm",
+            )
+        )
     return facts
 
 
