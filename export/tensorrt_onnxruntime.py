@@ -4,6 +4,8 @@ The provider builds engines from the ONNX file when a session opens, so it needs
 engine of ours is read. Options are text, as its Python interface takes them.
 """
 
+import contextlib
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from sparsepass.graph.errors import SparsepassError
 
 CONFIGURATION_FILE: Final = "onnxruntime.json"
 PROVIDER: Final = "TensorrtExecutionProvider"
+INSTALL: Final = 'pip uninstall --yes onnxruntime, then pip install onnxruntime-gpu "tensorrt>=10.8,<11"'
+"""Both packages of onnxruntime fill one folder, so one has to go. Its provider links to TensorRT 10, up to 1.31 at least."""
 _FALLBACKS: Final = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -96,13 +100,25 @@ def open_tensorrt_session(folder: str | Path, engine: str = "model") -> Any:
     graph, providers = read_configuration(folder, engine)
     if PROVIDER not in onnxruntime.get_available_providers():
         raise SparsepassError(
-            f"the installed onnxruntime {onnxruntime.__version__} has no {PROVIDER}; in an environment with a GPU, "
-            'pip uninstall onnxruntime, then pip install onnxruntime-gpu "sparsepass[tensorrt]"'
+            f"the installed onnxruntime {onnxruntime.__version__} has no {PROVIDER}; in an environment with a GPU, {INSTALL}"
         )
+    load_libraries()
     session = onnxruntime.InferenceSession(str(graph), providers=providers)
     if session.get_providers()[0] != PROVIDER:
         raise SparsepassError(
-            f"onnxruntime fell back to {session.get_providers()[0]}: {PROVIDER} could not be loaded; see its log, and check "
-            "that the TensorRT and CUDA libraries are the ones it was built for"
+            f"onnxruntime fell back to {session.get_providers()[0]}: {PROVIDER} could not be loaded; its log, on standard "
+            f"error, names the library that is missing. The TensorRT and CUDA it was built for have to be there: {INSTALL}"
         )
     return session
+
+
+def load_libraries() -> None:
+    """Load the libraries that the provider links to: pip puts TensorRT and CUDA where the system's linker does not look.
+
+    A library that is loaded already is found by its name. What is not installed is left to the system.
+    """
+    import onnxruntime
+
+    with contextlib.suppress(ImportError):
+        importlib.import_module("tensorrt_libs")  # loads what lies in it, as it does for tensorrt's own bindings
+    onnxruntime.preload_dlls()

@@ -6,6 +6,7 @@ torch-tensorrt raises plain exceptions, at import too. `tensorrt_torch.py` is th
 
 import importlib
 import json
+import logging
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ import torch
 
 def main(request_file: str, answer_file: str) -> None:
     """Build what the request asks for; the answer holds the facts."""
+    # torch-tensorrt gives TensorRT's log to loggers without a handler, and Python drops what is below a warning then.
+    logging.basicConfig(stream=sys.stdout, format="[%(levelname).1s] %(message)s")
     answer = build(json.loads(Path(request_file).read_text(encoding="utf-8")))
     partial = Path(answer_file + ".partial")
     partial.write_text(json.dumps(answer), encoding="utf-8")

@@ -1,11 +1,14 @@
 """Which package builds, what a machine without one or without a GPU is told, and that every call exists in each of them."""
 
 import ast
+import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.export.record_signatures import CALLS, DATA, members, overloads
 
 from sparsepass.export import tensorrt_packages
 from sparsepass.export.tensorrt import AHEAD_OF_TIME, resolve_targets
@@ -17,20 +20,9 @@ from sparsepass.graph import SparsepassError
 ADA = (Gpu(name="GeForce RTX 4090", sm=89),)
 TURING = (Gpu(name="Tesla T4", sm=75),)
 
-# Names in the Python bindings of TensorRT 11.4 (the wheel tensorrt-cu13-bindings, which needs its libraries to be imported),
-# read from its extension module. Of TensorRT-RTX, whose wheel can be imported anywhere, the module itself is asked.
-TENSORRT_11_4 = {
-    "Builder", "BuilderFlag", "EngineInspector", "HardwareCompatibilityLevel", "ILogger", "LayerInformationFormat",
-    "Logger", "NetworkDefinitionCreationFlag", "OnnxParser", "ProfilingVerbosity", "Runtime", "AMPERE_PLUS",
-    "DETAILED", "ERROR", "JSON", "SPARSE_WEIGHTS", "STRONGLY_TYPED", "add_optimization_profile",
-    "build_serialized_network", "create_builder_config", "create_engine_inspector", "create_execution_context",
-    "create_network", "create_optimization_profile", "create_timing_cache", "desc", "deserialize_cuda_engine",
-    "execute_async_v3", "get_engine_information", "get_error", "get_input", "get_tensor_dtype", "get_tensor_mode",
-    "get_tensor_name", "get_tensor_profile_shape", "get_tensor_shape", "hardware_compatibility_level", "log", "name",
-    "node_name", "node_operator", "num_errors", "num_inputs", "num_io_tensors", "num_layers",
-    "num_optimization_profiles", "parse_from_file", "profiling_verbosity", "serialize", "set_flag", "set_input_shape",
-    "set_optimization_profile_async", "set_shape", "set_tensor_address", "set_timing_cache", "shape",
-}  # fmt: skip
+# What `record_signatures` read in the wheels of libraries that cannot be imported here. TensorRT-RTX is asked itself.
+RECORDED = json.loads(DATA.read_text(encoding="utf-8"))
+TENSORRT = [name for name in RECORDED if name.startswith("tensorrt ")]
 ONLY_RTX = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
 
 
@@ -117,65 +109,83 @@ def test_every_extra_is_there() -> None:
 
 def names_called(path: Path) -> set[str]:
     """Attributes of TensorRT's objects that a module uses: those reached from names that hold such an object."""
-    holders = {"trt", "builder", "network", "parser", "config", "made", "cache", "engine", "tensor", "error"}
+    holders = {"trt"}
+    if path == CHILD:
+        holders |= {"builder", "network", "parser", "config", "made", "cache", "engine", "tensor", "error"}
+    kept = {"_runtime", "_engine", "_context"}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
             value: Any = node.value
-            while isinstance(value, ast.Attribute | ast.Call):
+            while isinstance(value, ast.Attribute | ast.Call) and getattr(value, "attr", "") not in kept:
                 value = value.value if isinstance(value, ast.Attribute) else value.func
-            if isinstance(value, ast.Name) and value.id in holders:
+            if getattr(value, "id", "") in holders or getattr(value, "attr", "") in kept:
                 found.add(node.attr)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_call", "getattr"):
             found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str) and a.value}
     return found - {"__members__", "__version__", "__init__", "errors", "log_tells_more", "unknown", "write_bytes"}
 
 
-def test_every_call_of_the_builder_is_in_both_packages() -> None:
-    called = names_called(CHILD)
-    assert len(called) > 25
-    assert called - ONLY_RTX - TENSORRT_11_4 == set()
-    assert called >= ONLY_RTX
+RUN = CHILD.with_name("tensorrt_run.py")
+
+
+@pytest.mark.parametrize(("path", "fewest"), [(CHILD, 25), (RUN, 12)])
+def test_every_name_that_is_used_is_in_each_library(path: Path, fewest: int) -> None:
+    """What a release adds, such as `node_operator` of an error, is asked for with a way out."""
+    used = names_called(path)
+    assert len(used) > fewest
+    assert len(TENSORRT) == 2
+    for name in TENSORRT:
+        assert used - ONLY_RTX - set(RECORDED[name]["names"].split()) == set(), name
+    assert used - set(members(rtx_module())) == set()
+    if path == CHILD:
+        assert used >= ONLY_RTX
+        assert not ONLY_RTX & set(RECORDED[TENSORRT[-1]]["names"].split())
+
+
+def test_every_method_that_is_called_has_its_arguments_checked() -> None:
+    """`CALLS` is complete."""
+    called = {
+        node.func.attr
+        for path in (CHILD, RUN)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names_called(path)
+    }
+    made = {"Builder", "OnnxParser", "Runtime", "Logger"}
+    without_arguments = {"serialize", "desc", "node_name", "node_operator"}
+    assert called - made - without_arguments - ONLY_RTX - {name.split(".")[1] for name in CALLS} == set()
 
 
 def rtx_module() -> Any:
     found = find("tensorrt-rtx")
     if found is None:
         pytest.skip("tensorrt-rtx is to be had for Linux and Windows on x86-64 only")
-    import importlib
-
     return importlib.import_module(found.module)
 
 
-def test_every_call_of_the_builder_is_in_tensorrt_rtx() -> None:
-    trt = rtx_module()
-    classes = [value for value in vars(trt).values() if isinstance(value, type)]
-    names = set(dir(trt)) | {name for each in classes for name in dir(each)}
-    assert names_called(CHILD) - names == set()
+def can_be_called(overloads_of_it: list[list[str]], arguments: tuple[str, ...]) -> bool:
+    """Whether an overload takes these by position, in this order, and has a default for all others."""
+    number = len(arguments)
+    return any(
+        tuple(name.removesuffix("=") for name in names[:number]) == arguments and all(n.endswith("=") for n in names[number:])
+        for names in overloads_of_it
+    )
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments"),
-    [
-        ("Builder.create_network", ("flags",)),
-        ("Builder.build_serialized_network", ("network", "config")),
-        ("OnnxParser.parse_from_file", ("model",)),
-        ("IBuilderConfig.set_flag", ("flag",)),
-        ("IBuilderConfig.add_optimization_profile", ("profile",)),
-        ("IBuilderConfig.set_compute_capability", ("compute_capability", "index")),
-        ("IBuilderConfig.create_timing_cache", ("serialized_timing_cache",)),
-        ("IBuilderConfig.set_timing_cache", ("cache", "ignore_mismatch")),
-        ("IOptimizationProfile.set_shape", ("input", "min", "opt", "max")),
-        ("EngineInspector.get_engine_information", ("format",)),
-        ("IExecutionContext.set_optimization_profile_async", ("profile_index", "stream_handle")),
-        ("IExecutionContext.set_tensor_address", ("name", "memory")),
-        ("IExecutionContext.execute_async_v3", ("stream_handle",)),
-        ("ICudaEngine.get_tensor_profile_shape", ("name", "profile_index")),
-    ],
-)
-def test_arguments_are_those_of_the_library(method: str, arguments: tuple[str, ...]) -> None:
-    """In its order: the calls are positional. pybind11 writes the signature into the docstring."""
-    owner, name = method.split(".")
-    signature = getattr(getattr(rtx_module(), owner), name).__doc__.strip().splitlines()[0]
-    inside = signature[signature.index("(") + 1 :]
-    assert tuple(re.findall(r"(?:^|, )(\w+): ", inside))[1 : 1 + len(arguments)] == arguments
+def test_calls_that_do_not_fit_are_told() -> None:
+    assert can_be_called([["a", "b"], ["a", "b", "c"]], ("a", "b"))
+    assert can_be_called([["a", "b="]], ("a",))
+    assert not can_be_called([["a", "b"]], ("a",))
+    assert not can_be_called([["b", "a"]], ("a", "b"))
+    assert not can_be_called([], ())
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_arguments_are_those_of_each_library(method: str) -> None:
+    for name in TENSORRT:
+        assert can_be_called(RECORDED[name]["calls"][method], CALLS[method]), name
+    assert can_be_called(overloads(rtx_module(), method), CALLS[method])
+
+
+def test_targets_are_told_to_tensorrt_rtx_in_its_order() -> None:
+    assert overloads(rtx_module(), "IBuilderConfig.set_compute_capability") == [["compute_capability", "index"]]

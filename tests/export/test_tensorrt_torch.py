@@ -1,10 +1,13 @@
 """torch-tensorrt's route, against a stand-in with the library's own signature (2.13), since it needs a CUDA build of torch."""
 
+import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from tests.export.record_signatures import DATA
 from tests.families import BY_NAME
 from torch import nn
 
@@ -18,10 +21,9 @@ from sparsepass.export.tensorrt_torch import arguments, build_torch_engine, expo
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
 
-# The keyword arguments are those of torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine in the wheel of
-# 2.13.0 that this route could use, and of torch_tensorrt.Input.
+# The arguments are some of those that `record_signatures` read in the wheel of 2.13.0; a test compares them.
 FAKE = """
-import contextlib, json, types
+import contextlib, json, logging, types
 import torch
 
 __version__ = "2.13.0"
@@ -32,12 +34,17 @@ class Input:
         self.seen = [list(min_shape), list(opt_shape), list(max_shape), str(dtype), name]
 
 
+# As in torch_tensorrt/logging.py: what TensorRT logs goes to a logger that has no handler, at levels below a warning.
+_LOGGER = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
+
+
 @contextlib.contextmanager
 def _debug():
+    _LOGGER.setLevel("DEBUG")
     yield
 
 
-logging = types.SimpleNamespace(debug=_debug)
+_log, logging = _LOGGER.info, types.SimpleNamespace(debug=_debug)
 
 
 def convert(
@@ -48,7 +55,8 @@ def convert(
     cache_built_engines=False, reuse_cached_engines=False, immutable_weights=True,
 ):
     assert isinstance(exported_program, torch.export.ExportedProgram)
-    print("(Sparsity) Found 4 layer(s) eligible to use sparse tactics")
+    _log("(Sparsity) Found 4 layer(s) eligible to use sparse tactics")
+    _LOGGER.debug("Tactic: 0x1 Time: 0.1")
     seen = [each.seen if isinstance(each, Input) else list(each.shape) for each in arg_inputs]
     return json.dumps({"inputs": seen, "sparse": sparse_weights, "full": require_full_compilation}).encode()
 
@@ -87,6 +95,16 @@ def test_the_flag_is_asked_for() -> None:
     assert "enabled_precisions" not in arguments(EngineOptions()), "gone since 2.13: the model's dtypes decide"
 
 
+def test_arguments_are_those_of_the_library() -> None:
+    recorded = json.loads(DATA.read_text(encoding="utf-8"))["torch-tensorrt 2.13.0"]
+    everything = EngineOptions(timing_cache=Path("x"), hardware_compatible=True)
+    assert {"arg_inputs", *arguments(everything)} <= set(recorded["convert"])
+    defined = {node.name: node for node in ast.walk(ast.parse(FAKE)) if isinstance(node, ast.FunctionDef)}
+    for name, known in (("convert", recorded["convert"]), ("__init__", ["self", *recorded["Input"]])):
+        given = defined[name].args
+        assert {each.arg for each in (*given.args, *given.kwonlyargs)} <= set(known), name
+
+
 def test_an_engine_is_built_from_the_program_itself(fake: Path, bert: Program, plan: EnginePlan) -> None:
     engine = fake / "model.engine"
     built = build_torch_engine(bert, plan, engine, fake / "model.log", EngineOptions(), torch.float32)
@@ -96,6 +114,9 @@ def test_an_engine_is_built_from_the_program_itself(fake: Path, bert: Program, p
     assert '"full": true' in text
     assert '[[1, 1], [1, 16], [8, 64], "torch.int64", "input_ids"]' in text
     assert sorted(path.name for path in fake.iterdir()) == ["model.engine", "model.log"]
+    log = (fake / "model.log").read_text()
+    assert "[I] (Sparsity) Found 4 layer(s)" in log
+    assert "[D] Tactic: 0x1" in log, "TensorRT's most verbose lines hold the names and times"
 
 
 def test_the_target_takes_it(fake: Path, bert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
