@@ -31,7 +31,7 @@ from sparsepass.export.tensorrt_options import EngineOptions, check_sm
 from sparsepass.export.tensorrt_packages import RUNTIMES, Gpu, Installed, abilities, choose, gpus
 from sparsepass.export.tensorrt_profiles import EnginePlan, plan_engines, shapes
 from sparsepass.export.tensorrt_torch import build_torch_engine
-from sparsepass.export.tensorrt_verify import engine_files
+from sparsepass.export.tensorrt_verify import engine_files, why_not_run
 from sparsepass.export.torch_rules import check_two_four
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.graph.program import Program
@@ -182,8 +182,11 @@ def lower_tensorrt(
         layers=tuple(layers),
         notes=tuple(notes),
     )
-    if settings.measure and settings.sparse and here and torch.cuda.is_available():
-        written = replace(written, measured=_measure(program, plans, out, written, settings, installed, targets))
+    if settings.measure and settings.sparse and not why_not_run(written):
+        try:
+            written = replace(written, measured=_measure(program, plans, out, written, settings, installed, targets))
+        except (SparsepassError, torch.OutOfMemoryError) as error:  # the engines stand, and are not lost for want of times
+            written = replace(written, notes=(*written.notes, f"dense and sparse engines were not timed: {error}"))
     _write_json(out / ENGINES_FILE, {"runtime": written.runtime, "engines": [engine.to_dict() for engine in engines]})
     _write_json(out / CONFIGURATION_FILE, session_configuration(plans, dtype=artifact.dtype, sparse=settings.sparse))
     return written
@@ -259,7 +262,6 @@ def _measure(
     targets: tuple[int, ...],
 ) -> dict[str, Any]:
     """Build each engine again without the flag, beside the folder, and time both."""
-    sparse = engine_files(out, written)
     found = {}
     with tempfile.TemporaryDirectory(prefix="sparsepass-dense-") as folder:
         place = Path(folder)
@@ -269,10 +271,13 @@ def _measure(
         for plan in plans:
             log = place / f"{plan.name}.log"
             _build(program, written.onnx, plan, place, log, replace(options, sparse=False), installed, targets, inspect=False)
-        dense = engine_files(place, written)
-        for plan in plans:
+            # One pair at a time: all engines of a large model together do not fit the GPU's memory.
+            pair = replace(written, engines=tuple(engine for engine in written.engines if engine.name == plan.name))
+            dense, sparse = engine_files(place, pair), engine_files(out, pair)
             for profile in plan.profiles:
                 found[profile.name] = measure(plan.graph, profile, dense[profile.name].time_ms, sparse[profile.name].time_ms)
+            del dense, sparse
+            (place / f"{plan.name}.engine").unlink()
     return found
 
 

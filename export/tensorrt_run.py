@@ -56,6 +56,8 @@ class EngineFile(Artifact):
         if self._engine is None:
             raise EquivalenceError(f"{path} cannot be loaded here: it was built for another GPU or TensorRT; build it again")
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise EquivalenceError(f"{path} cannot be run here: the GPU has too little free memory for it")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         is_input = {name: str(self._engine.get_tensor_mode(name)).endswith("INPUT") for name in names}
         self._nothing = torch.zeros(64, dtype=torch.int8, device="cuda")

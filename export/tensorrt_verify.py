@@ -9,6 +9,7 @@ from sparsepass.export.tensorrt_packages import find
 from sparsepass.export.tensorrt_run import DecoderEngines, EngineFile
 from sparsepass.graph.artifact import Artifact
 from sparsepass.graph.equivalence import compare
+from sparsepass.graph.errors import EquivalenceError
 from sparsepass.graph.program import Program
 
 if TYPE_CHECKING:
@@ -58,27 +59,32 @@ def _files(folder: Path, artifact: "TensorrtArtifact") -> dict[str, Any]:
 
 def _outputs(program: Program, folder: Path, artifact: "TensorrtArtifact") -> dict[str, Any]:
     check: dict[str, Any] = {"name": "engine outputs", "held": None, "details": {}}
-    if reason := _not_run(artifact):
-        return check | {"summary": reason}
-    opened = engine_files(folder, artifact)
-    if "encoder" in opened:
+    if reason := why_not_run(artifact):
+        return check | {"summary": f"not run: {reason}"}
+    if any(engine.name == "encoder" for engine in artifact.engines):
         return check | {"summary": "engines of an encoder and its decoder are not run as one; compare each by itself"}
-    candidate: Artifact = opened["model"] if "model" in opened else DecoderEngines(opened["prefill"], opened["decode"])
     inputs = {name: program.example_inputs[name] for name in program.input_names}
-    found = compare(program, candidate, inputs, layers=False)
+    try:
+        opened = engine_files(folder, artifact)
+        candidate: Artifact = opened["model"] if "model" in opened else DecoderEngines(opened["prefill"], opened["decode"])
+        found = compare(program, candidate, inputs, layers=False)
+    except torch.OutOfMemoryError as error:
+        return check | {"summary": f"not run: {artifact.gpus[0].name} has too little free memory ({error})"}
+    except EquivalenceError as error:  # an engine that does not run is a check that fails, and no reason to lose the engines
+        return check | {"held": False, "summary": f"on {artifact.gpus[0].name}: {error}"}
     failed = found.failures()
     said = "; ".join(failed) or f"relative error {found.relative_error:.2g} (allowed {found.tolerance:g})"
     return check | {"held": not failed, "summary": f"on {artifact.gpus[0].name}: {said}", "details": found.to_dict()}
 
 
-def _not_run(artifact: "TensorrtArtifact") -> str:
+def why_not_run(artifact: "TensorrtArtifact") -> str:
     """Why engines cannot be run here; empty if they can."""
     if not artifact.gpus:
-        return "not run: no GPU here; the ONNX file that they were built from was run, see above"
+        return "no GPU here; the ONNX file that they were built from was run, see above"
     if not torch.cuda.is_available():
-        return f"not run: torch {torch.__version__} has no CUDA; install a CUDA build of torch to run engines"
+        return f"torch {torch.__version__} has no CUDA; install a CUDA build of torch to run engines"
     if not all(artifact.gpus[0].sm in engine.targets for engine in artifact.engines):
-        return f"not run: built for other GPUs than {artifact.gpus[0].name} (SM{artifact.gpus[0].sm})"
+        return f"built for other GPUs than {artifact.gpus[0].name} (SM{artifact.gpus[0].sm})"
     return ""
 
 

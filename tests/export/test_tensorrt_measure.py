@@ -1,13 +1,20 @@
 """Timing dense against sparse: the sizes, the inputs and the break-even; and the same engines run, where there is a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.families import BY_NAME
+from torch import nn
 
+from sparsepass.export import tensorrt, tensorrt_verify
 from sparsepass.export.onnx_artifact import OnnxGraph, OnnxValue
+from sparsepass.export.targets import export
+from sparsepass.export.tensorrt_build import Built
 from sparsepass.export.tensorrt_measure import Point, break_even, grid, inputs_of, measure
+from sparsepass.export.tensorrt_options import EngineOptions
+from sparsepass.export.tensorrt_packages import RUNTIMES, Gpu, Installed
 from sparsepass.export.tensorrt_profiles import Profile
 from sparsepass.export.tensorrt_run import DecoderEngines, EngineFile
 from sparsepass.graph import EquivalenceError
@@ -108,16 +115,71 @@ def test_an_engine_without_a_gpu_says_so(tmp_path: Path) -> None:
         EngineFile(tmp_path / "model.engine", tmp_path / "model.onnx", "tensorrt")
 
 
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a GPU on which builds succeed, and no engine can be opened."""
+
+    def build(program: Any, artifact: Any, plan: Any, out: Path, log: Path, *_: Any, **__: Any) -> Built:
+        (out / f"{plan.name}.engine").write_bytes(b"engine")
+        log.write_text("")
+        return Built(version="1", num_layers=3, size_bytes=6, seconds=0.1)
+
+    def cannot(folder: Path, artifact: Any) -> Any:
+        raise EquivalenceError(f"{artifact.engines[0].file} cannot be loaded here")
+
+    rtx = Installed(runtime=RUNTIMES["tensorrt-rtx"], module="tensorrt_rtx", version="1")
+    monkeypatch.setattr(tensorrt, "gpus", lambda: (Gpu(name="RTX A5000", sm=86),))
+    monkeypatch.setattr(tensorrt, "choose", lambda name, gpus: rtx)
+    monkeypatch.setattr(tensorrt, "_build", build)
+    monkeypatch.setattr(tensorrt, "engine_files", cannot)
+    monkeypatch.setattr(tensorrt_verify, "engine_files", cannot)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return monkeypatch
+
+
+def written(out: Path, *sm: int) -> Any:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    found = export(model, "tensorrt", out, passes="nm_sparsify", example_inputs=torch.randn(2, 16), engine=EngineOptions(sm=sm))
+    assert (out / "model.engine").read_bytes() == b"engine", "engines are not lost when they cannot be opened"
+    checks = {check["name"]: check for check in found.report["verification"]["checks"]}
+    return found, checks["engine outputs"], "\n".join(found.report["artifact"]["notes"])
+
+
+def test_engines_for_other_gpus_are_neither_run_nor_timed(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, outputs, notes = written(tmp_path / "out", 120)
+    assert (outputs["held"], found.held) == (None, True)
+    assert outputs["summary"] == "not run: built for other GPUs than RTX A5000 (SM86)"
+    assert found.report["sparsity"]["measured"] is None
+    assert "not timed" not in notes
+
+
+def test_an_engine_that_cannot_be_opened_does_not_hold(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, outputs, notes = written(tmp_path / "out", 86)
+    assert (outputs["held"], found.held) == (False, False)
+    assert outputs["summary"] == "on RTX A5000: model.engine cannot be loaded here"
+    assert "dense and sparse engines were not timed: model.engine cannot be loaded here" in notes
+
+
+def test_a_gpu_with_too_little_memory_proves_nothing(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(folder: Path, artifact: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ampere.setattr(tensorrt, "engine_files", full)
+    ampere.setattr(tensorrt_verify, "engine_files", full)
+    found, outputs, notes = written(tmp_path / "out", 86)
+    assert (outputs["held"], found.held) == (None, True)
+    assert outputs["summary"] == "not run: RTX A5000 has too little free memory (CUDA out of memory)"
+    assert "were not timed: CUDA out of memory" in notes
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
 def test_engines_run_and_are_timed_on_a_gpu(runtime: str, tmp_path: Path) -> None:
-    from sparsepass.export.targets import export
-    from sparsepass.export.tensorrt_options import EngineOptions
     from sparsepass.export.tensorrt_packages import find
 
     if find(runtime) is None or not torch.cuda.is_available():
         pytest.skip(f"{runtime} is not installed, or there is no GPU for torch")
-    model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 512))
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
     result = export(
         model,
         "tensorrt",
