@@ -107,7 +107,7 @@ def find_device(name: str) -> Device:
                 f"newer (compute capability 8.0): no runtime can gain from it there. Known GPUs: {', '.join(DEVICES)}"
             )
     near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
-    hint = f"; did you mean {by_name[near[0]]!r}?" if near else ""
+    hint = f"; did you mean {by_name[near[0]]!r}?" if near else "; take the known one that is nearest to it."
     raise SparsepassError(f"GPU {name!r} is not in the table of public figures{hint} Known: {', '.join(DEVICES)}")
 
 

@@ -134,7 +134,7 @@ def find_runtime(name: str) -> Runtime:
     if name in RUNTIMES:
         return RUNTIMES[name]
     near = difflib.get_close_matches(name, RUNTIMES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise SparsepassError(f"runtime {name!r} is not known{hint} Known: {', '.join(RUNTIMES)}")
 
 

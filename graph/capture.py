@@ -22,7 +22,7 @@ from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
 
 _DROPPED = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
 # Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
-_EXAMPLE_BATCH, _EXAMPLE_TOKENS = 2, 8
+_EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS = 2, 8, 224
 
 
 def capture(
@@ -141,7 +141,8 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
             inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
     elif main == "pixel_values":
         vision = getattr(config, "vision_config", config)
-        size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
+        size = getattr(vision, "image_size", None) or _EXAMPLE_PIXELS  # convolutional models take any size, and name none
+        size = size if isinstance(size, list | tuple) else [size] * 2
         inputs = {"pixel_values": torch.randn(_EXAMPLE_BATCH, vision.num_channels, *size, generator=generator).to(dtype)}
         if getattr(config, "model_type", "") == "clip" and hasattr(config, "text_config"):
             inputs |= {"input_ids": ids(), "attention_mask": torch.ones(shape, dtype=torch.long)}

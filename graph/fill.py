@@ -37,10 +37,15 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
     except (OSError, ValueError) as error:
         raise CaptureError(f"{source} has no configuration that transformers can read ({error}); check the path") from error
     names = getattr(config, "architectures", None) or []
-    kind = getattr(transformers, names[0], None) if names else None
+    if not names:
+        raise CaptureError(
+            f"the configuration in {source} names no architecture; add the model's class to its config.json, such as "
+            '"architectures": ["LlamaForCausalLM"]'
+        )
+    kind = getattr(transformers, names[0], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CaptureError(
-            f"the configuration in {source} names the architecture {names or 'none'}, which this transformers does not "
+            f"the configuration in {source} names the architecture {names}, which this transformers does not "
             "have; load the model yourself and capture it"
         )
     chosen = dtype or getattr(config, "dtype", None) or torch.float32

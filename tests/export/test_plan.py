@@ -371,6 +371,18 @@ def test_a_gguf_file_is_planned() -> None:
     assert all(t.is_meta for t in found.shape.program.graph_module.parameters())
 
 
+def test_a_convolutional_model_is_planned(tmp_path: Path) -> None:
+    """Its configuration names no image size."""
+    sizes = {"embedding_size": 64, "hidden_sizes": [64, 128], "depths": [1, 1], "layer_type": "basic"}
+    saved_config(tmp_path, "resnet", sizes, "ResNetForImageClassification")
+    found = plan(tmp_path, gpu="a100", batches=(1, 64))
+    assert found.shape.kind == "encoder"
+    convolutions = [row for row in found.layers if "convolution" in row.layer.site.weight]
+    assert len(convolutions) >= 5
+    assert all(row.decision == "2:4" or row.reason for row in found.layers)
+    assert all(point.prefill.speedup >= 1 for point in found.points)
+
+
 def test_a_configuration_file_alone(tmp_path: Path) -> None:
     saved_config(tmp_path, "llama", TINY, "LlamaForCausalLM")
     (tmp_path / "config.json").rename(tmp_path / "mine.json")
@@ -384,6 +396,7 @@ def test_a_configuration_file_alone(tmp_path: Path) -> None:
     [
         ({"gpu": "T4"}, "Turing architecture"),
         ({"gpu": "rtx4091"}, "did you mean 'rtx4090'"),
+        ({"gpu": "mi300x"}, "not in the table of public figures; take the known one that is nearest to it. Known: a100, "),
         ({"batches": (0,)}, "batch expects whole numbers of at least 1, got 0"),
         ({"batches": ()}, "batch expects at least one"),
         ({"seqs": (-1,)}, "seq expects whole numbers of at least 1, got -1"),
@@ -412,7 +425,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
     with pytest.raises(SparsepassError, match="is not a GGUF file"):
         load_for_plan(tmp_path / "broken.gguf")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(SparsepassError, match="names the architecture none"):
+    with pytest.raises(SparsepassError, match=r'names no architecture; add the model\'s class to its config.json, such as "architectures": \["Llama'):
         load_for_plan(tmp_path)
 
 

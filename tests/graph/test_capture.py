@@ -359,6 +359,13 @@ def test_example_inputs_are_made_from_the_configuration() -> None:
         run(model, first)
 
 
+def test_a_vision_model_that_names_no_image_size_gets_the_usual_one() -> None:
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    with torch.device("meta"):
+        model = hf.ResNetForImageClassification(config)
+    assert example_inputs_for(model)["pixel_values"].shape == (2, 3, 224, 224)
+
+
 def test_a_users_own_transformers_class_is_captured_but_not_built_again() -> None:
     model = tiny_llama(OwnLlama)
     program = capture(model)
