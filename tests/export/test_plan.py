@@ -425,7 +425,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
     with pytest.raises(SparsepassError, match="is not a GGUF file"):
         load_for_plan(tmp_path / "broken.gguf")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(SparsepassError, match=r'names no architecture; add the model.s class to its config.json, such as "arch'):
+    with pytest.raises(SparsepassError, match=r"names no architecture; add the model.s class to its config.json, such as"):
         load_for_plan(tmp_path)
 
 
