@@ -379,12 +379,22 @@ def test_hidden_states_against_the_formula() -> None:
     expected = torch.zeros((), dtype=torch.float64)
     for s, t in zip(student, teacher, strict=True):
         for b, i in valid.nonzero().tolist():
-            expected = expected + ((s[b, i] - t[b, i]) ** 2).sum() / (t[b, i] ** 2).sum() / (2 * 12)
+            expected = expected + (1 + ((s[b, i] - t[b, i]) ** 2).sum() / (t[b, i] ** 2).sum()).log() / (2 * 12)
     assert torch.allclose(found, expected, rtol=1e-12)
     a, b = (torch.autograd.grad(loss, case.hidden, retain_graph=True)[0] for loss in (found, expected))
     assert torch.allclose(a, b, rtol=1e-11)
     assert not a[~valid].any()
     assert hidden_state_loss(student, teacher, torch.zeros(B, T, dtype=torch.bool), num_tokens=0).item() == 0
+
+
+def test_a_token_with_a_huge_state_does_not_make_the_gradient_of_hidden_states() -> None:
+    teacher = torch.randn(1, 2, H, dtype=torch.float64)
+    student = (teacher * torch.tensor([[[1000.0], [1.1]]])).requires_grad_()
+    loss = hidden_state_loss([student], [teacher], torch.ones(1, 2, dtype=torch.bool), num_tokens=2)
+    huge, ordinary = torch.autograd.grad(loss, student)[0][0].norm(dim=-1).tolist()
+    assert huge < ordinary
+    silent = hidden_state_loss([student], [teacher * 0], torch.ones(1, 2, dtype=torch.bool), num_tokens=2)
+    assert silent.isfinite()
 
 
 @pytest.mark.parametrize(
