@@ -50,7 +50,7 @@ class Reconstruct(Pass):
     promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
 
     steps: int = 64
-    lr: float = 0.02
+    lr: float = 0.01
     batch_size: int = 2
     masks: Literal["fixed", "moving"] = "fixed"
     refresh_steps: int = 5
