@@ -6,9 +6,27 @@
 # Each route gets an environment of its own, because they want different versions of TensorRT. Needed: Linux on x86-64, an NVIDIA
 # GPU from Ampere on with its driver, Python 3.11 or later, and about 20 GB of disk. OUT/summary.md tells what came of it.
 set -euo pipefail
+case "${1:-}" in
+-h | --help)
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit 0
+  ;;
+-*)
+  echo "Unknown option $1; see --help." >&2
+  exit 2
+  ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT="$(realpath -m "${1:-gpu-out}")"
 PYTHON="${PYTHON:-python3}" DTYPE="${DTYPE:-float16}" MODEL="${MODEL:-}"
+refuse() {
+  echo "$1" >&2
+  exit 2
+}
+nvidia-smi >/dev/null 2>&1 ||
+  refuse "No NVIDIA GPU here: nvidia-smi is missing or finds none. This proof needs one from Ampere on, with its driver. Without a GPU, make test builds engines with tensorrt-rtx."
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+  refuse "$PYTHON is no Python 3.11 or later; name one: PYTHON=python3.12 bash benchmarks/gpu_tensorrt.sh"
+OUT="$(realpath -m "${1:-gpu-out}")"
 mkdir -p "$OUT"
 nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv | tee "$OUT/gpu.txt"
 git rev-parse HEAD > "$OUT/commit.txt" 2>/dev/null || true
