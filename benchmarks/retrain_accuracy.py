@@ -61,9 +61,16 @@ ROWS = {
     "recipe": Row(title="the recipe smollm2-cpu"),
     "fixed": Row(title="fixed mask", settings=("train.method=fixed",)),
     "no-decay": Row(title="no decay", settings=("train.decay=0",)),
-    "moving": Row(
-        title="mask that moves freely: original weights behind it",
-        settings=("train.behind=original", "train.freeze_masks_after=0.5"),
+    "moving": Row(title="mask that moves sooner: half of each dropped weight behind it", settings=("train.behind=0.5",)),
+    "clipped": Row(title="mask that moves at once: dropped weights behind it, clipped", settings=("train.behind=clipped",)),
+    "plain": Row(
+        title="the plain form: logits at temperature 2 and text, embeddings trained",
+        settings=(
+            "train.kd_weight=0.67",
+            "train.temperature=2.0",
+            "train.hidden_weight=0",
+            "train.frozen=[]",
+        ),
     ),
     "no-distillation": Row(title="no distillation", settings=("train.kd_weight=0", "train.hidden_weight=0")),
     "slorb": Row(title="with SLoRB", passes=SLORB),

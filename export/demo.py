@@ -98,7 +98,16 @@ def demo(
     )
     sequence = min(context, _TRAINING_CONTEXT)
     config = RetrainConfig(
-        max_tokens=train_tokens, batch_size=_TRAINING_BATCH, lr=_TRAINING_LR, min_lr=_TRAINING_LR / 10, keep_checkpoints=0
+        max_tokens=train_tokens,
+        batch_size=_TRAINING_BATCH,
+        lr=_TRAINING_LR,
+        min_lr=_TRAINING_LR / 10,
+        behind="zeros",
+        kd_weight=1.0,
+        temperature=1.0,
+        hidden_weight=2.0,
+        frozen=("*embed_tokens*",),
+        keep_checkpoints=0,
     )
     data = open_data(DataConfig(source=PYTHON_DOCS, context=sequence, validation=None), dense.tokenizer)
     tell(f"retraining on {config.num_steps(sequence) * config.batch_size * sequence} tokens, the dense model as its teacher")
