@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -266,6 +267,14 @@ def test_help_comes_without_loading_torch() -> None:
     assert version.output.startswith("sparsepass ")
     for command in ("prune", "export", "eval", "compare", "verify"):
         assert run(command, "--help").exit_code == 0
+
+
+def test_the_package_runs_as_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsepass", "verify", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sparsepass", run_name="__main__")
+    assert ended.value.code == 0
+    assert "Usage: sparsepass verify" in capsys.readouterr().out
 
 
 def test_the_public_names_are_all_there() -> None:

@@ -235,5 +235,6 @@ def test_a_wheel_carries_the_recipes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for path in [root / "export" / "example.yaml", *(root / "export" / "recipes").glob("*.yaml")]:
+    page = [root / "export" / "report.css", root / "export" / "report.js"]
+    for path in [root / "export" / "example.yaml", *(root / "export" / "recipes").glob("*.yaml"), *page]:
         assert f"sparsepass/{path.relative_to(root)}" in names
