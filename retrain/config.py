@@ -17,7 +17,7 @@ _BY_METHOD: dict[str, dict[str, Any]] = {
     "lr": {"maskllm": 5e-4, "": 2e-4},
     "min_lr": {"maskllm": 5e-5, "": 2e-5},
     "weight_decay": {"maskllm": 0.1, "": 0.0},
-    "behind": {"maskllm": "original", "": "clipped"},
+    "behind": {"ast": "zeros", "": "original"},
 }
 """Defaults that depend on the method; the last one is that of all others."""
 
@@ -59,7 +59,9 @@ class RetrainConfig:
             only looks at them.
         freeze_masks_after: Fraction of the run after which masks stay as they are.
         behind: What stands behind the masks at the start: ``original`` (what the program has there), ``zeros``, ``clipped``
-            (see `sparsepass.retrain.masks.put_behind`), or a factor. None: clipped; original for maskllm.
+            (see `sparsepass.retrain.masks.put_behind`), or a factor. None: zeros for ast, where a weight comes back once its
+            gradients have made it larger than a kept one; original for the others. The paper's start, magnitude of the dense
+            weights, needs original; after SparseGPT what it dropped does harm where it comes back as it was.
         mask_scale: maskllm: what the logits are multiplied by (kappa), at the first and the last step; a line in between.
         mask_temperature: maskllm: temperature of the soft masks (tau), at the first and the last step; a line in between.
         mask_norm: maskllm: reward of the kept weights' squared norm (lambda) at the first step; it goes to zero in a line.

@@ -87,8 +87,9 @@ def data(validation: int | None = 8, num_sequences: int = 64) -> TrainingData:
 
 
 def settings(**changes: Any) -> RetrainConfig:
-    """The settings of a small run."""
-    return RetrainConfig(**SMALL | changes)
+    """The settings of a small run: its masks move from the first refresh on, where they move."""
+    behind = {} if changes.get("method") == "maskllm" else {"behind": "clipped"}
+    return RetrainConfig(**SMALL | behind | changes)
 
 
 def train(program: Program, teacher: Any, config: RetrainConfig, **options: Any) -> Program:

@@ -65,7 +65,7 @@ def test_defaults_that_depend_on_the_method() -> None:
     names = ("lr", "min_lr", "weight_decay", "behind")
     of_masks = RetrainConfig(max_steps=1, method="maskllm")
     assert [getattr(of_masks, name) for name in names] == [5e-4, 5e-5, 0.1, "original"]
-    assert [getattr(RetrainConfig(max_steps=1), name) for name in names] == [2e-4, 2e-5, 0.0, "clipped"]
+    assert [getattr(RetrainConfig(max_steps=1), name) for name in names] == [2e-4, 2e-5, 0.0, "zeros"]
     assert RetrainConfig(max_steps=1, method="maskllm", lr=0.1).lr == 0.1
     assert dataclasses.replace(of_masks, max_steps=2).lr == 5e-4
 
