@@ -200,7 +200,8 @@ def _measure(settings: CriteriaSettings, job: Job, out: Path) -> None:
     """Measure one row in a child process, which writes it to a file."""
     request = {"settings": asdict(settings), "job": asdict(job)}
     command = [sys.executable, "-P", "-m", "sparsepass.export.criteria_child", json.dumps(request), str(out)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+    quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=os.environ | quiet, check=False)
     error = out.with_suffix(".error")
     if error.is_file():
         message = error.read_text(encoding="utf-8")

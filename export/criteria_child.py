@@ -86,7 +86,4 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    from sparsepass.export.cli_support import quiet_bars
-
-    quiet_bars()
     sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -46,11 +46,17 @@ class Block:
         inside = set(self.nodes())
         weights = {site.weight for site in self.sites}
         reached: set[fx.Node] = set()
+        constant: set[fx.Node] = set()  # made of parameters alone, such as a transposed weight, wherever it stands
         for node in self.before.graph.nodes:
+            if node is self.after:
+                break
+            sources = node.all_input_nodes
+            if node.op == "get_attr" or (node.op == "call_function" and sources and all(each in constant for each in sources)):
+                constant.add(node)
             if node.op == "get_attr":
                 if node.target in weights:
                     reached.add(node)
-            elif any(source in reached for source in node.all_input_nodes) and (node in inside or _only(node, weights)):
+            elif (node in inside or node in constant) and any(source in reached for source in sources):
                 reached.add(node)
         return [node for node in self.nodes() if node in reached and any(user not in inside for user in node.users)]
 
@@ -141,12 +147,3 @@ def _refusal(block: Block, *, overlaps: bool) -> str | None:
     if not block.outputs():
         return f"nothing reads what its block {block.name} computes"
     return None
-
-
-def _only(node: fx.Node, weights: set[str]) -> bool:
-    """Whether a node in front of the block works on its weights alone (a transpose, say)."""
-    return (
-        all(source.op == "get_attr" or _only(source, weights) for source in node.all_input_nodes)
-        if (node.op == "call_function" and node.all_input_nodes)
-        else False
-    )

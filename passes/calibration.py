@@ -161,6 +161,7 @@ class _Runner:
         self._device = program.device
         self._low = _low_precision(compute, program)
         self._constants: dict[fx.Node, Any] = {}
+        self._known_constants: dict[fx.Node, bool] = {}
         self._values: list[dict[fx.Node, Any]] = []
         placeholders = [n for n in self._graph.nodes if n.op == "placeholder"]
         for batch in batches:
@@ -310,7 +311,10 @@ class _Runner:
             return True
         if node.op != "call_function" or not node.all_input_nodes:
             return False
-        return all(self._is_constant(n) for n in node.all_input_nodes) and not any(map(_writes, node.users))
+        if node not in self._known_constants:  # asked in graph order, so that it never goes deep
+            is_constant = all(self._is_constant(n) for n in node.all_input_nodes) and not any(map(_writes, node.users))
+            self._known_constants[node] = is_constant
+        return self._known_constants[node]
 
     def _constant(self, node: fx.Node) -> Any:
         if node not in self._constants:
@@ -372,14 +376,16 @@ class _Stretch:
         runner.run_before(block.before.next)
         self._mark = runner.mark()
         dense.run_before(block.after)
-        indices = range(len(runner.batches))
-        self._targets = [tuple(dense.value(node, index) for node in block.outputs()) for index in indices]
+        outputs = block.outputs()
+        self._targets = [tuple(dense.value(node, index) for node in outputs) for index in range(len(runner.batches))]
+        self._nodes: list[fx.Node] = []
+        self._outputs: list[fx.Node] = []
 
     def finish(self, rewrite_block: Callable[[Block, BlockRun], None] | None) -> None:
         """Rewrite the block, and send the run back to its beginning."""
         assert rewrite_block is not None
-        nodes = self.block.nodes()
-        self._runner.rewind(self._mark, nodes)
+        self._nodes, self._outputs = self.block.nodes(), self.block.outputs()
+        self._runner.rewind(self._mark, self._nodes)
         rewrite_block(self.block, self)
         self._runner.rewritten(reused=False)
         _give_back_freed_memory()
@@ -399,11 +405,11 @@ class _Stretch:
         return self._runner.batches[batch].valid_BT
 
     def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        results = self._runner.run_block(self.block.nodes(), self._mark.values[batch], tensors)
-        return tuple(results[node] for node in self.block.outputs())
+        results = self._runner.run_block(self._nodes, self._mark.values[batch], tensors)
+        return tuple(results[node] for node in self._outputs)
 
     def own_vectors(self) -> tuple[str, ...]:
-        inside = set(self.block.nodes())
+        inside = set(self._nodes)
         readers: dict[str, set[fx.Node]] = {}
         for node in self.block.before.graph.nodes:
             if node.op == "get_attr":
