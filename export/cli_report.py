@@ -34,13 +34,14 @@ def report_command(
 
     Exit code: 0 it was rendered, 2 wrong usage or unreadable input.
     """
-    from sparsepass.export.cli_show import summary
+    from sparsepass.export.cli_show import answers_text, summary
     from sparsepass.export.report import read_report, write_pages
 
     document = read_report(place)
     folder = out or (place if place.is_dir() else place.parent)
     folder.mkdir(parents=True, exist_ok=True)
     write_pages(folder, document)
+    support.stdout().print(answers_text(document))
     support.stdout().print(summary(document, str(folder)))
 
 

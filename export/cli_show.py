@@ -1,7 +1,7 @@
 """What a command prints when it is done: the report in one screen."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Group
 from rich.markup import escape
@@ -12,6 +12,9 @@ from sparsepass.export.report import HTML_FILE
 from sparsepass.export.report_page import accuracy_rows, accuracy_setting, size
 from sparsepass.export.report_retraining import training_facts
 from sparsepass.export.report_summary import skipped_rows
+from sparsepass.export.report_summary import summary as answers
+
+_TONES: Final = {"good": "green", "bad": "bold red", "unknown": "yellow", "plain": ""}
 
 
 def summary(document: Mapping[str, Any], out: str) -> Group:
@@ -31,6 +34,16 @@ def summary(document: Mapping[str, Any], out: str) -> Group:
         parts.append(Text(f"{artifact['target']}, {artifact['dtype']}: {written}"))
     parts.append(Text(f"Written to {out}; {HTML_FILE} there tells everything."))
     return Group(*parts)
+
+
+def answers_text(document: Mapping[str, Any]) -> Text:
+    """What the page says at its head: each question with its answer."""
+    text = Text()
+    for answer in answers(document):
+        text.append(f"{answer.question} ").append(f"{answer.short}\n", style=_TONES[answer.tone])
+        for sentence in answer.sentences:
+            text.append(f"  {sentence}\n", style="dim")
+    return text
 
 
 def layers_table(section: Mapping[str, Any]) -> Table:

@@ -355,6 +355,10 @@ def test_the_command_renders_a_page_from_the_json_alone(tmp_path: Path) -> None:
     result = run("report", tmp_path / "alone")
     assert result.exit_code == 0, result.output
     assert "report.html there tells everything" in result.output
+    told = " ".join(result.output.split())
+    for answer in summary(written):
+        assert answer.question in told
+        assert answer.short in told, "the terminal tells in short what the page tells"
     assert (tmp_path / "alone" / "report.html").read_text() == render_html(written)
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"report.json", "report.html", "report.md", "figures"}
     assert (tmp_path / "alone" / "figures" / "retraining-1-loss.svg").is_file()
