@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.ops import where_kept
 from sparsepass.retrain.masks import local
 
 # Elements per piece. On a processor a piece of each of the six tensors of a step should fit in the second-level cache;
@@ -164,7 +165,7 @@ class ASTAdamW(MaskedOptimizer):
         exp_avg.lerp_(grad, 1 - beta1)
         numerator = exp_avg
         if mask is not None and group["decay"] != 0:
-            fade = weight.masked_fill(mask, 0).mul_(group["decay"])
+            fade = where_kept(weight, ~mask).mul_(group["decay"])
             numerator = exp_avg + fade
             grad = fade.add_(grad)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -225,7 +226,7 @@ class ASTSGD(MaskedOptimizer):
         if group["momentum"] != 0:
             grad = moments[0].mul_(group["momentum"]).add_(grad)
         if mask is not None and group["decay"] != 0:
-            grad = weight.masked_fill(mask, 0).mul_(group["decay"]).add_(grad)
+            grad = where_kept(weight, ~mask).mul_(group["decay"]).add_(grad)
         weight.add_(grad, alpha=-group["lr"])
 
 

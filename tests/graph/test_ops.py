@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsepass.graph.ops import masked_weight
+from sparsepass.graph.ops import masked_weight, where_kept
 
 OPERATOR = torch.ops.sparsepass.masked_weight.default
 
@@ -27,6 +27,17 @@ def gradients(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     (weight,) = module.parameters()
     assert weight.grad is not None
     return y.detach(), weight.grad.clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_what_is_kept_is_bit_for_bit_a_where(dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, 1.5, -1.5, float("nan"), -float("nan"), 1e-6, -448.0]).to(dtype)
+    weight, mask = special.repeat(2, 3).T, torch.rand(24, 2, generator=torch.Generator().manual_seed(0)) > 0.5
+    found = where_kept(weight, mask)
+    expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    assert found.dtype == dtype
+    assert found.contiguous().view(torch.uint8).tolist() == expected.contiguous().view(torch.uint8).tolist()
+    assert found.data_ptr() != weight.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
