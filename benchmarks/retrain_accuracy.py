@@ -14,31 +14,22 @@ own documentation topics are used, training and evaluation parts disjoint. Needs
 --no-deps). Writes retrain_accuracy.json, retrain_accuracy.md and the curves as pictures.
 """
 
-import argparse
 import hashlib
 import json
 import math
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from common import TrainingBench, commit, heading, training_options
 
 from sparsepass.export.curves import retraining_run
-from sparsepass.export.demo import smollm2
 from sparsepass.export.figures import training_pictures
-from sparsepass.export.load import LoadedModel, load_model
-from sparsepass.export.prepare import PYTHON_DOCS, evaluation_text
 from sparsepass.export.recipe import read_retrain_section
 from sparsepass.graph import Program
-from sparsepass.passes import apply_passes
-from sparsepass.passes.calibration_data import default_text
 from sparsepass.passes.pattern import NMPattern, num_violations
 from sparsepass.retrain.data import open_data
 from sparsepass.retrain.loop import METRICS, retrain
@@ -81,57 +72,15 @@ ROWS = {
 }
 
 
-def commit() -> str:
-    """The commit, with a plus where the tree has changes."""
-    root = Path(__file__).parent
-    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
-class Bench:
-    """The work folder and what is in it: starts, finished rows, measured perplexities."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.work = args, args.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.dense: LoadedModel = load_model(smollm2(), dtype="float32")
-        self.train = PYTHON_DOCS if args.train_text is None else str(args.train_text)
-        self.text = PYTHON_DOCS if args.eval_text is None else str(args.eval_text)
-
-    def remember(self, name: str, make: Any) -> Any:
-        """What a JSON file of the work folder holds; made if it is not there."""
-        path = self.work / f"{name}.json"
-        if not path.is_file():
-            found = make()
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(found), encoding="utf-8")
-            beside.replace(path)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def perplexity(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Of the whole evaluation text, or of its first tokens where that was asked for."""
-        from sparsepass.export.eval import perplexity
-
-        text = evaluation_text(self.text)
-        found = perplexity(model, text, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
-        return {"perplexity": found.value, "num_tokens": found.num_tokens}
+class Bench(TrainingBench):
+    """Rows from starts that rows share."""
 
     def start(self, passes: str) -> tuple[Path, dict[str, Any]]:
         """The pruned program, saved, and its perplexity."""
         name = "start-" + hashlib.sha256(passes.encode()).hexdigest()[:8]
         folder = self.work / name
         if not folder.is_dir():
-            program = apply_passes(
-                self.dense.model,
-                passes,
-                calibration=default_text("calibration") if self.train == PYTHON_DOCS else Path(self.train),
-                tokenizer=self.dense.tokenizer,
-                num_sequences=64,
-                context=512,
-                validate=False,
-            )
-            program.save(folder)
+            self.pruned(passes).save(folder)
         return folder, self.remember(name, lambda: self.perplexity(Program.load(folder)))
 
     def row(self, name: str) -> dict[str, Any]:
@@ -198,9 +147,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         "# What retraining gives back, SmolLM2-135M-Instruct, 2:4",
         "",
-        f"Training text: {report['train']}. Evaluation text: {report['text']}, {report['dense']['num_tokens']} tokens scored, "
-        f"context 512, no overlap, fp32. Dense: {dense:.2f}.",
-        f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}.",
+        *heading(report),
         "",
         "| | one-shot | retrained | times dense | gap closed | entries moved | tokens | commit |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
@@ -223,32 +170,19 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is asked for and not there yet, and write the table of all that is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-text", type=Path)
-    parser.add_argument("--eval-text", type=Path)
-    parser.add_argument("--eval-tokens", type=int, help="first tokens of the evaluation text; all of it by default")
+    parser = training_options(__doc__, ".retrain_accuracy")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--max-tokens", type=int, help="instead of the recipe's")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-4", help="another setting, for every row")
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / ".retrain_accuracy")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     bench = Bench(args)
-    dense = bench.remember("dense", lambda: bench.perplexity(bench.dense.model))
     rows: list[dict[str, Any]] = []
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in ROWS:
         if name not in args.only and not (args.work / f"row-{name}.json").is_file():
             continue
         rows.append(bench.row(name))
         pictures = {f"retrain_accuracy_{key}.svg": drawn for key, drawn in training_pictures(rows[0]["run"]).items()}
-        report = {
-            "train": Path(bench.train).name,
-            "text": Path(bench.text).name,
-            "dense": dense,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        report = bench.facts() | {
             "pictures": list(pictures),
             "rows": rows,
         }

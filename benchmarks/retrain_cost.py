@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import commit
 
 from sparsepass.export.demo import smollm2
 from sparsepass.export.load import load_model
@@ -214,9 +215,6 @@ def main() -> None:
     mine = sides["sparsepass"]
     known = runs["sparsepass"][-1]
     decay = known["step_with_decay_seconds"] - known["step_without_decay_seconds"]
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     report = {
         "batch": args.batch,
         "context": args.context,
@@ -226,7 +224,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": head.stdout.strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "sides": sides,
         "ratios": {

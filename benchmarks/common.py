@@ -1,0 +1,104 @@
+"""What the benchmark scripts share: the commit, and a work folder for those that train SmolLM2-135M-Instruct row by row."""
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparsepass.export.demo import smollm2
+from sparsepass.export.eval import perplexity
+from sparsepass.export.load import LoadedModel, load_model
+from sparsepass.export.prepare import PYTHON_DOCS, evaluation_text
+from sparsepass.graph import Program
+from sparsepass.passes import apply_passes
+from sparsepass.passes.calibration_data import default_text
+
+
+def commit() -> str:
+    """The commit, with a plus where the tree has changes."""
+    root = Path(__file__).parent
+    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
+    """The options of every script that trains row by row."""
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train-text", type=Path)
+    parser.add_argument("--eval-text", type=Path)
+    parser.add_argument("--eval-tokens", type=int, help="first tokens of the evaluation text; all of it by default")
+    parser.add_argument("--work", type=Path, default=here / work, help="folder that keeps finished rows and checkpoints")
+    parser.add_argument("--out", type=Path, default=here / "results")
+    return parser
+
+
+class TrainingBench:
+    """The model, its texts, and a work folder that keeps what has been found."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work = args, args.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.dense: LoadedModel = load_model(smollm2(), dtype="float32")
+        self.train = PYTHON_DOCS if args.train_text is None else str(args.train_text)
+        self.text = PYTHON_DOCS if args.eval_text is None else str(args.eval_text)
+
+    def remember(self, name: str, make: Callable[[], Any]) -> Any:
+        """What a JSON file of the work folder holds; made if it is not there."""
+        path = self.work / f"{name}.json"
+        if not path.is_file():
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(make()), encoding="utf-8")
+            beside.replace(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def perplexity(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Of the whole evaluation text, or of its first tokens where that was asked for."""
+        text = evaluation_text(self.text)
+        found = perplexity(model, text, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
+        return {"perplexity": found.value, "num_tokens": found.num_tokens}
+
+    def dense_perplexity(self) -> dict[str, Any]:
+        """Of the model as it is."""
+        return dict(self.remember("dense", lambda: self.perplexity(self.dense.model)))
+
+    def pruned(self, passes: str) -> Program:
+        """The model after passes, calibrated on 64 sequences of 512 tokens of the training text."""
+        return apply_passes(
+            self.dense.model,
+            passes,
+            calibration=default_text("calibration") if self.train == PYTHON_DOCS else Path(self.train),
+            tokenizer=self.dense.tokenizer,
+            num_sequences=64,
+            context=512,
+            validate=False,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What every report says of texts, machine and versions. Folders of this machine say nothing to others."""
+        return {
+            "train": Path(self.train).name,
+            "text": Path(self.text).name,
+            "dense": self.dense_perplexity(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def heading(report: dict[str, Any]) -> list[str]:
+    """The lines of a page that say those facts."""
+    dense = report["dense"]
+    return [
+        f"Training text: {report['train']}. Evaluation text: {report['text']}, {dense['num_tokens']} tokens scored, "
+        f"context 512, no overlap, fp32. Dense: {dense['perplexity']:.2f}.",
+        f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}.",
+    ]
