@@ -71,7 +71,7 @@ def prune_command(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone. Same patterns. May be repeated.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")] = None,
+    dtype: support.Dtype = None,
     task: support.Task = None,
     eval_text: support.EvalText = None,
     eval_context: support.EvalContext = 512,

@@ -28,7 +28,7 @@ def eval_command(
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="Tokens by which the window moves on; by default all of it.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")] = None,
+    dtype: support.Dtype = None,
     bos: Annotated[
         bool | None,
         typer.Option("--bos/--no-bos", help="Begin each window with the BOS token; by default as the tokenizer does."),

@@ -9,17 +9,8 @@ from sparsepass.export import cli_support as support
 
 
 def criteria_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file of a dense model.", show_default=False)
-    ],
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calibration",
-            help="Text file (.txt, .jsonl, .parquet), data set folder or hub data set name, or 'python-docs'.",
-            show_default=False,
-        ),
-    ],
+    model: support.DenseModel,
+    calibration: support.CalibrationNeeded,
     eval_text: Annotated[
         str, typer.Option("--eval-text", help="Text file, or 'python-docs', to measure perplexity on.", show_default=False)
     ],
@@ -32,14 +23,14 @@ def criteria_command(
     passes: Annotated[
         list[str] | None, typer.Option("--passes", help="One row more: passes in order, as text. May be repeated.")
     ] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="N:M.")] = "2:4",
+    pattern: support.Pattern = "2:4",
     num_sequences: support.NumSequences = 128,
     context: support.Context = None,
     seed: support.Seed = 0,
     compute: support.ComputeOption = support.Compute.auto,
     eval_context: support.EvalContext = 512,
     max_tokens: support.MaxTokens = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")] = None,
+    dtype: support.Dtype = None,
     work: Annotated[
         Path | None,
         typer.Option("--work", help="Folder that keeps each finished row: a run that was interrupted goes on from there."),

@@ -26,17 +26,8 @@ class LossOption(StrEnum):
 
 
 def sensitivity_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file of a dense model.", show_default=False)
-    ],
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calibration",
-            help="Text file (.txt, .jsonl, .parquet), data set folder or hub data set name, or 'python-docs'.",
-            show_default=False,
-        ),
-    ],
+    model: support.DenseModel,
+    calibration: support.CalibrationNeeded,
     budget: Annotated[
         float, typer.Option("--budget", help="Share of the bytes saved that may be given up for accuracy.")
     ] = 0.05,
@@ -46,7 +37,7 @@ def sensitivity_command(
         typer.Option("--loss", help="Rank by the divergence of the logits (kl), or by the layers' own errors: much cheaper."),
     ] = LossOption.kl,
     criterion: Annotated[str | None, typer.Option("--criterion", help="Of the pruning; by default sparsegpt.")] = None,
-    pattern: Annotated[str, typer.Option("--pattern", help="N:M.")] = "2:4",
+    pattern: support.Pattern = "2:4",
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone in any case. May be repeated.")
     ] = None,
@@ -57,7 +48,7 @@ def sensitivity_command(
     context: support.Context = None,
     seed: support.Seed = 0,
     compute: support.ComputeOption = support.Compute.auto,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")] = None,
+    dtype: support.Dtype = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Rows of the table that are shown.")] = 20,
     gguf_file: support.GgufFile = None,
     revision: support.Revision = None,

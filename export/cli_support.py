@@ -38,6 +38,19 @@ CalibrationData = Annotated[
         "'python-docs' for text that is always there. nm_sparsify prunes by SparseGPT with it, by magnitude without.",
     ),
 ]
+CalibrationNeeded = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help="Text file (.txt, .jsonl, .parquet), data set folder or hub data set name, or 'python-docs'.",
+        show_default=False,
+    ),
+]
+DenseModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file of a dense model.", show_default=False)
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")]
+Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
 NumSequences = Annotated[int, typer.Option("--num-sequences", min=1, help="Calibration sequences to use at most.")]
 Context = Annotated[
     int | None,
