@@ -69,7 +69,7 @@ def cut_head(program: Program, output: str = "logits") -> tuple[Program, nn.Modu
 
 def _cut(graph: fx.Graph, logits: fx.Node) -> tuple[set[fx.Node], fx.Node] | None:
     """The nodes of the head, and the node that it reads; None where more than one node would have to be handed over."""
-    above = _ancestors(logits)
+    above = ancestors(logits)
     matmuls = [node for node in graph.nodes if node in above and node.target in _MATMULS]
     if not matmuls:
         return None
@@ -91,7 +91,8 @@ def _cut(graph: fx.Graph, logits: fx.Node) -> tuple[set[fx.Node], fx.Node] | Non
     return inside, entry
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
     seen, stack = {node}, [node]
     while stack:
         new = [source for source in stack.pop().all_input_nodes if source not in seen]

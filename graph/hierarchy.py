@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export.unflatten import InterpreterModule, UnflattenedModule
 
 from sparsepass.graph import structure
 from sparsepass.graph.errors import CaptureError
@@ -74,8 +75,21 @@ def hierarchy(program: Program) -> Hierarchy:
             module._parameters[attribute] = tensor  # type: ignore[assignment]
         elif attribute in module._buffers:
             module._buffers[attribute] = tensor
+    write_code(tree)
     tree.train(program.training)
     return Hierarchy(program, tree)
+
+
+def write_code(tree: nn.Module) -> None:
+    """Generate the code of an unflattened module and of all modules in it anew, from their graphs and their own tensors.
+
+    torch.export.unflatten leaves each module with code that holds copies of the weights, and interprets the graph, node by
+    node, instead of running that code.
+    """
+    for module in tree.modules():
+        if isinstance(module, InterpreterModule | UnflattenedModule):
+            module._run_with_interpreter = False
+            module.finalize()
 
 
 def blocks(module: nn.Module) -> tuple[str, ...]:

@@ -33,8 +33,9 @@ def where_kept(weight: Tensor, mask: Tensor) -> Tensor:
     """
     if weight.device.type != "cpu":
         return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-    ones = mask.view(torch.int8).neg()  # -1, all bits set, where kept
-    return (weight.view(_BITS[weight.itemsize]) & ones).view(weight.dtype)
+    bits = _BITS[weight.itemsize]
+    ones = mask.view(torch.int8).neg().to(bits)  # -1, all bits set, where kept
+    return ones.bitwise_and_(weight.view(bits)).view(weight.dtype)
 
 
 @torch.library.custom_op(MASKED_WEIGHT, mutates_args=())

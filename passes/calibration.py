@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.attention import ATTENTION, is_causal_mask, mask_of, told_causal
 from sparsepass.graph.precision import fast_low_precision
 from sparsepass.passes.base import BlockRun, SiteGroup
 from sparsepass.passes.blocks import Block
@@ -162,6 +163,7 @@ class _Runner:
         self._low = _low_precision(compute, program)
         self._constants: dict[fx.Node, Any] = {}
         self._known_constants: dict[fx.Node, bool] = {}
+        self._last_mask: tuple[Tensor, bool] | None = None
         self._values: list[dict[fx.Node, Any]] = []
         placeholders = [n for n in self._graph.nodes if n.op == "placeholder"]
         for batch in batches:
@@ -282,8 +284,7 @@ class _Runner:
             return results[node]
 
         def execute(node: fx.Node) -> Any:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), look_up)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return self._call(node, *fx.node.map_arg((node.args, node.kwargs), look_up))
 
         with self._precision():
             for node in nodes:
@@ -335,8 +336,16 @@ class _Runner:
     def _execute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op != "call_function":
             raise PassError("calibration", node.name, f"the engine cannot run a node of kind {node.op}")
-        args = fx.node.map_arg(node.args, lambda n: self._lookup(n, values))
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: self._lookup(n, values))
+        return self._call(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: self._lookup(n, values)))
+
+    def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if node.target is ATTENTION and isinstance(mask := mask_of(args, kwargs), Tensor):
+            known, is_causal = self._last_mask or (None, False)
+            if known is not mask:  # one mask serves many layers
+                is_causal = args[0].shape[-2] == args[1].shape[-2] and is_causal_mask(mask, args[0].shape[-2])
+                self._last_mask = mask, is_causal
+            if is_causal:
+                args, kwargs = told_causal(args, kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _frees(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

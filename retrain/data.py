@@ -114,6 +114,12 @@ class TrainingData:
         self.validation = validation
         self._train_facts, self._validation_facts = dict(train_facts), dict(validation_facts)
 
+    @property
+    def unpadded(self) -> int | None:
+        """The length of every sequence, training and validation, where none has padding; else None."""
+        padded = not self.train.shape.packing or (self.validation is not None and self.validation.attention_mask is not None)
+        return None if padded else self.train.shape.context
+
     def describe(self) -> dict[str, object]:
         """Return what was used, for the report.
 

@@ -56,7 +56,7 @@ def offline_teacher(
             )
         start = data.train.state()
         config = config.resolve(accelerator.device)
-        teacher = online_teacher(model(), config, accelerator).teacher
+        teacher = online_teacher(model(), config, accelerator, unpadded=data.unpadded).teacher
         assert isinstance(teacher, OnlineTeacher)
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             write_teacher_cache(

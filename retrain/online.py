@@ -65,7 +65,9 @@ class OnlineParts:
         return targets, states or None
 
 
-def online_teacher(teacher: nn.Module | Teacher | None, config: RetrainConfig, accelerator: Accelerator) -> OnlineParts:
+def online_teacher(
+    teacher: nn.Module | Teacher | None, config: RetrainConfig, accelerator: Accelerator, *, unpadded: int | None = None
+) -> OnlineParts:
     """Make a teacher ready to be asked in training.
 
     A model is captured and cut like the student. Under autocast the weights of its matmuls are stored in bfloat16, which is
@@ -75,6 +77,7 @@ def online_teacher(teacher: nn.Module | Teacher | None, config: RetrainConfig, a
         teacher: A dense model, its program, anything else that gives targets, or None.
         config: The settings.
         accelerator: Process and device.
+        unpadded: The length of all sequences, if none has padding.
 
     Raises:
         SparsepassError: If the settings need what the teacher does not give.
@@ -97,7 +100,7 @@ def online_teacher(teacher: nn.Module | Teacher | None, config: RetrainConfig, a
         raise SparsepassError("the teacher has sparse layers; give the dense model that the program was made from")
     if not here:
         teacher.to(accelerator.device)
-    parts = halves(teacher)
+    parts = halves(teacher, unpadded)
     if config.dtype == "bfloat16":
         _store_low(teacher, parts)
     states = States(parts.blocks) if config.hidden_weight else None

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import Program, Site, SparsepassError
+from sparsepass.graph.attention import drop_causal_masks
 from sparsepass.graph.cut import cut_head
 from sparsepass.graph.hierarchy import Hierarchy, blocks
 from sparsepass.passes.pattern import NMPattern
 from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.lean import make_lean
 from sparsepass.retrain.masks import put_behind
 from sparsepass.retrain.objective import CHUNK_TOKENS, IGNORED, Distillation, distillation_loss, hidden_state_loss
 from sparsepass.retrain.teacher import TeacherTargets
@@ -27,15 +29,25 @@ class Body(nn.Module):
     """A program without its head, called with what it takes of ids and mask. Final.
 
     Shapes: input_ids_BT and attention_mask_BT [B, T] -> hidden states [B, T, H].
+
+    Args:
+        hierarchy: The body.
+        input_names: What it takes.
+        longest: T of the longest sequences it is right for, if its attention has been told that nothing is padding.
     """
 
-    def __init__(self, hierarchy: Hierarchy, input_names: Iterable[str]) -> None:
+    def __init__(self, hierarchy: Hierarchy, input_names: Iterable[str], longest: int | None = None) -> None:
         super().__init__()
         self.hierarchy = hierarchy
         self._takes_mask = "attention_mask" in input_names
+        self._longest = longest
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
         """Run the body; no mask means all ones."""
+        if self._longest is not None and (attention_mask_BT is not None or input_ids_BT.shape[-1] > self._longest):
+            raise SparsepassError(
+                f"this body was made for sequences of at most {self._longest} tokens without padding; make one without unpadded"
+            )
         inputs = {"input_ids": input_ids_BT}
         if self._takes_mask:
             inputs["attention_mask"] = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
@@ -60,8 +72,12 @@ class Halves:
     vocabulary: int | None
 
 
-def halves(program: Program) -> Halves:
+def halves(program: Program, unpadded: int | None = None) -> Halves:
     """Cut a causal language model at its head.
+
+    Args:
+        program: It is not changed.
+        unpadded: If all sequences have this length and none has padding, attention need not look at masks.
 
     Raises:
         SparsepassError: If it is no causal language model.
@@ -73,10 +89,13 @@ def halves(program: Program) -> Halves:
             f"{', '.join(program.input_names)} and returns {', '.join(program.output_names)}"
         )
     body, head = cut_head(program)
+    dropped = drop_causal_masks(body, unpadded) if unpadded else 0
     hierarchy = body.hierarchy()
     assert isinstance(hierarchy, Hierarchy)
+    make_lean(hierarchy)
     found = tuple(hierarchy.get_submodule(name) for name in blocks(hierarchy))
-    return Halves(body=Body(hierarchy, program.input_names), head=head, blocks=found, vocabulary=_vocabulary(head))
+    longest = unpadded if dropped else None
+    return Halves(body=Body(hierarchy, program.input_names, longest), head=head, blocks=found, vocabulary=_vocabulary(head))
 
 
 def _vocabulary(head: nn.Module) -> int | None:

@@ -53,7 +53,7 @@ class OnlineTeacher(Teacher):
     the dtype of autocast (weights that ask for no gradient are cast at every call).
 
     Args:
-        body: ``(input_ids, attention_mask) -> [B, T, H]``.
+        body: ``(input_ids, attention_mask) -> [B, T, H]``; a mask of None means that there is no padding.
         head: ``[1, N, H] -> [1, N, V]``. If weights are sharded, they must be whole when the loss asks for logits: processes
             may differ in how many chunks they ask for.
 
@@ -73,9 +73,7 @@ class OnlineTeacher(Teacher):
     def targets(
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, sequence_indices_B: Tensor | None = None
     ) -> "OnlineTargets":
-        """See `Teacher.targets`; keeps the hidden states. A mask of ones stands in for none."""
-        if attention_mask_BT is None:
-            attention_mask_BT = torch.ones_like(input_ids_BT)
+        """See `Teacher.targets`; keeps the hidden states."""
         hidden_BTH = self._body(input_ids_BT, attention_mask_BT)
         if hidden_BTH.shape[:-1] != input_ids_BT.shape:
             raise SparsepassError(

@@ -96,13 +96,14 @@ class Trainee:
         return self.program
 
 
-def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerator) -> Trainee:
+def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerator, *, unpadded: int | None = None) -> Trainee:
     """Make a program ready for training.
 
     Args:
         program: Its tensors are trained in place, or on the way to `Trainee.give_back` where they are sharded.
         config: The settings.
         accelerator: Process and device.
+        unpadded: The length of all sequences, if none has padding.
 
     Raises:
         SparsepassError: If the program has no masks, is no causal language model, is not float32, or does not fit the method.
@@ -115,7 +116,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     learned = {name: state.learned for name, state in program.sparse.items() if state.learned is not None}
     only = {state.logits for state in learned.values()} if config.method == "maskllm" else None
     names = choose_trained(program, config.frozen, only)
-    parts = halves(program)
+    parts = halves(program, unpadded)
     student = Student(parts, config)
     slots = Slots(program, (student,))
     if config.activation_checkpointing:

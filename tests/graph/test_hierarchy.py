@@ -194,3 +194,20 @@ def test_a_graph_that_cannot_be_exported_again_is_said() -> None:
     program.example_inputs = {"images": torch.randn(2, 5, 8, 8)}
     with pytest.raises(CaptureError, match="cannot be exported again, so it has no hierarchy"):
         program.hierarchy()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "convnet"])
+def test_no_copy_of_a_weight_is_kept(name: str) -> None:
+    program = rewritten(name)
+    tree = program.hierarchy()
+    assert isinstance(tree, Hierarchy)
+    own = {tensor.untyped_storage().data_ptr() for tensor in program.tensors().values()}
+    codes = [code for module in tree.modules() if isinstance(code := module.__dict__.get("graph_module"), nn.Module)]
+    held = {
+        tensor.untyped_storage().data_ptr()
+        for module in (tree, *codes)
+        for tensor in [*module.parameters(), *module.buffers()]
+        if tensor.dim()
+    }
+    assert codes
+    assert held <= own

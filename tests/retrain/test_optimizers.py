@@ -99,7 +99,7 @@ def test_with_nothing_masked_adamw_is_torchs(shape: tuple[int, ...], mask_kind: 
     theirs.data.copy_(ours.data)
     masks: dict[Tensor, Tensor] = {ours: torch.ones(shape, dtype=torch.bool)} if mask_kind == "all ones" else {}
     a = ASTAdamW([ours], masks, lr=3e-3, weight_decay=0.1, decay=0.5)
-    b = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=False, fused=False)
+    b = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for _ in range(20):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()

@@ -144,8 +144,8 @@ def test_a_validation_that_breaks_keeps_its_last_good_checkpoint(tmp_path: Path,
 
 
 def test_a_broken_mask_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaking(*args: Any) -> Any:
-        trainee = make_trainee(*args)
+    def breaking(*args: Any, **options: Any) -> Any:
+        trainee = make_trainee(*args, **options)
         refresh = trainee.masks.refresh
 
         def planted() -> Any:
