@@ -50,9 +50,14 @@ def results(tree: Hierarchy, inputs: dict[str, Tensor], *, low: bool) -> tuple[T
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize(
     ("name", "passes", "merged"),
-    [("llama", "nm_sparsify", 14), ("llama", "nm_sparsify,slorb{k=4}", 14), ("qwen2", "nm_sparsify", 14), ("gpt2", "nm_sparsify", 0),
-     ("phi3", "nm_sparsify", 8)],
-)  # fmt: skip
+    [
+        ("llama", "nm_sparsify", 14),
+        ("llama", "nm_sparsify,slorb{k=4}", 14),
+        ("qwen2", "nm_sparsify", 14),
+        ("phi3", "nm_sparsify", 8),
+        ("gpt2", "nm_sparsify", 0),
+    ],
+)
 def test_results_and_gradients_stay_bit_for_bit(name: str, passes: str, merged: int, low: bool) -> None:
     plain, lean = trees(name, passes)
     assert calls(lean, masked_linear) == merged
