@@ -6,7 +6,7 @@
 
 `engines` exports SmolLM2-135M (or --model) and verifies it: engine, evidence, equivalence and times stand in its report.
 `sessions` opens the same graphs in onnxruntime's TensorRT provider, with and without its sparsity option, compares the
-outputs with the program's samples, and times both. `summary` prints what all routes found.
+outputs with the program's samples, and times both (not with bfloat16). `summary` prints what all routes found.
 """
 
 import argparse
@@ -48,6 +48,13 @@ def engines(arguments: argparse.Namespace) -> bool:
 
 
 def sessions(arguments: argparse.Namespace) -> bool:
+    if arguments.dtype == "bfloat16":
+        document: dict[str, Any] = {
+            "not_run": "numpy, which feeds onnxruntime here, has no bfloat16; take float16"
+        }
+        Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(document["not_run"])
+        return True
     folder = Path(arguments.folder)
     name = next(name for name in ("prefill", "model") if (folder / f"{name}.engine").is_file())
     samples = safetensors.torch.load_file(folder / SAMPLES_FILE)
