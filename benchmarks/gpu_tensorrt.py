@@ -49,9 +49,7 @@ def engines(arguments: argparse.Namespace) -> bool:
 
 def sessions(arguments: argparse.Namespace) -> bool:
     if arguments.dtype == "bfloat16":
-        document: dict[str, Any] = {
-            "not_run": "numpy, which feeds onnxruntime here, has no bfloat16; take float16"
-        }
+        document: dict[str, Any] = {"not_run": "numpy, which feeds onnxruntime here, has no bfloat16; take float16"}
         Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(document["not_run"])
         return True

@@ -12,10 +12,8 @@ block's beginning and takes it with its last weights.
 Shape suffixes: B batch, T tokens, I in, K kernel positions.
 """
 
-import ctypes
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from torch import Tensor, fx
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION, is_causal_mask, mask_of, told_causal
+from sparsepass.graph.memory import give_back_freed_memory
 from sparsepass.graph.precision import fast_low_precision
 from sparsepass.passes.base import BlockRun, SiteGroup
 from sparsepass.passes.blocks import Block
@@ -145,7 +144,7 @@ def sweep(
                 runner.rewritten(reused=len(site.nodes) > 1)
                 if dense is not None:
                     dense.overtaken()
-                _give_back_freed_memory()
+                give_back_freed_memory()
                 advance(site.name)
     if current is not None:
         current.finish(rewrite_block)
@@ -397,7 +396,7 @@ class _Stretch:
         self._runner.rewind(self._mark, self._nodes)
         rewrite_block(self.block, self)
         self._runner.rewritten(reused=False)
-        _give_back_freed_memory()
+        give_back_freed_memory()
 
     @property
     def name(self) -> str:
@@ -445,21 +444,6 @@ def _low_precision(compute: ComputeDtype, program: Program) -> torch.dtype | Non
     if compute not in ("bfloat16", "float16", "float32"):
         raise SparsepassError(f"compute dtype {compute!r} is not known; use auto, bfloat16, float16 or float32")
     return None if compute == "float32" else getattr(torch, compute)
-
-
-def _give_back_freed_memory() -> None:
-    """Return freed activations to the system: glibc keeps them, in pieces that do not fit those of the next segment.
-
-    Without it, SmolLM2-135M takes up to 250 MiB more. Elsewhere than with glibc there is no such call.
-    """
-    trim = getattr(_libc(), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _empty(site: Site, gram: bool, device: torch.device) -> tuple[InputStatistics, ...]:

@@ -5,6 +5,7 @@ Tensor shape legend: B sequences of one process, T tokens.
 
 import contextlib
 import copy
+import gc
 import math
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.memory import give_back_freed_memory
 from sparsepass.retrain import parallel
 from sparsepass.retrain.checkpoint import Checkpoints
 from sparsepass.retrain.config import RetrainConfig, steps_of
@@ -100,6 +102,8 @@ def retrain(
     guide.check(trainee.student)
     checkpoints = _checkpoints(folder, config)
     state = _State(started=time.time())
+    gc.collect()  # what capture left behind lies in cycles
+    give_back_freed_memory()
     notes = _resume(checkpoints, resume, trainee, data, state, fingerprint)
     show = progress and accelerator.is_main_process
     main = accelerator.is_main_process and folder is not None
