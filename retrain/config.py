@@ -67,7 +67,7 @@ class RetrainConfig:
         mask_norm: maskllm: reward of the kept weights' squared norm (lambda) at the first step; it goes to zero in a line.
         kd_weight: Weight of the KL divergence to the teacher; the rest is cross-entropy with the text.
         temperature: Of the distillation.
-        hidden_weight: Weight of the relative squared error of each block's output to the teacher's; 0 is off.
+        hidden_weight: Weight of the log of 1 + the relative squared error of each block's output to the teacher's; 0 is off.
         frozen: Parameters that are not trained: names or globs. Embeddings are named like ``*embed_tokens*``.
         dtype: ``bfloat16`` computes under autocast with float32 weights; ``float32``; ``auto``: bfloat16 where the device
             is fast in it, else float32.
