@@ -3,6 +3,7 @@
 Nothing heavy is imported here or in the command modules at import time, so that `--help` and usage errors come at once.
 """
 
+import errno
 import functools
 import os
 import shlex
@@ -139,6 +140,14 @@ def finish(held: bool) -> None:
         raise typer.Exit(FAILED)
 
 
+_ADVICE = {
+    errno.EACCES: "name a place where you may read and write, or change its permissions",
+    errno.EPERM: "name a place where you may read and write, or change its permissions",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOSPC: "free some space, or name a place on another disk; nothing half-written was left",
+}
+
+
 def clean(command: Command) -> Command:
     """Turn what a user can cause into one message and an exit code; what is a defect keeps its traceback."""
 
@@ -153,7 +162,8 @@ def clean(command: Command) -> Command:
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            complain(f"{what}; {_ADVICE[error.errno]}" if error.errno in _ADVICE else what)
             raise typer.Exit(UNREADABLE) from None
         except ValueError as error:
             from sparsepass.graph.errors import SparsepassError
