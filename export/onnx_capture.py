@@ -399,7 +399,33 @@ def _make_translatable(graph_module: fx.GraphModule) -> None:
             node.target = aten.logical_and.default
         elif node.target is aten.min.other:
             node.target = aten.minimum.default
+        elif node.target in (aten.scatter_add.default, aten.scatter_add_.default) and _counts(node):
+            _count_by_comparing(node, result)
     graph_module.recompile()
+
+
+def _counts(scatter: fx.Node) -> bool:
+    """Whether ones are added to a row of zeros: mixtures of experts count their tokens so."""
+    zeros, dim, _, ones = scatter.args
+    aten = torch.ops.aten
+    if not isinstance(zeros, fx.Node) or not isinstance(ones, fx.Node) or dim != 0:
+        return False
+    made = zeros.target is aten.zeros.default and ones.target is aten.ones_like.default
+    return made and len(zeros.users) == 1 and bool(zeros.meta["val"].dim() == 1)
+
+
+def _count_by_comparing(scatter: fx.Node, result: Tensor) -> None:
+    """Write a count without scattering, which TensorRT-RTX cannot add with. Exact."""
+    aten = torch.ops.aten
+    places = scatter.args[2]
+    graph = scatter.graph
+    with graph.inserting_before(scatter):
+        column = graph.call_function(aten.unsqueeze.default, (places, -1))
+        numbers = graph.call_function(aten.arange.default, (len(result),), {"dtype": torch.int64, "device": result.device})
+        same = graph.call_function(aten.eq.Tensor, (column, numbers))
+        found = graph.call_function(aten.sum.dim_IntList, (same, [0]), {"dtype": result.dtype})
+    scatter.replace_all_uses_with(found)
+    graph.erase_node(scatter)
 
 
 def _is_mutable(target: Any) -> bool:

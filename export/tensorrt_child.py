@@ -8,6 +8,7 @@ builder logs goes to standard output, in one order.
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ class BuildRefusedError(Exception):
     def __init__(self, reason: str, *, log_tells_more: bool = False) -> None:
         super().__init__(reason)
         self.log_tells_more = log_tells_more
+
+
+_PARSING = re.compile(r"^Parsing node: (.*) \[(\w+)\]")
 
 
 def main(request_file: str, answer_file: str) -> None:
@@ -49,7 +53,7 @@ def build(trt: Any, request: dict[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    _parse(parser, request["onnx"])
+    _parse(parser, request["onnx"], logger)
     config = builder.create_builder_config()
     _configure(trt, config, request)
     for profile in request["profiles"]:
@@ -86,12 +90,15 @@ def make_logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.last_parsed = ""
 
         def log(self, severity: Any, message: str) -> None:
             """Called by TensorRT, from any thread."""
             name = str(severity).rpartition(".")[2]
             if name in ("ERROR", "INTERNAL_ERROR"):
                 self.errors.append(message)
+            if message.startswith("Parsing node:"):
+                self.last_parsed = message
             sys.stdout.write(f"[{_LETTERS.get(name, 'I')}] {message}\n")
             sys.stdout.flush()  # the next line may be the last one
 
@@ -115,13 +122,15 @@ def make_profile(builder: Any, network: Any, profile: dict[str, Any]) -> Any:
     return made
 
 
-def _parse(parser: Any, path: str) -> None:
+def _parse(parser: Any, path: str, logger: Any) -> None:
     if parser.parse_from_file(path):
         return
     said = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         node, operator = (_call(error, name) for name in ("node_name", "node_operator"))
+        if not node and (last := _PARSING.search(logger.last_parsed)):  # some errors do not say where they are
+            node, operator = last.groups()
         reason = ", ".join(filter(None, (_call(error, name) for name in ("desc", "func"))))
         said.append(f"it does not take the operator {operator or 'unknown'} at node {node or 'unknown'} ({reason})")
     raise BuildRefusedError(

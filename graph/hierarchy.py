@@ -89,7 +89,7 @@ def write_code(tree: nn.Module) -> None:
     for module in tree.modules():
         if isinstance(module, InterpreterModule | UnflattenedModule):
             module._run_with_interpreter = False
-            module.finalize()
+            module.finalize()  # type: ignore[no-untyped-call]
 
 
 def blocks(module: nn.Module) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
     if torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
         input, weight, bias = input.to(low), weight.to(low), None if bias is None else bias.to(low)
-    found: Tensor = _MaskedLinear.apply(input, weight, mask, bias)
+    found: Tensor = _MaskedLinear.apply(input, weight, mask, bias)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -159,15 +159,15 @@ class ASTAdamW(MaskedOptimizer):
     ) -> None:
         exp_avg, exp_avg_sq = moments
         average, seen = exp_avg, grad
-        fades = mask is not None and group["decay"] != 0
-        if fades:
+        fading = mask if group["decay"] != 0 else None
+        if fading is not None:
             # With m + d for m and g + d for g, torch's fused AdamW computes (g + d)^2 for v and, since
             # b1 (m + d) + (1 - b1)(g + d) = (b1 m + (1 - b1) g) + d, the step asked for. The moment itself is kept apart.
-            behind = where_kept(weight, ~mask)
+            behind = where_kept(weight, ~fading)
             decay = group["decay"] * (1 - group["lr"] * group["weight_decay"])
             average, seen = torch.add(exp_avg, behind, alpha=decay), torch.add(grad, behind, alpha=decay)
         _fused_adamw(weight, seen, average, exp_avg_sq, step, group)
-        if fades:
+        if fading is not None:
             exp_avg.lerp_(grad, 1 - group["betas"][0])
 
 

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.export.test_tensorrt_build import FAKE
 from tests.families import BY_NAME
 from torch import Tensor, nn
 
-from sparsepass.export import tensorrt
+from sparsepass.export import tensorrt, tensorrt_child
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.report import read_report
 from sparsepass.export.targets import export
@@ -192,6 +193,18 @@ def test_an_operator_that_tensorrt_does_not_have_is_named(tmp_path: Path) -> Non
         export(program, "tensorrt", tmp_path / "out", engine=RTX)
     assert "The log ends with:" in str(caught.value)
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_a_parsers_error_without_a_place_takes_it_from_the_log() -> None:
+    said = {"node_name": "", "node_operator": "", "desc": "Unsupported reduction type", "func": "importScatterElements"}
+    error = SimpleNamespace(**{name: lambda text=text: text for name, text in said.items()})
+    parser = SimpleNamespace(parse_from_file=lambda path: False, num_errors=1, get_error=lambda index: error)
+    logger = SimpleNamespace(last_parsed="Parsing node: node_scatter_add [ScatterElements]")
+    with pytest.raises(
+        tensorrt_child.BuildRefusedError,
+        match=r"operator ScatterElements at node node_scatter_add \(Unsupported reduction type",
+    ):
+        tensorrt_child._parse(parser, "model.onnx", logger)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.families import BY_NAME, captured
-from torch import Tensor
+from torch import Tensor, fx
 
 from sparsepass.graph.hierarchy import Hierarchy
 from sparsepass.passes import apply_passes
@@ -14,15 +14,16 @@ from sparsepass.retrain.lean import make_lean, masked_linear
 
 def trees(name: str, passes: str) -> tuple[Hierarchy, Hierarchy]:
     program = apply_passes(captured(name), passes, validate=False)
-    made = program.hierarchy(), program.hierarchy()
-    assert isinstance(made[0], Hierarchy)
-    assert isinstance(made[1], Hierarchy)
-    make_lean(made[1])
-    return made
+    plain, lean = program.hierarchy(), program.hierarchy()
+    assert isinstance(plain, Hierarchy)
+    assert isinstance(lean, Hierarchy)
+    make_lean(lean)
+    return plain, lean
 
 
 def calls(tree: Hierarchy, target: Any) -> int:
-    return sum(node.target is target for module in tree.modules() if hasattr(module, "graph") for node in module.graph.nodes)
+    graphs = [graph for module in tree.modules() if isinstance(graph := getattr(module, "graph", None), fx.Graph)]
+    return sum(node.target is target for graph in graphs for node in graph.nodes)
 
 
 def results(tree: Hierarchy, inputs: dict[str, Tensor], *, low: bool) -> tuple[Tensor, dict[str, Tensor], int]:
