@@ -295,7 +295,8 @@ def test_ctrl_c_leaves_the_old_output_and_exits_with_130(place: Path, tmp_path: 
     out.mkdir()
     (out / "old").write_text("old")
     code = (
-        "import sys, time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are born without it
         "import sparsepass.passes.manager as manager\n"
         "def slow(*_): print('running', flush=True); time.sleep(60)\n"
         "manager._rewrite = slow\n"
