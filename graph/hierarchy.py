@@ -88,7 +88,8 @@ def write_code(tree: nn.Module) -> None:
     """
     for module in tree.modules():
         if isinstance(module, InterpreterModule | UnflattenedModule):
-            module._run_with_interpreter = False
+            # A child named self, as BERT's attention has, would hide the module in its code.
+            module._run_with_interpreter = any(node.name == "self" for node in module.graph.nodes)
             module.finalize()  # type: ignore[no-untyped-call]
 
 

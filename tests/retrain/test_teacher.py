@@ -29,8 +29,8 @@ class Body(nn.Module):
         super().__init__()
         self.table = nn.Embedding(vocabulary, features)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        assert attention_mask.shape == input_ids.shape
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        assert attention_mask is None or attention_mask.shape == input_ids.shape
         out: Tensor = self.table(input_ids).cumsum(1)
         return out
 
