@@ -406,6 +406,8 @@ def _make_translatable(graph_module: fx.GraphModule) -> None:
 
 def _counts(scatter: fx.Node) -> bool:
     """Whether ones are added to a row of zeros: mixtures of experts count their tokens so."""
+    if len(scatter.args) != 4:
+        return False
     zeros, dim, _, ones = scatter.args
     aten = torch.ops.aten
     if not isinstance(zeros, fx.Node) or not isinstance(ones, fx.Node) or dim != 0:

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsepass.graph import Program, Site
+from sparsepass.graph.attention import ATTENTION
 from sparsepass.graph.records import SparseState
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
 _aten = torch.ops.aten
-_SDPA = _aten.scaled_dot_product_attention.default
 _MATMULS = {_aten.matmul.default, _aten.bmm.default}
 _STEP = 4  # tokens by which the second run is longer
 
@@ -287,7 +287,7 @@ def _products(
     kind: Kind,
     share: float,
 ) -> list[Product]:
-    if node.op != "call_function" or node.name in ours or (node.target is not _SDPA and node.target not in _MATMULS):
+    if node.op != "call_function" or node.name in ours or (node.target is not ATTENTION and node.target not in _MATMULS):
         return []
     left, right = node.args[0], node.args[1]
     assert isinstance(left, fx.Node)
@@ -303,7 +303,7 @@ def _products(
     def product(inner: Extent, columns: Extent) -> Product:
         return Product(heads=per_batch, m=m, k=inner, n=columns, cached_heads=cached, in_decode=again)
 
-    if node.target is _SDPA:
+    if node.target is ATTENTION:
         tokens = extent(b[-2] for _, b in shapes)
         return [product(k, tokens), product(tokens, k)]
     if not k.varies and k.constant == 1:

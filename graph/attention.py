@@ -18,7 +18,7 @@ from sparsepass.graph.program import Program
 
 _aten = torch.ops.aten
 ATTENTION = _aten.scaled_dot_product_attention.default
-_MASK, _CAUSAL = 3, 5  # positions among the operation's arguments
+_MASK = 3  # its position among the operation's arguments; dropout and is_causal follow
 # What these make of a tensor depends on its shape alone.
 _SHAPE_ONLY = {
     _aten.sym_size.int, _aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default, _aten.empty_like.default,

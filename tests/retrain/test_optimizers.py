@@ -100,12 +100,16 @@ def test_with_nothing_masked_adamw_is_torchs(shape: tuple[int, ...], mask_kind: 
     masks: dict[Tensor, Tensor] = {ours: torch.ones(shape, dtype=torch.bool)} if mask_kind == "all ones" else {}
     a = ASTAdamW([ours], masks, lr=3e-3, weight_decay=0.1, decay=0.5)
     b = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    slow = nn.Parameter(theirs.detach().clone())
+    c = torch.optim.AdamW([slow], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=False, fused=False)
     for _ in range(20):
         ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.clone()
+        theirs.grad, slow.grad = ours.grad.clone(), ours.grad.clone()
         a.step()
         b.step()
+        c.step()
         assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, slow, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
