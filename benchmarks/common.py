@@ -2,30 +2,47 @@
 
 import argparse
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from sparsepass.export.curves import retraining_run
 from sparsepass.export.demo import smollm2
 from sparsepass.export.eval import perplexity
 from sparsepass.export.load import LoadedModel, load_model
 from sparsepass.export.prepare import PYTHON_DOCS, evaluation_text
+from sparsepass.export.recipe import read_retrain_section
 from sparsepass.graph import Program
 from sparsepass.passes import apply_passes
 from sparsepass.passes.calibration_data import default_text
+from sparsepass.retrain.data import open_data
+from sparsepass.retrain.loop import METRICS, retrain
+from sparsepass.retrain.metrics import read_metrics
 
 
 def commit() -> str:
-    """The commit, with a plus where the tree has changes."""
+    """The commit, with a plus where the tree has changes; where there is no repository, what GIT_COMMIT says."""
+    if told := os.environ.get("GIT_COMMIT"):
+        return told
     root = Path(__file__).parent
     name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
     return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def machine(device: str) -> str:
+    """What computes, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
@@ -34,6 +51,7 @@ def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-text", type=Path)
     parser.add_argument("--eval-text", type=Path)
+    parser.add_argument("--device", default="cpu", help="where everything is computed, such as cuda")
     parser.add_argument("--eval-tokens", type=int, help="first tokens of the evaluation text; all of it by default")
     parser.add_argument("--work", type=Path, default=here / work, help="folder that keeps finished rows and checkpoints")
     parser.add_argument("--out", type=Path, default=here / "results")
@@ -47,7 +65,7 @@ class TrainingBench:
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        self.dense: LoadedModel = load_model(smollm2(), dtype="float32")
+        self.dense: LoadedModel = load_model(smollm2(), dtype="float32", device=args.device)
         self.train = PYTHON_DOCS if args.train_text is None else str(args.train_text)
         self.text = PYTHON_DOCS if args.eval_text is None else str(args.eval_text)
 
@@ -55,15 +73,15 @@ class TrainingBench:
         """What a JSON file of the work folder holds; made if it is not there."""
         path = self.work / f"{name}.json"
         if not path.is_file():
-            beside = path.with_suffix(".partial")
+            beside = path.with_suffix(f".{os.getpid()}.partial")
             beside.write_text(json.dumps(make()), encoding="utf-8")
             beside.replace(path)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def perplexity(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Of the whole evaluation text, or of its first tokens where that was asked for."""
-        text = evaluation_text(self.text)
-        found = perplexity(model, text, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
+    def perplexity(self, model: torch.nn.Module, text: str | None = None) -> dict[str, Any]:
+        """Of the whole evaluation text (or another one), or of its first tokens where that was asked for."""
+        whole = evaluation_text(text or self.text)
+        found = perplexity(model, whole, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
         return {"perplexity": found.value, "num_tokens": found.num_tokens}
 
     def dense_perplexity(self) -> dict[str, Any]:
@@ -82,13 +100,42 @@ class TrainingBench:
             validate=False,
         )
 
+    def trained(
+        self, name: str, program: Program, recipe: str, changes: Sequence[str], source: str | None = None
+    ) -> tuple[Program, dict[str, Any]]:
+        """A program after training as a recipe says, with some settings changed, and the facts of the run.
+
+        Its run folder stays until the row is done; a checkpoint is 1.6 GB.
+        """
+        section = read_retrain_section(recipe, list(changes), {}, source=source or self.train)
+        data = open_data(section.data, self.dense.tokenizer)
+        teacher = self.dense.model if section.train.kd_weight or section.train.hidden_weight else None
+        folder = self.run_folder(name)
+        trained = retrain(program, teacher, data, section.train, run_folder=folder, inplace=True)
+        return trained, {
+            "changes": list(changes),
+            "settings": asdict(section.train),
+            "data": asdict(section.data) | {"source": Path(source or self.train).name},
+            "run": retraining_run(trained.retraining[-1], read_metrics(folder / METRICS)),
+            "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+
+    def run_folder(self, name: str) -> Path:
+        """Where a row keeps its checkpoints."""
+        return Path(self.work) / f"run-{name}"
+
+    def loaded(self, folder: Path) -> Program:
+        """A saved program, where everything is computed."""
+        return Program.load(folder).to(self.args.device)
+
     def facts(self) -> dict[str, Any]:
         """What every report says of texts, machine and versions. Folders of this machine say nothing to others."""
         return {
             "train": Path(self.train).name,
             "text": Path(self.text).name,
             "dense": self.dense_perplexity(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": machine(self.args.device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

@@ -1,7 +1,7 @@
 """Learned masks (MaskLLM) over the original weights of SmolLM2-135M-Instruct against one-shot masks, and AST at equal tokens.
 
     python benchmarks/learned_masks.py [--train-text FILE --eval-text FILE] [--only NAME ...] [--max-tokens N] [--alpha A]
-                                       [--set train.lr=1e-2 ...] [--work DIR] [--out DIR]
+                                       [--set train.lr=1e-2 ...] [--set-all train.dtype=float32 ...] [--work DIR] [--out DIR]
 
 The one-shot rows take a criterion's mask and leave the weights as they are, calibrated on 64 sequences of 512 tokens of the
 training text; sparsegpt stands there with its compensated weights too, for comparison. Learned rows are the recipe
@@ -17,22 +17,17 @@ learned_masks.json, learned_masks.md and the curves as a picture.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import TrainingBench, commit, heading, training_options
 
 from sparsepass.export.charts import Line, Picture, line_chart
-from sparsepass.export.curves import retraining_run
-from sparsepass.export.recipe import read_recipe, read_retrain_section
+from sparsepass.export.recipe import read_recipe
 from sparsepass.graph import Program
 from sparsepass.passes import LearnMasks, parse_pipeline, pipeline_to_text
 from sparsepass.passes.mask_pack import pack_program
-from sparsepass.retrain.data import open_data
-from sparsepass.retrain.loop import METRICS, retrain
-from sparsepass.retrain.metrics import read_metrics
 
 LEARNED, AST = "smollm2-maskllm-cpu", "smollm2-cpu"
 
@@ -75,6 +70,12 @@ class Bench(TrainingBench):
         """Make one row, or read what is known of it."""
         return dict(self.remember(f"row-{name}", lambda: self._make(name, ROWS[name])))
 
+    def take(self, path: Path) -> None:
+        """Take AST's row from what `retrain_accuracy.py` found in its own work folder."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        row = {"name": "ast", "title": ROWS["ast"].title, "passes": found["passes"], "found": found["after"]}
+        self.remember("row-ast", lambda: row | {key: found[key] for key in ("settings", "data", "run", "commit")})
+
     def _passes(self, row: Row) -> str:
         if not row.recipe:
             return row.passes
@@ -92,15 +93,18 @@ class Bench(TrainingBench):
         folder = self.work / f"start-{name}"
         if not folder.is_dir():  # an interrupted row goes on from the very same start
             self.pruned(passes).save(folder)
-        program = Program.load(folder)
+        program = self.loaded(folder)
         made: dict[str, Any] = {"name": name, "title": row.title, "passes": passes}
         if row.recipe:
-            program, trained = self._trained(name, row, program)
-            made |= trained
-        elif name in MASKS_ALONE:
+            changes = list(self.args.set) if row.recipe == LEARNED else []
+            if self.args.max_tokens is not None:
+                changes.append(f"train.max_tokens={self.args.max_tokens}")
+            program, about = self.trained(name, program, row.recipe, [*changes, *self.args.set_all])
+            made |= about
+        if name in MASKS_ALONE or row.recipe == LEARNED:
             pack_program(program).check_model(self.dense_program())  # the weights are the original ones
-        made |= {"found": self.perplexity(program), "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
-        shutil.rmtree(self.work / f"run-{name}", ignore_errors=True)  # 2 GB a checkpoint
+        made |= {"found": self.perplexity(program), "commit": commit()}
+        shutil.rmtree(self.run_folder(name), ignore_errors=True)
         shutil.rmtree(folder)
         return made
 
@@ -109,24 +113,6 @@ class Bench(TrainingBench):
         from sparsepass.graph import capture
 
         return capture(self.dense.model)
-
-    def _trained(self, name: str, row: Row, program: Program) -> tuple[Program, dict[str, Any]]:
-        changes = list(self.args.set) if row.recipe == LEARNED else []
-        if self.args.max_tokens is not None:
-            changes.append(f"train.max_tokens={self.args.max_tokens}")
-        section = read_retrain_section(row.recipe, changes, {}, source=self.train)
-        data = open_data(section.data, self.dense.tokenizer)
-        run_folder = self.work / f"run-{name}"
-        trained = retrain(program, self.dense.model, data, section.train, run_folder=run_folder, inplace=True)
-        if row.recipe == LEARNED:
-            pack_program(trained).check_model(self.dense_program())
-        run = retraining_run(trained.retraining[-1], read_metrics(run_folder / METRICS))
-        about = {
-            "settings": asdict(section.train),
-            "data": asdict(section.data) | {"source": Path(self.train).name},
-            "run": run,
-        }
-        return trained, about
 
 
 def tokens_at(row: Mapping[str, Any]) -> dict[int, float]:
@@ -202,8 +188,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help="of every trained row, instead of the recipe's")
     parser.add_argument("--alpha", type=float, help="strength of the prior, instead of the recipe's")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-2", help="a setting, for the learned rows")
+    parser.add_argument("--set-all", action="append", default=[], metavar="train.dtype=float32", help="one for AST's row too")
+    parser.add_argument("--ast-row", type=Path, metavar="row-recipe.json", help="of retrain_accuracy.py, at the same tokens")
     args = parser.parse_args()
     bench = Bench(args)
+    if args.ast_row:
+        bench.take(args.ast_row)
     rows: list[dict[str, Any]] = []
     for name in ROWS:
         if name not in args.only and not (args.work / f"row-{name}.json").is_file():

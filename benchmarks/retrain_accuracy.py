@@ -19,21 +19,14 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import TrainingBench, commit, heading, training_options
+from common import TrainingBench, heading, training_options
 
-from sparsepass.export.curves import retraining_run
 from sparsepass.export.figures import training_pictures
-from sparsepass.export.recipe import read_retrain_section
-from sparsepass.graph import Program
 from sparsepass.passes.pattern import NMPattern, num_violations
-from sparsepass.retrain.data import open_data
-from sparsepass.retrain.loop import METRICS, retrain
-from sparsepass.retrain.metrics import read_metrics
 
 SPARSEGPT, MAGNITUDE = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=magnitude}"
 SLORB = SPARSEGPT + ",slorb{k=16}"
@@ -81,7 +74,7 @@ class Bench(TrainingBench):
         folder = self.work / name
         if not folder.is_dir():
             self.pruned(passes).save(folder)
-        return folder, self.remember(name, lambda: self.perplexity(Program.load(folder)))
+        return folder, self.remember(name, lambda: self.perplexity(self.loaded(folder)))
 
     def row(self, name: str) -> dict[str, Any]:
         """Train one row, or read what is known of it."""
@@ -92,34 +85,16 @@ class Bench(TrainingBench):
         changes = [*row.settings, *self.args.set]
         if self.args.max_tokens is not None:
             changes.append(f"train.max_tokens={self.args.max_tokens}")
-        section = read_retrain_section("smollm2-cpu", changes, {}, source=self.train)
         folder, before = self.start(row.passes)
-        program = Program.load(folder)
-        data = open_data(section.data, self.dense.tokenizer)
-        teacher = self.dense.model if section.train.kd_weight or section.train.hidden_weight else None
-        run_folder = self.work / f"run-{name}"
-        trained = retrain(program, teacher, data, section.train, run_folder=run_folder, inplace=True)
+        trained, about = self.trained(name, self.loaded(folder), "smollm2-cpu", changes)
         for weight, state in trained.sparse.items():
             assert state.mask is not None
             matrix = next(site for site in trained.sites() if site.weight == weight).to_matrix(trained.tensor(state.mask))
             if num_violations(matrix, NMPattern.parse(state.pattern)):
                 raise RuntimeError(f"{weight} is not {state.pattern}")
         after = self.perplexity(trained)
-        run = retraining_run(trained.retraining[-1], read_metrics(run_folder / METRICS))
-        shutil.rmtree(run_folder)  # 1.6 GB a checkpoint
-        return {
-            "name": name,
-            "title": row.title,
-            "passes": row.passes,
-            "changes": changes,
-            "settings": asdict(section.train),
-            "data": asdict(section.data) | {"source": Path(self.train).name},
-            "before": before,
-            "after": after,
-            "run": run,
-            "commit": commit(),
-            "date": datetime.now(UTC).date().isoformat(),
-        }
+        shutil.rmtree(self.run_folder(name))
+        return {"name": name, "title": row.title, "passes": row.passes, "before": before, "after": after} | about
 
 
 def gap(perplexity: float, dense: float) -> float:

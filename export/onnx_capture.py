@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.export.onnx_artifact import Role
+from sparsepass.graph.capture import run_exporter
 from sparsepass.graph.errors import SparsepassError
 
 Axes = tuple[str | None, ...]
@@ -78,12 +79,13 @@ def to_ir(piece: Piece, opset: int) -> ir.Model:
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False)
     try:
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), _one_trace():
-            model, _ = OnnxExporter().export_program(piece.module, dict(piece.inputs), config)  # type: ignore[arg-type]
+            found = run_exporter(OnnxExporter(), piece.module, piece.inputs, config)
     except Exception as error:  # torch.export and torch.onnx raise anything
         raise SparsepassError(
             f"the {piece.role} graph cannot be lowered to ONNX: {_reason(error)}. Try another "
             "--opset, or --task with a plain forward graph (with_past=False); the hf target needs no lowering"
         ) from error
+    model: ir.Model = getattr(found, "model", found)  # older versions give torch's ONNXProgram
     graph = model.graph
     for value, name in zip(graph.inputs, piece.inputs, strict=True):
         value.name = piece.input_names[name]

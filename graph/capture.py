@@ -18,9 +18,9 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from sparsepass.graph import structure
 from sparsepass.graph.errors import CaptureError
+from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
 
-_DROPPED = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
 # Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
 _EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS = 2, 8, 224
 
@@ -262,11 +262,20 @@ def _export_pretrained(
 ) -> torch.export.ExportedProgram:
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-    exporter: Any = DynamoExporter()
     config = DynamoConfig(dynamic=True, dynamic_shapes=dict(shapes))
     with _quiet_transformers(), _without_cache(model), _without_leftovers(model):
-        exported, _ = exporter.export_program(model, copy.copy(dict(named)), config)
-    return exported  # type: ignore[no-any-return]
+        return run_exporter(DynamoExporter(), model, named, config)  # type: ignore[no-any-return]
+
+
+def run_exporter(exporter: Any, model: nn.Module, inputs: Mapping[str, Tensor], config: Any) -> Any:
+    """Run one of transformers' exporters and return what it makes of a model.
+
+    In older versions (5.17 to 5.20 seen) ``export`` returns it; in newer ones ``export_program`` does, with metadata beside it.
+    """
+    given = copy.copy(dict(inputs))  # the exporter takes its own options out of it
+    if hasattr(exporter, "export_program"):
+        return exporter.export_program(model, given, config)[0]
+    return exporter.export(model, given, config)
 
 
 @contextlib.contextmanager
@@ -334,6 +343,7 @@ def _to_program(
     (leaves,) = flat.graph.output_node().args
     outputs = structure.without(outputs, _leaves_without_tensor(leaves))  # type: ignore[arg-type]
     flat.graph.output_node().args = (tuple(leaf for leaf in leaves if leaf is not None),)  # type: ignore[union-attr]
+    _write_outer_products(flat.graph)
     flat.recompile()
     placeholders = [node for node in flat.graph.nodes if node.op == "placeholder"]
     program = Program(
@@ -372,7 +382,7 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
     for node in graph.nodes:
         if node.op == "call_module" and str(node.target).startswith("_guards"):
             continue
-        if node.target in _DROPPED or (node.op == "get_attr" and not node.users):
+        if node.target in ASSERTIONS or (node.op == "get_attr" and not node.users):
             continue
         if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), fx.GraphModule):
             raise CaptureError(
@@ -384,6 +394,20 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
             copies[node].target = aliases.get(str(node.target), str(node.target))
     flat.lint()
     return flat
+
+
+def _write_outer_products(graph: fx.Graph) -> None:
+    """Write a product over an inner dimension of 1 as a multiplication, which it is, bit for bit.
+
+    Rotary embeddings of older transformers are made by one. Their model switches autocast off for it, which a graph does not
+    know; autocast leaves multiplications in float32.
+    """
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.matmul.default:
+            shapes = [node.args[i].meta["val"].shape for i in (0, 1)]
+            inner = [shape[axis] for shape, axis in zip(shapes, (-1, -2), strict=True) if len(shape) >= 2]
+            if inner == [1, 1] and all(isinstance(size, int) for size in inner):
+                node.target = torch.ops.aten.mul.Tensor
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -4,11 +4,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
 
 from sparsepass.graph import structure
 from sparsepass.graph.errors import CaptureError
+from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import Program
 
 
@@ -60,6 +61,7 @@ def hierarchy(program: Program) -> Hierarchy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(program.graph_module, inputs, dynamic_shapes=shapes, strict=False)
+            _drop_assertions(exported.graph)
             tree = torch.export.unflatten(exported)
     except Exception as error:  # torch.export raises anything
         raise CaptureError(
@@ -78,6 +80,13 @@ def hierarchy(program: Program) -> Hierarchy:
     write_code(tree)
     tree.train(program.training)
     return Hierarchy(program, tree)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Let a tree run in other dtypes than it was exported in, as under autocast, and in those of no assertion waste no time."""
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS and not node.users:
+            graph.erase_node(node)
 
 
 def write_code(tree: nn.Module) -> None:

@@ -16,6 +16,8 @@ from sparsepass.graph.soft_masks import Draw
 
 MASKED_WEIGHT = "sparsepass::masked_weight"
 LEARNED_WEIGHT = "sparsepass::learned_weight"
+ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
+"""What torch.export writes to check dtypes and sizes."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,7 +34,7 @@ def where_kept(weight: Tensor, mask: Tensor) -> Tensor:
         tensor([1., 0.])
     """
     if weight.device.type != "cpu":
-        return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return torch.where(mask, weight, 0.0)
     bits = _BITS[weight.itemsize]
     ones = mask.view(torch.int8).neg().to(bits)  # -1, all bits set, where kept
     return ones.bitwise_and_(weight.view(bits)).view(weight.dtype)

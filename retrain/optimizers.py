@@ -308,7 +308,7 @@ def _fused_adamw(
     given = [weight, grad, exp_avg, exp_avg_sq]
     whole = [tensor.contiguous() for tensor in given]  # the kernel walks memory, and their layouts may differ
     torch._fused_adamw_(
-        whole[:1], whole[1:2], whole[2:3], whole[3:], [], [torch.tensor(float(step), device=weight.device)],
+        whole[:1], whole[1:2], whole[2:3], whole[3:], [], [torch.full((), float(step), device=weight.device)],
         lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
         eps=group["eps"], amsgrad=False, maximize=False,
     )  # fmt: skip

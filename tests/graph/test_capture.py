@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import functools
 from pathlib import Path
@@ -515,3 +516,22 @@ def test_an_output_that_is_no_tensor_is_refused() -> None:
 def test_an_output_of_an_unknown_class_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"the model returns a .*max.*wrap the model so that it returns tensors"):
         capture(Odd(), torch.randn(2, 8))
+
+
+def test_an_outer_product_stays_in_float32_under_autocast() -> None:
+    class Rotary(nn.Module):
+        """As rotary embeddings of older transformers are: autocast is switched off where it is on, and not where it is not."""
+
+        def forward(self, positions: Tensor) -> Tensor:
+            frequencies = torch.tensor([1.0, 0.1])[None, :, None]
+            with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext():
+                return (frequencies.expand(positions.shape[0], -1, 1) @ positions[:, None, :].float()).cos()
+
+    positions = torch.arange(600).repeat(2, 1)
+    model = Rotary()
+    program = capture(model, positions[:, :8])
+    expected = model(positions)
+    assert torch.equal(program(positions), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(positions), expected)
+        assert torch.equal(program(positions), expected)

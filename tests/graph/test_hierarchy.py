@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, Program
 from sparsepass.graph.hierarchy import Hierarchy
+from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.passes import apply_passes
 
 NAMES = [family.name for family in FAMILIES]
@@ -211,3 +212,13 @@ def test_no_copy_of_a_weight_is_kept(name: str) -> None:
     }
     assert codes
     assert held <= own
+
+
+def test_the_tree_asserts_nothing_of_dtypes_and_runs_under_autocast() -> None:
+    program = captured("llama")
+    tree = program.hierarchy()
+    targets = {node.target for module in tree.modules() for node in getattr(getattr(module, "graph", None), "nodes", ())}
+    assert not targets & ASSERTIONS
+    inputs = BY_NAME["llama"].inputs(3, 7)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(tree(**inputs).logits, program(**inputs).logits)
