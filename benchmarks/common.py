@@ -40,9 +40,9 @@ def commit() -> str:
 
 def machine(device: str) -> str:
     """What computes, in words."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    on_gpu = torch.device(device).type == "cuda"
+    place = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{place}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
@@ -117,6 +117,7 @@ class TrainingBench:
             "settings": asdict(section.train),
             "data": asdict(section.data) | {"source": Path(source or self.train).name},
             "run": retraining_run(trained.retraining[-1], read_metrics(folder / METRICS)),
+            "machine": machine(self.args.device),
             "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(),
         }
@@ -130,22 +131,20 @@ class TrainingBench:
         return Program.load(folder).to(self.args.device)
 
     def facts(self) -> dict[str, Any]:
-        """What every report says of texts, machine and versions. Folders of this machine say nothing to others."""
+        """What every report says of its texts. Folders of this machine say nothing to others."""
         return {
             "train": Path(self.train).name,
             "text": Path(self.text).name,
             "dense": self.dense_perplexity(),
-            "machine": machine(self.args.device),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
         }
 
 
 def heading(report: dict[str, Any]) -> list[str]:
-    """The lines of a page that say those facts."""
+    """The lines of a page that say those facts, and where its rows were trained."""
     dense = report["dense"]
+    machines = sorted({row["machine"] for row in report["rows"] if "machine" in row})
     return [
         f"Training text: {report['train']}. Evaluation text: {report['text']}, {dense['num_tokens']} tokens scored, "
         f"context 512, no overlap, fp32. Dense: {dense['perplexity']:.2f}.",
-        f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}.",
+        f"Trained on: {'; '.join(machines) or 'nothing'}.",
     ]

@@ -41,12 +41,14 @@ class Row:
         passes: What is applied; empty for that of the recipe.
         recipe: How it is trained; empty for a row that is not.
         alpha: Strength of the prior, where it is not the recipe's.
+        settings: Changes of the recipe.
     """
 
     title: str
     passes: str = ""
     recipe: str = ""
     alpha: float | None = None
+    settings: tuple[str, ...] = ()
 
 
 ROWS = {
@@ -56,6 +58,7 @@ ROWS = {
     "sparsegpt-mask": Row(title="SparseGPT's mask", passes="nm_sparsify{criterion=sparsegpt,compensate=false}"),
     "sparsegpt": Row(title="SparseGPT, weights compensated", passes="nm_sparsify{criterion=sparsegpt}"),
     "learned": Row(title="learned masks, SparseGPT prior", recipe=LEARNED),
+    "learned-fast": Row(title="learned masks, SparseGPT prior, lr 2e-3", recipe=LEARNED, settings=("train.lr=2e-3",)),
     "learned-no-prior": Row(title="learned masks, no prior", recipe=LEARNED, alpha=0.0),
     "ast": Row(title="AST (weights trained)", recipe=AST),
 }
@@ -74,7 +77,7 @@ class Bench(TrainingBench):
         """Take AST's row from what `retrain_accuracy.py` found in its own work folder."""
         found = json.loads(path.read_text(encoding="utf-8"))
         row = {"name": "ast", "title": ROWS["ast"].title, "passes": found["passes"], "found": found["after"]}
-        self.remember("row-ast", lambda: row | {key: found[key] for key in ("settings", "data", "run", "commit")})
+        self.remember("row-ast", lambda: row | {key: found[key] for key in ("settings", "data", "run", "machine", "commit")})
 
     def _passes(self, row: Row) -> str:
         if not row.recipe:
@@ -96,7 +99,7 @@ class Bench(TrainingBench):
         program = self.loaded(folder)
         made: dict[str, Any] = {"name": name, "title": row.title, "passes": passes}
         if row.recipe:
-            changes = list(self.args.set) if row.recipe == LEARNED else []
+            changes = [*row.settings, *(self.args.set if row.recipe == LEARNED else ())]
             if self.args.max_tokens is not None:
                 changes.append(f"train.max_tokens={self.args.max_tokens}")
             program, about = self.trained(name, program, row.recipe, [*changes, *self.args.set_all])

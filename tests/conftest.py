@@ -24,6 +24,8 @@ _NOT_OURS = (
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     # torch 2.13's inductor imports a module of torch's own that still uses torch.jit.
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    # The thread of the backward pass meets the GPU for the first time there, which torch mends and tells.
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning",
     # inductor's worker pool forks a process that has threads; torch does it on purpose (Python 3.12 and later warn).
     "ignore:This process .* is multi-threaded, use of fork\\(\\) may lead to deadlocks:DeprecationWarning",
 )
