@@ -14,6 +14,7 @@ from sparsepass.export.cli_masks import masks_command
 from sparsepass.export.cli_plan import plan_command
 from sparsepass.export.cli_report import report_command
 from sparsepass.export.cli_retrain import retrain_command, run_command
+from sparsepass.export.cli_sample import sample_command
 from sparsepass.export.cli_sensitivity import sensitivity_command
 from sparsepass.export.cli_verify import verify_command
 
@@ -217,6 +218,7 @@ def export_command(
 _EXPORT_SHORT = "Rewrite, write as ONNX, TensorRT or Hugging Face folder, and verify."
 app.command("plan", short_help="What would 2:4 gain on a GPU, and where?")(support.clean(plan_command))
 app.command("retrain", short_help="Train a pruned program against its dense teacher.")(support.clean(retrain_command))
+app.command("sample", short_help="Let a model write training text itself.")(support.clean(sample_command))
 app.command("run", short_help="Take a model through a recipe: prune, retrain, eval, export.")(support.clean(run_command))
 app.command("export", short_help=_EXPORT_SHORT)(support.clean(export_command))
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))

@@ -93,6 +93,7 @@ def test_every_target_has_a_file_a_test_and_its_documentation() -> None:
         "plan",
         "prune",
         "retrain",
+        "sample",
         "run",
         "export",
         "eval",

@@ -1,0 +1,172 @@
+"""Text that a model writes itself: to distil from where there is no text, or none that is broad enough.
+
+Tensor shape legend: B batch, P tokens of a prompt, T tokens.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.progress import item_progress
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts_BP: Tensor, length: int, *, temperature: float = 1.0, seed: int = 0) -> Tensor:
+    """Let a causal language model go on from prompts, each token drawn from its own distribution.
+
+    The end of a document stops nothing: the model goes on behind it, as in the text it was trained on.
+
+    Args:
+        model: A transformers model with ``generate``.
+        prompts_BP: Token ids, of one length.
+        length: T, tokens of a sequence, prompt included.
+        temperature: Of the distribution; 1 samples what the model was trained to say.
+        seed: Of the draws. The random state of the process stays as it is.
+
+    Returns:
+        Token ids ``[B, T]``, on the model's device.
+
+    Raises:
+        SparsepassError: If the model generates no text, or the sequences are no longer than their prompts.
+
+    Source: data-free distillation, LLM-QAT, arXiv 2305.17888, section 3.1.
+    """
+    from transformers import GenerationConfig
+
+    generate = getattr(model, "generate", None)
+    if not callable(generate):
+        raise SparsepassError(f"{type(model).__name__} has no generate(); sampling needs a transformers model for generation")
+    device = next(model.parameters()).device
+    count = length - prompts_BP.shape[1]
+    if count < 1 or not temperature > 0:
+        raise SparsepassError(
+            f"sequences of {length} tokens from prompts of {prompts_BP.shape[1]}, at temperature {temperature}: the length has "
+            "to be above the prompt's, and the temperature above 0"
+        )
+    settings = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=count, use_cache=True, pad_token_id=0
+    )
+    inputs = prompts_BP.to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        # No token is -1; without one, `generate` would take the model's own.
+        found: Tensor = generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, eos_token_id=-1)
+    return found
+
+
+def sample_to_file(
+    model: nn.Module,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    num_tokens: int,
+    length: int = 512,
+    start: str | None = None,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    force: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Write sampled sequences to a .jsonl file, rows of ``input_ids`` and ``text``, that training takes as a source.
+
+    Interrupted, it goes on where it stopped when it is started again with the same settings: batches are drawn from seeds of
+    their own, and those that are done lie beside the file, as ``.NAME.partial``.
+
+    Args:
+        model: A transformers model with ``generate``.
+        tokenizer: Its tokenizer.
+        out: The file.
+        num_tokens: Tokens in all; rounded up to whole sequences.
+        length: Tokens of a sequence.
+        start: What each sequence starts from; None for the token that begins a document, or else the one that ends it.
+        batch_size: Sequences at once.
+        temperature: See `sample`.
+        seed: See `sample`.
+        force: Whether a file that stands there is replaced.
+        progress: Whether to show how far it is, with the time left.
+
+    Returns:
+        The file.
+
+    Raises:
+        SparsepassError: If the file is there, its name does not end in .jsonl, or what a sequence starts from is no token.
+    """
+    path = check_file(out, force=force)
+    prompt = _prompt(tokenizer, start)
+    count = -(-num_tokens // length)
+    facts = {"length": length, "prompt": prompt, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+    beside = path.with_name(f".{path.name}.partial")
+    done = _rows_done(beside, facts)
+    with (
+        beside.open("a" if done else "w", encoding="utf-8") as file,
+        item_progress(progress, "sampling", count, done=done) as advance,
+    ):
+        if not done:
+            file.write(json.dumps(facts) + "\n")
+        for first in range(done - done % batch_size, count, batch_size):
+            rows = min(batch_size, count - first)
+            ids = sample(model, torch.tensor([prompt] * batch_size), length, temperature=temperature, seed=seed + first)
+            for row in ids[max(done - first, 0) : rows].tolist():
+                file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}, ensure_ascii=False) + "\n")
+                advance("")
+            file.flush()
+    lines = beside.read_text(encoding="utf-8").split("\n", 1)[1]
+    finished = beside.with_suffix(".finished")
+    finished.write_text(lines, encoding="utf-8")
+    os.replace(finished, path)
+    beside.unlink()
+    return path
+
+
+def check_file(out: str | Path, *, force: bool = False) -> Path:
+    """Make sure that a file can be written, before anything is computed.
+
+    Raises:
+        SparsepassError: If its name does not end in .jsonl, its folder is not there, or it is there and not to be replaced.
+    """
+    path = Path(out)
+    if path.suffix != ".jsonl":
+        raise SparsepassError(
+            f"sampled text is written as rows of token ids and text: name a file that ends in .jsonl, not {path}"
+        )
+    if not path.absolute().parent.is_dir():
+        raise SparsepassError(f"the folder of {path} does not exist; make it first")
+    if path.exists() and not force:
+        raise SparsepassError(f"{path} exists; choose another name, or replace it (--force)")
+    return path
+
+
+def _prompt(tokenizer: Any, start: str | None) -> list[int]:
+    if start is not None:
+        ids: list[int] = tokenizer(start, add_special_tokens=False).input_ids
+        if not ids:
+            raise SparsepassError(f"sequences are to start from {start!r}, which the tokenizer makes no token of")
+        return ids
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [int(token)]
+    raise SparsepassError("the tokenizer has no token that begins or ends a document; say what sequences start from (--start)")
+
+
+def _rows_done(beside: Path, facts: dict[str, Any]) -> int:
+    """Whole rows of an interrupted file of the same settings; a row that was cut off goes."""
+    if not beside.is_file():
+        return 0
+    lines = beside.read_text(encoding="utf-8").split("\n")[:-1]
+    if not lines or _parsed(lines[0]) != facts:
+        return 0
+    beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(lines) - 1
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
