@@ -30,11 +30,11 @@ from sparsepass.retrain.metrics import read_metrics
 
 def commit() -> str:
     """The commit, with a plus where the tree has changes; where there is no repository, what GIT_COMMIT says."""
-    if told := os.environ.get("GIT_COMMIT"):
-        return told
     root = Path(__file__).parent
     name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    if name.returncode:
+        return os.environ.get("GIT_COMMIT", "")
     return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 

@@ -6,8 +6,8 @@
 Rows: ast and slorb are the recipe smollm2-gpu from SparseGPT's start, without and with SLoRB branches; masks is the recipe
 smollm2-maskllm-gpu over the original weights; domain starts from the pack that masks made and learns masks for the domain's
 text. The curve is of the evaluation text's first 64 windows (context 512); the table of all of it, fp32. Rows that are done are
-kept in the work folder, so that several can run side by side (one process each, --only), and a last call without --only makes
-the table of those that are there. No checkpoints are kept, unless --set train.keep_checkpoints=2.
+kept in the work folder, so that several can run side by side (one process each, --only), and a call without --only makes the
+table of those that are there. An interrupted row goes on only if it was started with --set train.keep_checkpoints=2.
 
 More text for it: benchmarks/debian_text.py. Writes gpu_training.json, gpu_training.md, the curves as a picture, and the packs.
 """
@@ -129,7 +129,7 @@ def table(report: Mapping[str, Any]) -> str:
             f"| {row['title']} | {run['num_tokens']:,} | {run['num_tokens'] / run['seconds']:,.0f} | {after:.2f} "
             f"| {after / dense - 1:+.1%} | {run['flips_since_first']:.2%} |"
         )
-        if domain:
+        if domain and "on_domain" in row:
             there = row["on_domain"]["perplexity"]
             line += f" {there:.2f} | {there / domain - 1:+.1%} |"
         lines.append(line)
@@ -151,13 +151,19 @@ def _tokens(text: str) -> tuple[str, int]:
 def main() -> None:
     """Run what is asked for and not there yet, and write the table of all that is there."""
     parser = training_options(__doc__, ".gpu_training")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=[], help="rows to train, if they are not there yet")
     parser.add_argument("--tokens", nargs="+", type=_tokens, default=[], metavar="NAME=N", help="of a row, instead of its own")
     parser.add_argument("--domain-text")
     parser.add_argument("--domain-eval")
     parser.add_argument("--domain-alpha", type=float, default=3.0, help="strength of the general masks as the domain's prior")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-4", help="another setting, for every row")
     args = parser.parse_args()
+    if unknown := [name for name, _ in args.tokens if name not in ROWS]:
+        parser.error(f"--tokens knows no row {unknown[0]}; there are {', '.join(ROWS)}")
+    if "domain" in args.only and not (args.domain_text and args.domain_eval):
+        parser.error("the row domain needs --domain-text and --domain-eval")
+    if "domain" in args.only and "masks" not in args.only and not (args.out / GENERAL).is_file():
+        parser.error(f"the row domain starts from {args.out / GENERAL}, which the row masks writes")
     bench = Bench(args)
     rows: list[dict[str, Any]] = []
     for name in ROWS:

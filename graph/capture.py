@@ -397,7 +397,7 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
 
 
 def _write_outer_products(graph: fx.Graph) -> None:
-    """Write a product over an inner dimension of 1 as a multiplication, which it is, bit for bit.
+    """Write a product over an inner dimension of 1 as a multiplication, which it is, bit for bit outside of autocast.
 
     Rotary embeddings of older transformers are made by one. Their model switches autocast off for it, which a graph does not
     know; autocast leaves multiplications in float32.
@@ -406,7 +406,7 @@ def _write_outer_products(graph: fx.Graph) -> None:
         if node.target is torch.ops.aten.matmul.default:
             shapes = [node.args[i].meta["val"].shape for i in (0, 1)]
             inner = [shape[axis] for shape, axis in zip(shapes, (-1, -2), strict=True) if len(shape) >= 2]
-            if inner == [1, 1] and all(isinstance(size, int) for size in inner):
+            if len(inner) == 2 and all(isinstance(size, int) and size == 1 for size in inner):
                 node.target = torch.ops.aten.mul.Tensor
 
 

@@ -83,7 +83,7 @@ def hierarchy(program: Program) -> Hierarchy:
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
-    """Let a tree run in other dtypes than it was exported in, as under autocast, and in those of no assertion waste no time."""
+    """Drop what checks dtypes and sizes: under autocast the dtypes are others, and each check takes time."""
     for node in list(graph.nodes):
         if node.target in ASSERTIONS and not node.users:
             graph.erase_node(node)

@@ -3,6 +3,7 @@
 Tensor shape legend: B batch, P tokens of a prompt, T tokens.
 """
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.graph.progress import item_progress
+from sparsepass.graph.soft_masks import noise_key
+from sparsepass.retrain.teacher import fingerprint
 
 
 @torch.no_grad()
@@ -32,7 +35,8 @@ def sample(model: nn.Module, prompts_BP: Tensor, length: int, *, temperature: fl
         Token ids ``[B, T]``, on the model's device.
 
     Raises:
-        SparsepassError: If the model generates no text, or the sequences are no longer than their prompts.
+        SparsepassError: If the model generates no text, or the sequences are no longer than their prompts or longer than the
+            model's context.
 
     Source: data-free distillation, LLM-QAT, arXiv 2305.17888, section 3.1.
     """
@@ -41,21 +45,28 @@ def sample(model: nn.Module, prompts_BP: Tensor, length: int, *, temperature: fl
     generate = getattr(model, "generate", None)
     if not callable(generate):
         raise SparsepassError(f"{type(model).__name__} has no generate(); sampling needs a transformers model for generation")
-    device = next(model.parameters()).device
     count = length - prompts_BP.shape[1]
     if count < 1 or not temperature > 0:
         raise SparsepassError(
             f"sequences of {length} tokens from prompts of {prompts_BP.shape[1]}, at temperature {temperature}: the length has "
             "to be above the prompt's, and the temperature above 0"
         )
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise SparsepassError(f"sequences of {length} tokens are longer than the model's context of {limit}; shorten them")
+    inputs = prompts_BP.to(next(model.parameters()).device)
     settings = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=count, use_cache=True, pad_token_id=0
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=count, pad_token_id=0
     )
-    inputs = prompts_BP.to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        # No token is -1; without one, `generate` would take the model's own.
-        found: Tensor = generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, eos_token_id=-1)
+    own = getattr(model, "generation_config", None)
+    # `generate` takes what a configuration leaves open from the model's own: where to stop, penalties, cut-offs.
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            found: Tensor = generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+    finally:
+        model.generation_config = own  # type: ignore[assignment]
     return found
 
 
@@ -95,14 +106,22 @@ def sample_to_file(
         The file.
 
     Raises:
-        SparsepassError: If the file is there, its name does not end in .jsonl, or what a sequence starts from is no token.
+        SparsepassError: If the file is there, its name does not end in .jsonl, what a sequence starts from is no token, or an
+            interrupted file of other settings lies beside it.
     """
     path = check_file(out, force=force)
     prompt = _prompt(tokenizer, start)
     count = -(-num_tokens // length)
-    facts = {"length": length, "prompt": prompt, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+    facts = {
+        "length": length,
+        "prompt": prompt,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "seed": seed,
+        "model": fingerprint(model.parameters()),
+    }
     beside = path.with_name(f".{path.name}.partial")
-    done = _rows_done(beside, facts)
+    done = _rows_done(beside, facts, force=force)
     with (
         beside.open("a" if done else "w", encoding="utf-8") as file,
         item_progress(progress, "sampling", count, done=done) as advance,
@@ -110,15 +129,15 @@ def sample_to_file(
         if not done:
             file.write(json.dumps(facts) + "\n")
         for first in range(done - done % batch_size, count, batch_size):
-            rows = min(batch_size, count - first)
-            ids = sample(model, torch.tensor([prompt] * batch_size), length, temperature=temperature, seed=seed + first)
-            for row in ids[max(done - first, 0) : rows].tolist():
-                file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}, ensure_ascii=False) + "\n")
+            prompts = torch.tensor([prompt] * batch_size)
+            ids = sample(model, prompts, length, temperature=temperature, seed=noise_key(seed, first, 0))
+            for row in ids[max(done - first, 0) : count - first].tolist():
+                file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}) + "\n")
                 advance("")
             file.flush()
-    lines = beside.read_text(encoding="utf-8").split("\n", 1)[1]
-    finished = beside.with_suffix(".finished")
-    finished.write_text(lines, encoding="utf-8")
+    finished = path.with_name(f".{path.name}.finished")
+    with beside.open(encoding="utf-8") as rows, finished.open("w", encoding="utf-8") as file:
+        file.writelines(itertools.islice(rows, 1, 1 + count))
     os.replace(finished, path)
     beside.unlink()
     return path
@@ -154,19 +173,27 @@ def _prompt(tokenizer: Any, start: str | None) -> list[int]:
     raise SparsepassError("the tokenizer has no token that begins or ends a document; say what sequences start from (--start)")
 
 
-def _rows_done(beside: Path, facts: dict[str, Any]) -> int:
-    """Whole rows of an interrupted file of the same settings; a row that was cut off goes."""
+def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
+    """Whole rows of an interrupted file; a row that was cut off goes."""
     if not beside.is_file():
         return 0
-    lines = beside.read_text(encoding="utf-8").split("\n")[:-1]
-    if not lines or _parsed(lines[0]) != facts:
+    with beside.open("rb+") as file:
+        content_end = ends = 0
+        for line in file:
+            content_end += len(line)
+            ends = content_end if line.endswith(b"\n") else ends
+        file.truncate(ends)
+    with beside.open("rb") as file:
+        first, rows = file.readline(), sum(1 for _ in file)
+    if not first:
         return 0
-    beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return len(lines) - 1
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    before = json.loads(first)
+    differing = [name for name in facts if before.get(name) != facts[name]]
+    if not differing:
+        return rows
+    if force:
+        return 0
+    raise SparsepassError(
+        f"{beside} holds {rows} sequences of an interrupted run with another {', '.join(differing)}; start it with the same "
+        "settings to go on, or delete that file (or pass --force) to begin anew"
+    )

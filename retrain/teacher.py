@@ -4,6 +4,7 @@ Tensor shape legend: B batch, T tokens, N rows, H the teacher's hidden features,
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import final
 
@@ -15,6 +16,21 @@ from sparsepass.retrain.divergence import Distribution, FullDistribution
 
 # Elements of each weight that its fingerprint looks at.
 _SAMPLES = 1 << 16
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> str:
+    """A hash of weights: shapes, dtypes, and up to 65536 elements of each, evenly spaced. It does not depend on names.
+
+    >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.ones(3)])
+    False
+    """
+    found = set()
+    for parameter in parameters:
+        flat_X = parameter.detach().reshape(-1)
+        sample_X = flat_X[:: max(flat_X.numel() // _SAMPLES, 1)].contiguous().cpu()
+        kind = f"{tuple(parameter.shape)} {parameter.dtype} ".encode()
+        found.add(kind + blake2b(sample_X.view(torch.uint8).numpy().tobytes()).digest())
+    return blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
 
 
 class TeacherTargets(ABC):
@@ -91,13 +107,7 @@ class OnlineTeacher(Teacher):
 
         It tells models apart, and one model from its fine-tuned or differently rounded copy. It does not depend on names.
         """
-        found = set()
-        for parameter in (*self._body.parameters(), *self._head.parameters()):
-            flat_X = parameter.detach().reshape(-1)
-            sample_X = flat_X[:: max(flat_X.numel() // _SAMPLES, 1)].contiguous().cpu()
-            kind = f"{tuple(parameter.shape)} {parameter.dtype} ".encode()
-            found.add(kind + blake2b(sample_X.view(torch.uint8).numpy().tobytes()).digest())
-        return blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
+        return fingerprint((*self._body.parameters(), *self._head.parameters()))
 
 
 @final

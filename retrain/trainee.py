@@ -111,7 +111,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     check_method(program, config.method)
     program.to(accelerator.device)
     for state in program.sparse.values():
-        if state.learned is not None:  # three numbers that each forward pass reads: on a GPU each time would be a wait
+        if state.learned is not None:  # read by each forward pass: on one GPU that would be a wait each time
             program.set_tensor(state.learned.control, program.tensor(state.learned.control).cpu())
     set_behind(program, config.behind)
     sites = masked_sites(program)

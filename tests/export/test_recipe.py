@@ -52,7 +52,7 @@ def plain(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_recipes_that_come_along() -> None:
-    assert set(recipe_names()) == {*PAPER, "smollm2-cpu", "smollm2-gpu", "smollm2-maskllm-cpu"}
+    assert set(recipe_names()) == {*PAPER, "smollm2-cpu", "smollm2-gpu", "smollm2-maskllm-cpu", "smollm2-maskllm-gpu"}
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -11,7 +11,7 @@ from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, Program, SparsepassError, capture
-from sparsepass.graph.capture import example_inputs_for, program_from_graph_module
+from sparsepass.graph.capture import example_inputs_for, program_from_graph_module, run_exporter
 
 SHAPES = ((2, 8), (1, 5), (3, 1), (2, 13))
 NAMES = [family.name for family in FAMILIES]
@@ -535,3 +535,31 @@ def test_an_outer_product_stays_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(positions), expected)
         assert torch.equal(program(positions), expected)
+
+
+def test_other_products_stay_what_they_are() -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.transpose(1, 2) @ x + torch.ones(3, 2) @ x[:, :2, :3]
+
+    program = capture(Products(), torch.randn(2, 2, 3), dynamic_axes={"x": (0, 1)})
+    targets = [node.target for node in program.graph_module.graph.nodes]
+    assert targets.count(torch.ops.aten.matmul.default) == 2
+    x = torch.randn(2, 2, 3)
+    assert torch.equal(program(x), Products()(x))
+
+
+def test_exporters_of_older_transformers_are_called_their_way() -> None:
+    class Older:
+        def export(self, model: nn.Module, inputs: dict[str, Tensor], config: Any) -> Any:
+            return model, inputs, config
+
+    class Newer:
+        def export_program(self, model: nn.Module, inputs: dict[str, Tensor], config: Any) -> Any:
+            return (model, inputs, config), "metadata"
+
+    model, inputs = nn.ReLU(), {"input": torch.ones(1)}
+    for exporter in (Older(), Newer()):
+        found = run_exporter(exporter, model, inputs, "settings")
+        assert found == (model, inputs, "settings")
+        assert found[1] is not inputs

@@ -1,5 +1,6 @@
 """Text that a model writes itself: from its own distribution, to a file that training takes, and not lost when interrupted."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,22 @@ def tokenizer(folder: Path) -> Any:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_tokens_follow_the_models_distribution(model: nn.Module) -> None:
+def test_tokens_follow_the_models_distribution_whatever_its_generation_config_says(model: Any) -> None:
+    peaked = copy.deepcopy(model)
+    with torch.no_grad():
+        peaked.lm_head.weight.mul_(20)
+    peaked.generation_config.repetition_penalty, peaked.generation_config.min_p = 5.0, 0.5
     prompts = torch.tensor([[1, 70, 80]])
     with torch.no_grad():
-        expected = torch.softmax(model(input_ids=prompts).logits[0, -1] / 0.7, -1)
-    drawn = sample(model, prompts.repeat(4000, 1), 4, temperature=0.7)[:, -1]
+        expected = torch.softmax(peaked(input_ids=prompts).logits[0, -1] / 0.7, -1)
+    assert float((expected - 1 / len(expected)).abs().sum()) / 2 > 0.5
+    drawn = sample(peaked, prompts.repeat(4000, 1), 4, temperature=0.7)[:, -1]
     counts = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
-    # The distance of two such samples of 4,000 is 0.11; of the uniform distribution it is farther.
-    assert float((counts - expected).abs().sum()) / 2 < 0.15
+    assert float((counts - expected).abs().sum()) / 2 < 0.1
+    assert peaked.generation_config.repetition_penalty == 5.0
 
 
 def test_the_end_of_a_document_stops_nothing_and_the_random_state_stays(model: Any) -> None:
@@ -88,7 +94,11 @@ def test_a_file_is_the_same_however_often_it_was_interrupted(
         with pytest.raises(KeyboardInterrupt):
             sample_to_file(model, tokenizer, target, **options)
         assert not target.exists()
-    partial.write_text(partial.read_text()[:-30])  # a row cut off, as by a full disk
+    partial.write_bytes(partial.read_bytes()[:-30])  # a row cut off, as by a full disk
+    with pytest.raises(SparsepassError, match="another seed"):
+        sample_to_file(model, tokenizer, target, **options | {"seed": 6})
+    with pytest.raises(SparsepassError, match="another model"):
+        sample_to_file(copy.deepcopy(model).bfloat16(), tokenizer, target, **options)
     sample_to_file(model, tokenizer, target, **options)
     assert target.read_bytes() == whole.read_bytes()
     assert calls == 6, "the first batch is drawn again for the row that was cut off, and no more"
@@ -97,6 +107,15 @@ def test_a_file_is_the_same_however_often_it_was_interrupted(
     partial.write_text(json.dumps({"other": "settings"}) + "\n" + "{}\n")
     sample_to_file(model, tokenizer, target, **options, force=True)
     assert target.read_bytes() == whole.read_bytes()
+
+
+def test_runs_of_other_seeds_share_no_sequence(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 4):
+        file = tmp_path / f"{seed}.jsonl"
+        sample_to_file(model, tokenizer, file, num_tokens=192, length=16, batch_size=4, seed=seed)
+        found.append({tuple(row["input_ids"]) for row in rows(file)})
+    assert not found[0] & found[1]
 
 
 def test_training_takes_the_file(folder: Path, tmp_path: Path) -> None:
@@ -119,6 +138,8 @@ def test_bad_input_is_refused(model: nn.Module, tokenizer: Any, tmp_path: Path) 
         sample_to_file(model, tokenizer, tmp_path / "a.jsonl", num_tokens=32, start="")
     with pytest.raises(SparsepassError, match="generate"):
         sample(nn.Linear(2, 2), torch.ones(1, 1, dtype=torch.int64), 4)
+    with pytest.raises(SparsepassError, match="context of 64"):
+        sample(model, torch.ones(1, 1, dtype=torch.int64), 65)
     for length, temperature in ((1, 1.0), (4, 0.0)):
         with pytest.raises(SparsepassError, match="to be above the prompt"):
             sample(model, torch.ones(1, 1, dtype=torch.int64), length, temperature=temperature)
