@@ -53,6 +53,7 @@ def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
     parser.add_argument("--eval-text", type=Path)
     parser.add_argument("--device", default="cpu", help="where everything is computed, such as cuda")
     parser.add_argument("--eval-tokens", type=int, help="first tokens of the evaluation text; all of it by default")
+    parser.add_argument("--note", help="a sentence for the page, on the texts or the machine")
     parser.add_argument("--work", type=Path, default=here / work, help="folder that keeps finished rows and checkpoints")
     parser.add_argument("--out", type=Path, default=here / "results")
     return parser
@@ -136,6 +137,7 @@ class TrainingBench:
             "train": Path(self.train).name,
             "text": Path(self.text).name,
             "dense": self.dense_perplexity(),
+            "note": self.args.note,
         }
 
 
@@ -147,4 +149,5 @@ def heading(report: dict[str, Any]) -> list[str]:
         f"Training text: {report['train']}. Evaluation text: {report['text']}, {dense['num_tokens']} tokens scored, "
         f"context 512, no overlap, fp32. Dense: {dense['perplexity']:.2f}.",
         f"Trained on: {'; '.join(machines) or 'nothing'}.",
+        *([report["note"]] if report["note"] else []),
     ]

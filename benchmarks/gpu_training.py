@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common import TrainingBench, commit, heading, training_options
@@ -134,9 +135,10 @@ def table(report: Mapping[str, Any]) -> str:
             line += f" {there:.2f} | {there / domain - 1:+.1%} |"
         lines.append(line)
     if domain:
-        lines += ["", f"Dense on the domain's text: {domain:.2f}."]
+        lines += ["", f"The domain's text: {report['domain_text']}. Dense: {domain:.2f}."]
     for row in report["rows"]:
-        lines += ["", f"{row['title']}, perplexity of the first 64 windows after so many tokens:", ""]
+        about = f"commit {row['commit']}, {', '.join(row['changes'])}"
+        lines += ["", f"{row['title']} ({about}), perplexity of the first 64 windows after so many tokens:", ""]
         lines += [", ".join(f"{tokens:,}: {value:.2f}" for tokens, value in points(row).items())]
     if report["picture"]:
         lines += ["", f"![Perplexity over tokens]({report['picture']})"]
@@ -172,7 +174,7 @@ def main() -> None:
     drawn = curves(rows)
     report = bench.facts() | {"rows": rows, "picture": "gpu_training.svg" if drawn else None, "commit": commit()}
     if args.domain_eval:
-        report["dense_on_domain"] = bench.domain()
+        report |= {"dense_on_domain": bench.domain(), "domain_text": Path(args.domain_eval).name}
     if drawn:
         (args.out / "gpu_training.svg").write_text(drawn.file(), encoding="utf-8")
     (args.out / "gpu_training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
