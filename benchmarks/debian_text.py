@@ -8,7 +8,8 @@ its files without installing it, turns HTML, info, plain text, reST and Markdown
 `--kind man`: manual pages instead, through groff), drops what is no English prose (indexes, change logs, licences,
 tables of symbols, other languages), drops paragraphs seen before, and writes the documents, parted by a blank line
 and shuffled by a hash of their paths, to one UTF-8 file. No package gives more than a fifth of the text, unless that
-would cost more than half of it. The script's own lists are those of Debian 12; packages that cannot be had are named and skipped.
+would cost more than half of it. The script's own lists are those of Debian 12; packages that cannot be had are named
+and skipped.
 
 `--without FILE` keeps a validation text out: a paragraph that shares a run of 13 words with FILE, or holds one of
 its lines of 80 characters or more, is dropped. `--tail FILE` puts the last documents (`--tail-chars` characters)
