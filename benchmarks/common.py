@@ -66,6 +66,10 @@ class TrainingBench:
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
         args.out.mkdir(parents=True, exist_ok=True)
+        asked = {"train": str(args.train_text), "text": str(args.eval_text), "eval_tokens": args.eval_tokens}
+        before = self.remember("texts", lambda: asked)
+        if before != asked:
+            raise SystemExit(f"{args.work} keeps what was found with {before}, and this is {asked}; take another --work folder")
         self.dense: LoadedModel = load_model(smollm2(), dtype="float32", device=args.device)
         self.train = PYTHON_DOCS if args.train_text is None else str(args.train_text)
         self.text = PYTHON_DOCS if args.eval_text is None else str(args.eval_text)

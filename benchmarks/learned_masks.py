@@ -1,7 +1,8 @@
 """Learned masks (MaskLLM) over the original weights of SmolLM2-135M-Instruct against one-shot masks, and AST at equal tokens.
 
     python benchmarks/learned_masks.py [--train-text FILE --eval-text FILE] [--only NAME ...] [--max-tokens N] [--alpha A]
-                                       [--set train.lr=1e-2 ...] [--set-all train.dtype=float32 ...] [--work DIR] [--out DIR]
+                                       [--set train.lr=1e-2 ...] [--set-all train.dtype=float32 ...] [--ast-row FILE]
+                                       [--work DIR] [--out DIR]
 
 The one-shot rows take a criterion's mask and leave the weights as they are, calibrated on 64 sequences of 512 tokens of the
 training text; sparsegpt stands there with its compensated weights too, for comparison. Learned rows are the recipe
@@ -76,6 +77,8 @@ class Bench(TrainingBench):
     def take(self, path: Path) -> None:
         """Take AST's row from what `retrain_accuracy.py` found in its own work folder."""
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found["data"]["source"] != Path(self.train).name:
+            raise SystemExit(f"{path} was trained on {found['data']['source']}, and this is {Path(self.train).name}")
         row = {"name": "ast", "title": ROWS["ast"].title, "passes": found["passes"], "found": found["after"]}
         self.remember("row-ast", lambda: row | {key: found[key] for key in ("settings", "data", "run", "machine", "commit")})
 
@@ -192,7 +195,12 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, help="strength of the prior, instead of the recipe's")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-2", help="a setting, for the learned rows")
     parser.add_argument("--set-all", action="append", default=[], metavar="train.dtype=float32", help="one for AST's row too")
-    parser.add_argument("--ast-row", type=Path, metavar="row-recipe.json", help="of retrain_accuracy.py, at the same tokens")
+    parser.add_argument(
+        "--ast-row",
+        type=Path,
+        metavar="row-recipe.json",
+        help="take AST's row from retrain_accuracy.py's work folder, of as many tokens, instead of training it again",
+    )
     args = parser.parse_args()
     bench = Bench(args)
     if args.ast_row:
