@@ -28,7 +28,7 @@ from sparsepass.retrain.data_tokens import IDS, Columns, hash_columns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRAINING, _VALIDATION = "training data", "validation data"
+_TRAINING, _BESIDE, _VALIDATION = "training data", "data beside it", "validation data"
 
 
 @final
@@ -40,6 +40,9 @@ class DataConfig:
         source: The path of a .txt, .jsonl or .parquet file, several files of one kind, a folder, the name of a hub data
             set (``name``, ``name:config`` or ``name:config:split``; the split is "train" if not said; ``name`` may be a
             folder), or "python-docs", text that is always there. None if a Python object is given instead.
+        beside: Another source that is mixed in, such as text that the teacher wrote. None mixes nothing in.
+        beside_share: The part of the training sequences that come from it. Of both sources as many are used, spread evenly,
+            as make the largest mixture of that share.
         validation: Another source; or what is held out of the training source: a fraction (a float between 0 and 1) or a
             number of sequences; or None.
         validation_limit: At most so many validation sequences, spread evenly, unless their number was given. None means
@@ -62,6 +65,8 @@ class DataConfig:
     """
 
     source: str | tuple[str, ...] | None = None
+    beside: str | tuple[str, ...] | None = None
+    beside_share: float = 0.5
     validation: str | tuple[str, ...] | int | float | None = 0.02
     validation_limit: int | None = 256
     text_column: str = "text"
@@ -74,13 +79,23 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("source", "validation"):
+        for name in ("source", "beside", "validation"):
             if isinstance(getattr(self, name), list):  # as a recipe file gives it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("context", "shuffle_buffer", "validation_limit", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SparsepassError(f"data: {name} has to be at least 1, and {value} was given")
+        if not 0 < self.beside_share < 1:
+            raise SparsepassError(
+                f"data: beside_share is the part of the sequences that come from beside, between 0 and 1, and "
+                f"{self.beside_share} was given; to train on that source alone, make it the source"
+            )
+        if self.beside is not None and (self.streaming or not self.packing):
+            raise SparsepassError(
+                "data: a source is mixed in (beside) where all is tokenized at first and packed: leave streaming and packing as"
+                " they are by default, or mix the files yourself"
+            )
         held_out = self.validation
         if isinstance(held_out, float) and not 0 < held_out < 1:
             raise SparsepassError(
@@ -209,18 +224,41 @@ def open_data(
         )
 
     train_source = opened(wanted, _TRAINING)
-    if held_out is None or isinstance(held_out, (int, float)):
-        data = prepared(train_source, _TRAINING)
-        return _of_table(data, config, held_out) if data.stream is None else _of_stream(data, config, held_out)
-    apart_source = opened(held_out, _VALIDATION)
-    if both := train_source.keys & apart_source.keys:
-        raise _overlap(", ".join(sorted(both)))
-    data, apart = prepared(train_source, _TRAINING), prepared(apart_source, _VALIDATION)
-    if data.fingerprint == apart.fingerprint:
-        raise _overlap(f"{train_source.name} and {apart_source.name}, which hold the same tokens")
-    found = _of_table(data, config, None) if data.stream is None else _of_stream(data, config, None)
+    beside_source = None if config.beside is None else opened(config.beside, _BESIDE)
+    apart_source = None if held_out is None or isinstance(held_out, (int, float)) else opened(held_out, _VALIDATION)
+    for opened_one in (beside_source, train_source):
+        if apart_source is not None and opened_one is not None and (both := opened_one.keys & apart_source.keys):
+            raise _overlap(", ".join(sorted(both)))
+    data = prepared(train_source, _TRAINING)
+    beside = None if beside_source is None else prepared(beside_source, _BESIDE)
+    if beside is not None:
+        _check_beside(data, beside)
+    kept = held_out if apart_source is None else None
+    assert kept is None or isinstance(kept, (int, float))
+    found = _of_table(data, config, kept, beside) if data.stream is None else _of_stream(data, config, kept)
+    if apart_source is None:
+        return found
+    apart = prepared(apart_source, _VALIDATION)
+    for other in (data, beside):
+        if other is not None and other.fingerprint == apart.fingerprint:
+            raise _overlap(f"{other.source.name} and {apart_source.name}, which hold the same tokens")
     batch = _batch(apart, *_apart(apart, config))
     return TrainingData(found.train, batch, found._train_facts, _validation_facts(apart, batch, "a source of its own"))
+
+
+def _check_beside(data: Prepared, beside: Prepared) -> None:
+    for one in (data, beside):
+        if one.stream is not None:
+            raise SparsepassError(f"data: {one.source.name} is streamed, and a source is mixed in (beside) with tables only")
+    if data.names != beside.names:
+        raise SparsepassError(
+            f"data: {data.source.name} has the columns {', '.join(data.names)} and {beside.source.name}, which is mixed in, "
+            f"{', '.join(beside.names)}; they have to be the same"
+        )
+    if data.fingerprint == beside.fingerprint:
+        raise SparsepassError(
+            f"data: {beside.source.name}, which is mixed in (beside), is the training source itself; leave it out"
+        )
 
 
 def _overlap(which: str) -> SparsepassError:
@@ -255,7 +293,7 @@ def _limit(config: DataConfig) -> int | None:
     return config.max_tokens // config.context
 
 
-def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None) -> TrainingData:
+def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None, beside: Prepared | None) -> TrainingData:
     assert data.table is not None
     total = data.num_sequences
     number = 0
@@ -270,22 +308,42 @@ def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None) 
         )
     held = spread(number, total) if number else np.empty(0, np.int64)
     places = np.setdiff1d(np.arange(total), held, assume_unique=True)
-    if (limit := _limit(config)) is not None and limit < len(places):
+    table, limit = data.table, _limit(config)
+    settings, facts = _settings(data, config, number), _facts(data, config)
+    if beside is not None:
+        assert beside.table is not None
+        own, theirs = _mixture(len(places), beside.num_sequences, config.beside_share, limit)
+        table = table.followed_by(beside.table, data.shape.num_body)
+        first = -(-len(data.table) // data.shape.num_body)
+        places = np.concatenate([places[spread(own, len(places))], first + spread(theirs, beside.num_sequences)])
+        settings |= {"mixed in": beside.fingerprint, "its share": config.beside_share}
+        facts["mixed_in"] = {"source": beside.source.name, "kind": beside.source.kind, "num_sequences": theirs, **beside.facts}
+    elif limit is not None and limit < len(places):
         places = places[spread(limit, len(places))]
     train = TableSequences(
-        data.table,
+        table,
         places,
         config.seed if config.shuffle else None,
         shape=data.shape,
         names=data.names,
-        settings=_settings(data, config, number),
+        settings=settings,
         what=_TRAINING,
     )
-    facts = _facts(data, config)
     if not number:
         return TrainingData(train, None, facts, {})
     validation = _batch(data, _rows_of_table(data, held), held.tolist())
     return TrainingData(train, validation, facts, _validation_facts(data, validation, "held out, spread evenly"))
+
+
+def _mixture(own: int, theirs: int, share: float, limit: int | None) -> tuple[int, int]:
+    """How many sequences of each of two sources make the largest mixture in which the second one has its share.
+
+    >>> _mixture(1000, 100, 0.5, None), _mixture(1000, 100, 0.25, 200)
+    ((100, 100), (150, 50))
+    """
+    whole = min(own / (1 - share), theirs / share, limit or float("inf"))
+    found = max(1, round(whole * (1 - share))), max(1, round(whole * share))
+    return min(found[0], own), min(found[1], theirs)
 
 
 def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None) -> TrainingData:

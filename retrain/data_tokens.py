@@ -291,6 +291,12 @@ class TokenTable:
             start, index = end, index + 1
         return {name: np.concatenate([np.empty(0, np.int32), *arrays]) for name, arrays in found.items()}
 
+    def followed_by(self, other: "TokenTable", multiple: int) -> "TokenTable":
+        """This table's tokens and then another one's, which begin at the next multiple of so many tokens."""
+        gap = -len(self) % multiple
+        filler = Part(columns={name: np.zeros(gap, np.int32) for name in self.names}, lengths=np.asarray([gap], dtype=np.int64))
+        return TokenTable([*self._parts, filler, *other._parts])
+
     def fingerprint(self) -> str:
         """Return a hash of the size and of up to 16 million tokens spread evenly over the table: of all, if it is smaller."""
         digest = hashlib.blake2b(repr((self.names, len(self), len(self.lengths))).encode(), digest_size=16)

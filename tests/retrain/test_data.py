@@ -403,6 +403,72 @@ def test_a_validation_source_of_its_own(tmp_path: Path) -> None:
 # Every form
 
 
+def rows_file(path: Path, first: int, count: int) -> Path:
+    """A file of rows of 4 token ids, all of them ``first`` and more."""
+    rows = [{"input_ids": list(range(first + 4 * i, first + 4 * i + 4))} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(("share", "own", "theirs"), [(0.5, 10, 10), (0.25, 27, 9), (0.8, 2, 10)])
+def test_a_source_is_mixed_in_with_its_share(tmp_path: Path, share: float, own: int, theirs: int) -> None:
+    beside = str(rows_file(tmp_path / "sampled.jsonl", 1000, 10))
+    config = DataConfig(context=4, validation=2, beside=beside, beside_share=share)
+    data = open_data(config, source=torch.arange(119))  # 29 sequences and a part of one, which nobody sees
+    assert data.validation is not None
+    held = set(data.validation.input_ids.flatten().tolist())
+    assert data.train.num_sequences is not None
+    epochs = [data.train.take(data.train.num_sequences).input_ids for _ in range(2)]
+    for ids in epochs:
+        from_beside = ids[:, 0] >= 1000
+        assert (int((~from_beside).sum()), int(from_beside.sum())) == (own, theirs)
+        assert bool((ids.diff(dim=1) == 1).all()), "sequences lie within one source"
+        assert bool((ids[:, 0] % 4 == 0).all())
+        assert len(ids[:, 0].unique()) == len(ids)
+        assert not held & set(ids.flatten().tolist())
+    assert not torch.equal(*epochs)
+    assert data.describe()["train"]["mixed_in"]["num_sequences"] == theirs  # type: ignore[index]
+
+
+def test_a_mixture_is_resumed_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    file, source = rows_file(tmp_path / "sampled.jsonl", 1000, 10), torch.arange(120)
+    config = DataConfig(context=4, validation=None, beside=str(file), max_tokens=48)
+    data = open_data(config, source=source)
+    assert data.train.num_sequences == 12
+    data.train.take(5)
+    state, expected = data.train.state(), data.train.take(9).input_ids
+    again = open_data(config, source=source)
+    again.train.restore(state)
+    assert torch.equal(again.train.take(9).input_ids, expected)
+    for changed in (dataclasses.replace(config, beside_share=0.25), dataclasses.replace(config, beside=None)):
+        with pytest.raises(SparsepassError, match="is not what the checkpoint was made with"):
+            open_data(changed, source=source).train.restore(state)
+    rows_file(file, 2000, 10)
+    with pytest.raises(SparsepassError, match="mixed in"):
+        open_data(config, source=source).train.restore(state)
+
+
+def test_what_cannot_be_mixed_in_is_refused(tmp_path: Path) -> None:
+    file = str(rows_file(tmp_path / "a.jsonl", 1000, 10))
+    for options, named in (
+        ({"beside_share": 1.0}, "between 0 and 1"),
+        ({"streaming": True}, "leave streaming"),
+        ({"packing": False}, "packing"),
+    ):
+        with pytest.raises(SparsepassError, match=named):
+            DataConfig(context=4, beside=file, **options)
+    config = DataConfig(context=4, validation=None, beside=file)
+    with pytest.raises(SparsepassError, match="is the training source itself"):
+        open_data(config, source=file)
+    with pytest.raises(SparsepassError, match="training and for validation"):
+        open_data(config, source=torch.arange(40), validation=file)
+    labelled = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4
+    with pytest.raises(SparsepassError, match="have to be the same"):
+        open_data(config, source=labelled)
+    with pytest.raises(SparsepassError, match="streamed"):
+        open_data(config, source=datasets.Dataset.from_list([{"input_ids": [1, 2, 3, 4]}] * 8).to_iterable_dataset())
+
+
 def test_every_form_gives_the_same_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents, tokens = texts([30, 12, 25, 40])
     data_set = datasets.Dataset.from_dict({"id": list(range(4)), "text": documents})
