@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from sparsepass.export.charts import Line, Picture, line_chart
 from sparsepass.export.curves import retraining_run
 from sparsepass.export.demo import smollm2
 from sparsepass.export.eval import perplexity
@@ -155,3 +156,24 @@ def heading(report: dict[str, Any]) -> list[str]:
         f"Trained on: {'; '.join(machines) or 'nothing'}.",
         *([report["note"]] if report["note"] else []),
     ]
+
+
+def tokens_at(row: Mapping[str, Any]) -> dict[int, float]:
+    """Tokens seen -> validation perplexity, of a trained row."""
+    run = row["run"]
+    each = run["num_tokens"] / run["num_steps"]
+    return {round(found["step"] * each): found["perplexity"] for found in run["validations"]}
+
+
+def curves(rows: Sequence[Mapping[str, Any]], title: str, unit: tuple[float, str], y_label: str) -> Picture | None:
+    """Validation perplexity of trained rows over tokens, counted in a unit; None where there are no two points."""
+    known = {row["title"]: tokens_at(row) for row in rows}
+    places = sorted({place for found in known.values() for place in found})
+    if len(places) < 2:
+        return None
+    lines = [
+        Line(label=label, values=[found.get(place) for place in places], tone=tone)
+        for (label, found), tone in zip(known.items(), "abcd", strict=False)
+    ]
+    size, name = unit
+    return line_chart(title, [place / size for place in places], lines, x_label=name, y_label=y_label)

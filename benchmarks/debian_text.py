@@ -165,7 +165,12 @@ class HtmlText(HTMLParser):
             self.newlines = 0
         elif tag == "br" and self.pre:
             self.parts.append("\n")
-        elif tag in SINGLE_BREAK:
+        else:
+            self.break_as_asked(tag)
+
+    def break_as_asked(self, tag: str) -> None:
+        """Breaks the line, or sets cells apart, as an element does at both its ends."""
+        if tag in SINGLE_BREAK:
             self.break_line(1)
         elif tag in DOUBLE_BREAK:
             self.break_line(2)
@@ -183,12 +188,8 @@ class HtmlText(HTMLParser):
         if tag == "pre":
             self.pre = max(0, self.pre - 1)
             self.break_line(2)
-        elif tag in SINGLE_BREAK:
-            self.break_line(1)
-        elif tag in DOUBLE_BREAK:
-            self.break_line(2)
-        elif tag in ("td", "th"):
-            self.space = True
+        else:
+            self.break_as_asked(tag)
 
     def handle_data(self, data: str) -> None:
         """Adds text, its white space made plain outside preformatted text."""

@@ -14,14 +14,13 @@ More text for it: benchmarks/debian_text.py. Writes gpu_training.json, gpu_train
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import TrainingBench, commit, heading, training_options
+from common import TrainingBench, commit, curves, heading, tokens_at, training_options
 
-from sparsepass.export.charts import Line, Picture, line_chart
 from sparsepass.passes import apply_passes
 from sparsepass.passes.mask_pack import pack_program
 
@@ -90,28 +89,6 @@ class Bench(TrainingBench):
         return dict(self.remember("dense-domain", lambda: self.perplexity(self.dense.model, str(self.args.domain_eval))))
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Perplexity of the evaluation text over tokens."""
-    known = {row["title"]: points(row) for row in rows if row["name"] != "domain"}
-    places = sorted({place for found in known.values() for place in found})
-    if len(places) < 2:
-        return None
-    lines = [
-        Line(label=title, values=[found.get(place) for place in places], tone=tone)
-        for (title, found), tone in zip(known.items(), "abcd", strict=False)
-    ]
-    return line_chart(
-        "Perplexity", [place / 1e6 for place in places], lines, x_label="million tokens", y_label="perplexity, first 64 windows"
-    )
-
-
-def points(row: Mapping[str, Any]) -> dict[int, float]:
-    """Tokens seen -> perplexity."""
-    run = row["run"]
-    each = run["num_tokens"] / run["num_steps"]
-    return {round(found["step"] * each): found["perplexity"] for found in run["validations"]}
-
-
 def table(report: Mapping[str, Any]) -> str:
     """The report as a page."""
     dense, domain = report["dense"]["perplexity"], report.get("dense_on_domain", {}).get("perplexity")
@@ -139,7 +116,7 @@ def table(report: Mapping[str, Any]) -> str:
     for row in report["rows"]:
         about = f"commit {row['commit']}, {', '.join(row['changes'])}"
         lines += ["", f"{row['title']} ({about}), perplexity of the first 64 windows after so many tokens:", ""]
-        lines += [", ".join(f"{tokens:,}: {value:.2f}" for tokens, value in points(row).items())]
+        lines += [", ".join(f"{tokens:,}: {value:.2f}" for tokens, value in tokens_at(row).items())]
     if report["picture"]:
         lines += ["", f"![Perplexity over tokens]({report['picture']})"]
     return "\n".join(lines) + "\n"
@@ -171,7 +148,9 @@ def main() -> None:
     for name in ROWS:
         if name in args.only or (args.work / f"row-{name}.json").is_file():
             rows.append(bench.row(name))
-    drawn = curves(rows)
+    drawn = curves(
+        [row for row in rows if row["name"] != "domain"], "Perplexity", (1e6, "million tokens"), "perplexity, first 64 windows"
+    )
     report = bench.facts() | {"rows": rows, "picture": "gpu_training.svg" if drawn else None, "commit": commit()}
     if args.domain_eval:
         report |= {"dense_on_domain": bench.domain(), "domain_text": Path(args.domain_eval).name}

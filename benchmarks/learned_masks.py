@@ -17,14 +17,13 @@ learned_masks.json, learned_masks.md and the curves as a picture.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import TrainingBench, commit, heading, training_options
+from common import TrainingBench, commit, curves, heading, tokens_at, training_options
 
-from sparsepass.export.charts import Line, Picture, line_chart
 from sparsepass.export.recipe import read_recipe
 from sparsepass.graph import Program
 from sparsepass.passes import LearnMasks, parse_pipeline, pipeline_to_text
@@ -121,31 +120,6 @@ class Bench(TrainingBench):
         return capture(self.dense.model)
 
 
-def tokens_at(row: Mapping[str, Any]) -> dict[int, float]:
-    """Tokens seen -> validation perplexity, of a trained row."""
-    run = row["run"]
-    each = run["num_tokens"] / run["num_steps"]
-    return {round(found["step"] * each): found["perplexity"] for found in run["validations"]}
-
-
-def curves(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
-    """Validation perplexity of the trained rows over tokens."""
-    known = {row["title"]: tokens_at(row) for row in rows if "run" in row}
-    places = sorted({place for found in known.values() for place in found})
-    if len(places) < 2:
-        return None
-    return line_chart(
-        "Validation perplexity",
-        [place / 1e3 for place in places],
-        [
-            Line(label=title, values=[found.get(place) for place in places], tone=tone)
-            for (title, found), tone in zip(known.items(), "abcd", strict=False)
-        ],
-        x_label="thousand tokens",
-        y_label="perplexity",
-    )
-
-
 def table(report: Mapping[str, Any]) -> str:
     """The report as a page."""
     dense = report["dense"]["perplexity"]
@@ -210,7 +184,7 @@ def main() -> None:
         if name not in args.only and not (args.work / f"row-{name}.json").is_file():
             continue
         rows.append(bench.row(name))
-        drawn = curves(rows)
+        drawn = curves([row for row in rows if "run" in row], "Validation perplexity", (1e3, "thousand tokens"), "perplexity")
         report = bench.facts() | {
             "picture": "learned_masks.svg" if drawn else None,
             "rows": rows,
