@@ -96,12 +96,13 @@ def retrain_command(
     Exit code: 0 done, 2 wrong usage or unreadable input, 130 stopped by a signal; the run was saved.
     """
     from sparsepass.export.prepare import Evaluation
-    from sparsepass.export.retraining import retrain_program, write_cache
+    from sparsepass.export.retraining import default_run_folder, retrain_program, write_cache
 
     section = _section(config, assignments or (), teacher=teacher, data=data or (), teacher_cache=teacher_cache)
     tell = first_process(support.news())
     if cache_only:
-        count = write_cache(program, section, trust_remote_code=trust_remote_code, tell=tell)
+        place = run_folder or default_run_folder(out)
+        count = write_cache(program, section, place, trust_remote_code=trust_remote_code, tell=tell)
         support.stdout().print(f"{section.teacher_cache} holds the teacher's logits for the {count} sequences of the run.")
         return
     document = until_stopped(

@@ -12,7 +12,6 @@ Rules:
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from typing import Any, Final
 from sparsepass.export.prepare import Calibration, Tell, prepare, silent, stage_name, write_program
 from sparsepass.export.recipe import ExportSection, Recipe
 from sparsepass.export.report import find_report, new_report, plain_json, run_record, write_report
-from sparsepass.export.retraining import Measured, ModelSource, accuracy, default_run_folder, retrain_program
+from sparsepass.export.retraining import Measured, ModelSource, accuracy, clear_run_folder, default_run_folder, retrain_program
 from sparsepass.export.targets import export
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.files import check_free, replaced_folder
@@ -331,9 +330,8 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool, tell: Tell) 
     for stage in stale:
         tell(f"{stage.name} is run anew")
         _forget(out, stage.name)
-        run_folder = default_run_folder(stage.folder)
-        if stage.shared and run_folder.is_dir():
-            shutil.rmtree(run_folder)
+        if stage.shared:
+            clear_run_folder(default_run_folder(stage.folder))
     for stage in stages:
         if stage.name not in known:
             check_free(stage.folder, force=force)

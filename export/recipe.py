@@ -23,6 +23,7 @@ from sparsepass.passes import parse_pipeline
 from sparsepass.passes.sources import locate
 from sparsepass.retrain.config import RetrainConfig, read_settings
 from sparsepass.retrain.data import DataConfig
+from sparsepass.retrain.sample import SampleConfig
 
 ORDER: Final = ("model", "out", "prune", "retrain", "eval", "export")
 """Keys of a recipe, in the order in which they run, whatever the order in the file."""
@@ -86,6 +87,8 @@ class RetrainSection:
         teacher_dtype: Type in which its weights are loaded.
         teacher_cache: Folder for its top-k logits: written once, and then it is not in memory while the student trains.
         teacher_k: Logits kept for each token.
+        sample: Text that the teacher writes before the training, mixed in as ``data.beside`` would be. It lies in the run
+            folder, and is not written again where it is there.
     """
 
     train: RetrainConfig
@@ -94,6 +97,7 @@ class RetrainSection:
     teacher_dtype: str = "float32"
     teacher_cache: str | None = None
     teacher_k: int = 64
+    sample: SampleConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +232,7 @@ def retrain_section(settings: Any, where: str) -> RetrainSection:
     inner = {
         "train": RetrainConfig.from_mapping(_mapping(settings.get("train") or {}, f"{where}.train"), where=f"{where}.train"),
         "data": read_settings(DataConfig, _mapping(settings.get("data") or {}, f"{where}.data"), where=f"{where}.data"),
+        "sample": _optional(SampleConfig, settings, "sample", where),
     }
     return read_settings(RetrainSection, {**settings, **inner}, where=where)
 
@@ -303,7 +308,13 @@ def _check_retrain(section: RetrainSection, where: str) -> None:
     if section.data.source is None:
         raise SparsepassError(f"{where}.data: there is no source; name {_TEXT_FORMS}")
     parse_dtype(section.teacher_dtype)
-    for what, named in (("source", section.data.source), ("validation", section.data.validation)):
+    if section.sample is not None and section.data.beside is not None:
+        raise SparsepassError(
+            f"{where}: what the teacher writes (sample) is mixed in, and so is data.beside ({section.data.beside}); leave one "
+            "out"
+        )
+    named_sources = (("source", section.data.source), ("beside", section.data.beside), ("validation", section.data.validation))
+    for what, named in named_sources:
         for one in named if isinstance(named, tuple) else (named,):
             if isinstance(one, str) and one != PYTHON_DOCS:
                 locate(one, what=f"{where}.data.{what}", forms=_TEXT_FORMS)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,14 @@ from sparsepass.retrain.loop import CHECKPOINTS, METRICS, retrain
 from sparsepass.retrain.metrics import read_metrics
 from sparsepass.retrain.offline import offline_teacher
 from sparsepass.retrain.processes import is_first_process, leave_processes
+from sparsepass.retrain.sample import sample_to_file
 from sparsepass.retrain.teacher import Teacher
 
 ORIGIN_FILE: Final = "origin.json"
 """In a run folder: the program and the teacher that its checkpoints belong to."""
+
+_SAMPLED: Final = "sampled-{}.jsonl"
+_WAIT_SECONDS: Final = 0.5
 
 _SETTING: Final = ("num_tokens", "context", "stride", "bos", "dtype")
 """What has to be the same for two perplexities to stand side by side."""
@@ -112,6 +117,7 @@ def retrain_program(
     teacher_name = source_of_teacher.name if source_of_teacher else None
     if is_first_process():
         _check_origin(place, Path(source), teacher_name)
+    section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress, tell=tell)
     tell("opening the data")
     data = _data(section, loaded, program)
     teacher = _teacher(section, source_of_teacher, data, trust_remote_code=trust_remote_code, tell=tell)
@@ -197,8 +203,22 @@ def retrain_and_report(
     return trained, found | {"recipe": trained.recipe, "retraining": {"runs": runs}}
 
 
-def write_cache(source: str | Path, section: RetrainSection, *, trust_remote_code: bool = False, tell: Tell = silent) -> int:
+def write_cache(
+    source: str | Path,
+    section: RetrainSection,
+    run_folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    tell: Tell = silent,
+) -> int:
     """Write the offline teacher's logits, or what is missing of them, and do not train.
+
+    Args:
+        source: See `retrain_program`.
+        section: See `retrain_program`.
+        run_folder: Of the training that follows; what the teacher samples for it lies there.
+        trust_remote_code: See `load_model`.
+        tell: Called with one line at the beginning of each step.
 
     Returns:
         Sequences that the run takes, all of which are there now.
@@ -211,7 +231,9 @@ def write_cache(source: str | Path, section: RetrainSection, *, trust_remote_cod
     tell(f"loading {source}")
     loaded = load_model(source)
     program = _program(loaded, source)
-    found = _source_of_teacher(section, find_report(source) or new_report())
+    document = find_report(source) or new_report()
+    found = _source_of_teacher(section, document)
+    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code, tell=tell)
     data = _data(section, loaded, program)
     _teacher(section, found, data, trust_remote_code=trust_remote_code, tell=tell)
     return section.train.num_steps(section.data.context) * section.train.batch_size
@@ -225,6 +247,15 @@ def default_run_folder(out: str | Path) -> Path:
     """
     target = Path(out)
     return target.with_name(f"{target.name}.run")
+
+
+def clear_run_folder(run_folder: Path) -> None:
+    """Remove what a training left in its run folder, but not the text that was sampled for it, which a new one may take."""
+    for found in run_folder.glob("*") if run_folder.is_dir() else ():
+        if found.is_dir():
+            shutil.rmtree(found)
+        elif not found.match(_SAMPLED.format("*")):
+            found.unlink()
 
 
 def accuracy(
@@ -281,6 +312,10 @@ def _program(loaded: LoadedModel, source: str | Path) -> Program:
 def _source_of_teacher(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource | None:
     if not section.train.kd_weight and not section.train.hidden_weight:
         return None
+    return _dense_source(section, document)
+
+
+def _dense_source(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource:
     if section.teacher is not None:
         return ModelSource(section.teacher)
     model = document.get("model", {})
@@ -288,8 +323,36 @@ def _source_of_teacher(section: RetrainSection, document: Mapping[str, Any]) -> 
         return ModelSource(str(model["source"]), gguf_file=model.get("gguf_file"), revision=model.get("revision"))
     raise SparsepassError(
         "the report beside the program does not tell which dense model it was made from; name it as the teacher (--teacher), "
-        "or set kd_weight: 0 to train on the text alone"
+        "or set kd_weight: 0 and no sample to train on the text alone"
     )
+
+
+def _with_sampled_text(
+    section: RetrainSection,
+    run_folder: Path,
+    document: Mapping[str, Any],
+    *,
+    trust_remote_code: bool,
+    progress: bool = True,
+    tell: Tell = silent,
+) -> RetrainSection:
+    """The section with what the dense model was asked to write as ``data.beside``; the first process writes it, if need be."""
+    if section.sample is None:
+        return section
+    dense = _dense_source(section, document)
+    asked = {"model": dataclasses.asdict(dense), **dataclasses.asdict(section.sample)}
+    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    path = run_folder / _SAMPLED.format(name)
+    if is_first_process() and not path.is_file():
+        tell(f"loading {dense.name}, to sample {section.sample.num_tokens} tokens")
+        loaded = dense.load(dtype=parse_dtype(section.teacher_dtype), trust_remote_code=trust_remote_code)
+        if loaded.tokenizer is None:
+            raise SparsepassError(f"{dense.name} has no tokenizer, and sampled text is written as text too; leave sample out")
+        model = loaded.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
+        sample_to_file(model, loaded.tokenizer, path, progress=progress, **dataclasses.asdict(section.sample))
+    while not path.is_file():  # if the first process fails, the launcher ends this one
+        time.sleep(_WAIT_SECONDS)
+    return dataclasses.replace(section, data=dataclasses.replace(section.data, beside=str(path)), sample=None)
 
 
 def _teacher(

@@ -6,6 +6,7 @@ Tensor shape legend: B batch, P tokens of a prompt, T tokens.
 import itertools
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,37 @@ from sparsepass.graph.errors import SparsepassError
 from sparsepass.graph.progress import item_progress
 from sparsepass.graph.soft_masks import noise_key
 from sparsepass.retrain.teacher import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the dense model writes before the training, to be mixed in; the ``sample`` section of a recipe.
+
+    Attributes:
+        num_tokens: Tokens in all; rounded up to whole sequences.
+        length: Tokens of a sequence.
+        start: What each sequence starts from; None for the token that begins a document, or else the one that ends it.
+        batch_size: Sequences at once.
+        temperature: Of the distribution; 1 samples what the model was trained to say.
+        seed: Of the draws.
+
+    Raises:
+        SparsepassError: If a value is out of range.
+    """
+
+    num_tokens: int
+    length: int = 512
+    start: str | None = None
+    batch_size: int = 32
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_tokens", 2), ("length", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise SparsepassError(f"sample: {name} has to be at least {least}, and {getattr(self, name)} was given")
+        if not self.temperature > 0:
+            raise SparsepassError(f"sample: temperature has to be above 0, and {self.temperature} was given")
 
 
 @torch.no_grad()

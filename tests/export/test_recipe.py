@@ -22,6 +22,7 @@ from sparsepass.export.settings import example_text, override, parse_settings, r
 from sparsepass.graph import SparsepassError
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import DataConfig
+from sparsepass.retrain.sample import SampleConfig
 
 PAPER = ("gpt2-paper", "opt-paper", "llama2-7b-paper")
 # What a tiny model and a tiny text cannot have as the recipe has it. All else is run as it stands.
@@ -51,6 +52,12 @@ def plain(**changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
+def sampling(beside: str | None = None, **sample: Any) -> dict[str, Any]:
+    """A change of a recipe: its teacher writes text."""
+    train, data = plain()["retrain"]["train"], {"source": "python-docs", "beside": beside}
+    return {"retrain": {"train": train, "data": data, "sample": sample or None}}
+
+
 def test_the_recipes_that_come_along() -> None:
     assert set(recipe_names()) == {*PAPER, "smollm2-cpu", "smollm2-gpu", "smollm2-maskllm-cpu", "smollm2-maskllm-gpu"}
 
@@ -75,7 +82,8 @@ def test_each_recipe_trains_a_tiny_model(name: str, place: Path, tmp_path: Path)
     write_program(prepared, tmp_path / "pruned")
     data = dataclasses.replace(recipe.retrain.data, source=str(place / "words.txt"), validation=4, context=16)
     train = dataclasses.replace(recipe.retrain.train, **SMALL)
-    section = dataclasses.replace(recipe.retrain, train=train, data=data)
+    sample = recipe.retrain.sample and dataclasses.replace(recipe.retrain.sample, num_tokens=512, length=16, start="the")
+    section = dataclasses.replace(recipe.retrain, train=train, data=data, sample=sample)
     report = retrain_program(tmp_path / "pruned", section, tmp_path / "out", progress=False)
     (found,) = report["retraining"]["runs"]
     assert found["num_steps"] == 2
@@ -145,6 +153,12 @@ def test_the_example_is_a_recipe() -> None:
         ({"retrain": {"train": {"max_steps": 1}, "data": {}}}, "there is no source"),
         ({"retrain": {"train": {"max_steps": 1}, "data": {"source": "a.txt"}}}, "file a.txt does not exist"),
         ({"retrain": {"train": {}, "data": {"source": "python-docs"}}}, "give max_steps or max_tokens"),
+        (sampling(num_tokns=64), "did you mean 'num_tokens'"),
+        (sampling(length=16), "num_tokens"),
+        (sampling(num_tokens=1), "num_tokens has to be at least 2"),
+        (sampling(num_tokens=64, temperature=0.0), "temperature has to be above 0"),
+        (sampling(beside="python-docs", num_tokens=64), "leave one out"),
+        (sampling(beside="nowhere.txt"), "data.beside file nowhere.txt does not exist"),
         ({"retrain": {"train": 3, "data": {"source": "python-docs"}}}, "settings of the form"),
         ({"retrain": {"train": {"max_steps": 1}, "data": {"source": "python-docs"}, "teacher_dtype": "int9"}}, "int9"),
         ({"eval": {"text": "nowhere.txt"}}, "nowhere.txt does not exist"),
@@ -207,7 +221,7 @@ def test_retrain_takes_a_recipe_or_its_two_parts(tmp_path: Path) -> None:
     assert (found.teacher, found.data.source) == ("x", ("python-docs",))
 
 
-@pytest.mark.parametrize("kind", [RetrainConfig, DataConfig, RetrainSection])
+@pytest.mark.parametrize("kind", [RetrainConfig, DataConfig, RetrainSection, SampleConfig])
 def test_the_documentation_has_every_setting_with_its_default(kind: type) -> None:
     text = (Path(__file__).parents[2] / "docs" / "retrain.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(kind):

@@ -18,7 +18,7 @@ from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once
 
 from sparsepass.export.report import read_report
-from sparsepass.export.retraining import ModelSource, default_run_folder
+from sparsepass.export.retraining import ModelSource, clear_run_folder, default_run_folder
 from sparsepass.graph import Program
 from sparsepass.retrain.loop import METRICS
 from sparsepass.retrain.metrics import read_metrics
@@ -207,3 +207,39 @@ def test_a_signal_saves_and_the_same_command_goes_on(place: Path, tmp_path: Path
     whole = run(*command[3:-1], tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     assert same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_the_teacher_writes_part_of_the_text_once(place: Path, tmp_path: Path) -> None:
+    sample = ["--set", "sample.num_tokens=480", "--set", "sample.length=24", "--set", "sample.batch_size=8"]
+    command = ["retrain", place / "pruned", "-o", tmp_path / "out", "-c", place / "train.yaml", *sample]
+    done = run(*command)
+    assert done.exit_code == 0, done.output
+    (written,) = default_run_folder(tmp_path / "out").glob("sampled-*.jsonl")
+    rows = [json.loads(line)["input_ids"] for line in written.read_text(encoding="utf-8").splitlines()]
+    assert [len(row) for row in rows] == [24] * 20
+    (told,) = read_report(tmp_path / "out")["retraining"]["runs"]
+    assert told["data"]["train"]["mixed_in"]["num_sequences"] == 30
+    assert told["data"]["train"]["num_sequences"] == 60, "half of them"
+
+    before = written.stat().st_mtime_ns
+    clear_run_folder(written.parent)
+    assert list(written.parent.iterdir()) == [written]
+    again = run(*command, "--force", "--set", "train.lr=2.0e-2")
+    assert again.exit_code == 0, again.output
+    assert written.stat().st_mtime_ns == before, "what is asked is the same, so it is not written again"
+    clear_run_folder(written.parent)
+    other = run(*command, "--force", "--set", "sample.seed=1")
+    assert other.exit_code == 0, other.output
+    assert len(list(written.parent.glob("sampled-*.jsonl"))) == 2
+    assert weights(tmp_path / "out").keys() == weights(place / "out").keys()
+
+
+def test_the_text_that_is_sampled_is_part_of_a_cached_teachers_sequences(place: Path, tmp_path: Path) -> None:
+    sample = ["--set", "sample.num_tokens=480", "--set", "sample.length=24", "--teacher-cache", tmp_path / "cache"]
+    command = ["retrain", place / "pruned", "-o", tmp_path / "out", "-c", place / "train.yaml", *sample]
+    cached = run(*command, "--cache-only")
+    assert cached.exit_code == 0, cached.output
+    assert not (tmp_path / "out").exists()
+    done = run(*command)
+    assert done.exit_code == 0, done.output
+    assert len(list(default_run_folder(tmp_path / "out").glob("sampled-*.jsonl"))) == 1
