@@ -1,12 +1,13 @@
 """What the benchmark scripts share: the commit, and a work folder for those that train SmolLM2-135M-Instruct row by row."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sparsepass.passes.calibration_data import default_text
 from sparsepass.retrain.data import open_data
 from sparsepass.retrain.loop import METRICS, retrain
 from sparsepass.retrain.metrics import read_metrics
+from sparsepass.retrain.sample import SampleConfig, sample_to_file
 
 
 def commit() -> str:
@@ -114,7 +116,8 @@ class TrainingBench:
         Its run folder stays until the row is done; a checkpoint is 1.6 GB.
         """
         section = read_retrain_section(recipe, list(changes), {}, source=source or self.train)
-        data = open_data(section.data, self.dense.tokenizer)
+        config = section.data if section.sample is None else replace(section.data, beside=str(self.sampled(section.sample)))
+        data = open_data(config, self.dense.tokenizer)
         teacher = self.dense.model if section.train.kd_weight or section.train.hidden_weight else None
         folder = self.run_folder(name)
         trained = retrain(program, teacher, data, section.train, run_folder=folder, inplace=True)
@@ -122,11 +125,18 @@ class TrainingBench:
             "changes": list(changes),
             "settings": asdict(section.train),
             "data": asdict(section.data) | {"source": Path(source or self.train).name},
+            "sample": section.sample and asdict(section.sample),
             "run": retraining_run(trained.retraining[-1], read_metrics(folder / METRICS)),
             "machine": machine(self.args.device),
             "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(),
         }
+
+    def sampled(self, config: SampleConfig) -> Path:
+        """The text that the dense model writes, for all rows that ask for the same."""
+        asked = asdict(config)
+        file = Path(self.work) / f"sampled-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}.jsonl"
+        return file if file.is_file() else sample_to_file(self.dense.model, self.dense.tokenizer, file, progress=True, **asked)
 
     def run_folder(self, name: str) -> Path:
         """Where a row keeps its checkpoints."""

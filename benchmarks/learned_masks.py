@@ -6,8 +6,8 @@
 
 The one-shot rows take a criterion's mask and leave the weights as they are, calibrated on 64 sequences of 512 tokens of the
 training text; sparsegpt stands there with its compensated weights too, for comparison. Learned rows are the recipe
-smollm2-maskllm-cpu, from SparseGPT's mask or from none; the row ast is the recipe smollm2-cpu. Perplexity is of the whole
-evaluation text (context 512, no overlap, fp32); the curves are of the held-out part of the training text.
+smollm2-maskllm-cpu, from SparseGPT's mask or from none; the row ast is the recipe smollm2-cpu on the same text. Perplexity is
+of the whole evaluation text (context 512, no overlap, fp32); the curves are of the held-out part of the training text.
 
 A trained row takes half an hour to hours on two cores. Rows that are done are kept in the work folder and not run again; an
 interrupted row goes on from its checkpoint: start the same command again. Without texts, Python's own documentation topics are
@@ -60,7 +60,7 @@ ROWS = {
     "learned": Row(title="learned masks, SparseGPT prior", recipe=LEARNED),
     "learned-fast": Row(title="learned masks, SparseGPT prior, lr 2e-3", recipe=LEARNED, settings=("train.lr=2e-3",)),
     "learned-no-prior": Row(title="learned masks, no prior", recipe=LEARNED, alpha=0.0),
-    "ast": Row(title="AST (weights trained)", recipe=AST),
+    "ast": Row(title="AST (weights trained)", recipe=AST, settings=("sample=null",)),  # the same text for both
 }
 MASKS_ALONE = ("magnitude", "wanda", "ria", "sparsegpt-mask")
 """One-shot rows over the original weights."""
