@@ -119,7 +119,7 @@ class TrainingBench:
         config = section.data if section.sample is None else replace(section.data, beside=str(self.sampled(section.sample)))
         data = open_data(config, self.dense.tokenizer)
         teacher = self.dense.model if section.train.kd_weight or section.train.hidden_weight else None
-        folder = self.run_folder(name)
+        folder, running = self.run_folder(name), commit()  # before it runs: more may be committed meanwhile
         trained = retrain(program, teacher, data, section.train, run_folder=folder, inplace=True)
         return trained, {
             "changes": list(changes),
@@ -128,7 +128,7 @@ class TrainingBench:
             "sample": section.sample and asdict(section.sample),
             "run": retraining_run(trained.retraining[-1], read_metrics(folder / METRICS)),
             "machine": machine(self.args.device),
-            "commit": commit(),
+            "commit": running,
             "date": datetime.now(UTC).date().isoformat(),
         }
 

@@ -1,31 +1,29 @@
 """Perplexity against tokens: SmolLM2-135M-Instruct retrained (AST) and with learned masks (MaskLLM) on one GPU.
 
     python benchmarks/gpu_training.py --device cuda --train-text FILE --eval-text FILE [--only NAME ...] [--tokens NAME=N ...]
-                                      [--domain-text FILE --domain-eval FILE] [--set train.lr=1e-4 ...] [--work DIR] [--out DIR]
+                                      [--set train.lr=1e-4 ...] [--work DIR] [--out DIR]
 
 Rows: ast and slorb are the recipe smollm2-gpu from SparseGPT's start, without and with SLoRB branches; masks is the recipe
-smollm2-maskllm-gpu over the original weights; domain starts from the pack that masks made and learns masks for the domain's
-text. The curve is of the evaluation text's first 64 windows (context 512); the table of all of it, fp32. Rows that are done are
-kept in the work folder, so that several can run side by side (one process each, --only), and a call without --only makes the
-table of those that are there. An interrupted row goes on only if it was started with --set train.keep_checkpoints=2.
+smollm2-maskllm-gpu over the original weights. The curve is of the evaluation text's first 64 windows (context 512); the table
+of all of it, fp32. Rows that are done are kept in the work folder, so that several can run side by side (one process each,
+--only), and a call without --only makes the table of those that are there. An interrupted row goes on only if it was started
+with --set train.keep_checkpoints=2.
 
-More text for it: benchmarks/debian_text.py. Writes gpu_training.json, gpu_training.md, the curves as a picture, and the packs.
+More text for it: benchmarks/debian_text.py. Writes gpu_training.json, gpu_training.md and the curves as a picture; the pack of
+the row masks stays in the work folder.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common import TrainingBench, commit, curves, heading, tokens_at, training_options
 
-from sparsepass.passes import apply_passes
 from sparsepass.passes.mask_pack import pack_program
 
 SPARSEGPT, MASK = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=sparsegpt,compensate=false}"
-GENERAL, DOMAIN = "masks.safetensors", "domain.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,6 @@ ROWS = {
     "ast": Row(title="AST", passes=SPARSEGPT),
     "slorb": Row(title="AST with SLoRB", passes=f"{SPARSEGPT},slorb{{k=16}}"),
     "masks": Row(title="learned masks", passes=f"{MASK},learn_masks{{alpha=3.0}}", recipe="smollm2-maskllm-gpu"),
-    "domain": Row(title="learned masks of the domain", passes="", recipe="smollm2-maskllm-gpu", tokens=4_000_000),
 }
 
 
@@ -54,65 +51,43 @@ class Bench(TrainingBench):
         return dict(self.remember(f"row-{name}", lambda: self._train(name, ROWS[name])))
 
     def _train(self, name: str, row: Row) -> dict[str, Any]:
-        on_domain = name == "domain"
-        if on_domain:
-            program = apply_passes(
-                self.dense.model,
-                [f"nm_sparsify{{masks={self.args.out / GENERAL}}}", f"learn_masks{{alpha={self.args.domain_alpha}}}"],
-                validate=False,
-            )
-        else:
-            program = self.pruned(row.passes)
+        program = self.pruned(row.passes)
         tokens = {**{key: known.tokens for key, known in ROWS.items()}, **dict(self.args.tokens)}[name]
         changes = [
             f"train.max_tokens={tokens}",
             "train.keep_checkpoints=0",
             "data.streaming=false",
-            f"data.validation={self.args.domain_eval if on_domain else self.text}",
+            f"data.validation={self.text}",
             "data.validation_limit=64",
             *self.args.set,
         ]
-        source = str(self.args.domain_text) if on_domain else None
-        trained, about = self.trained(name, program, row.recipe, changes, source=source)
+        trained, about = self.trained(name, program, row.recipe, changes)
         found = {"name": name, "title": row.title, "after": self.perplexity(trained)}
-        if self.args.domain_eval:
-            found["on_domain"] = self.perplexity(trained, str(self.args.domain_eval))
         if row.recipe != "smollm2-gpu":
             pack = pack_program(trained)
-            pack.save(self.args.out / (DOMAIN if on_domain else GENERAL))
+            pack.save(self.work / f"{name}.safetensors")
             found["bits_per_weight"] = pack.bits_per_weight
         shutil.rmtree(self.run_folder(name))
         return found | about
 
-    def domain(self) -> dict[str, Any]:
-        """The dense model on the domain's text."""
-        return dict(self.remember("dense-domain", lambda: self.perplexity(self.dense.model, str(self.args.domain_eval))))
-
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as a page."""
-    dense, domain = report["dense"]["perplexity"], report.get("dense_on_domain", {}).get("perplexity")
+    dense = report["dense"]["perplexity"]
     lines = [
         "# Perplexity against tokens on one GPU, SmolLM2-135M-Instruct, 2:4",
         "",
         *heading(report),
         "",
-        "| | tokens | tokens/s | perplexity | over dense | mask entries moved |"
-        + (" domain's text | over dense |" if domain else ""),
-        "|---|---:|---:|---:|---:|---:|" + ("---:|---:|" if domain else ""),
+        "| | tokens | tokens/s | perplexity | over dense | mask entries moved |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
         run, after = row["run"], row["after"]["perplexity"]
-        line = (
+        lines.append(
             f"| {row['title']} | {run['num_tokens']:,} | {run['num_tokens'] / run['seconds']:,.0f} | {after:.2f} "
             f"| {after / dense - 1:+.1%} | {run['flips_since_first']:.2%} |"
         )
-        if domain and "on_domain" in row:
-            there = row["on_domain"]["perplexity"]
-            line += f" {there:.2f} | {there / domain - 1:+.1%} |"
-        lines.append(line)
-    if domain:
-        lines += ["", f"The domain's text: {report['domain_text']}. Dense: {domain:.2f}."]
     for row in report["rows"]:
         about = f"commit {row['commit']}, {', '.join(row['changes'])}"
         lines += ["", f"{row['title']} ({about}), perplexity of the first 64 windows after so many tokens:", ""]
@@ -132,28 +107,17 @@ def main() -> None:
     parser = training_options(__doc__, ".gpu_training")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=[], help="rows to train, if they are not there yet")
     parser.add_argument("--tokens", nargs="+", type=_tokens, default=[], metavar="NAME=N", help="of a row, instead of its own")
-    parser.add_argument("--domain-text")
-    parser.add_argument("--domain-eval")
-    parser.add_argument("--domain-alpha", type=float, default=3.0, help="strength of the general masks as the domain's prior")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-4", help="another setting, for every row")
     args = parser.parse_args()
     if unknown := [name for name, _ in args.tokens if name not in ROWS]:
         parser.error(f"--tokens knows no row {unknown[0]}; there are {', '.join(ROWS)}")
-    if "domain" in args.only and not (args.domain_text and args.domain_eval):
-        parser.error("the row domain needs --domain-text and --domain-eval")
-    if "domain" in args.only and "masks" not in args.only and not (args.out / GENERAL).is_file():
-        parser.error(f"the row domain starts from {args.out / GENERAL}, which the row masks writes")
     bench = Bench(args)
     rows: list[dict[str, Any]] = []
     for name in ROWS:
         if name in args.only or (args.work / f"row-{name}.json").is_file():
             rows.append(bench.row(name))
-    drawn = curves(
-        [row for row in rows if row["name"] != "domain"], "Perplexity", (1e6, "million tokens"), "perplexity, first 64 windows"
-    )
+    drawn = curves(rows, "Perplexity", (1e6, "million tokens"), "perplexity, first 64 windows")
     report = bench.facts() | {"rows": rows, "picture": "gpu_training.svg" if drawn else None, "commit": commit()}
-    if args.domain_eval:
-        report |= {"dense_on_domain": bench.domain(), "domain_text": Path(args.domain_eval).name}
     if drawn:
         (args.out / "gpu_training.svg").write_text(drawn.file(), encoding="utf-8")
     (args.out / "gpu_training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
