@@ -349,6 +349,7 @@ def _with_sampled_text(
         if loaded.tokenizer is None:
             raise SparsepassError(f"{dense.name} has no tokenizer, and sampled text is written as text too; leave sample out")
         model = loaded.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
+        run_folder.mkdir(parents=True, exist_ok=True)
         sample_to_file(model, loaded.tokenizer, path, progress=progress, **dataclasses.asdict(section.sample))
     while not path.is_file():  # if the first process fails, the launcher ends this one
         time.sleep(_WAIT_SECONDS)
