@@ -110,6 +110,7 @@ def main(tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel,
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--criterion", required=True)
+    parser.add_argument("--every", type=int, default=1, help="take each sequence in so many")
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--weights", type=Path, required=True)
@@ -118,7 +119,7 @@ def main(tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel,
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    ids_BT = load_file(args.tokens)["calibration"]
+    ids_BT = load_file(args.tokens)["calibration"][:: args.every]
     model = load(args.model)
     names = linear_weights(model)
     give_back_free_memory()
@@ -137,6 +138,7 @@ def main(tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel,
     record = {
         "tool": tool,
         "criterion": args.criterion,
+        "num_sequences": len(ids_BT),
         "wall_s": wall_s,
         "cpu_s": cpu_s,
         "rss_loaded_bytes": loaded_bytes,
