@@ -1,7 +1,6 @@
 """What the benchmark scripts share: the commit, and a work folder for those that train SmolLM2-135M-Instruct row by row."""
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -134,9 +133,8 @@ class TrainingBench:
 
     def sampled(self, config: SampleConfig) -> Path:
         """The text that the dense model writes, for all rows that ask for the same."""
-        asked = asdict(config)
-        file = Path(self.work) / f"sampled-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}.jsonl"
-        return file if file.is_file() else sample_to_file(self.dense.model, self.dense.tokenizer, file, progress=True, **asked)
+        file = Path(self.work) / config.file_name()
+        return file if file.is_file() else sample_to_file(self.dense.model, self.dense.tokenizer, file, config, progress=True)
 
     def run_folder(self, name: str) -> Path:
         """Where a row keeps its checkpoints."""

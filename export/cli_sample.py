@@ -43,26 +43,17 @@ def sample_command(
 
     from sparsepass.export.load import load_model
     from sparsepass.graph import SparsepassError
-    from sparsepass.retrain.sample import check_file, sample_to_file
+    from sparsepass.retrain.sample import SampleConfig, check_file, sample_to_file
 
     check_file(out, force=force)
+    config = SampleConfig(
+        num_tokens=tokens, length=length, start=start, batch_size=batch_size, temperature=temperature, seed=seed
+    )
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(
         model, dtype=dtype, device=place, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code
     )
     if loaded.tokenizer is None:
         raise SparsepassError(f"{model} has no tokenizer, and sampled text is written as text too; give a model with one")
-    sample_to_file(
-        loaded.model,
-        loaded.tokenizer,
-        out,
-        num_tokens=tokens,
-        length=length,
-        start=start,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        force=force,
-        progress=True,
-    )
+    sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)
     print(f"wrote {out}: train on it with --data {out}")

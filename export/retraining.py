@@ -29,13 +29,12 @@ from sparsepass.retrain.loop import CHECKPOINTS, METRICS, retrain
 from sparsepass.retrain.metrics import read_metrics
 from sparsepass.retrain.offline import offline_teacher
 from sparsepass.retrain.processes import is_first_process, leave_processes
-from sparsepass.retrain.sample import sample_to_file
+from sparsepass.retrain.sample import SAMPLED, sample_to_file
 from sparsepass.retrain.teacher import Teacher
 
 ORIGIN_FILE: Final = "origin.json"
 """In a run folder: the program and the teacher that its checkpoints belong to."""
 
-_SAMPLED: Final = "sampled-{}.jsonl"
 _WAIT_SECONDS: Final = 0.5
 
 _SETTING: Final = ("num_tokens", "context", "stride", "bos", "dtype")
@@ -254,7 +253,7 @@ def clear_run_folder(run_folder: Path) -> None:
     for found in run_folder.glob("*") if run_folder.is_dir() else ():
         if found.is_dir():
             shutil.rmtree(found)
-        elif not found.match(_SAMPLED.format("*")):
+        elif not found.match(SAMPLED.format("*")):
             found.unlink()
 
 
@@ -340,9 +339,7 @@ def _with_sampled_text(
     if section.sample is None:
         return section
     dense = _dense_source(section, document)
-    asked = {"model": dataclasses.asdict(dense), **dataclasses.asdict(section.sample)}
-    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    path = run_folder / _SAMPLED.format(name)
+    path = run_folder / section.sample.file_name(json.dumps(dataclasses.asdict(dense)))
     if is_first_process() and not path.is_file():
         tell(f"loading {dense.name}, to sample {section.sample.num_tokens} tokens")
         loaded = dense.load(dtype=parse_dtype(section.teacher_dtype), trust_remote_code=trust_remote_code)
@@ -350,7 +347,7 @@ def _with_sampled_text(
             raise SparsepassError(f"{dense.name} has no tokenizer, and sampled text is written as text too; leave sample out")
         model = loaded.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
         run_folder.mkdir(parents=True, exist_ok=True)
-        sample_to_file(model, loaded.tokenizer, path, progress=progress, **dataclasses.asdict(section.sample))
+        sample_to_file(model, loaded.tokenizer, path, section.sample, progress=progress)
     while not path.is_file():  # if the first process fails, the launcher ends this one
         time.sleep(_WAIT_SECONDS)
     return dataclasses.replace(section, data=dataclasses.replace(section.data, beside=str(path)), sample=None)

@@ -3,12 +3,13 @@
 Tensor shape legend: B batch, P tokens of a prompt, T tokens.
 """
 
+import hashlib
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from sparsepass.graph.progress import item_progress
 from sparsepass.graph.soft_masks import noise_key
 from sparsepass.retrain.teacher import fingerprint
 
+SAMPLED: Final = "sampled-{}.jsonl"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What the dense model writes before the training, to be mixed in; the ``sample`` section of a recipe.
+    """How much text a model writes, and how; the ``sample`` section of a recipe.
 
     Attributes:
         num_tokens: Tokens in all; rounded up to whole sequences.
@@ -48,6 +51,15 @@ class SampleConfig:
                 raise SparsepassError(f"sample: {name} has to be at least {least}, and {getattr(self, name)} was given")
         if not self.temperature > 0:
             raise SparsepassError(f"sample: temperature has to be above 0, and {self.temperature} was given")
+
+    def file_name(self, model: str = "") -> str:
+        """A name for what one model writes by these settings, so that the same is found again.
+
+        Args:
+            model: Says which model, where several write into one folder.
+        """
+        asked = json.dumps([model, asdict(self)])
+        return SAMPLED.format(hashlib.sha256(asked.encode()).hexdigest()[:8])
 
 
 @torch.no_grad()
@@ -106,13 +118,8 @@ def sample_to_file(
     model: nn.Module,
     tokenizer: Any,
     out: str | Path,
+    config: SampleConfig,
     *,
-    num_tokens: int,
-    length: int = 512,
-    start: str | None = None,
-    batch_size: int = 32,
-    temperature: float = 1.0,
-    seed: int = 0,
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -125,12 +132,7 @@ def sample_to_file(
         model: A transformers model with ``generate``.
         tokenizer: Its tokenizer.
         out: The file.
-        num_tokens: Tokens in all; rounded up to whole sequences.
-        length: Tokens of a sequence.
-        start: What each sequence starts from; None for the token that begins a document, or else the one that ends it.
-        batch_size: Sequences at once.
-        temperature: See `sample`.
-        seed: See `sample`.
+        config: How much, and how.
         force: Whether a file that stands there is replaced.
         progress: Whether to show how far it is, with the time left.
 
@@ -142,14 +144,14 @@ def sample_to_file(
             interrupted file of other settings lies beside it.
     """
     path = check_file(out, force=force)
-    prompt = _prompt(tokenizer, start)
-    count = -(-num_tokens // length)
+    prompt = _prompt(tokenizer, config.start)
+    count, batch_size = -(-config.num_tokens // config.length), config.batch_size
     facts = {
-        "length": length,
+        "length": config.length,
         "prompt": prompt,
         "batch_size": batch_size,
-        "temperature": temperature,
-        "seed": seed,
+        "temperature": config.temperature,
+        "seed": config.seed,
         "model": fingerprint(model.parameters()),
     }
     beside = path.with_name(f".{path.name}.partial")
@@ -162,7 +164,8 @@ def sample_to_file(
             file.write(json.dumps(facts) + "\n")
         for first in range(done - done % batch_size, count, batch_size):
             prompts = torch.tensor([prompt] * batch_size)
-            ids = sample(model, prompts, length, temperature=temperature, seed=noise_key(seed, first, 0))
+            seed = noise_key(config.seed, first, 0)
+            ids = sample(model, prompts, config.length, temperature=config.temperature, seed=seed)
             for row in ids[max(done - first, 0) : count - first].tolist():
                 file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}) + "\n")
                 advance("")

@@ -16,7 +16,7 @@ from sparsepass.export.cli import app
 from sparsepass.graph import SparsepassError
 from sparsepass.retrain import sample as module
 from sparsepass.retrain.data import DataConfig, open_data
-from sparsepass.retrain.sample import sample, sample_to_file
+from sparsepass.retrain.sample import SampleConfig, sample, sample_to_file
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_file_is_the_same_however_often_it_was_interrupted(
     model: nn.Module, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"num_tokens": 130, "length": 16, "batch_size": 4, "seed": 5}
-    whole = sample_to_file(model, tokenizer, tmp_path / "whole.jsonl", **options)
+    whole = sample_to_file(model, tokenizer, tmp_path / "whole.jsonl", SampleConfig(**options))
     assert [len(row["input_ids"]) for row in rows(whole)] == [16] * 9
     assert rows(whole)[3]["text"] == tokenizer.decode(rows(whole)[3]["input_ids"])
 
@@ -92,20 +92,20 @@ def test_a_file_is_the_same_however_often_it_was_interrupted(
     target, partial = tmp_path / "parts.jsonl", tmp_path / ".parts.jsonl.partial"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            sample_to_file(model, tokenizer, target, **options)
+            sample_to_file(model, tokenizer, target, SampleConfig(**options))
         assert not target.exists()
     partial.write_bytes(partial.read_bytes()[:-30])  # a row cut off, as by a full disk
     with pytest.raises(SparsepassError, match="another seed"):
-        sample_to_file(model, tokenizer, target, **options | {"seed": 6})
+        sample_to_file(model, tokenizer, target, SampleConfig(**options | {"seed": 6}))
     with pytest.raises(SparsepassError, match="another model"):
-        sample_to_file(copy.deepcopy(model).bfloat16(), tokenizer, target, **options)
-    sample_to_file(model, tokenizer, target, **options)
+        sample_to_file(copy.deepcopy(model).bfloat16(), tokenizer, target, SampleConfig(**options))
+    sample_to_file(model, tokenizer, target, SampleConfig(**options))
     assert target.read_bytes() == whole.read_bytes()
     assert calls == 6, "the first batch is drawn again for the row that was cut off, and no more"
     assert not partial.exists()
 
     partial.write_text(json.dumps({"other": "settings"}) + "\n" + "{}\n")
-    sample_to_file(model, tokenizer, target, **options, force=True)
+    sample_to_file(model, tokenizer, target, SampleConfig(**options), force=True)
     assert target.read_bytes() == whole.read_bytes()
 
 
@@ -113,7 +113,7 @@ def test_runs_of_other_seeds_share_no_sequence(model: nn.Module, tokenizer: Any,
     found = []
     for seed in (0, 4):
         file = tmp_path / f"{seed}.jsonl"
-        sample_to_file(model, tokenizer, file, num_tokens=192, length=16, batch_size=4, seed=seed)
+        sample_to_file(model, tokenizer, file, SampleConfig(num_tokens=192, length=16, batch_size=4, seed=seed))
         found.append({tuple(row["input_ids"]) for row in rows(file)})
     assert not found[0] & found[1]
 
@@ -133,9 +133,9 @@ def test_training_takes_the_file(folder: Path, tmp_path: Path) -> None:
 def test_bad_input_is_refused(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
     for out, named in (("a.txt", r"\.jsonl"), ("none/a.jsonl", "does not exist")):
         with pytest.raises(SparsepassError, match=named):
-            sample_to_file(model, tokenizer, tmp_path / out, num_tokens=32)
+            sample_to_file(model, tokenizer, tmp_path / out, SampleConfig(num_tokens=32))
     with pytest.raises(SparsepassError, match="no token"):
-        sample_to_file(model, tokenizer, tmp_path / "a.jsonl", num_tokens=32, start="")
+        sample_to_file(model, tokenizer, tmp_path / "a.jsonl", SampleConfig(num_tokens=32, start=""))
     with pytest.raises(SparsepassError, match="generate"):
         sample(nn.Linear(2, 2), torch.ones(1, 1, dtype=torch.int64), 4)
     with pytest.raises(SparsepassError, match="context of 64"):
