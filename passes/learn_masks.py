@@ -12,9 +12,8 @@ from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_logits
 from sparsepass.graph.soft_masks import noise_key, num_candidates
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
-from sparsepass.passes.criteria.table import CRITERIA
 from sparsepass.passes.learn_masks_math import add_prior, first_logits
-from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.nm_sparsify import NMSparsify, earlier_runs
 from sparsepass.passes.pattern import NMPattern
 
 
@@ -98,8 +97,8 @@ class LearnMasks(Pass):
             raise PassError(
                 self.name, "pipeline", "masks are learned over the original weights, and reconstruct changes them; leave it out"
             )
-        changed = [p for p in before if isinstance(p, NMSparsify) and _changes_weights(p)]
-        changed += [p for p in _earlier(program) if _changes_weights(p)]
+        changed = [p for p in before if isinstance(p, NMSparsify) and p.changes_weights]
+        changed += [p for p in earlier_runs(program) if p.changes_weights]
         if changed:
             raise PassError(
                 self.name,
@@ -148,15 +147,3 @@ class LearnMasks(Pass):
             moved = int((program.tensor(state.mask) != before).sum())
             facts[site.name] = {"logits": logits_RCG.numel(), "moved_from_prior": moved / before.numel()}
         return facts
-
-
-def _changes_weights(item: NMSparsify) -> bool:
-    return item.criterion is not None and CRITERIA[item.criterion].compensates and item.compensate
-
-
-def _earlier(program: Program) -> list[NMSparsify]:
-    """The nm_sparsify passes that the program went through in earlier runs."""
-    from sparsepass.passes.text import parse_pipeline
-
-    found = [parse_pipeline(record.text)[0] for record in program.history if record.text.startswith(NMSparsify.name)]
-    return [item for item in found if isinstance(item, NMSparsify)]

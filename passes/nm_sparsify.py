@@ -16,6 +16,7 @@ from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
 from sparsepass.passes.criteria.criterion import check_weight
+from sparsepass.passes.criteria.refine import refine
 from sparsepass.passes.criteria.table import CRITERIA, Criterion, CriterionOptions, Pruned
 from sparsepass.passes.mask_pack import MaskPack, PackedMask
 from sparsepass.passes.pattern import NMPattern, canonical_zeros
@@ -32,16 +33,20 @@ class NMSparsify(Pass):
        weights whose input features are not a multiple of M, because no kernel takes a partial group.
     3. The criterion decides the mask; one that compensates (SparseGPT, ALPS) also changes the weights that are kept. Behind the
        mask the original weights stay as they were: the graph does not read them, but later passes and training may.
-    4. With ``compensate=false`` such a criterion gives its mask alone, over the original weights.
+    4. With ``compensate=false`` such a criterion gives its mask alone, over the original weights. With ``refine`` the weights
+       that any criterion keeps are moved to where they leave less output error, all at once, which SparseGPT's pass from
+       column to column cannot.
     5. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already
        rewritten ones.
 
     Args:
         pattern: N:M, at most N nonzeros in M consecutive weights.
         criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
-        damping: Of SparseGPT, ALPS and ProxSparse, as a fraction of the Gram matrix's mean diagonal.
+        damping: Of SparseGPT, ALPS, ProxSparse and refine, as a fraction of the Gram matrix's mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
         compensate: Whether the weights that are kept may change; without effect on criteria that only choose.
+        refine: Steps of conjugate gradients on the kept weights, after any criterion; 0 for none. About 10 go most of the
+            way. Needs calibration.
         masks: Path of a mask pack (`sparsepass.passes.mask_pack`) instead of a criterion; pattern and layers are the pack's.
         any_model: Whether a pack is applied to weights that it was not made with.
         targets: See `Pass`.
@@ -62,6 +67,7 @@ class NMSparsify(Pass):
     damping: float = 0.01
     block_size: int = 128
     compensate: bool = True
+    refine: int = 0
     masks: str | None = None
     any_model: bool | None = None
 
@@ -73,6 +79,13 @@ class NMSparsify(Pass):
             raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(CRITERIA))}")
         if self.masks is not None and self.criterion is not None:
             raise SparsepassError(f"masks come from {self.masks} or from the criterion {self.criterion}; give one of the two")
+        if self.refine < 0:
+            raise SparsepassError(f"refine must be a number of steps, 0 or more, got {self.refine}")
+        if self.refine and (self.masks is not None or not self.compensate):
+            other = "masks" if self.masks is not None else "compensate=false"
+            raise SparsepassError(
+                f"refine changes the weights that are kept, and {other} leaves them; leave one of the two out"
+            )
         if self.any_model and self.masks is None:
             raise SparsepassError("any_model speaks of a mask pack; name it with masks=PATH, or leave any_model out")
 
@@ -86,7 +99,14 @@ class NMSparsify(Pass):
     @property
     def needs(self) -> Needs:
         """What the criterion needs."""
-        return "nothing" if self.masks is not None else self._criterion.needs
+        if self.masks is not None:
+            return "nothing"
+        return "gram" if self.refine else self._criterion.needs
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights that are kept change."""
+        return self.criterion is not None and self.compensate and (self._criterion.compensates or self.refine > 0)
 
     @property
     def _criterion(self) -> Criterion:
@@ -172,7 +192,10 @@ class NMSparsify(Pass):
     def _prune(self, weight_OI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
         options = CriterionOptions(damping=self.damping, block_size=self.block_size)
         known = statistics[0] if statistics else None
-        return self._criterion.function(weight_OI, known, NMPattern.parse(self.pattern), options)
+        pruned = self._criterion.function(weight_OI, known, NMPattern.parse(self.pattern), options)
+        if not self.refine:
+            return pruned
+        return refine(weight_OI, pruned, known, damping=self.damping, num_steps=self.refine)
 
     def _prune_experts(self, weight_EOI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
         """Each expert by the tokens that were routed to it; by magnitude where there were none."""
@@ -186,7 +209,7 @@ class NMSparsify(Pass):
                 unseen.append(index)
                 results.append(CRITERIA["magnitude"].function(weight_OI, None, pattern, options))
             else:
-                results.append(self._criterion.function(weight_OI, known, pattern, options))
+                results.append(self._prune(weight_OI, (known,)))
         notes = {r.note for r in results if r.note}
         if unseen:
             notes.add(f"experts {unseen} saw no calibration token and were pruned by magnitude")
@@ -205,6 +228,14 @@ class NMSparsify(Pass):
         if result.note:
             facts["note"] = result.note
         return facts
+
+
+def earlier_runs(program: Program) -> list[NMSparsify]:
+    """The passes of this kind that a program went through in earlier runs."""
+    from sparsepass.passes.text import parse_pipeline
+
+    found = [parse_pipeline(record.text)[0] for record in program.history if record.text.startswith(NMSparsify.name)]
+    return [item for item in found if isinstance(item, NMSparsify)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_branch
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
-from sparsepass.passes.criteria.table import CRITERIA
+from sparsepass.passes.nm_sparsify import earlier_runs
 from sparsepass.passes.slorb_math import fixed_projection, slorb_least_squares, slorb_mean_init
 
 
@@ -93,14 +93,13 @@ class SLoRB(Pass):
                 self.name, "pipeline", "slorb stands in the pipeline twice; give each one targets, or leave one out"
             )
         if self.init == "least_squares" and not any(p.name == "nm_sparsify" for p in before):
-            for record in program.history:
-                criterion = _criterion_of(record.text)
-                if criterion is not None and CRITERIA[criterion].compensates:
+            for earlier_run in earlier_runs(program):
+                if earlier_run.changes_weights:
                     raise PassError(
                         self.name,
                         "pipeline",
-                        f"init=least_squares needs the original weights, and {criterion} has changed them in an earlier "
-                        "run; apply both passes in one call, or use init=mean",
+                        f"init=least_squares needs the original weights, and {earlier_run.criterion} has changed them in an "
+                        "earlier run; apply both passes in one call, or use init=mean",
                     )
 
     def refusal(self, site: Site, program: Program) -> str | None:
@@ -154,11 +153,3 @@ def _relative_error(original_OI: Tensor, masked_OI: Tensor, branch_OR: Tensor, g
     error = float(((left_OI @ gram_II) * left_OI).sum())
     total = float(((original_OI.float() @ gram_II) * original_OI.float()).sum())
     return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
-
-
-def _criterion_of(text: str) -> str | None:
-    from sparsepass.passes.nm_sparsify import NMSparsify
-    from sparsepass.passes.text import parse_pipeline
-
-    (record,) = parse_pipeline(text)
-    return record.criterion if isinstance(record, NMSparsify) else None

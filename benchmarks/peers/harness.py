@@ -30,6 +30,7 @@ State = dict[str, torch.Tensor]
 class Settings:
     criterion: str
     batch_size: int
+    refine: int
 
 
 def rss_bytes() -> int:
@@ -111,6 +112,7 @@ def main(tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel,
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--criterion", required=True)
     parser.add_argument("--every", type=int, default=1, help="take each sequence in so many")
+    parser.add_argument("--refine", type=int, default=0, help="steps that move the kept weights; sparsepass only")
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--weights", type=Path, required=True)
@@ -128,7 +130,7 @@ def main(tool: str, packages: tuple[str, ...], prune: Callable[[PreTrainedModel,
     load_average = os.getloadavg()[0]
 
     cpu_start, wall_start = time.process_time(), time.perf_counter()
-    state = prune(model, ids_BT, Settings(criterion=args.criterion, batch_size=args.batch_size))
+    state = prune(model, ids_BT, Settings(criterion=args.criterion, batch_size=args.batch_size, refine=args.refine))
     wall_s, cpu_s = time.perf_counter() - wall_start, time.process_time() - cpu_start
 
     peak_bytes = peak_rss_bytes(method)

@@ -28,13 +28,16 @@ class Job:
     criterion: str
     environment: str
     batch_size: int
+    refine: int = 0
+    """Steps that move the kept weights, after the criterion; sparsepass only."""
     every: int = 1
     """1: all calibration sequences; 2: every other one."""
 
     @property
     def name(self) -> str:
+        refined = "-refined" if self.refine else ""
         part = "" if self.every == 1 else f"-1-of-{self.every}-sequences"
-        return f"{self.environment}-{self.criterion}{part}"
+        return f"{self.environment}-{self.criterion}{refined}{part}"
 
 
 JOBS = (
@@ -43,7 +46,8 @@ JOBS = (
     Job(tool="ModelOpt", criterion="sparsegpt", environment="modelopt", batch_size=8),
     Job(tool="sparsepass", criterion="wanda", environment="sparsepass", batch_size=8),
     Job(tool="sparsepass", criterion="sparsegpt", environment="sparsepass", batch_size=8),
-    Job(tool="sparsepass", criterion="sparsegpt", environment="sparsepass", batch_size=8, every=2),
+    Job(tool="sparsepass", criterion="sparsegpt", environment="sparsepass", batch_size=8, refine=10),
+    Job(tool="sparsepass", criterion="sparsegpt", environment="sparsepass", batch_size=8, refine=10, every=3),
 )
 
 
@@ -131,6 +135,7 @@ def summarize(runs: list[dict], evaluation: dict[str, dict], names: dict[str, st
             "job": job.name,
             "tool": job.tool,
             "criterion": job.criterion,
+            "refine": job.refine,
             "num_sequences": mine[0]["num_sequences"],
             "num_repeats": len(mine),
             "perplexity": statistics.median(perplexities),
@@ -183,7 +188,8 @@ def table(report: dict) -> str:
         f"| dense | | | {report['dense_perplexity']:.2f} | 1.00 | | | | | 0 |",
     ]
     lines += [
-        f"| {row['tool']} | {row['criterion']} | {row['num_sequences']} | {row['perplexity']:.2f} | {row['times_dense']:.2f} "
+        f"| {row['tool']} | {row['criterion']}{', refined' if row['refine'] else ''} | {row['num_sequences']} "
+        f"| {row['perplexity']:.2f} | {row['times_dense']:.2f} "
         f"| {row['wall_s']:.1f} ({row['lowest_wall_s']:.1f}) | {row['cpu_s']:.1f} ({row['lowest_cpu_s']:.1f}) "
         f"| {row['rss_peak_bytes'] / MIB:.0f} | {row['rss_increase_bytes'] / MIB:.0f} "
         f"| {row['num_2_of_4']} of {row['num_linear']} |"
@@ -267,7 +273,7 @@ def main() -> None:
             command = [str(pythons[job.environment]), str(HERE / f"{job.environment}_worker.py")]
             command += ["--model", str(model), "--tokens", str(tokens), "--criterion", job.criterion]
             command += ["--batch-size", str(args.batch_size or job.batch_size), "--threads", str(args.threads)]
-            command += ["--every", str(job.every)]
+            command += ["--every", str(job.every), "--refine", str(job.refine)]
             command += ["--weights", str(weights), "--record", str(record)]
             execute(command, threads=args.threads, log=work / f"{job.name}.log")
             run = {"job": job.name, "repeat": repeat} | json.loads(record.read_text())

@@ -13,7 +13,7 @@ from sparsepass.passes import Fold, NMSparsify, apply_passes
 def prune(model: PreTrainedModel, ids_BT: torch.Tensor, settings: harness.Settings) -> harness.State:
     program = apply_passes(
         model,
-        [NMSparsify(pattern="2:4", criterion=settings.criterion), Fold()],
+        [NMSparsify(pattern="2:4", criterion=settings.criterion, refine=settings.refine), Fold()],
         calibration=ids_BT,
         batch_size=settings.batch_size,
         inplace=True,

@@ -16,6 +16,7 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
+from sparsepass.passes.criteria.refine import solve_on_support
 from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
 from sparsepass.passes.statistics import InputStatistics
 
@@ -98,7 +99,8 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
         scaled_IO = scaled_OI[:, order_I].T.contiguous()
         goal_IO = gram_II @ scaled_IO
         kept_IO, support_IO = _admm(scaled_IO, goal_IO, eigenvalues_I, basis_II, pattern)
-        kept_IO = solve_on_support(kept_IO, support_IO, goal_IO, gram_II, num_steps=_GRADIENT_STEPS)
+        residual_IO = goal_IO.sub_(gram_II @ kept_IO)
+        kept_IO = solve_on_support(kept_IO, support_IO, residual_IO, gram_II, num_steps=_GRADIENT_STEPS)
         mask_OI[start : start + piece] = support_IO.T[:, restore_I]
         pruned_OI[start : start + piece] = (kept_IO.T[:, restore_I] / scale_I).to(weight_OI.dtype)
     if not all_finite(pruned_OI):
@@ -152,44 +154,3 @@ def _admm(
 def _largest(weight_IO: Tensor, pattern: NMPattern) -> Tensor:
     """The N largest of each group, whose members stand I / M features apart."""
     return keep_largest(weight_IO.abs().view(pattern.m, -1), pattern.n).view_as(weight_IO)
-
-
-def solve_on_support(weight_IO: Tensor, support_IO: Tensor, goal_IO: Tensor, gram_II: Tensor, *, num_steps: int) -> Tensor:
-    """Conjugate gradients for ``A w = goal`` on each row's support, all rows at once.
-
-    Shapes: ``[I, O]``, ``[I, O]``, ``[I, O]``, ``[I, I]`` to ``[I, O]``.
-
-    Args:
-        weight_IO: Where to start, zero outside the support.
-        support_IO: Bool, the entries that may change.
-        goal_IO: The right-hand side.
-        gram_II: A, symmetric, not negative.
-        num_steps: Steps to take; as many as a support has entries solve its row exactly, but for rounding.
-
-    Returns:
-        The improved weight: of each step, the one that minimises ``w A w / 2 - goal w`` along its direction.
-
-    Source: arXiv 2406.07831, the last step; methods.md section 1.
-
-    >>> gram, goal = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([[3.0], [3.0]])
-    >>> solve_on_support(torch.zeros(2, 1), torch.tensor([[True], [True]]), goal, gram, num_steps=2).round()
-    tensor([[1.],
-            [1.]])
-    """
-    weight_IO = weight_IO.clone()
-    residual_IO = (goal_IO - gram_II @ weight_IO) * support_IO
-    direction_IO = residual_IO.clone()
-    size_O = residual_IO.square().sum(0)
-    for _ in range(num_steps):
-        image_IO = gram_II @ direction_IO
-        step_O = _divide(size_O, (direction_IO * image_IO).sum(0))
-        weight_IO.addcmul_(direction_IO, step_O)
-        residual_IO.addcmul_(image_IO.mul_(support_IO), step_O, value=-1)
-        before_O, size_O = size_O, residual_IO.square().sum(0)
-        direction_IO.mul_(_divide(size_O, before_O)).add_(residual_IO)
-    return weight_IO
-
-
-def _divide(above_O: Tensor, below_O: Tensor) -> Tensor:
-    """The quotient, or zero where a row is done: there is nothing left to divide by."""
-    return torch.where(below_O > 0, above_O / below_O, 0)

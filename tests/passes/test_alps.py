@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.passes.criteria import alps as alps_module
-from sparsepass.passes.criteria.alps import alps, solve_on_support
+from sparsepass.passes.criteria.alps import alps
 from sparsepass.passes.criteria.sparsegpt import sparsegpt
 from sparsepass.passes.criteria.table import CriterionOptions
 from sparsepass.passes.pattern import NMPattern
@@ -162,31 +162,6 @@ def test_a_single_token_is_enough_to_end_well(damping: float) -> None:
     pruned = alps(weight_OI, statistics_of(x_TI), P24, CriterionOptions(damping=damping))
     check_form(weight_OI, pruned, P24)
     assert output_error(weight_OI, pruned.weight_OI, x_TI) < 0.05 * output_error(weight_OI, 0 * weight_OI, x_TI)
-
-
-def test_conjugate_gradients_solve_each_row_on_its_support() -> None:
-    weight_OI, statistics = random(5, 24), statistics_of(inputs(100, 24))
-    assert statistics.gram_II is not None
-    gram_II = statistics.gram_II.double()
-    gram_II = gram_II / torch.outer(gram_II.diagonal().sqrt(), gram_II.diagonal().sqrt())
-    support_IO = (random(24, 5, seed=3) > 0) & (torch.arange(5) > 0)  # the first row keeps nothing
-    goal_IO = gram_II @ weight_OI.T
-    solved_IO = solve_on_support(weight_OI.T * support_IO, support_IO, goal_IO, gram_II, num_steps=40)
-    for row in range(5):
-        at = support_IO[:, row]
-        expected = torch.linalg.solve(gram_II[at][:, at], goal_IO[at, row])
-        torch.testing.assert_close(solved_IO[at, row], expected, rtol=1e-6, atol=1e-8)
-    assert not bool(solved_IO[~support_IO].any())
-    # every step makes the error smaller, in fp32 too
-    errors = []
-    for num_steps in (0, 1, 3, 10):
-        few_IO = solve_on_support(
-            (weight_OI.T * support_IO).float(), support_IO, goal_IO.float(), gram_II.float(), num_steps=num_steps
-        )
-        missing_OI = weight_OI - few_IO.T.double()
-        errors.append(float(((missing_OI @ gram_II) * missing_OI).sum()))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.7 * errors[0]
 
 
 def test_alps_refuses_what_it_cannot_do() -> None:
