@@ -123,9 +123,9 @@ class TrainingBench:
         return trained, {
             "changes": list(changes),
             "settings": asdict(section.train),
-            "data": asdict(section.data) | {"source": Path(source or self.train).name},
+            "data": without_folders(asdict(config) | {"source": source or self.train}),
             "sample": section.sample and asdict(section.sample),
-            "run": retraining_run(trained.retraining[-1], read_metrics(folder / METRICS)),
+            "run": without_folders(retraining_run(trained.retraining[-1], read_metrics(folder / METRICS))),
             "machine": machine(self.args.device),
             "commit": running,
             "date": datetime.now(UTC).date().isoformat(),
@@ -152,6 +152,15 @@ class TrainingBench:
             "dense": self.dense_perplexity(),
             "note": self.args.note,
         }
+
+
+def without_folders(found: Any) -> Any:
+    """The same facts with names in the place of absolute paths: folders of this machine say nothing to others."""
+    if isinstance(found, dict):
+        return {name: without_folders(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [without_folders(value) for value in found]
+    return Path(found).name if isinstance(found, str) and found.startswith("/") else found
 
 
 def heading(report: dict[str, Any]) -> list[str]:

@@ -16,11 +16,13 @@ from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
 from sparsepass.passes.criteria.criterion import check_weight
-from sparsepass.passes.criteria.refine import refine
+from sparsepass.passes.refine import refine
 from sparsepass.passes.criteria.table import CRITERIA, Criterion, CriterionOptions, Pruned
 from sparsepass.passes.mask_pack import MaskPack, PackedMask
 from sparsepass.passes.pattern import NMPattern, canonical_zeros
 from sparsepass.passes.statistics import InputStatistics
+
+_DEFAULT_REFINE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,13 @@ class NMSparsify(Pass):
 
     Args:
         pattern: N:M, at most N nonzeros in M consecutive weights.
-        criterion: A name from the table of criteria; by default ``sparsegpt`` with calibration and ``magnitude`` without.
+        criterion: A name from the table of criteria; by default refined ``sparsegpt`` with calibration and ``magnitude``
+            without.
         damping: Of SparseGPT, ALPS, ProxSparse and refine, as a fraction of the Gram matrix's mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
         compensate: Whether the weights that are kept may change; without effect on criteria that only choose.
-        refine: Steps of conjugate gradients on the kept weights, after any criterion; 0 for none. About 10 go most of the
-            way. Needs calibration.
+        refine: Steps of conjugate gradients on the kept weights, after any criterion; needs calibration. By default 10 where
+            the criterion is left open, too, and none where one is named, which is then what its paper says.
         masks: Path of a mask pack (`sparsepass.passes.mask_pack`) instead of a criterion; pattern and layers are the pack's.
         any_model: Whether a pack is applied to weights that it was not made with.
         targets: See `Pass`.
@@ -67,7 +70,7 @@ class NMSparsify(Pass):
     damping: float = 0.01
     block_size: int = 128
     compensate: bool = True
-    refine: int = 0
+    refine: int | None = None
     masks: str | None = None
     any_model: bool | None = None
 
@@ -79,7 +82,7 @@ class NMSparsify(Pass):
             raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(CRITERIA))}")
         if self.masks is not None and self.criterion is not None:
             raise SparsepassError(f"masks come from {self.masks} or from the criterion {self.criterion}; give one of the two")
-        if self.refine < 0:
+        if self.refine is not None and self.refine < 0:
             raise SparsepassError(f"refine must be a number of steps, 0 or more, got {self.refine}")
         if self.refine and (self.masks is not None or not self.compensate):
             other = "masks" if self.masks is not None else "compensate=false"
@@ -90,11 +93,16 @@ class NMSparsify(Pass):
             raise SparsepassError("any_model speaks of a mask pack; name it with masks=PATH, or leave any_model out")
 
     def resolve(self, *, has_calibration: bool) -> Self:
-        """Choose the criterion: SparseGPT with calibration, magnitude without; none for a mask pack."""
+        """Choose the criterion: refined SparseGPT with calibration, magnitude without; none for a mask pack."""
         if self.masks is not None:
             patterns = {known.pattern for known in self._pack.masks.values()}
             return replace(self, pattern=patterns.pop()) if len(patterns) == 1 else self
-        return replace(self, criterion=self.criterion or ("sparsegpt" if has_calibration else "magnitude"))
+        is_open = self.criterion is None and has_calibration and self.compensate
+        return replace(
+            self,
+            criterion=self.criterion or ("sparsegpt" if has_calibration else "magnitude"),
+            refine=self.refine if self.refine is not None else _DEFAULT_REFINE * is_open,
+        )
 
     @property
     def needs(self) -> Needs:
@@ -106,7 +114,7 @@ class NMSparsify(Pass):
     @property
     def changes_weights(self) -> bool:
         """Whether the weights that are kept change."""
-        return self.criterion is not None and self.compensate and (self._criterion.compensates or self.refine > 0)
+        return self.criterion is not None and self.compensate and (self._criterion.compensates or bool(self.refine))
 
     @property
     def _criterion(self) -> Criterion:

@@ -16,7 +16,7 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.criteria.refine import solve_on_support
+from sparsepass.passes.refine import solve_on_support
 from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
 from sparsepass.passes.statistics import InputStatistics
 
