@@ -16,10 +16,10 @@ from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
 from sparsepass.passes.criteria.criterion import check_weight
-from sparsepass.passes.refine import refine
 from sparsepass.passes.criteria.table import CRITERIA, Criterion, CriterionOptions, Pruned
 from sparsepass.passes.mask_pack import MaskPack, PackedMask
 from sparsepass.passes.pattern import NMPattern, canonical_zeros
+from sparsepass.passes.refine import refine
 from sparsepass.passes.statistics import InputStatistics
 
 _DEFAULT_REFINE = 10

@@ -16,8 +16,8 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.refine import solve_on_support
 from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
+from sparsepass.passes.refine import solve_on_support
 from sparsepass.passes.statistics import InputStatistics
 
 _FIRST_RHO = 0.1

@@ -10,9 +10,9 @@ from tests.layers import check_form, inputs, output_error, random, statistics_of
 from sparsepass.graph import PassError
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
-from sparsepass.passes.refine import refine, solve_on_support
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions, Pruned
 from sparsepass.passes.pattern import NMPattern
+from sparsepass.passes.refine import refine, solve_on_support
 from sparsepass.passes.statistics import InputStatistics
 
 P24 = NMPattern(2, 4)
