@@ -13,6 +13,9 @@ from sparsepass.passes.criteria.criterion import Pruned, all_finite, check_stati
 from sparsepass.passes.pattern import canonical_zeros
 from sparsepass.passes.statistics import InputStatistics
 
+# Rows are taken in pieces of about this many weights: they do not depend on each other, and six such arrays are held.
+PIECE_WEIGHTS = 1 << 22
+
 
 @torch.no_grad()
 def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None, *, damping: float, num_steps: int) -> Pruned:
@@ -54,11 +57,15 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
     known = check_statistics(statistics, weight_OI.shape[1], criterion="refine", gram=True)
     dtype = working_dtype(weight_OI)
     gram_II, scale_I, dead_I = unit_gram(known, damping, dtype=dtype, device=weight_OI.device)
-    mask_IO = pruned.mask_OI.T.contiguous()
-    dense_OI, kept_OI = ((w.to(dtype).masked_fill(dead_I, 0) * scale_I) for w in (weight_OI, pruned.weight_OI))
-    residual_IO = gram_II @ (dense_OI - kept_OI).T
-    kept_IO = solve_on_support(kept_OI.T.contiguous(), mask_IO, residual_IO, gram_II, num_steps=num_steps)
-    refined_OI = (kept_IO.T / scale_I).to(weight_OI.dtype).contiguous()
+    refined_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
+    piece = max(1, PIECE_WEIGHTS // max(weight_OI.shape[1], 1))
+    for start in range(0, len(weight_OI), piece):
+        rows = slice(start, start + piece)
+        dense_OI, kept_OI = (w[rows].to(dtype).masked_fill(dead_I, 0) * scale_I for w in (weight_OI, pruned.weight_OI))
+        kept_IO, mask_IO = kept_OI.T.contiguous(), pruned.mask_OI[rows].T.contiguous()
+        residual_IO = gram_II @ (dense_OI - kept_OI).T
+        kept_IO = solve_on_support(kept_IO, mask_IO, residual_IO, gram_II, num_steps=num_steps)
+        refined_OI[rows] = (kept_IO.T / scale_I).to(weight_OI.dtype)
     if not all_finite(refined_OI):
         raise SparsepassError(
             f"the refined weights do not fit {weight_OI.dtype} (damping {damping:g}); raise the damping, give more "

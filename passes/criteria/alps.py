@@ -17,7 +17,7 @@ from sparsepass.passes.criteria.criterion import (
     working_dtype,
 )
 from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
-from sparsepass.passes.refine import solve_on_support
+from sparsepass.passes.refine import PIECE_WEIGHTS, solve_on_support
 from sparsepass.passes.statistics import InputStatistics
 
 _FIRST_RHO = 0.1
@@ -26,8 +26,6 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 _ITERATIONS_PER_CHECK = 3
 _FEWEST_ITERATIONS, _MOST_ITERATIONS = 30, 300
 _GRADIENT_STEPS = 10
-# Rows are taken in pieces of about this many weights: they do not depend on each other, and six such arrays are held.
-_PIECE_WEIGHTS = 1 << 22
 
 
 @torch.no_grad()
@@ -93,7 +91,7 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
 
     pruned_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
     mask_OI = torch.empty_like(pruned_OI, dtype=torch.bool)
-    piece = max(1, _PIECE_WEIGHTS // max(in_features, 1))
+    piece = max(1, PIECE_WEIGHTS // max(in_features, 1))
     for start in range(0, out_features, piece):
         scaled_OI = weight_OI[start : start + piece].to(dtype).masked_fill(dead_I, 0) * scale_I
         scaled_IO = scaled_OI[:, order_I].T.contiguous()
