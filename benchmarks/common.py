@@ -29,6 +29,9 @@ from sparsepass.retrain.loop import METRICS, retrain
 from sparsepass.retrain.metrics import read_metrics
 from sparsepass.retrain.sample import SampleConfig, sample_to_file
 
+POLYGRAPHY = "from polygraphy.tools import main; main()"
+"""Its command line, for ``python -c``: the package has no ``__main__``."""
+
 
 def commit() -> str:
     """The commit, with a plus where the tree has changes; where there is no repository, what GIT_COMMIT says."""

@@ -28,7 +28,7 @@ from typing import Any
 import onnxruntime
 import torch
 import transformers
-from common import commit
+from common import POLYGRAPHY, commit
 
 from sparsepass.export.demo import smollm2
 from sparsepass.export.load import load_model
@@ -116,7 +116,7 @@ def check_weights(folder: Path, artifact: OnnxArtifact, *, polygraphy: bool) -> 
     }
     if polygraphy:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "polygraphy", "inspect", "sparsity", str(file)]
+        command = [sys.executable, "-c", POLYGRAPHY, "inspect", "sparsity", str(file)]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
         text = said.stdout + said.stderr
         theirs = dict.fromkeys(re.findall(r"Found sparse tensor: (\S+)", text), True)

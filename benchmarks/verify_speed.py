@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import torch
+from common import POLYGRAPHY
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
@@ -47,7 +48,6 @@ sys.exit(report.exit_code)
 """
 START = "import sparsepass.export.pattern"
 VERIFY = "from sparsepass.export.cli import main; main()"
-POLYGRAPHY = "from polygraphy.tools import main; main()"
 KINDS = {
     "ONNX float32": (np.float32, TensorProto.FLOAT),
     "ONNX float16": (np.float16, TensorProto.FLOAT16),
