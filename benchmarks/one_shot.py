@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import commit
+from common import commit, without_folders
 
 from sparsepass.export.criteria import CriteriaSettings, Job, criteria_page, criteria_table, jobs_of
 from sparsepass.export.demo import smollm2
@@ -55,10 +55,7 @@ def main() -> None:
     )
     jobs = [job for job in JOBS if args.only is None or job.name in args.only]
     found = criteria_table(settings, jobs, work=args.work, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    # Folders of this machine say nothing to others.
-    known = found["settings"]
-    known |= {name: Path(known[name]).name for name in ("model", "calibration", "eval_text")}
-    found["commit"] = commit()
+    found = without_folders(found) | {"commit": commit()}
     page = f"# One-shot 2:4 pruning of SmolLM2-135M-Instruct\n\nCommit {found['commit']}.\n{criteria_page(found)}"
     args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "criteria.json", json.dumps(found, indent=1) + "\n")
