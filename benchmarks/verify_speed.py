@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import torch
-from common import POLYGRAPHY
+from common import POLYGRAPHY, commit
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
@@ -179,12 +179,6 @@ def table(document: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def commit() -> str:
-    root = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def processor() -> str:

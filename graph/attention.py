@@ -1,8 +1,9 @@
-"""Attention told that it is causal, where all that its mask says is that no token sees a later one.
+"""Attention made cheaper where its inputs allow it: told that it is causal, and given keys and values without copies.
 
 A captured language model makes its attention mask from ``attention_mask``, and so it computes every pair of tokens and throws
 half of them away. Where a text has no padding, the mask is the plain causal one, and the operation's ``is_causal`` gives the
-same result for half the work; on a GPU it opens the way to kernels that take no mask.
+same result for half the work; on a GPU it opens the way to kernels that take no mask. Where several query heads share a key
+head, capture leaves copies of the keys and values, one a query head; the operation can read the shared ones itself.
 
 Tensor shape legend: Q queries, K keys, T tokens.
 """
@@ -18,6 +19,7 @@ from sparsepass.graph.program import Program
 
 _aten = torch.ops.aten
 ATTENTION = _aten.scaled_dot_product_attention.default
+_TO_THE_END = 2**63 - 1
 _MASK = 3  # its position among the operation's arguments; dropout and is_causal follow
 # What these make of a tensor depends on its shape alone.
 _SHAPE_ONLY = {
@@ -89,6 +91,76 @@ def drop_causal_masks(program: Program, num_tokens: int) -> int:
         graph.eliminate_dead_code()
         program.graph_module.recompile()
     return dropped
+
+
+def share_heads(program: Program) -> int:
+    """Let causal attention read the keys and values that several query heads share, instead of a copy for each.
+
+    The copies would be kept for the backward pass. Only what runs on a processor is changed: on a GPU, the kernels for float32
+    take no shared heads.
+
+    Args:
+        program: Its graph is changed in place.
+
+    Returns:
+        How many attention operations were changed.
+
+    Exactness: results are bitwise the same; gradients of keys and values are summed in another order.
+    """
+    if program.device.type != "cpu":
+        return 0
+    graph = program.graph_module.graph
+    changed = 0
+    for node in graph.nodes:
+        if node.target is not ATTENTION or node.args[_MASK:] != (None, 0.0, True):
+            continue
+        query, *copies = node.args[:_MASK]
+        keys, values = map(_repeated, copies)
+        if keys is None or values is None or keys[1] != values[1]:
+            continue
+        node.args = (query, keys[0], values[0], None, 0.0, True)
+        node.kwargs = {**node.kwargs, "enable_gqa": True}
+        changed += 1
+    if changed:
+        graph.eliminate_dead_code()
+        program.graph_module.recompile()
+    return changed
+
+
+def takes_all(node: Any) -> bool:
+    """Whether a node is a slice that leaves its input as it is."""
+    if not _calls(node, _aten.slice.Tensor):
+        return False
+    given = dict(zip(("source", "axis", "start", "end", "step"), node.args, strict=False))
+    return given.get("start") in (None, 0) and given.get("end") in (None, _TO_THE_END) and given.get("step", 1) == 1
+
+
+def _repeated(copy: Any) -> tuple[fx.Node, int] | None:
+    """What ``[B, K, T, D]`` was repeated to ``[B, K * n, T, D]``, each head n times in a row, and n; None if it was not."""
+    if not _calls(copy, _aten.reshape.default, _aten.view.default):
+        return None
+    node, merged = copy.args
+    if _calls(node, _aten.clone.default):
+        node = node.args[0]
+    if not _calls(node, _aten.expand.default) or len(node.args[1]) != 5:
+        return None
+    batch, heads, times, *rest = node.args[1]
+    if not (isinstance(heads, int) and isinstance(times, int)) or list(merged) != [batch, heads * times, *rest]:
+        return None
+    before = _before_slices(node.args[0])
+    if not _calls(before, _aten.unsqueeze.default) or before.args[1] != 2:
+        return None
+    return _before_slices(before.args[0]), times
+
+
+def _before_slices(node: Any) -> Any:
+    while takes_all(node):
+        node = node.args[0]
+    return node
+
+
+def _calls(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in targets
 
 
 def _made_of_shapes(mask: fx.Node) -> bool:

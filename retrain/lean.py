@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
+from sparsepass.graph.attention import takes_all
 from sparsepass.graph.hierarchy import Hierarchy, write_code
 from sparsepass.graph.ops import where_kept
 
 _aten = torch.ops.aten
 _MASKED = torch.ops.sparsepass.masked_weight.default
-_TO_THE_END = 2**63 - 1
 
 
 def make_lean(hierarchy: Hierarchy) -> None:
@@ -33,7 +33,7 @@ def make_lean(hierarchy: Hierarchy) -> None:
     for module in hierarchy.modules():
         graph = getattr(module, "graph", None)
         for node in list(graph.nodes) if isinstance(graph, fx.Graph) else ():
-            if node.target is _aten.slice.Tensor and _takes_all(*node.args):
+            if takes_all(node):
                 node.replace_all_uses_with(node.args[0])
                 node.graph.erase_node(node)
             elif node.target is _aten.linear.default and node.args[1].target is _MASKED and len(node.args[1].users) == 1:
@@ -94,7 +94,3 @@ def _merge(linear: fx.Node) -> None:
     linear.replace_all_uses_with(merged)
     linear.graph.erase_node(linear)
     linear.graph.erase_node(masked)
-
-
-def _takes_all(_source: object, dim: int = 0, start: object = None, end: object = None, step: object = 1) -> bool:
-    return start in (None, 0) and end in (None, _TO_THE_END) and step == 1

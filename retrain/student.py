@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import Program, Site, SparsepassError
-from sparsepass.graph.attention import drop_causal_masks
+from sparsepass.graph.attention import drop_causal_masks, share_heads
 from sparsepass.graph.cut import cut_head
 from sparsepass.graph.hierarchy import Hierarchy, blocks
 from sparsepass.passes.pattern import NMPattern
@@ -90,6 +90,7 @@ def halves(program: Program, unpadded: int | None = None) -> Halves:
         )
     body, head = cut_head(program)
     dropped = drop_causal_masks(body, unpadded) if unpadded else 0
+    share_heads(body)
     hierarchy = body.hierarchy()
     assert isinstance(hierarchy, Hierarchy)
     make_lean(hierarchy)

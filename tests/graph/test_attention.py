@@ -8,7 +8,7 @@ from tests.families import BY_NAME, FAMILIES, captured
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError, capture
-from sparsepass.graph.attention import ATTENTION, drop_causal_masks, is_causal_mask, mask_of
+from sparsepass.graph.attention import ATTENTION, drop_causal_masks, is_causal_mask, mask_of, share_heads
 from sparsepass.retrain.student import halves
 
 CAUSAL = [family.name for family in FAMILIES if family.generates and BY_NAME[family.name].inputs(1, 3).keys() <= {
@@ -35,6 +35,36 @@ def test_without_padding_results_stay(name: str) -> None:
         inputs = {key: value for key, value in {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.items()
                   if key in program.input_names}  # fmt: skip
         torch.testing.assert_close(program(**inputs).logits, captured(name)(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "shared"), [("llama", True), ("qwen3", True), ("mixtral", True), ("gpt2", False)])
+def test_causal_attention_reads_shared_heads_without_copies(name: str, shared: bool) -> None:
+    copying, sharing = (copy.deepcopy(captured(name)) for _ in range(2))
+    calls = drop_causal_masks(copying, T)
+    assert drop_causal_masks(sharing, T) == calls > 0
+    assert share_heads(sharing) == (calls if shared else 0)
+    ids = BY_NAME[name].inputs(2, T)["input_ids"]
+    kept: dict[Program, dict[int, int]] = {}
+    for program in (copying, sharing):
+        storages = kept[program] = {}
+
+        def note(tensor: Tensor, into: dict[int, int] = storages) -> Tensor:
+            into[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            program(input_ids=ids).logits.square().sum().backward()
+    assert torch.equal(sharing(input_ids=ids).logits, copying(input_ids=ids).logits)
+    fewer = sum(kept[copying].values()) - sum(kept[sharing].values())
+    # Two of four heads share one: of each call, half of the keys and of the values is no longer kept.
+    assert fewer == (2 * calls * 2 * 2 * T * 8 * 4 if shared else 0)
+    expected = dict(copying.named_parameters())
+    for parameter, tensor in sharing.named_parameters():
+        torch.testing.assert_close(tensor.grad, expected[parameter].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_under_a_mask_keeps_its_copies() -> None:
+    assert share_heads(copy.deepcopy(captured("llama"))) == 0
 
 
 def test_a_body_for_unpadded_text_refuses_a_mask() -> None:

@@ -279,8 +279,10 @@ def test_the_same_numbers_however_a_step_is_worked_through(name: str, tmp_path: 
 
 
 @pytest.mark.slow
-# torch 2.13's dynamo asks for the gradient of its inputs, and hides the warning in a way that does not stop an error.
+# torch 2.13's dynamo asks for the gradient of its inputs, and hides the warning in a way that does not stop an error; it makes
+# an object of autograd's Function, of which torch warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_blocks_give_the_same_numbers(tmp_path: Path) -> None:
     run(folder=tmp_path / "plain")
     run(folder=tmp_path / "compiled", compile=True)
