@@ -10,6 +10,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,7 @@ def demo(
     from sparsepass.export.report_layers import layer_sparsity
     from sparsepass.export.retraining import accuracy, retrain_and_report
     from sparsepass.export.targets import export
+    from sparsepass.graph import capture
     from sparsepass.graph.files import check_free
     from sparsepass.retrain.config import RetrainConfig
     from sparsepass.retrain.data import DataConfig, open_data
@@ -89,6 +91,7 @@ def demo(
     tell(f"loading {model}")
     dense = load_model(model, dtype="float32")
     evaluation = Evaluation(text=PYTHON_DOCS, context=context, max_tokens=eval_tokens)
+    dense = replace(dense, model=capture(dense.model, inplace=True))  # once, for the sparse model and its teacher
     prepared = prepare(
         dense,
         passes=PASSES,
