@@ -56,20 +56,22 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
     [1.0, 1.0, 1.0]
     """
     kind = input.device.type
-    if torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
-        input, weight, bias = input.to(low), weight.to(low), None if bias is None else bias.to(low)
-    found: Tensor = _MaskedLinear.apply(input, weight, mask, bias)  # type: ignore[no-untyped-call]
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if low is not None:
+        input, bias = input.to(low), None if bias is None else bias.to(low)
+    found: Tensor = _MaskedLinear.apply(input, weight, mask, bias, low)  # type: ignore[no-untyped-call]
     return found
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """See `masked_linear`."""
+    """See `masked_linear`. Neither the masked weight nor the weight in a lower precision outlives a pass."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight_OI: Tensor, mask_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight_OI: Tensor, mask_OI: Tensor, bias_O: Tensor | None, low: torch.dtype | None
+    ) -> Tensor:
         ctx.save_for_backward(input, weight_OI, mask_OI)
-        return torch.nn.functional.linear(input, where_kept(weight_OI, mask_OI), bias_O)
+        return torch.nn.functional.linear(input, where_kept(weight_OI.to(low or weight_OI.dtype), mask_OI), bias_O)
 
     @staticmethod
     @once_differentiable
@@ -78,12 +80,12 @@ class _MaskedLinear(torch.autograd.Function):
         to_input = to_weight_OI = to_bias_O = None
         flat_NO = grad.flatten(0, -2)
         if ctx.needs_input_grad[0]:
-            to_input = (flat_NO @ where_kept(weight_OI, mask_OI)).view(input.shape)
+            to_input = (flat_NO @ where_kept(weight_OI.to(grad.dtype), mask_OI)).view(input.shape)
         if ctx.needs_input_grad[1]:
-            to_weight_OI = flat_NO.t() @ input.flatten(0, -2)
+            to_weight_OI = (flat_NO.t() @ input.flatten(0, -2)).to(weight_OI.dtype)
         if ctx.needs_input_grad[3]:
             to_bias_O = flat_NO.sum(0)
-        return to_input, to_weight_OI, None, to_bias_O
+        return to_input, to_weight_OI, None, to_bias_O, None
 
 
 def _merge(linear: fx.Node) -> None:

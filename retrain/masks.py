@@ -17,7 +17,9 @@ from sparsepass.graph.soft_masks import hard_mask
 from sparsepass.passes.pattern import NMPattern, keep_largest, num_violations
 
 # Weights per piece: on a processor, what a piece needs should fit in its cache; on a GPU it bounds the memory.
-_CPU_PIECE, _GPU_PIECE = 1 << 16, 1 << 26
+_CPU_PIECE, _GPU_PIECE = 1 << 18, 1 << 26
+# An integer of one byte for each weight of a group.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,23 +99,19 @@ class MovingMasks:
 
 def _refresh(known: MaskedSite, first: Tensor) -> dict[str, int]:
     weight, mask = local(known.weight), local(known.mask)
+    before = pack(mask)
     if known.logits is not None:
-        moved = mask.movedim(known.site.nm_axis, -1)
         kept = hard_mask(local(known.logits), known.pattern.n, known.pattern.m)
-        changed = int((kept != moved).sum())
-        moved.copy_(kept)
-        from_first = int(_count_bits(pack(mask) ^ first))
-        return {"since_last": changed, "since_first": from_first, "num_entries": mask.numel()}
-    changed = 0
-    weight_OI, mask_OI = known.site.to_matrix(weight), known.site.to_matrix(mask)
-    for weight_piece, mask_piece in _pieces(weight_OI, mask_OI):
-        kept = magnitude_mask(weight_piece, known.pattern)
-        changed += int((kept != mask_piece).sum())
-        mask_piece.copy_(kept)
-    if mask_OI.data_ptr() != mask.data_ptr():  # a convolution's matrix is a copy
-        mask.copy_(known.site.from_matrix(mask_OI))
-    from_first = int(_count_bits(pack(mask) ^ first))
-    return {"since_last": changed, "since_first": from_first, "num_entries": mask.numel()}
+        mask.movedim(known.site.nm_axis, -1).copy_(kept)
+    else:
+        weight_OI, mask_OI = known.site.to_matrix(weight), known.site.to_matrix(mask)
+        for weight_piece, mask_piece in _pieces(weight_OI, mask_OI):
+            mask_piece.copy_(magnitude_mask(weight_piece, known.pattern))
+        if mask_OI.data_ptr() != mask.data_ptr():  # a convolution's matrix is a copy
+            mask.copy_(known.site.from_matrix(mask_OI))
+    now = pack(mask)
+    since_last, since_first = int(_count_bits(now ^ before)), int(_count_bits(now ^ first))
+    return {"since_last": since_last, "since_first": since_first, "num_entries": mask.numel()}
 
 
 def magnitude_mask(weight_OI: Tensor, pattern: NMPattern) -> Tensor:
@@ -128,8 +126,27 @@ def magnitude_mask(weight_OI: Tensor, pattern: NMPattern) -> Tensor:
     >>> magnitude_mask(torch.tensor([[1.0, -3.0, 2.0, 2.0]]), NMPattern(2, 4))
     tensor([[False,  True,  True, False]])
     """
+    if pattern.m in _WORDS:
+        return _largest_by_words(weight_OI.abs().flatten(), pattern).view_as(weight_OI)
     size_MOG = torch.unflatten(weight_OI, -1, (-1, pattern.m)).movedim(-1, 0).abs()
     return keep_largest(size_MOG.contiguous(), pattern.n).movedim(0, -1).flatten(-2)
+
+
+def _largest_by_words(size_X: Tensor, pattern: NMPattern) -> Tensor:
+    # What keep_largest says, without taking the groups apart: gathering every M-th weight would be most of the time.
+    # Neighbours at each distance are compared all along, across groups too; then a group's results, a byte each, are one
+    # integer, in which pairs across groups are masked out, and each byte counts the weights of its group that it beats.
+    # Comparisons keep their dtype: torch's kernels that turn numbers into bools go one by one on a processor.
+    word, m = _WORDS[pattern.m], pattern.m
+    beaten = torch.zeros(size_X.numel() // m, dtype=word, device=size_X.device)
+    earlier_wins = torch.zeros_like(size_X)
+    for distance in range(1, m):
+        torch.ge(size_X[:-distance], size_X[distance:], out=earlier_wins[:-distance])
+        inside = sum(1 << 8 * place for place in range(m - distance))
+        wins = earlier_wins.to(torch.bool).view(word).bitwise_and_(inside)
+        beaten += wins
+        beaten += wins.bitwise_xor_(inside).bitwise_left_shift_(8 * distance)  # the later one wins
+    return beaten.view(torch.uint8).ge_(m - pattern.n).view(torch.bool)
 
 
 def put_behind(weight_OI: Tensor, mask_OI: Tensor, behind: "str | float", pattern: NMPattern) -> Tensor:
@@ -182,11 +199,11 @@ def pack(mask: Tensor) -> Tensor:
     [9]
     """
     bits = mask.reshape(-1).view(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    packed = bits[:, 0].clone()
-    for place in range(1, 8):
-        packed |= bits[:, place] << place
-    return packed
+    if bits.numel() % 8 or bits.storage_offset() % 8:
+        bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
+    # One integer of eight bytes; the product moves bit 8 i, of byte i, to bit 56 + i, and lets nothing else meet there.
+    packed = bits.view(torch.int64) * sum(1 << 56 - 7 * place for place in range(8))
+    return packed.bitwise_right_shift_(56).bitwise_and_(0xFF).to(torch.uint8)
 
 
 def _count_bits(packed: Tensor) -> Tensor:

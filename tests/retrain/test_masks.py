@@ -150,3 +150,5 @@ def test_masks_of_any_shape_are_packed() -> None:
     mask: Any = torch.rand(3, 5, 7) > 0.5
     assert torch.equal(pack(mask), pack(mask.flatten()))
     assert torch.equal(pack(mask.transpose(0, 2)), pack(mask.transpose(0, 2).flatten()))
+    part = mask.flatten()[3:19]  # eight at a time, but not from the start of their memory
+    assert torch.equal(pack(part), pack(part.clone()))
