@@ -13,6 +13,8 @@ from sparsepass.graph.errors import SparsepassError
 
 # Up to this M, comparing every pair of a group beats a stable sort by far (about 20 times at M = 4).
 _LARGEST_PAIRWISE_M = 16
+# An integer of one byte for each weight of a group.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -93,21 +95,60 @@ def nm_mask(score_OI: Tensor, pattern: NMPattern) -> Tensor:
     >>> nm_mask(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), NMPattern(2, 4))
     tensor([[False,  True,  True, False]])
     """
-    num_groups = _num_groups(score_OI, pattern, -1)
+    _num_groups(score_OI, pattern, -1)  # refuses what does not divide
     if score_OI.is_floating_point() and score_OI.numel() and bool(score_OI.amax().isnan()):
         raise SparsepassError(
             f"cannot rank scores for a {pattern} mask: {int(score_OI.isnan().sum())} of {score_OI.numel()} are NaN; "
             "check the weights and the activations that the scores come from"
         )
-    score_OGM = torch.unflatten(score_OI, -1, (num_groups, pattern.m))
+    return keep_largest_of_groups(score_OI, pattern)
+
+
+def keep_largest_of_groups(score_OI: Tensor, pattern: NMPattern) -> Tensor:
+    """Keeps the N largest of every M along the last axis; ties go to the lowest index.
+
+    The unchecked core of `nm_mask`: the last axis is a multiple of M long, and nothing is NaN.
+
+    Shapes: ``[..., I]`` to ``[..., I]``.
+
+    Args:
+        score_OI: Scores of any real dtype.
+        pattern: How many to keep of each group.
+
+    Returns:
+        A bool mask, contiguous.
+
+    >>> keep_largest_of_groups(torch.tensor([1.0, 1.0, 0.0, 1.0]), NMPattern(2, 4))
+    tensor([ True,  True, False, False])
+    """
+    if pattern.m in _WORDS:
+        return _largest_by_words(score_OI.flatten(), pattern).view(score_OI.shape)
+    score_OGM = torch.unflatten(score_OI, -1, (score_OI.shape[-1] // pattern.m, pattern.m))
     mask_MOG = keep_largest(score_OGM.movedim(-1, 0).contiguous(), pattern.n)
     return mask_MOG.movedim(0, -1).flatten(-2).contiguous()
+
+
+def _largest_by_words(score_X: Tensor, pattern: NMPattern) -> Tensor:
+    # What keep_largest says, without taking the groups apart: gathering every M-th weight would be most of the time.
+    # Neighbours at each distance are compared all along, across groups too; then a group's results, a byte each, are one
+    # integer, in which pairs across groups are masked out, and each byte counts the weights of its group that it beats.
+    # Comparisons keep their dtype: torch's kernels that turn numbers into bools go one by one on a processor.
+    word, m = _WORDS[pattern.m], pattern.m
+    beaten = torch.zeros(score_X.numel() // m, dtype=word, device=score_X.device)
+    earlier_wins = torch.zeros_like(score_X)
+    for distance in range(1, m):
+        torch.ge(score_X[:-distance], score_X[distance:], out=earlier_wins[:-distance])
+        inside = sum(1 << 8 * place for place in range(m - distance))
+        wins = earlier_wins.to(torch.bool).view(word).bitwise_and_(inside)
+        beaten += wins
+        beaten += wins.bitwise_xor_(inside).bitwise_left_shift_(8 * distance)  # the later one wins
+    return beaten.view(torch.uint8).ge_(m - pattern.n).view(torch.bool)
 
 
 def keep_largest(score_MX: Tensor, n: int) -> Tensor:
     """Keeps the n largest along the first axis; ties go to the lowest index. The scores must not hold NaN.
 
-    The unchecked core of `nm_mask`, for scores whose groups already lie along the first axis.
+    As `keep_largest_of_groups`, for scores whose groups already lie along the first axis.
 
     Shapes: ``[M, ...]`` to ``[M, ...]``.
 

@@ -14,12 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from sparsepass.graph import Site, SparsepassError
 from sparsepass.graph.soft_masks import hard_mask
-from sparsepass.passes.pattern import NMPattern, keep_largest, num_violations
+from sparsepass.passes.pattern import NMPattern, keep_largest_of_groups, num_violations
 
 # Weights per piece: on a processor, what a piece needs should fit in its cache; on a GPU it bounds the memory.
 _CPU_PIECE, _GPU_PIECE = 1 << 18, 1 << 26
-# An integer of one byte for each weight of a group.
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,27 +124,7 @@ def magnitude_mask(weight_OI: Tensor, pattern: NMPattern) -> Tensor:
     >>> magnitude_mask(torch.tensor([[1.0, -3.0, 2.0, 2.0]]), NMPattern(2, 4))
     tensor([[False,  True,  True, False]])
     """
-    if pattern.m in _WORDS:
-        return _largest_by_words(weight_OI.abs().flatten(), pattern).view_as(weight_OI)
-    size_MOG = torch.unflatten(weight_OI, -1, (-1, pattern.m)).movedim(-1, 0).abs()
-    return keep_largest(size_MOG.contiguous(), pattern.n).movedim(0, -1).flatten(-2)
-
-
-def _largest_by_words(size_X: Tensor, pattern: NMPattern) -> Tensor:
-    # What keep_largest says, without taking the groups apart: gathering every M-th weight would be most of the time.
-    # Neighbours at each distance are compared all along, across groups too; then a group's results, a byte each, are one
-    # integer, in which pairs across groups are masked out, and each byte counts the weights of its group that it beats.
-    # Comparisons keep their dtype: torch's kernels that turn numbers into bools go one by one on a processor.
-    word, m = _WORDS[pattern.m], pattern.m
-    beaten = torch.zeros(size_X.numel() // m, dtype=word, device=size_X.device)
-    earlier_wins = torch.zeros_like(size_X)
-    for distance in range(1, m):
-        torch.ge(size_X[:-distance], size_X[distance:], out=earlier_wins[:-distance])
-        inside = sum(1 << 8 * place for place in range(m - distance))
-        wins = earlier_wins.to(torch.bool).view(word).bitwise_and_(inside)
-        beaten += wins
-        beaten += wins.bitwise_xor_(inside).bitwise_left_shift_(8 * distance)  # the later one wins
-    return beaten.view(torch.uint8).ge_(m - pattern.n).view(torch.bool)
+    return keep_largest_of_groups(weight_OI.abs(), pattern)
 
 
 def put_behind(weight_OI: Tensor, mask_OI: Tensor, behind: "str | float", pattern: NMPattern) -> Tensor:
