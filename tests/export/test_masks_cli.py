@@ -1,15 +1,22 @@
 """The command masks: writes, shows and compares packs."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from tests.export.tiny import WORDS, save_tiny_llama
 from tests.families import captured
+from tests.retrain.runs import exports_once
 from typer.testing import CliRunner
 
 from sparsepass.export.cli import app
 from sparsepass.graph import Program
 from sparsepass.passes import apply_passes
+from sparsepass.passes.mask_pack import MaskPack
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -56,3 +63,27 @@ def test_what_does_not_go_together_is_refused(program: Path, tmp_path: Path) -> 
         assert message in said
     assert pack.read_bytes() == before
     assert run(program, "-o", pack, "--force")[0] == 0
+
+
+def test_the_domain_example_of_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of it, on a tiny model, with few tokens; what comes out is the domain's pack on the model's own weights."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Masks for a domain\n")[2].partition("\n## ")[0]
+    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines() if line]
+    assert [line[:2] for line in lines].count(["sparsepass", "retrain"]) == 2
+    monkeypatch.chdir(tmp_path)
+    save_tiny_llama(tmp_path / "MODEL")
+    Path("general.txt").write_text(WORDS * 60)
+    Path("code.txt").write_text("def f(x): return x + 1\n" * 200)
+    small = ["train.max_tokens=256", "data.context=16", "data.validation=4", "train.validate_every=4"]
+    for line in lines:
+        few = [part for value in small for part in ("--set", value)] if line[1] == "retrain" else []
+        with exports_once():
+            done = CliRunner().invoke(app, [*line[1:], *few])
+        assert done.exit_code == 0, f"{line}: {done.output}"
+    general, code = MaskPack.load("general.safetensors"), MaskPack.load("code.safetensors")
+    assert (general.about, code.about) == ("general", "Python source code")
+    found, dense = Program.load("for-code"), Program.load("transfer")
+    for name, state in found.sparse.items():
+        assert state.mask is not None
+        assert torch.equal(found.tensor(state.mask), Program.load("code").tensor(state.mask))
+        assert torch.equal(found.tensor(name), dense.tensor(name))
