@@ -3,8 +3,8 @@
     python benchmarks/retrain_accuracy.py [--train-text FILE --eval-text FILE] [--only NAME ...] [--max-tokens N]
                                           [--set train.lr=1e-4 ...] [--work DIR] [--out DIR]
 
-The first row is the recipe smollm2-cpu as it comes along: a quarter of its tokens from the text given, the rest from what the
-dense model writes. The second has all of its tokens from the text given, and each other row changes one thing of that. The
+The first row is the recipe smollm2-cpu as it comes along: half of its tokens from the text given, half from what the dense
+model writes. The second has all of its tokens from the text given, and each other row changes one thing of that. The
 start is SparseGPT on 64 sequences of 512 tokens of the training text; perplexity is of the whole evaluation text (context 512,
 no overlap, fp32). The gap is the log-perplexity above the dense model's, and "closed" the share of the one-shot start's gap
 that is gone.
