@@ -67,11 +67,12 @@ def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
 class TrainingBench:
     """The model, its texts, and a work folder that keeps what has been found."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, more: Mapping[str, Any] | None = None) -> None:
+        """Open the work folder, which has to be of the same texts and of whatever else, in ``more``, all its rows share."""
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        asked = {"train": str(args.train_text), "text": str(args.eval_text), "eval_tokens": args.eval_tokens}
+        asked = {"train": str(args.train_text), "text": str(args.eval_text), "eval_tokens": args.eval_tokens, **(more or {})}
         before = self.remember("texts", lambda: asked)
         if before != asked:
             raise SystemExit(f"{args.work} keeps what was found with {before}, and this is {asked}; take another --work folder")

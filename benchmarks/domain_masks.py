@@ -41,12 +41,12 @@ class Bench(TrainingBench):
     """Three packs of the same weights."""
 
     def __init__(self, args: Namespace) -> None:
-        super().__init__(args)
+        super().__init__(
+            args, {name: getattr(args, name) for name in ("domain_text", "domain_eval", "tokens", "domain_tokens")}
+        )
         if args.train_text is None:
             self.train = str(self._written("general.txt", args.tokens + args.tokens // 8, seed=0))
             self.text = str(self._written("general-held-out.txt", 32_768, seed=1))
-        if args.domain_text is None:
-            args.domain_text, args.domain_eval = python_source(self.work)
         recipe = read_recipe(args.recipe)
         assert recipe.prune is not None
         *before, self.learn = parse_pipeline(recipe.prune.passes)
@@ -80,22 +80,23 @@ class Bench(TrainingBench):
             program = apply_passes(self.dense.model, [f"nm_sparsify{{masks={start}}}", self.learn], validate=False)
             tokens = self.args.domain_tokens if on_domain else self.args.tokens
             changes = [f"train.max_tokens={tokens}", *self.args.set]
-            source = str(self.args.domain_text) if on_domain else self.train
+            source = self.args.domain_text if on_domain else self.train
             trained, about = self.trained(name, program, self.args.recipe, changes, source=source)
             pack_program(trained).save(self.pack(name))
             found |= about
         pack = MaskPack.load(self.pack(name))
         found |= {"bits_per_weight": pack.bits_per_weight, "bytes": self.pack(name).stat().st_size}
         packed = apply_passes(self.dense.model, f"nm_sparsify{{masks={self.pack(name)}}}", validate=False)
-        return found | {"general": self.perplexity(packed), "domain": self.perplexity(packed, str(self.args.domain_eval))}
+        return found | {"general": self.perplexity(packed), "domain": self.perplexity(packed, self.args.domain_eval)}
 
     def dense_on_domain(self) -> dict[str, Any]:
         """The dense model on the domain's text."""
-        return dict(self.remember("dense-domain", lambda: self.perplexity(self.dense.model, str(self.args.domain_eval))))
+        return dict(self.remember("dense-domain", lambda: self.perplexity(self.dense.model, self.args.domain_eval)))
 
 
-def python_source(folder: Path) -> tuple[Path, Path]:
+def python_source(folder: Path) -> tuple[str, str]:
     """The standard library's modules as two text files: to train on, and to measure on."""
+    folder.mkdir(parents=True, exist_ok=True)
     version = platform.python_version()
     train, held_out = folder / f"python-{version}-source.txt", folder / f"python-{version}-source-held-out.txt"
     modules: list[str] = []
@@ -104,7 +105,7 @@ def python_source(folder: Path) -> tuple[Path, Path]:
             modules.append(file.read())
     train.write_text("\n\n".join(text for number, text in enumerate(modules) if number % 10), encoding="utf-8")
     held_out.write_text("\n\n".join(modules[::10]), encoding="utf-8")
-    return train, held_out
+    return str(train), str(held_out)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -147,8 +148,8 @@ def table(report: Mapping[str, Any]) -> str:
 def main() -> None:
     """Make what is not there yet, and write the table."""
     parser = training_options(__doc__, ".domain_masks")
-    parser.add_argument("--domain-text", type=Path)
-    parser.add_argument("--domain-eval", type=Path)
+    parser.add_argument("--domain-text")
+    parser.add_argument("--domain-eval")
     parser.add_argument("--tokens", type=int, default=200_000, help="for the general masks")
     parser.add_argument("--domain-tokens", type=int, default=100_000)
     parser.add_argument("--recipe", default="smollm2-maskllm-cpu")
@@ -158,14 +159,16 @@ def main() -> None:
         parser.error("--train-text and --eval-text are given together, or neither of them")
     if (args.domain_text is None) != (args.domain_eval is None):
         parser.error("--domain-text and --domain-eval are given together, or neither of them")
+    if args.domain_text is None:
+        args.domain_text, args.domain_eval = python_source(args.work)
     bench = Bench(args)
     rows: list[dict[str, Any]] = []
     for name in TITLES:
         rows.append(bench.row(name))
         report = bench.facts() | {
             "dense_on_domain": bench.dense_on_domain(),
-            "domain_train": bench.args.domain_text.name,
-            "domain_text": bench.args.domain_eval.name,
+            "domain_train": Path(args.domain_text).name,
+            "domain_text": Path(args.domain_eval).name,
             "rows": rows,
         }
         (args.out / "domain_masks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -56,13 +56,15 @@ ROWS = {
     "wanda": Row(title="Wanda", passes="nm_sparsify{criterion=wanda}"),
     "ria": Row(title="RIA", passes="nm_sparsify{criterion=ria}"),
     "sparsegpt-mask": Row(title="SparseGPT's mask", passes="nm_sparsify{criterion=sparsegpt,compensate=false}"),
+    "alps-mask": Row(title="ALPS's mask", passes="nm_sparsify{criterion=alps,compensate=false}"),
+    "proxsparse": Row(title="ProxSparse", passes="nm_sparsify{criterion=proxsparse}"),
     "sparsegpt": Row(title="SparseGPT, weights compensated", passes="nm_sparsify{criterion=sparsegpt}"),
     "learned": Row(title="learned masks, SparseGPT prior", recipe=LEARNED),
     "learned-fast": Row(title="learned masks, SparseGPT prior, lr 2e-3", recipe=LEARNED, settings=("train.lr=2e-3",)),
     "learned-no-prior": Row(title="learned masks, no prior", recipe=LEARNED, alpha=0.0),
     "ast": Row(title="AST (weights trained)", recipe=AST, settings=("sample=null",)),  # the same text for both
 }
-MASKS_ALONE = ("magnitude", "wanda", "ria", "sparsegpt-mask")
+MASKS_ALONE = ("magnitude", "wanda", "ria", "sparsegpt-mask", "alps-mask", "proxsparse")
 """One-shot rows over the original weights."""
 
 

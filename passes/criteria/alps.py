@@ -45,8 +45,7 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
     never active get no weight.
 
     Cost: one eigendecomposition, about 10 I^3 operations, and 4 I^2 for each row and iteration, of which most rows take 30
-    to 40. On one core 576 x 576 takes 1 s, 3072 x 576 takes 4 and 576 x 1536 takes 5: ten to thirty times as long as
-    SparseGPT.
+    to 40. On one core 576 x 576 takes 1 s, 3072 x 576 takes 4 and 576 x 1536 takes 5: several times as long as SparseGPT.
 
     Shapes: ``[O, I]``.
 
