@@ -41,9 +41,8 @@ class Bench(TrainingBench):
     """Three packs of the same weights."""
 
     def __init__(self, args: Namespace) -> None:
-        super().__init__(
-            args, {name: getattr(args, name) for name in ("domain_text", "domain_eval", "tokens", "domain_tokens")}
-        )
+        shared = ("domain_text", "domain_eval", "tokens", "domain_tokens", "recipe", "set")
+        super().__init__(args, {name: getattr(args, name) for name in shared})
         if args.train_text is None:
             self.train = str(self._written("general.txt", args.tokens + args.tokens // 8, seed=0))
             self.text = str(self._written("general-held-out.txt", 32_768, seed=1))
