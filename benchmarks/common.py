@@ -29,6 +29,9 @@ from sparsepass.retrain.loop import METRICS, retrain
 from sparsepass.retrain.metrics import read_metrics
 from sparsepass.retrain.sample import SampleConfig, sample_to_file
 
+CALIBRATION_CONTEXT = 512
+"""Tokens in a calibration sequence of the rows that are trained."""
+
 POLYGRAPHY = "from polygraphy.tools import main; main()"
 """Its command line, for ``python -c``: the package has no ``__main__``."""
 
@@ -107,7 +110,7 @@ class TrainingBench:
             calibration=default_text("calibration") if self.train == PYTHON_DOCS else Path(self.train),
             tokenizer=self.dense.tokenizer,
             num_sequences=64,
-            context=512,
+            context=CALIBRATION_CONTEXT,
             validate=False,
         )
 

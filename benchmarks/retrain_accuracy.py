@@ -3,11 +3,12 @@
     python benchmarks/retrain_accuracy.py [--train-text FILE --eval-text FILE] [--only NAME ...] [--max-tokens N]
                                           [--set train.lr=1e-4 ...] [--work DIR] [--out DIR]
 
-The first row is the recipe smollm2-cpu as it comes along: half of its tokens from the text given, half from what the dense
-model writes. The second has all of its tokens from the text given, and each other row changes one thing of that. The
-start is SparseGPT on 64 sequences of 512 tokens of the training text; perplexity is of the whole evaluation text (context 512,
-no overlap, fp32). The gap is the log-perplexity above the dense model's, and "closed" the share of the one-shot start's gap
-that is gone.
+The first row is the recipe smollm2-cpu as it comes along: SparseGPT, then `reconstruct`, then AST, half of its tokens from the
+text given and half from what the dense model writes. The second leaves `reconstruct` out and gives its tokens to AST; the third
+has all of its tokens from the text given besides, and each other row changes one thing of that. Passes are calibrated on
+64 sequences of 512 tokens of the training text; perplexity is of the whole evaluation text (context 512, no overlap, fp32). The
+gap is the log-perplexity above the dense model's, and "closed" the share of the one-shot gap that is gone, there before
+any training. All tokens count that something is trained on, those of `reconstruct` as often as it takes them.
 
 A row takes an hour on two cores. Rows that are done are kept in the work folder and not run again; an interrupted row goes on
 from its checkpoint. So the table can be filled over several sessions: start the same command again. Without texts, Python's
@@ -24,43 +25,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import TrainingBench, heading, training_options
+from common import CALIBRATION_CONTEXT, TrainingBench, heading, training_options
 
 from sparsepass.export.figures import training_pictures
+from sparsepass.export.recipe import read_recipe
+from sparsepass.passes import Reconstruct, parse_pipeline, pipeline_to_text
 from sparsepass.passes.pattern import NMPattern, num_violations
 
+RECIPE = "smollm2-cpu"
 SPARSEGPT, MAGNITUDE = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=magnitude}"
 SLORB = SPARSEGPT + ",slorb{k=16}"
-GIVEN = "sample=null"
+ALL_TO_AST = "train.max_tokens=400_000"
+"""For rows without `reconstruct`, so that all have the same tokens."""
+GIVEN = (ALL_TO_AST, "sample=null")
 """No text of the dense model's own: what one setting changes is compared on the given text alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to train: what it starts from, and what it changes of the recipe."""
+    """One way to train.
+
+    Attributes:
+        title: For people.
+        passes: What is applied before AST; None for that of the recipe.
+        one_shot: What of it is one-shot pruning, where that is not all; the gap is measured from there.
+        settings: What it changes of the recipe.
+    """
 
     title: str
-    passes: str = SPARSEGPT
+    passes: str | None = SPARSEGPT
+    one_shot: str | None = None
     settings: tuple[str, ...] = field(default=())
 
 
 ROWS = {
-    "recipe": Row(title="the recipe smollm2-cpu"),
-    "given-text": Row(title="given text alone", settings=(GIVEN,)),
-    "fixed": Row(title="given text alone, fixed mask", settings=(GIVEN, "train.method=fixed")),
-    "no-decay": Row(title="given text alone, no decay", settings=(GIVEN, "train.decay=0")),
+    "recipe": Row(title="the recipe smollm2-cpu", passes=None, one_shot=SPARSEGPT),
+    "direct": Row(title="without `reconstruct`", settings=(ALL_TO_AST,)),
+    "given-text": Row(title="given text alone", settings=GIVEN),
+    "fixed": Row(title="given text alone, fixed mask", settings=(*GIVEN, "train.method=fixed")),
+    "no-decay": Row(title="given text alone, no decay", settings=(*GIVEN, "train.decay=0")),
     "moving": Row(
         title="given text alone, mask that moves sooner: half of each dropped weight behind it",
-        settings=(GIVEN, "train.behind=0.5"),
+        settings=(*GIVEN, "train.behind=0.5"),
     ),
     "clipped": Row(
         title="given text alone, mask that moves at once: dropped weights behind it, clipped",
-        settings=(GIVEN, "train.behind=clipped"),
+        settings=(*GIVEN, "train.behind=clipped"),
     ),
     "plain": Row(
         title="given text alone, the plain form: logits at temperature 2 and text, embeddings trained",
         settings=(
-            GIVEN,
+            *GIVEN,
             "train.kd_weight=0.67",
             "train.temperature=2.0",
             "train.hidden_weight=0",
@@ -68,15 +83,15 @@ ROWS = {
         ),
     ),
     "no-distillation": Row(
-        title="given text alone, no distillation", settings=(GIVEN, "train.kd_weight=0", "train.hidden_weight=0")
+        title="given text alone, no distillation", settings=(*GIVEN, "train.kd_weight=0", "train.hidden_weight=0")
     ),
-    "slorb": Row(title="given text alone, with SLoRB", passes=SLORB, settings=(GIVEN,)),
+    "slorb": Row(title="given text alone, with SLoRB", passes=SLORB, settings=GIVEN),
     "dense-start": Row(
         title="given text alone, dense start, magnitude mask (the paper's)",
         passes=MAGNITUDE,
-        settings=(GIVEN, "train.behind=original"),
+        settings=(*GIVEN, "train.behind=original"),
     ),
-    "cast": Row(title="given text alone, CAST", settings=(GIVEN, "train.method=cast", "train.behind=original")),
+    "cast": Row(title="given text alone, CAST", settings=(*GIVEN, "train.method=cast", "train.behind=original")),
 }
 
 
@@ -85,7 +100,8 @@ class Bench(TrainingBench):
 
     def start(self, passes: str) -> tuple[Path, dict[str, Any]]:
         """The pruned program, saved, and its perplexity."""
-        name = "start-" + hashlib.sha256(passes.encode()).hexdigest()[:8]
+        written_out = pipeline_to_text(parse_pipeline(passes))
+        name = "start-" + hashlib.sha256(written_out.encode()).hexdigest()[:8]
         folder = self.work / name
         if not folder.is_dir():
             self.pruned(passes).save(folder)
@@ -100,8 +116,10 @@ class Bench(TrainingBench):
         changes = [*row.settings, *self.args.set]
         if self.args.max_tokens is not None:
             changes.append(f"train.max_tokens={self.args.max_tokens}")
-        folder, before = self.start(row.passes)
-        trained, about = self.trained(name, self.loaded(folder), "smollm2-cpu", changes)
+        passes = row.passes or recipe_passes()
+        _, before = self.start(row.one_shot or passes)
+        folder, start = self.start(passes)
+        trained, about = self.trained(name, self.loaded(folder), RECIPE, changes)
         for weight, state in trained.sparse.items():
             assert state.mask is not None
             matrix = next(site for site in trained.sites() if site.weight == weight).to_matrix(trained.tensor(state.mask))
@@ -109,7 +127,25 @@ class Bench(TrainingBench):
                 raise RuntimeError(f"{weight} is not {state.pattern}")
         after = self.perplexity(trained)
         shutil.rmtree(self.run_folder(name))
-        return {"name": name, "title": row.title, "passes": row.passes, "before": before, "after": after} | about
+        found = {"name": name, "title": row.title, "passes": passes, "before": before, "start": start, "after": after}
+        return found | {"reconstruct_tokens": reconstruct_tokens(passes)} | about
+
+
+def recipe_passes() -> str:
+    """What the recipe applies before AST."""
+    prune = read_recipe(RECIPE).prune
+    assert prune is not None
+    return str(prune.passes)
+
+
+def reconstruct_tokens(passes: str) -> int:
+    """Tokens that `reconstruct` trains on, counted as often as it takes them.
+
+    >>> reconstruct_tokens("nm_sparsify,reconstruct{steps=10,batch_size=2}")
+    10240
+    """
+    found = [one for one in parse_pipeline(passes) if isinstance(one, Reconstruct)]
+    return sum(one.steps * one.batch_size * CALIBRATION_CONTEXT for one in found)
 
 
 def gap(perplexity: float, dense: float) -> float:
@@ -122,11 +158,12 @@ def figures(row: Mapping[str, Any], dense: float) -> dict[str, float]:
     before, after = row["before"]["perplexity"], row["after"]["perplexity"]
     return {
         "one_shot": before,
+        "start": row["start"]["perplexity"],
         "retrained": after,
         "times_dense": after / dense,
         "closed": 1 - gap(after, dense) / gap(before, dense),
         "moved": row["run"]["flips_since_first"],
-        "tokens": row["run"]["num_tokens"],
+        "tokens": row["run"]["num_tokens"] + row["reconstruct_tokens"],
         "hours": row["run"]["seconds"] / 3600,
     }
 
@@ -139,19 +176,20 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         *heading(report),
         "",
-        "| | one-shot | retrained | times dense | gap closed | entries moved | tokens | commit |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        "| | one-shot | AST starts at | retrained | times dense | gap closed | entries moved | tokens | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in report["rows"]:
         found = figures(row, dense)
         lines.append(
-            f"| {row['title']} | {found['one_shot']:.2f} | {found['retrained']:.2f} | {found['times_dense']:.2f} "
-            f"| {found['closed']:.1%} | {found['moved']:.2%} | {found['tokens']:,} | {row['commit']} |"
+            f"| {row['title']} | {found['one_shot']:.2f} | {found['start']:.2f} | {found['retrained']:.2f} "
+            f"| {found['times_dense']:.2f} | {found['closed']:.1%} | {found['moved']:.2%} | {found['tokens']:,} "
+            f"| {row['commit']} |"
         )
     lines += [
         "",
-        "Gap closed: share of the one-shot start's log-perplexity above dense that is gone. Entries moved: of the mask, at "
-        "the end, against the first one. Every mask was checked to be 2:4.",
+        "Gap closed: share of the one-shot log-perplexity above dense that is gone. Entries moved: of the mask, at the end, "
+        "against the first one. Tokens: of all training, `reconstruct` included. Every mask was checked to be 2:4.",
     ]
     if report["pictures"]:
         lines += ["", "The first row's curves:", "", *(f"![{name}]({name})" for name in report["pictures"])]
@@ -162,7 +200,7 @@ def main() -> None:
     """Run what is asked for and not there yet, and write the table of all that is there."""
     parser = training_options(__doc__, ".retrain_accuracy")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--max-tokens", type=int, help="instead of the recipe's")
+    parser.add_argument("--max-tokens", type=int, help="for AST, instead of the row's")
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-4", help="another setting, for every row")
     args = parser.parse_args()
     bench = Bench(args)
