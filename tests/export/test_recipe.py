@@ -20,6 +20,7 @@ from sparsepass.export.report import read_report
 from sparsepass.export.retraining import retrain_program
 from sparsepass.export.settings import example_text, override, parse_settings, read_recipe_text, recipe_names
 from sparsepass.graph import SparsepassError
+from sparsepass.passes import Reconstruct, parse_pipeline
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import DataConfig
 from sparsepass.retrain.sample import SampleConfig
@@ -77,7 +78,7 @@ def test_each_recipe_trains_a_tiny_model(name: str, place: Path, tmp_path: Path)
     recipe = read_recipe(name)
     assert recipe.prune is not None
     assert recipe.retrain is not None
-    calibration = Calibration(data=str(place / "words.txt") if recipe.prune.calibration else None, num_sequences=2, context=16)
+    calibration = Calibration(data=str(place / "words.txt") if recipe.prune.calibration else None, num_sequences=4, context=16)
     prepared = prepare(place / "tiny", passes=recipe.prune.passes, calibration=calibration, dtype=recipe.dtype, validate=False)
     write_program(prepared, tmp_path / "pruned")
     data = dataclasses.replace(recipe.retrain.data, source=str(place / "words.txt"), validation=4, context=16)
@@ -92,6 +93,15 @@ def test_each_recipe_trains_a_tiny_model(name: str, place: Path, tmp_path: Path)
         k: list(v) if isinstance(v, tuple) else v for k, v in kept.items() if k not in SMALL
     }
     assert read_report(tmp_path / "out") == report
+
+
+def test_the_cpu_recipe_counts_what_reconstruct_trains_on() -> None:
+    recipe = read_recipe("smollm2-cpu")
+    assert recipe.prune is not None
+    assert recipe.prune.context is not None
+    assert recipe.retrain is not None
+    (before,) = [one for one in parse_pipeline(recipe.prune.passes) if isinstance(one, Reconstruct)]
+    assert before.steps * before.batch_size * recipe.prune.context + (recipe.retrain.train.max_tokens or 0) == 400_000
 
 
 @pytest.mark.parametrize(
