@@ -152,7 +152,8 @@ class NMSparsify(Pass):
             what = "input channels of a group" if site.layout in ("conv1d", "conv2d") else "in_features"
             return f"{what} {site.in_features} is not a multiple of {m}"
         if site.groups > 1 and self.criterion is not None and self.needs != "nothing":
-            return f"a convolution in {site.groups} groups: {self.criterion} has no statistics for each group; use magnitude"
+            what = "refine" if self._criterion.needs == "nothing" else self.criterion
+            return f"a convolution in {site.groups} groups: {what} has no statistics for each group; use magnitude, not refined"
         return None
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:

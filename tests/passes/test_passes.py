@@ -270,6 +270,22 @@ def test_odd_features_are_skipped_with_a_reason_and_refused_when_named() -> None
         apply_passes(_odd(), [NMSparsify(targets=("0",))], example_inputs=torch.randn(2, 30))
 
 
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        ("nm_sparsify{criterion=magnitude}", ""),
+        ("nm_sparsify{criterion=magnitude,refine=2}", "in 2 groups: refine has no statistics"),
+        ("nm_sparsify{criterion=wanda}", "in 2 groups: wanda has no statistics"),
+    ],
+)
+def test_a_convolution_in_groups_takes_plain_magnitude(passes: str, told: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    images = torch.randn(4, 8, 4, 4)
+    report = apply_passes(model, passes, calibration=[(images,)], example_inputs=images).report()
+    assert told in report.skipped().get("0", "")
+    assert ("0" in report.skipped()) == bool(told)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_bad_weights_name_the_layer(bad: float) -> None:
     model = _odd()
