@@ -72,6 +72,16 @@ def retrain_command(
         Path | None,
         typer.Option("--run-folder", help="Folder for checkpoints and metrics.jsonl; by default OUT.run.", show_default=False),
     ] = None,
+    from_checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-checkpoint",
+            metavar="FOLDER",
+            help="Start from the weights and masks of an earlier run of PROGRAM, with other settings: its run folder, or a "
+            "checkpoint in it.",
+            show_default=False,
+        ),
+    ] = None,
     teacher_cache: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +122,7 @@ def retrain_command(
             out,
             run_folder=run_folder,
             resume=resume.value,
+            from_checkpoint=from_checkpoint,
             evaluation=None if eval_text is None else Evaluation(text=eval_text, context=eval_context, max_tokens=max_tokens),
             force=force,
             trust_remote_code=trust_remote_code,

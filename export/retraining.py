@@ -20,7 +20,7 @@ from sparsepass.export.prepare import Evaluation, Tell, silent, stage_name
 from sparsepass.export.recipe import RetrainSection
 from sparsepass.export.report import OF_FILES, find_report, measurement, new_report, plain_json, run_record, write_report
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.files import check_free, replaced_folder
+from sparsepass.graph.files import check_free, replaced_folder, write_text
 from sparsepass.graph.program import PROGRAM_FILE
 from sparsepass.retrain.checkpoint import Checkpoints
 from sparsepass.retrain.config import RetrainConfig
@@ -29,6 +29,7 @@ from sparsepass.retrain.loop import CHECKPOINTS, METRICS, retrain
 from sparsepass.retrain.metrics import read_metrics
 from sparsepass.retrain.offline import offline_teacher
 from sparsepass.retrain.processes import is_first_process, leave_processes
+from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.sample import SAMPLED, sample_to_file
 from sparsepass.retrain.teacher import Teacher
 
@@ -70,6 +71,7 @@ def retrain_program(
     *,
     run_folder: str | Path | None = None,
     resume: Literal["auto", "never"] = "auto",
+    from_checkpoint: str | Path | None = None,
     evaluation: Evaluation | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -88,6 +90,8 @@ def retrain_program(
         run_folder: Where checkpoints and ``metrics.jsonl`` go; by default beside ``out``, as ``out.run``. It stays, so that an
             interrupted run goes on from there.
         resume: See `retrain`.
+        from_checkpoint: Run folder, or a checkpoint in it, of an earlier run of this program, whose weights and masks the
+            training starts from instead; its settings may differ.
         evaluation: If given, perplexity is measured of the teacher, before and after.
         force: Whether a folder that stands at ``out`` is replaced.
         trust_remote_code: See `load_model`.
@@ -111,6 +115,14 @@ def retrain_program(
     loaded = load_model(source)
     document = find_report(source) or new_report()
     program = _program(loaded, source)
+    if from_checkpoint is not None:
+        if Path(from_checkpoint).resolve().is_relative_to(place.resolve()):
+            raise SparsepassError(
+                f"{from_checkpoint} lies in the run folder of this run, which would go on with its own settings; choose "
+                "another output or run folder"
+            )
+        program, note = program_of_checkpoint(program, from_checkpoint, inplace=True)
+        tell(note)
     source_of_teacher = _source_of_teacher(section, document)
     before = stage_name(program)
     teacher_name = source_of_teacher.name if source_of_teacher else None
@@ -393,9 +405,7 @@ def _check_origin(run_folder: Path, source: Path, teacher: str | None) -> None:
             )
         return
     run_folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(found) + "\n")
 
 
 def _data(section: RetrainSection, loaded: LoadedModel, program: Program) -> TrainingData:

@@ -35,14 +35,39 @@ def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         staging.chmod(0o777 & ~_umask())
         _swap(staging, target)
     except Exception as error:
-        if _says_disk_is_full(error):
-            raise SparsepassError(
-                f"the disk is full: {target} was not written, and what stood there is untouched; free some space or "
-                "choose another output folder"
-            ) from error
+        _tell_if_no_room(error, target)
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """Give a path to write to, and move what is there to ``path`` when the block ends without an error.
+
+    Yields:
+        A path beside ``path``; what is there is removed if the block raises.
+
+    Raises:
+        SparsepassError: If the disk is full.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replaced_file(Path(folder, "a.txt")) as beside:
+        ...         _ = beside.write_text("new")
+        ...     Path(folder, "a.txt").read_text()
+        'new'
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.partial")
+    try:
+        yield beside
+        os.replace(beside, target)
+    except Exception as error:
+        _tell_if_no_room(error, target)
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -54,13 +79,8 @@ def write_text(path: str | Path, text: str) -> None:
         ...     Path(folder, "a.txt").read_text()
         'new'
     """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.partial")
-    try:
+    with replaced_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def check_free(out: str | Path, *, force: bool = False) -> None:
@@ -99,10 +119,22 @@ def _swap(staging: Path, target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _says_disk_is_full(error: Exception) -> bool:
-    """Native writers (safetensors, protobuf) raise errors of their own that only quote the system's words."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
+def _tell_if_no_room(error: Exception, target: Path) -> None:
+    """Raise a message of ours where the disk is full; nothing if the error is another one.
+
+    Native writers (safetensors, protobuf) raise errors of their own that only quote the system's words.
+    """
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk is full",
+        errno.EFBIG: "a file may not grow so large here (ulimit -f, or the file system)",
+    }
+    for code, reason in reasons.items():
+        if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+            raise SparsepassError(
+                f"{reason}: {target} was not written, and what stood there is untouched; free some space or "
+                "choose another place"
+            ) from error
 
 
 def _umask() -> int:

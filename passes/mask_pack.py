@@ -13,13 +13,11 @@ Rules:
 Shape suffixes: O rows, I in, G groups, M entries of one group, W words.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.files import replaced_file
 from sparsepass.passes.pattern import NMPattern
 
 FORMAT: Final = "sparsepass-masks"
@@ -113,19 +112,15 @@ class MaskPack:
             },
         }
         target = Path(path)
-        beside = target.with_name(f".{target.name}.partial")
+        words = {name: known.words.contiguous() for name, known in self.masks.items()}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            words = {name: known.words.contiguous() for name, known in self.masks.items()}
-            safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
-            os.replace(beside, target)
+            with replaced_file(target) as beside:
+                safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
         except (OSError, safetensors.SafetensorError) as error:
             raise SparsepassError(
                 f"the mask pack {target} cannot be written ({error}); what stood there is untouched"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink()
 
     @staticmethod
     def load(path: str | Path) -> "MaskPack":

@@ -9,8 +9,7 @@ Tensor shape legend: B batch, T tokens, N rows, X flattened positions, V vocabul
 
 import bisect
 import json
-import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.files import write_text
 from sparsepass.retrain.divergence import TopKDistribution, log_probabilities
 from sparsepass.retrain.teacher import Teacher, TeacherTargets
 
@@ -82,7 +82,7 @@ class CacheManifest:
     def write(self, folder: Path) -> None:
         """Write it beside its place and move it over."""
         text = json.dumps(asdict(self), indent=1) + "\n"
-        replace_file(folder / MANIFEST_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / MANIFEST_FILE, text)
 
 
 @final
@@ -234,10 +234,3 @@ def sequence_hash(ids_T: Tensor) -> int:
     """
     data = ids_T.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it over."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)

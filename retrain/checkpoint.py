@@ -214,7 +214,7 @@ class Checkpoints:
             if unlike := differences(wanted, {key: state.get(key) for key in wanted}):
                 raise SparsepassError(
                     f"{found.path} is a checkpoint of another run: {'; '.join(unlike)}; resume with the same settings, or "
-                    "start anew in another folder"
+                    "start anew in another folder (--from-checkpoint takes its weights there)"
                 )
             parts = [json.loads(_part(found.path, rank).read_text(encoding="utf-8")) for rank in range(found.num_processes)]
             table = [row for part in parts for row in part["pieces"]]

@@ -18,6 +18,7 @@ _BY_METHOD: dict[str, dict[str, Any]] = {
     "min_lr": {"maskllm": 5e-5, "": 2e-5},
     "weight_decay": {"maskllm": 0.1, "": 0.0},
     "behind": {"ast": "zeros", "": "original"},
+    "decay": {"cast": 4e-7, "": 1e-4},
 }
 """Defaults that depend on the method; the last one is that of all others."""
 
@@ -42,7 +43,7 @@ class RetrainConfig:
         max_tokens: Tokens to train on at most, over all processes; the run is as many whole steps as fit in.
         batch_size: Sequences per optimizer step, over all processes.
         micro_batch_size: Sequences that a process runs at once; the rest is accumulated. None: all of its share.
-        optimizer: ``adamw`` or ``sgd``, each in AST's form. CAST brings its own.
+        optimizer: ``adamw`` or ``sgd``, each in AST's form. CAST brings its own, a form of AdamW.
         lr: Peak learning rate. None: 2e-4; 5e-4 for maskllm.
         min_lr: Where its descent ends, before the line to zero. None: 2e-5; 5e-5 for maskllm.
         lr_shape: ``cosine``, ``linear`` or ``constant``, between warm-up and the line to zero.
@@ -53,7 +54,7 @@ class RetrainConfig:
         momentum: SGD's.
         weight_decay: Decoupled decay of matrices (tensors of two or more dimensions). None: 0; 0.1 for maskllm.
         clip_grad_norm: Gradients are scaled to at most this norm; None for no limit.
-        decay: Largest decay of masked weights (lambda); CAST's size of the L1 term.
+        decay: Largest decay of masked weights (lambda); CAST's size of the L1 term. None: 1e-4; 4e-7 for cast.
         decay_warmup: Steps (1 or more) or fraction of the run (below 1) over which the decay grows (T0).
         mask_interval: Optimizer steps between two refreshes of the masks; maskllm refreshes them before a validation too, and
             only looks at them.
@@ -77,7 +78,8 @@ class RetrainConfig:
         compile: Whether blocks run through torch.compile.
         seed: Of the random states at the start.
         validate_every: Steps between validations; None: ten in a run.
-        checkpoint_every: Steps between checkpoints; None: at every validation.
+        checkpoint_every: Steps between checkpoints; None: at every validation. A validation that is the best so far is saved
+            in any case.
         keep_checkpoints: Newest checkpoints kept; the best one is kept besides. 0 writes none: the run cannot be resumed, and
             its last weights are the result.
         log_every: Steps between two lines of metrics.jsonl.
@@ -100,7 +102,7 @@ class RetrainConfig:
     momentum: float = 0.0
     weight_decay: float = _by_method()
     clip_grad_norm: float | None = 1.0
-    decay: float = 1e-4
+    decay: float = _by_method()
     decay_warmup: float = 0.25
     mask_interval: int = 10
     freeze_masks_after: float = 1.0
@@ -161,6 +163,10 @@ class RetrainConfig:
             ends = getattr(self, name)
             if len(ends) != 2 or not all(0 < end < float("inf") for end in ends):
                 raise SparsepassError(f"{name} expects two numbers above 0, at the first and the last step, got {ends}")
+        if self.trackers:
+            _check_trackers(self.trackers)
+        if self.method == "cast" and self.optimizer != "adamw":
+            raise SparsepassError("method cast has an optimizer of its own, a form of AdamW (AdamS): leave out optimizer")
         if self.method == "maskllm" and (self.behind != "original" or self.freeze_masks_after != 1):
             raise SparsepassError(
                 "method maskllm chooses among all weights as they are, to the end: leave out behind and freeze_masks_after"
@@ -189,6 +195,20 @@ class RetrainConfig:
             )
         return min(fitting, self.max_steps or fitting)
 
+    def notes(self, num_steps: int) -> list[str]:
+        """What the user should know of a run of so many steps: a warm-up that does not end within it.
+
+        >>> RetrainConfig(max_steps=6, warmup=2000).notes(6)[0][:64]
+        'the warm-up of 2000 steps leaves no room in a run of 6: the lear'
+        """
+        rise, end = steps_of(self.warmup, num_steps), round(self.final_linear * num_steps)
+        if rise + end <= max(num_steps, 1) or rise <= 1:
+            return []
+        return [
+            f"the warm-up of {rise} steps leaves no room in a run of {num_steps}: the learning rate does not come down as it "
+            "should; give warmup as a fraction of the run, such as 0.05"
+        ]
+
     @staticmethod
     def from_mapping(settings: Mapping[str, Any], *, where: str = "the training settings") -> "RetrainConfig":
         """Make a configuration from plain values, as a recipe file has them.
@@ -204,6 +224,21 @@ class RetrainConfig:
         0.001
         """
         return read_settings(RetrainConfig, settings, where=where)
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Accelerate fails late at a name that it does not know, and passes over a tracker that is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    there = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise SparsepassError(f"trackers: accelerate knows no {name!r}; {hint}")
+        if name not in there:
+            raise SparsepassError(f"trackers: {name} is not installed; install it, or leave it out")
 
 
 def steps_of(length: float, num_steps: int) -> int:

@@ -135,14 +135,24 @@ class TrainingData:
         padded = not self.train.shape.packing or (self.validation is not None and self.validation.attention_mask is not None)
         return None if padded else self.train.shape.context
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the training: rows that have no text."""
+        found = []
+        for what, facts in ((_TRAINING, self._train_facts), (_BESIDE, self._train_facts.get("mixed_in"))):
+            rows = facts.get("rows") if isinstance(facts, Mapping) else None
+            if isinstance(rows, Mapping) and rows["num_empty"]:
+                found.append(f"{what}: {rows['num_empty']} of {rows['num_read']} rows hold no text or tokens, and are left out")
+        return found
+
     def describe(self) -> dict[str, object]:
         """Return what was used, for the report.
 
         Returns:
             JSON-ready facts of ``train`` and ``validation`` (None without any): source and kind, how it was made into
             sequences, how many there are (None for a stream not yet read to its end), how many sequences and tokens have
-            been taken, and how many epochs that is. If rows are kept apart, ``rows`` tells how many were read, cut to the
-            context, and left out as empty.
+            been taken, and how many epochs that is. Where it has rows, ``rows`` tells how many were read, left out as empty
+            and, if they are kept apart, cut to the context.
         """
         train = self.train
         length = train.num_sequences

@@ -10,7 +10,7 @@ import numpy as np
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.retrain.data_sequences import Shape
 from sparsepass.retrain.data_sources import Source, piece_rows
-from sparsepass.retrain.data_stream import Encode, Place, TokenStream
+from sparsepass.retrain.data_stream import Encode, Place, TokenStream, readable
 from sparsepass.retrain.data_tokens import (
     IDS,
     LABELS,
@@ -63,7 +63,7 @@ class Prepared:
     def open_stream(self, place: Place) -> TokenStream:
         """Read the stream from a place on."""
         assert self.encode is not None
-        return TokenStream(self.stream, self.encode, place)
+        return TokenStream(self.stream, self.encode, place, self.source.name)
 
     @property
     def num_sequences(self) -> int:
@@ -184,10 +184,10 @@ def _table(source: Source, settings: _Settings) -> Prepared:
     if prepared.num_sequences == 0:
         raise _too_short(len(table), settings, shape)
     prepared.facts.update(num_sequences_in_source=prepared.num_sequences, num_tokens_in_source=len(table))
-    if not settings.packing:
-        num_read = len(table.lengths) + table.num_empty
-        num_truncated = int((table.lengths > settings.context).sum())
-        prepared.facts["rows"] = {"num_read": num_read, "num_truncated": num_truncated, "num_empty": table.num_empty}
+    if not source.texts and not isinstance(source.data, np.ndarray):
+        counts = {"num_read": len(table.lengths) + table.num_empty, "num_empty": table.num_empty}
+        cut = {} if settings.packing else {"num_truncated": int((table.lengths > settings.context).sum())}
+        prepared.facts["rows"] = counts | cut
     return prepared
 
 
@@ -236,7 +236,7 @@ def _tokenized(data: Any, encoder: Encoder, settings: _Settings, columns: Sequen
 
 
 def _stream(source: Source, data: Any, settings: _Settings) -> Prepared:
-    first = next(iter(copy.copy(data)), None)
+    first = next(readable(copy.copy(data), settings.what), None)
     if first is None:
         raise SparsepassError(f"{settings.what} is empty: it has no rows")
     if source.texts and not settings.packing:
@@ -250,8 +250,8 @@ def _stream(source: Source, data: Any, settings: _Settings) -> Prepared:
     shape = _shape(settings, encoder)
 
     # Counted as they are read, and again if they are read again.
-    counts = {"num_read": 0, "num_truncated": 0, "num_empty": 0}
-    if not settings.packing:
+    counts = {"num_read": 0, "num_empty": 0} | ({} if settings.packing else {"num_truncated": 0})
+    if not source.texts:
         facts["rows"] = counts
 
     def encode(rows: Sequence[Mapping[str, Any]]) -> Part:
@@ -262,11 +262,12 @@ def _stream(source: Source, data: Any, settings: _Settings) -> Prepared:
             part = _text_part(rows, encoder, settings, column, pieces=bool(source.texts))
         check_part(part, vocab_size=settings.vocab_size, what=settings.what)
         counts["num_read"] += len(part.lengths)
-        counts["num_truncated"] += int((part.lengths > settings.context).sum())
+        if not settings.packing:
+            counts["num_truncated"] += int((part.lengths > settings.context).sum())
         counts["num_empty"] += int((part.lengths == 0).sum())
         return without_padding(part) if settings.packing else padded(part, settings.context, shape.pad_id)
 
-    sequence = TokenStream(data, encode, Place()).read(shape.num_body)
+    sequence = TokenStream(data, encode, Place(), settings.what).read(shape.num_body)
     if len(sequence[IDS]) < shape.num_body:
         raise _too_short(len(sequence[IDS]), settings, shape)
     return Prepared(

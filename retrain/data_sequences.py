@@ -212,7 +212,7 @@ class Sequences(ABC):
             facts = "; ".join(f"{name} was {saved.get(name)!r} and is {self._settings.get(name)!r}" for name in changed)
             raise SparsepassError(
                 f"{self._what} is not what the checkpoint was made with, so its place cannot be found again: {facts}. "
-                "Give the same data and settings, or start a new run from the checkpoint's weights"
+                "Give the same data and settings, or start a new run from the checkpoint's weights (--from-checkpoint)"
             )
         self._go_to(state["place"])
         self._position, self._num_tokens = int(state["position"]), int(state["num_tokens"])

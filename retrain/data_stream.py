@@ -7,13 +7,14 @@ place in the source where its block begins (data sets know their place) and a nu
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
 import numpy as np
 
 from sparsepass.graph.errors import SparsepassError
+from sparsepass.passes.sources import first_line
 from sparsepass.retrain.data_order import permutation
 from sparsepass.retrain.data_sequences import Sequences, Shape
 from sparsepass.retrain.data_tokens import IDS, MASK, Columns, Part, hash_columns
@@ -40,6 +41,35 @@ class Place:
     passed: int = 0
 
 
+def readable(rows: Iterable[Mapping[str, Any]], what: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set that is read as it goes, with an error of ours where it cannot be read on.
+
+    Args:
+        rows: A ``datasets.IterableDataset``.
+        what: For messages.
+
+    Raises:
+        SparsepassError: If a file is cut off or damaged, or the network fails.
+
+    Example:
+        >>> list(readable([{"text": "a"}], "training data"))
+        [{'text': 'a'}]
+    """
+    import datasets
+
+    place = 0
+    try:
+        for place, row in enumerate(rows, start=1):  # noqa: B007
+            yield row
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, SparsepassError):
+            raise
+        cause = error.__cause__ or error
+        raise SparsepassError(
+            f"{what} could not be read on after {place} rows: {type(cause).__name__}: {first_line(cause)}; is a file cut off?"
+        ) from error
+
+
 @final
 class TokenStream:
     """The tokens of a data set's rows, in order, from a place on.
@@ -48,13 +78,14 @@ class TokenStream:
         data: A ``datasets.IterableDataset``.
         encode: Turns rows into tokens.
         place: Where to begin.
+        what: For messages.
     """
 
-    def __init__(self, data: Any, encode: Encode, place: Place) -> None:
+    def __init__(self, data: Any, encode: Encode, place: Place, what: str = "the data") -> None:
         # A copy: where it stands is the user's own affair.
         self._data = copy.copy(data)
         self._data.load_state_dict(place.source)
-        self._rows: Iterator[Mapping[str, Any]] = iter(self._data)
+        self._rows: Iterator[Mapping[str, Any]] = readable(self._data, what)
         self._encode = encode
         self._before = self._after = place.source
         self._batch: Columns = {IDS: np.empty(0, np.int32)}
@@ -207,11 +238,11 @@ class StreamedSequences(Sequences):
     def _load(self) -> None:
         """Read the block, from where the stream stands, or from the block's own place."""
         if self._stream is None:
-            self._stream = TokenStream(self._data, self._encode, self._block.place)
+            self._stream = TokenStream(self._data, self._encode, self._block.place, self._what)
         loaded = self._read(self._stream)
         if self._block.check is not None and not _is_checked(loaded, self._block.check):
             # The data set's own state was not exact (a shuffled stream's is not): read up to here from the beginning.
-            self._stream = TokenStream(self._data, self._encode, Place())
+            self._stream = TokenStream(self._data, self._encode, Place(), self._what)
             self._stream.skip_to(self._block.place.passed)
             loaded = self._read(self._stream)
             if not _is_checked(loaded, self._block.check):

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from sparsepass.graph import SparsepassError
 from sparsepass.retrain.config import RetrainConfig
 
+GO_ON = "and start anew in another folder, from an earlier checkpoint if one is good (--from-checkpoint)"
+"""What to do with other settings, which an interrupted run does not take."""
+
 
 class NonFiniteLossError(SparsepassError):
     """The loss or a gradient became NaN or infinite; the message says at which step, in which layer, and what to change."""
@@ -43,7 +46,7 @@ class NonFiniteLossError(SparsepassError):
         what = f"the loss is {loss:.4g}" if not math.isfinite(loss) else f"the norm of the gradients is {grad_norm:.4g}"
         return cls(
             f"step {step}: {what}, {place}. The step was not taken, and earlier checkpoints are intact. Lower lr (it is "
-            f"{config.lr:g}) or make warmup longer{clip}; at the first step, check the model and the data, "
+            f"{config.lr:g}) or make warmup longer{clip}, {GO_ON}; at the first step, check the model and the data, "
             "and try dtype: float32"
         )
 

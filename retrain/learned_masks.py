@@ -4,7 +4,6 @@ Everything here works on what a process holds of the logits and weights: of shar
 """
 
 import contextlib
-import hashlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -149,17 +148,6 @@ def check_method(program: Program, method: str) -> None:
         raise SparsepassError(
             f"{branches[0]} has a SLoRB branch, and method: maskllm trains nothing but masks; add slorb when they are learned"
         )
-
-
-def frozen_digest(program: Program) -> str:
-    """SHA-256 over all parameters but the logits: what a checkpoint of learned masks does not hold."""
-    logits = {state.learned.logits for state in program.sparse.values() if state.learned is not None}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(program.graph_module.named_parameters()):
-        if name not in logits:
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -24,8 +24,7 @@ from sparsepass.retrain.checkpoint import Checkpoints
 from sparsepass.retrain.config import RetrainConfig, steps_of
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.data_sequences import Batch
-from sparsepass.retrain.diagnose import NonFiniteLossError, first_not_finite
-from sparsepass.retrain.learned_masks import frozen_digest
+from sparsepass.retrain.diagnose import GO_ON, NonFiniteLossError, first_not_finite
 from sparsepass.retrain.metrics import MetricsFile
 from sparsepass.retrain.objective import IGNORED, Distillation, next_token_targets
 from sparsepass.retrain.online import OnlineParts, online_teacher
@@ -34,7 +33,7 @@ from sparsepass.retrain.progress import ProgressLine, memory_bytes
 from sparsepass.retrain.random_states import random_states, set_random_states
 from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
 from sparsepass.retrain.signals import StopSignals
-from sparsepass.retrain.teacher import Teacher
+from sparsepass.retrain.teacher import Teacher, fingerprint
 from sparsepass.retrain.trackers import tracking
 from sparsepass.retrain.trainee import Trainee, make_trainee
 
@@ -72,7 +71,7 @@ def retrain(
         run_folder: Where checkpoints and ``metrics.jsonl`` go; None keeps nothing, so that only the last weights can be
             returned.
         resume: ``auto`` goes on from the newest checkpoint of the folder, if it has one; ``never`` refuses a folder that has.
-        inplace: Whether the program itself is trained.
+        inplace: Whether the program itself is trained. One that was interrupted is half trained: to go on, load it anew.
         progress: Whether a line shows loss, KL, flip rate, speed, memory and the time left.
 
     Returns:
@@ -96,15 +95,16 @@ def retrain(
     plan = _plan(config, accelerator.num_processes, num_steps)
     program = program if inplace else copy.deepcopy(program)
     torch.manual_seed(config.seed)
-    fingerprint = _fingerprint(program, config, num_steps)
+    this_run = _this_run(program, config, num_steps)
     trainee = make_trainee(program, config, accelerator, unpadded=data.unpadded)
     guide = online_teacher(teacher, config, accelerator, unpadded=data.unpadded)
     guide.check(trainee.student)
+    this_run["teacher"] = guide.about.get("fingerprint")
     checkpoints = _checkpoints(folder, config)
     state = _State(started=time.time())
     gc.collect()  # what capture left behind lies in cycles
     give_back_freed_memory()
-    notes = _resume(checkpoints, resume, trainee, data, state, fingerprint)
+    notes = _resume(checkpoints, resume, trainee, data, state, this_run)
     show = progress and accelerator.is_main_process
     main = accelerator.is_main_process and folder is not None
 
@@ -119,7 +119,7 @@ def retrain(
         tracking(accelerator, "retrain", asdict(config), resumed_at=state.step or None) as track,
         metrics_file() as metrics,
     ):
-        for note in notes:
+        for note in (*data.notes, *config.notes(num_steps), *notes):
             line.print(note)
 
         def write(values: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def retrain(
             if checkpoints is not None:
                 together(trainee.masks.check)
                 states, tensors = random_states()
-                saved = {**fingerprint, **state.to_json(), "data": data.train.state()}
+                saved = {**this_run, **state.to_json(), "data": data.train.state()}
                 checkpoints.save(
                     state.step,
                     trainee.tensors(),
@@ -202,7 +202,7 @@ def retrain(
             state.last_validation = None
             if due() and (last or not stopping):
                 measure()
-            if last or stopping or state.step % plan.checkpoint_every == 0:
+            if last or stopping or state.step % plan.checkpoint_every == 0 or state.is_best:
                 with line.pause("saving"):
                     save()
             if stopping and not last:
@@ -211,7 +211,9 @@ def retrain(
                     f"stopped after step {state.step} of {num_steps} by {stop.name or 'a signal to another process'}; {kept}. "
                     "Start the same command again to go on"
                 )
-        best = _best(checkpoints, trainee, state)
+        best, passed_over = _best(checkpoints, trainee, state)
+        for note in passed_over:
+            line.print(note)
         together(trainee.masks.check)
     trained = trainee.give_back()
     trained.retraining = (*trained.retraining, _record(config, data, guide, state, best, num_steps))
@@ -285,6 +287,12 @@ class _State:
 
     _SAVED = ("step", "num_tokens", "seconds", "flip_rate", "flips_since_first", "flips_by_layer", "since_first_by_layer",
               "validations", "decided", "kept_norm")  # fmt: skip
+
+    @property
+    def is_best(self) -> bool:
+        """Whether this step was validated and no earlier one was better."""
+        known = [found["nll"] for found in self.validations if found["step"] and found["nll"] is not None]
+        return self.last_validation is not None and self.last_validation < min(known[:-1], default=math.inf)
 
     def settled(self) -> dict[str, float]:
         """What is known of learned masks."""
@@ -408,8 +416,8 @@ def _bad_validation(
     where = first_not_finite(trainee.student, lambda: _forward(trainee, guide, rows, _targets(rows), 1.0, config))
     return NonFiniteLossError(
         f"after step {step} the validation loss is not finite, first in {f'the output of {where}' if where else 'later rows'}. "
-        f"Earlier checkpoints are intact. Lower lr (it is {config.lr:g}) or make warmup longer; at step 0, check the model and "
-        "the validation data, and try dtype: float32"
+        f"Earlier checkpoints are intact. Lower lr (it is {config.lr:g}) or make warmup longer, {GO_ON}; at step 0, check the "
+        "model and the validation data, and try dtype: float32"
     )
 
 
@@ -470,12 +478,17 @@ def validate(
     }
 
 
-def _fingerprint(program: Program, config: RetrainConfig, num_steps: int) -> dict[str, Any]:
+def _this_run(program: Program, config: RetrainConfig, num_steps: int) -> dict[str, Any]:
     """What tells this run from another one."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     weights = {name: list(program.tensor(name).shape) for name in program.sparse}
-    found = {"settings": settings, "num_steps": num_steps, "recipe": program.recipe, "sparse_weights": weights}
-    return found | ({"frozen_weights": frozen_digest(program)} if config.method == "maskllm" else {})
+    return {
+        "settings": settings,
+        "num_steps": num_steps,
+        "recipe": program.recipe,
+        "sparse_weights": weights,
+        "program": fingerprint(program.tensors().values()),
+    }
 
 
 def _resume(
@@ -484,14 +497,14 @@ def _resume(
     trainee: Trainee,
     data: TrainingData,
     state: _State,
-    fingerprint: Mapping[str, Any],
+    this_run: Mapping[str, Any],
 ) -> list[str]:
     """Go to where the newest checkpoint was written, if there is one; return what to tell the user."""
     if checkpoints is None or checkpoints.newest() is None:
         return []
     if resume == "never":
         raise SparsepassError("the run folder holds checkpoints of an earlier run; resume it, or give another folder")
-    found = checkpoints.restore("newest", trainee.tensors(), expected=fingerprint)
+    found = checkpoints.restore("newest", trainee.tensors(), expected=this_run)
     state.read(found.state)
     data.train.restore(found.state["data"])
     if found.local_state is not None:
@@ -512,30 +525,35 @@ def _checkpoints(folder: Path | None, config: RetrainConfig) -> Checkpoints | No
     return None
 
 
-def _best(checkpoints: Checkpoints | None, trainee: Trainee, state: _State) -> int:
-    """Go back to the checkpoint with the best validation, if there is a better one than the last; return its step."""
-    if checkpoints is None:
-        return state.step
-    best = checkpoints.best()
-    if best is None or best.step == state.step:
-        return state.step
-    checkpoints.restore("best", trainee.tensors())
-    return best.step
+def _best(checkpoints: Checkpoints | None, trainee: Trainee, state: _State) -> tuple[_State, tuple[str, ...]]:
+    """Go back to the checkpoint with the best validation, if there is a better one than the last.
+
+    Returns:
+        The state that the weights belong to, and what to tell the user.
+    """
+    best = None if checkpoints is None else checkpoints.best()
+    if checkpoints is None or best is None or best.step == state.step:
+        return state, ()
+    found = checkpoints.restore("best", trainee.tensors())
+    earlier = _State(started=state.started)
+    earlier.read(found.state)
+    return earlier, found.notes
 
 
 def _record(
-    config: RetrainConfig, data: TrainingData, guide: OnlineParts, state: _State, best: int, num_steps: int
+    config: RetrainConfig, data: TrainingData, guide: OnlineParts, state: _State, best: _State, num_steps: int
 ) -> dict[str, Any]:
+    """What the program tells of its training: ``state`` is that of the end, ``best`` that of the returned weights."""
     return {
         "settings": asdict(config),
         "num_steps": num_steps,
         "num_tokens": state.num_tokens,
         "seconds": state.seconds,
-        "step_of_weights": best,
+        "step_of_weights": best.step,
         "teacher": guide.about,
         "data": data.describe(),
         "validations": state.validations,
-        "flips_since_first": state.flips_since_first,
-        "flips_since_first_by_layer": state.since_first_by_layer,
-        **state.settled(),
+        "flips_since_first": best.flips_since_first,
+        "flips_since_first_by_layer": best.since_first_by_layer,
+        **best.settled(),
     }

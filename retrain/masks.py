@@ -30,6 +30,7 @@ class MaskedSite:
         weight: The dense weight, trained as a whole.
         mask: True where it is kept; shaped and sharded like the weight.
         logits: Of each group's candidate masks, where the mask is learned; sharded by rows, as the weight is.
+        moves: Whether a refresh makes a new mask.
     """
 
     site: Site
@@ -37,6 +38,7 @@ class MaskedSite:
     weight: Tensor
     mask: Tensor
     logits: Tensor | None = None
+    moves: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,8 @@ class MovingMasks:
 
 def _refresh(known: MaskedSite, first: Tensor) -> dict[str, int]:
     weight, mask = local(known.weight), local(known.mask)
+    if not known.moves:
+        return {"since_last": 0, "since_first": 0, "num_entries": mask.numel()}
     before = pack(mask)
     if known.logits is not None:
         kept = hard_mask(local(known.logits), known.pattern.n, known.pattern.m)

@@ -104,10 +104,10 @@ def online_teacher(
     if config.dtype == "bfloat16":
         _store_low(teacher, parts)
     states = States(parts.blocks) if config.hidden_weight else None
+    online = OnlineTeacher(parts.body, parts.head)
+    about = {"kind": "model", "class": teacher.origin.model_class, "dtype": config.dtype, "fingerprint": online.fingerprint()}
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         parallel.shard(parts.body, parts.blocks, {}, accelerator.device, whole=True)
-    online = OnlineTeacher(parts.body, parts.head)
-    about = {"kind": "model", "class": teacher.origin.model_class, "dtype": config.dtype}
     return OnlineParts(teacher=online, states=states, about=about, parts=parts)
 
 

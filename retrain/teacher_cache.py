@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.files import replaced_file
 from sparsepass.graph.progress import item_progress, shows_progress
-from sparsepass.retrain.cached_teacher import MANIFEST_FILE, CacheManifest, Shards, replace_file, sequence_hash
+from sparsepass.retrain.cached_teacher import MANIFEST_FILE, CacheManifest, Shards, sequence_hash
 from sparsepass.retrain.divergence import log_probabilities
 from sparsepass.retrain.teacher import OnlineTeacher
 
@@ -219,7 +220,8 @@ class _Writer:
         batch, self._waiting = self._waiting[: self._shard_sequences], self._waiting[self._shard_sequences :]
         tensors = {name: torch.stack([found[name] for found in batch]) for name in batch[0]}
         path = self._folder / f"shard-{len(self._manifest.shards):05d}.safetensors"
-        replace_file(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+        with replaced_file(path) as beside:
+            safetensors.torch.save_file(tensors, beside)
         for value in tensors["hash"].tolist():
             self._hash.update(_bytes(value))
         self._manifest = replace(

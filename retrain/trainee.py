@@ -154,7 +154,8 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
             learning[name] = LearnedSite(
                 site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits, control=control
             )
-        moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits)
+        moves = logits is not None or slots[name].requires_grad  # a weight that is not trained keeps the mask it came with
+        moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits, moves=moves)
     masks = {known.weight: known.mask for known in moving.values() if known.weight.requires_grad}
     optimizer = _optimizer(config, trained, masks)
     optimizer.initialize()

@@ -6,7 +6,7 @@ import pytest
 import safetensors
 
 from sparsepass.graph.errors import SparsepassError
-from sparsepass.graph.files import check_free, replaced_folder
+from sparsepass.graph.files import check_free, replaced_file, replaced_folder
 
 
 @pytest.fixture
@@ -88,6 +88,24 @@ def test_a_full_disk_is_said_and_the_old_content_stays(old: Path, error: Excepti
         write_half(old, error)
     assert names(old) == ["old.txt"]
     assert names(old.parent) == ["out"]
+
+
+def too_large(path: Path) -> None:
+    with replaced_file(path) as beside:
+        beside.write_text("half")
+        raise OSError(errno.EFBIG, "File too large")
+
+
+def test_one_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(SparsepassError, match=r"may not grow so large.*untouched"):
+        too_large(path)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+    with replaced_file(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new"
 
 
 def test_the_old_content_comes_back_if_the_last_move_fails(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

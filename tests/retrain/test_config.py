@@ -42,6 +42,8 @@ from sparsepass.retrain.config import RetrainConfig, steps_of
         ({"mask_norm": -1.0}, "mask_norm expects a number of at least 0, got -1.0"),
         ({"method": "maskllm", "behind": "zeros"}, "maskllm chooses among all weights as they are, .* leave out behind"),
         ({"method": "maskllm", "freeze_masks_after": 0.5}, "leave out behind and freeze_masks_after"),
+        ({"method": "cast", "optimizer": "sgd"}, "cast has an optimizer of its own"),
+        ({"trackers": ("tensorbord",)}, "accelerate knows no 'tensorbord'; did you mean 'tensorboard'"),
         ({"momentum": 1.0}, "momentum expects a number from 0 to below 1, got 1.0"),
     ],
 )
@@ -59,6 +61,12 @@ def test_settings_of_a_recipe() -> None:
     )
     assert RetrainConfig.from_mapping({"max_steps": 1, "behind": 0.5}).behind == 0.5
     assert RetrainConfig.from_mapping(dataclasses.asdict(found)) == found
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(SparsepassError, match="tensorboard is not installed; install it, or leave it out"):
+        RetrainConfig(max_steps=1, trackers=("tensorboard",))
 
 
 def test_defaults_that_depend_on_the_method() -> None:

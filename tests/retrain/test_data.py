@@ -663,6 +663,25 @@ def test_bad_files(tmp_path: Path) -> None:
         open_data(DataConfig(source=str(tmp_path / "folder"), context=4), make_tokenizer())
 
 
+def test_a_streamed_file_that_is_cut_off(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": words(4, 20)}) for _ in range(8)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines)[:-9])
+    config = DataConfig(source=str(tmp_path / "cut.jsonl"), context=4, streaming=True, validation=1)
+    with pytest.raises(SparsepassError, match=r"could not be read on after \d+ rows: .*cut off"):
+        open_data(config, make_tokenizer()).train.take(40)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_without_text_are_told(tmp_path: Path, packing: bool) -> None:
+    rows = [{"text": words(4, 20)}, {"title": "no text"}, {"text": ""}, {"text": words(30, 50)}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(source=str(tmp_path / "rows.jsonl"), context=4, validation=1, packing=packing)
+    data = open_data(config, make_tokenizer())
+    assert data.notes == ["training data: 2 of 4 rows hold no text or tokens, and are left out"]
+    counts = data.describe()["train"]["rows"]  # type: ignore[index]
+    assert {name: counts[name] for name in ("num_read", "num_empty")} == {"num_read": 4, "num_empty": 2}
+
+
 def test_bad_settings() -> None:
     source = [words(4, 100)]
     for options, message in (

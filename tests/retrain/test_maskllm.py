@@ -212,7 +212,7 @@ def test_a_checkpoint_belongs_to_its_weights(tmp_path: Path) -> None:
     other = sparse(recipe=RECIPE)
     with torch.no_grad():
         other.tensor("model.norm.weight")[0] += 1
-    with pytest.raises(SparsepassError, match=r"another run: frozen_weights is .* here and .* in the checkpoint"):
+    with pytest.raises(SparsepassError, match=r"another run: program is .* here and .* in the checkpoint"):
         train(other, captured("llama"), settings(**MASKLLM), run_folder=tmp_path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.families import captured
 from tests.retrain.loop_processes import launch
 from tests.retrain.runs import data, digest, run, settings, sparse, steps, train
@@ -18,6 +19,7 @@ from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.diagnose import NonFiniteLossError
 from sparsepass.retrain.loop import CHECKPOINTS, METRICS, TrainingStoppedError
 from sparsepass.retrain.metrics import read_metrics
+from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.schedule import learning_rate
 from sparsepass.retrain.trainee import make_trainee
 
@@ -188,6 +190,50 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     run(folder=tmp_path)
     with pytest.raises(SparsepassError, match="training data is not what the checkpoint was made with"):
         train(sparse(), captured("llama"), settings(), data=data(num_sequences=40), run_folder=tmp_path)
+
+
+def test_another_teacher_or_program_is_refused(tmp_path: Path) -> None:
+    run(folder=tmp_path)
+    with torch.no_grad():
+        teacher, program = captured("llama"), sparse()
+        for model in (teacher, program):
+            model.tensor("model.norm.weight")[0] += 1
+    with pytest.raises(SparsepassError, match="another run: teacher is"):
+        train(sparse(), teacher, settings(), run_folder=tmp_path)
+    with pytest.raises(SparsepassError, match="another run: program is"):
+        train(program, captured("llama"), settings(), run_folder=tmp_path)
+
+
+def values(program: Program) -> str:
+    """Tells programs apart by their tensors' bits."""
+    return digest({name: tensor.detach() for name, tensor in program.tensors().items()})
+
+
+def test_a_checkpoint_is_a_program_for_a_run_with_other_settings(tmp_path: Path) -> None:
+    trained = run(folder=tmp_path, frozen=("*embed_tokens*",))
+    checkpoints = tmp_path / CHECKPOINTS
+    start = sparse()
+    first, last = values(start), values(trained)
+    for place in (tmp_path, checkpoints, checkpoints / "step-00000008"):
+        found, note = program_of_checkpoint(start, place)
+        assert "step-00000008" in note
+        assert values(found) == last
+    middle, _ = program_of_checkpoint(start, checkpoints / "step-00000004")
+    assert values(middle) not in (first, last)
+    assert values(start) == first
+    again = train(middle, captured("llama"), settings(lr=2e-3, max_steps=2), run_folder=tmp_path / "new")
+    assert again.retraining[0]["num_steps"] == 2
+
+
+def test_a_program_of_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(SparsepassError, match="holds no checkpoint; name a run folder"):
+        program_of_checkpoint(sparse(), tmp_path)
+    run(folder=tmp_path / "cast", method="cast")
+    with pytest.raises(SparsepassError, match=r"method cast.*start it anew"):
+        program_of_checkpoint(sparse(), tmp_path / "cast")
+    run(folder=tmp_path / "other", recipe="nm_sparsify")
+    with pytest.raises(SparsepassError, match="another run: recipe is"):
+        program_of_checkpoint(sparse(), tmp_path / "other")
 
 
 def test_a_folder_with_checkpoints_is_refused_where_a_new_run_is_wanted(tmp_path: Path) -> None:

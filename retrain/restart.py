@@ -1,0 +1,61 @@
+"""Going on otherwise: a checkpoint's weights and masks as a program, for a new run with other settings."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from sparsepass.graph import Program, SparsepassError
+from sparsepass.retrain.checkpoint import STATE_FILE, Checkpoints
+from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.loop import CHECKPOINTS
+from sparsepass.retrain.student import choose_trained, masked_sites
+
+
+def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool = False) -> tuple[Program, str]:
+    """Put the weights and masks of a run's checkpoint into the program that the run started from.
+
+    For a run that ended in a loss that is not finite, or that should go on with another learning rate: resuming takes the same
+    settings only. Moments, schedule and place in the data are left behind.
+
+    Args:
+        program: What the run was started with.
+        place: The run folder, of which the newest intact checkpoint is taken, or one checkpoint (``.../step-00000120``).
+        inplace: Whether the program itself is changed.
+
+    Returns:
+        The program as it was at that step, and a sentence on where it is from.
+
+    Raises:
+        SparsepassError: If there is no intact checkpoint, it is of another program, or it is one of CAST's, whose weights are
+            no program before their scales are folded in. The program is unchanged then.
+    """
+    folder = Path(place)
+    step = int(folder.name[5:]) if re.fullmatch(r"step-\d{8,}", folder.name) else None
+    if step is not None:
+        folder = folder.parent
+    elif (folder / CHECKPOINTS).is_dir():
+        folder = folder / CHECKPOINTS
+    checkpoints = Checkpoints(folder)
+    newest = checkpoints.newest()
+    if newest is None:
+        raise SparsepassError(f"{place} holds no checkpoint; name a run folder (OUT.run), or a folder step-... in it")
+    settings = json.loads((newest.path / STATE_FILE).read_text(encoding="utf-8"))["settings"]
+    config = RetrainConfig.from_mapping(settings, where=f"the settings of {newest.path}")
+    if config.method == "cast":
+        raise SparsepassError(
+            f"{place} is a run of method cast, whose weights are no program before their scales are folded in at its end; "
+            "start it anew"
+        )
+    found = program if inplace else copy.deepcopy(program)
+    learned = {state.learned.logits for state in found.sparse.values() if state.learned is not None}
+    names = choose_trained(copy.deepcopy(found), config.frozen, learned if config.method == "maskllm" else None)
+    into = {f"weights/{name}": found.tensor(name).detach() for name in names}
+    into |= {f"masks/{name}": found.tensor(mask) for name, (_, _, mask) in masked_sites(found).items()}
+    shapes = {name: list(found.tensor(name).shape) for name in found.sparse}
+    of_this = {"recipe": found.recipe, "sparse_weights": shapes}
+    with torch.no_grad():
+        restored = checkpoints.restore("newest" if step is None else step, into, expected=of_this, partial=True)
+    return found, "; ".join([*restored.notes, f"weights and masks are those of {restored.path}"])
