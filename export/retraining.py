@@ -122,7 +122,8 @@ def retrain_program(
                 "another output or run folder"
             )
         program, note = program_of_checkpoint(program, from_checkpoint, inplace=True)
-        tell(note)
+        lost = section.train.behind != "original"
+        tell(note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
     source_of_teacher = _source_of_teacher(section, document)
     before = stage_name(program)
     teacher_name = source_of_teacher.name if source_of_teacher else None

@@ -22,6 +22,7 @@ from sparsepass.export.retraining import ModelSource, clear_run_folder, default_
 from sparsepass.graph import Program
 from sparsepass.retrain.loop import METRICS
 from sparsepass.retrain.metrics import read_metrics
+from sparsepass.retrain.restart import program_of_checkpoint
 
 SETTINGS = """
 train:
@@ -137,6 +138,27 @@ def test_a_second_training_adds_a_second_entry(place: Path, tmp_path: Path) -> N
     assert [found["num_steps"] for found in report["retraining"]["runs"]] == [6, 2]
     assert "Training (2 of 2)" in (tmp_path / "again" / "report.md").read_text()
     assert (tmp_path / "again" / "figures" / "retraining-2-loss.svg").is_file()
+
+
+def test_a_new_run_starts_from_a_checkpoint_with_settings_of_its_own(place: Path, tmp_path: Path) -> None:
+    still = ["--set", "train.max_steps=1", "--set", "train.lr=0", "--set", "train.min_lr=0", "--set", "train.behind=original"]
+    command = ["retrain", place / "pruned", "-o", tmp_path / "out", "-c", place / "train.yaml", *still, "--from-checkpoint"]
+    earlier = default_run_folder(place / "out")
+    result = run(*command, earlier)
+    assert result.exit_code == 0, result.output
+    checkpoint = earlier / "checkpoints" / "step-00000006"
+    expected, _ = program_of_checkpoint(Program.load(place / "pruned"), checkpoint)
+    found = weights(tmp_path / "out")
+    assert all(torch.equal(tensor, expected.tensor(name)) for name, tensor in found.items())
+    assert not same(tmp_path / "out", place / "pruned")
+    refused = run(*command, tmp_path / "nothing", "--force")
+    assert refused.exit_code == 2
+    assert "holds no checkpoint; name a run folder" in refused.output
+    own = run(
+        "retrain", place / "pruned", "-o", place / "out", "-c", place / "train.yaml", "--force", "--from-checkpoint", earlier
+    )
+    assert own.exit_code == 2
+    assert "lies in the run folder of this run" in own.output
 
 
 def test_the_teacher_is_cached_once_and_then_not_loaded(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
