@@ -94,7 +94,13 @@ ROWS = {
         settings=(*GIVEN, "train.behind=original"),
     ),
     "cast": Row(
-        title="SparseGPT, CAST; given text alone",
+        title="magnitude, CAST (from dense weights, as in its paper, with AST's lambda of 1e-4); given text alone",
+        passes=MAGNITUDE,
+        settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=1e-4"),
+    ),
+    "cast-paper": Row(
+        title="magnitude, CAST (the same with its paper's lambda of 4e-7); given text alone",
+        passes=MAGNITUDE,
         settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=4e-7"),
     ),
 }
