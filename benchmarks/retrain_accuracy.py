@@ -93,13 +93,17 @@ ROWS = {
         passes=MAGNITUDE,
         settings=(*GIVEN, "train.behind=original"),
     ),
+    "cast-sparsegpt": Row(
+        title="SparseGPT, CAST (lambda 1e-4); given text alone",
+        settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=1e-4"),
+    ),
     "cast": Row(
-        title="magnitude, CAST (from dense weights, as in its paper, with AST's lambda of 1e-4); given text alone",
+        title="magnitude, CAST (dense weights behind the mask, as in its paper; lambda 1e-4); given text alone",
         passes=MAGNITUDE,
         settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=1e-4"),
     ),
     "cast-paper": Row(
-        title="magnitude, CAST (the same with its paper's lambda of 4e-7); given text alone",
+        title="the same with the paper's lambda, 4e-7",
         passes=MAGNITUDE,
         settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=4e-7"),
     ),
