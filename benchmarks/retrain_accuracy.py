@@ -7,8 +7,8 @@ The first row is the recipe smollm2-cpu as it comes along: SparseGPT, then `reco
 text given and half from what the dense model writes. Rows without `reconstruct` give its tokens to AST. Most of them take all
 tokens from the text given, and change one thing of the row that is just that. Passes are calibrated on
 64 sequences of 512 tokens of the training text; perplexity is of the whole evaluation text (context 512, no overlap, fp32). The
-gap is the log-perplexity above the dense model's, and "closed" the share of the one-shot gap that is gone, there before
-any training. All tokens count that something is trained on, those of `reconstruct` as often as it takes them.
+gap is the log-perplexity above the dense model's, and "closed" the share of it, as one-shot pruning leaves it, that
+training has taken away. All tokens count that something is trained on, those of `reconstruct` as often as it takes them.
 
 A row takes an hour on two cores. Rows that are done are kept in the work folder and not run again; an interrupted row goes on
 from its checkpoint. So the table can be filled over several sessions: start the same command again. Without texts, Python's
@@ -103,7 +103,7 @@ ROWS = {
         settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=1e-4"),
     ),
     "cast-paper": Row(
-        title="the same with the paper's lambda, 4e-7",
+        title="magnitude, CAST (the same, with the paper's lambda of 4e-7); given text alone",
         passes=MAGNITUDE,
         settings=(*GIVEN, "train.method=cast", "train.behind=original", "train.decay=4e-7"),
     ),

@@ -216,7 +216,7 @@ class Checkpoints:
                     f"{found.path} is a checkpoint of another run: {'; '.join(unlike)}; resume with the same settings, or "
                     "start anew in another folder (--from-checkpoint takes its weights there)"
                 )
-            parts = [json.loads(_part(found.path, rank).read_text(encoding="utf-8")) for rank in range(found.num_processes)]
+            parts = _parts(found)
             table = [row for part in parts for row in part["pieces"]]
             check_fit(table, into, partial=partial)
             together(lambda path=found.path, rows=table: read_pieces(path, rows, into))  # type: ignore[misc]
@@ -265,7 +265,7 @@ class Checkpoints:
         return intact, damaged
 
     def _in_place(self) -> list[Path]:
-        return [path for path in self._folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+        return [path for path in self._folder.glob("step-*") if step_of(path) is not None]
 
     def _prune(self) -> None:
         """Remove, oldest first, all but the newest and the best, and what killed runs left."""
@@ -277,6 +277,25 @@ class Checkpoints:
         _remove(sorted((path for path in rest if path not in kept), key=lambda path: rest[path]))
         _remove(path for path in self._folder.glob(".step-*.old") if not any(k.is_relative_to(path) for k in kept))
         _remove(self._folder.glob(".step-*.removed"))
+
+
+def stored_names(found: Checkpoint) -> set[str]:
+    """The tensors of a checkpoint."""
+    return {row["name"] for part in _parts(found) for row in part["pieces"]}
+
+
+def _parts(found: Checkpoint) -> list[JSON]:
+    return [json.loads(_part(found.path, rank).read_text(encoding="utf-8")) for rank in range(found.num_processes)]
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder; None of any other.
+
+    >>> step_of(Path("run/checkpoints/step-00000120")), step_of(Path("run"))
+    (120, None)
+    """
+    found = re.fullmatch(r"step-(\d{8,})", path.name)
+    return int(found[1]) if found else None
 
 
 def _part(path: Path, rank: int) -> Path:

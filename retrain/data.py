@@ -142,7 +142,9 @@ class TrainingData:
         for what, facts in ((_TRAINING, self._train_facts), (_BESIDE, self._train_facts.get("mixed_in"))):
             rows = facts.get("rows") if isinstance(facts, Mapping) else None
             if isinstance(rows, Mapping) and rows["num_empty"]:
-                found.append(f"{what}: {rows['num_empty']} of {rows['num_read']} rows hold no text or tokens, and are left out")
+                found.append(
+                    f"{what}: {rows['num_empty']} of {rows['num_read']} rows read hold no text or tokens, and are left out"
+                )
         return found
 
     def describe(self) -> dict[str, object]:

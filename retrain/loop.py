@@ -6,6 +6,7 @@ Tensor shape legend: B sequences of one process, T tokens.
 import contextlib
 import copy
 import gc
+import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ from sparsepass.retrain.progress import ProgressLine, memory_bytes
 from sparsepass.retrain.random_states import random_states, set_random_states
 from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
 from sparsepass.retrain.signals import StopSignals
-from sparsepass.retrain.teacher import Teacher, fingerprint
+from sparsepass.retrain.teacher import Teacher
 from sparsepass.retrain.trackers import tracking
 from sparsepass.retrain.trainee import Trainee, make_trainee
 
@@ -487,8 +488,17 @@ def _this_run(program: Program, config: RetrainConfig, num_steps: int) -> dict[s
         "num_steps": num_steps,
         "recipe": program.recipe,
         "sparse_weights": weights,
-        "program": fingerprint(program.tensors().values()),
+        "program": _digest(program),
     }
+
+
+def _digest(program: Program) -> str:
+    """A hash of every tensor by name, all values: a checkpoint does not hold what is not trained."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(program.tensors().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _resume(

@@ -2,16 +2,14 @@
 
 import copy
 import json
-import re
 from pathlib import Path
 
 import torch
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.retrain.checkpoint import STATE_FILE, Checkpoints
-from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.checkpoint import STATE_FILE, Checkpoints, step_of, stored_names
 from sparsepass.retrain.loop import CHECKPOINTS
-from sparsepass.retrain.student import choose_trained, masked_sites
+from sparsepass.retrain.student import masked_sites
 
 
 def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool = False) -> tuple[Program, str]:
@@ -33,7 +31,7 @@ def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool 
             no program before their scales are folded in. The program is unchanged then.
     """
     folder = Path(place)
-    step = int(folder.name[5:]) if re.fullmatch(r"step-\d{8,}", folder.name) else None
+    step = step_of(folder)
     if step is not None:
         folder = folder.parent
     elif (folder / CHECKPOINTS).is_dir():
@@ -42,17 +40,15 @@ def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool 
     newest = checkpoints.newest()
     if newest is None:
         raise SparsepassError(f"{place} holds no checkpoint; name a run folder (OUT.run), or a folder step-... in it")
-    settings = json.loads((newest.path / STATE_FILE).read_text(encoding="utf-8"))["settings"]
-    config = RetrainConfig.from_mapping(settings, where=f"the settings of {newest.path}")
-    if config.method == "cast":
+    if json.loads((newest.path / STATE_FILE).read_text(encoding="utf-8"))["settings"]["method"] == "cast":
         raise SparsepassError(
             f"{place} is a run of method cast, whose weights are no program before their scales are folded in at its end; "
             "start it anew"
         )
     found = program if inplace else copy.deepcopy(program)
-    learned = {state.learned.logits for state in found.sparse.values() if state.learned is not None}
-    names = choose_trained(copy.deepcopy(found), config.frozen, learned if config.method == "maskllm" else None)
-    into = {f"weights/{name}": found.tensor(name).detach() for name in names}
+    stored = stored_names(newest)
+    weights = {f"weights/{name}": tensor.detach() for name, tensor in found.tensors().items()}
+    into = {key: tensor for key, tensor in weights.items() if key in stored}
     into |= {f"masks/{name}": found.tensor(mask) for name, (_, _, mask) in masked_sites(found).items()}
     shapes = {name: list(found.tensor(name).shape) for name in found.sparse}
     of_this = {"recipe": found.recipe, "sparse_weights": shapes}

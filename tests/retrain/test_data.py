@@ -677,7 +677,7 @@ def test_rows_without_text_are_told(tmp_path: Path, packing: bool) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(source=str(tmp_path / "rows.jsonl"), context=4, validation=1, packing=packing)
     data = open_data(config, make_tokenizer())
-    assert data.notes == ["training data: 2 of 4 rows hold no text or tokens, and are left out"]
+    assert data.notes == ["training data: 2 of 4 rows read hold no text or tokens, and are left out"]
     counts = data.describe()["train"]["rows"]  # type: ignore[index]
     assert {name: counts[name] for name in ("num_read", "num_empty")} == {"num_read": 4, "num_empty": 2}
 

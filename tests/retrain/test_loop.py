@@ -314,16 +314,7 @@ def test_the_best_by_validation_is_returned(tmp_path: Path) -> None:
 
 
 def test_the_best_validation_is_kept_between_checkpoints(tmp_path: Path) -> None:
-    trained = run(
-        folder=tmp_path,
-        lr=3.0,
-        min_lr=0.0,
-        warmup=8,
-        final_linear=0.0,
-        lr_shape="constant",
-        validate_every=1,
-        checkpoint_every=5,
-    )
+    trained = run(folder=tmp_path, **BREAKS, checkpoint_every=5)
     record = trained.retraining[0]
     losses = {found["step"]: found["nll"] for found in record["validations"] if found["step"]}
     assert record["step_of_weights"] == min(losses, key=lambda step: losses[step]) not in (5, 8)
