@@ -98,7 +98,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Field]]] = {
             kind="list",
             meaning="one entry for each time the program was trained: `method`, `settings`, `num_steps`, `num_tokens`, "
             "`seconds`, `tokens_per_second`, `step_of_weights` (the step whose weights were kept), `teacher`, `data`, "
-            "`validations`, `flips_since_first` (share of all mask entries that differ from the first mask), "
+            "`validations`, `flips_since_first` (share of all mask entries of these weights that differ from the first mask), "
             "`flips_by_layer` (the same, weight by weight), `decided` and `kept_norm` (of learned masks), "
             "`curve` (column -> at most 200 values)",
         ),

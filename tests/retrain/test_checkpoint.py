@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -345,7 +344,7 @@ class TestInterrupted:
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
         try:
-            with pytest.raises((OSError, safetensors.SafetensorError), match="File too large"):
+            with pytest.raises(SparsepassError, match=r"a file may not grow so large here .*step-00000040 was not written"):
                 Checkpoints(three, keep=1).save(40, {"w": torch.ones(1 << 20)}, {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
