@@ -22,6 +22,8 @@ def make_lean(hierarchy: Hierarchy) -> None:
 
     - A mask and the linear layer behind it become one call, which keeps the weight and the mask for the backward pass. They
       are in memory anyway; their product is not.
+    - The gate of a SwiGLU and its product with the other branch become one call, which keeps the two inputs and computes the
+      gate again in the backward pass.
     - Slices that take everything, which export writes for ``x[:, None]``, go: their backward pass copies into zeros.
     - What export knew of each operation (its place in the source, sizes, types) goes: it is megabytes a layer.
 
@@ -37,7 +39,9 @@ def make_lean(hierarchy: Hierarchy) -> None:
                 node.replace_all_uses_with(node.args[0])
                 node.graph.erase_node(node)
             elif node.target is _aten.linear.default and node.args[1].target is _MASKED and len(node.args[1].users) == 1:
-                _merge(node)
+                _merge_linear(node)
+            elif node.target is _aten.mul.Tensor:
+                _merge_gate(node, module)
         if isinstance(graph, fx.Graph) and module is not hierarchy.tree:  # the root checks its inputs by what it knows of them
             for node in graph.nodes:
                 node.meta = {}
@@ -88,7 +92,67 @@ class _MaskedLinear(torch.autograd.Function):
         return to_input, to_weight_OI, None, to_bias_O, None
 
 
-def _merge(linear: fx.Node) -> None:
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, keeping its inputs alone and writing over what nobody needs any more.
+
+    Shapes: both ``[...]``; where shapes or dtypes differ, it is computed as it is written.
+
+    Source: SwiGLU, arXiv 2002.05202, section 2.
+    Exactness: bitwise ``silu(gate) * up``, gradients included.
+
+    >>> gated_silu(torch.tensor([0.0, 20.0]), torch.tensor([3.0, 2.0])).round().tolist()
+    [0.0, 40.0]
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        return torch.nn.functional.silu(gate) * up
+    found: Tensor = _GatedSiLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """See `gated_silu`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate, up = ctx.saved_tensors
+        to_gate = to_up = None
+        if ctx.needs_input_grad[0]:
+            to_gate = _aten.silu_backward.default(grad * up, gate)
+        if ctx.needs_input_grad[1]:
+            to_up = torch.nn.functional.silu(gate).mul_(grad)
+        return to_gate, to_up
+
+
+def _merge_gate(product: fx.Node, owner: torch.nn.Module) -> None:
+    """Merge a product with the SiLU before it, if nothing else reads that one."""
+    for gate, up in (product.args, product.args[::-1]):
+        if not isinstance(gate, fx.Node) or not isinstance(up, fx.Node) or gate is up:
+            return  # a number, or a square
+        if list(gate.users) == [product] and _is_silu(gate, owner):
+            with product.graph.inserting_before(product):
+                merged = product.graph.call_function(gated_silu, (gate.args[0], up))
+            product.replace_all_uses_with(merged)
+            product.graph.erase_node(product)
+            product.graph.erase_node(gate)
+            return
+
+
+def _is_silu(node: fx.Node, owner: torch.nn.Module) -> bool:
+    """Whether it is the operation, or calls a module that is nothing else, as transformers' models have it."""
+    if node.op != "call_module":
+        return node.target is _aten.silu.default
+    graph = getattr(owner.get_submodule(str(node.target)), "graph", None)
+    inner = [one for one in graph.nodes if one.op not in ("placeholder", "output")] if isinstance(graph, fx.Graph) else []
+    return len(inner) == 1 and inner[0].target is _aten.silu.default and len(node.args) == 1
+
+
+def _merge_linear(linear: fx.Node) -> None:
     source, masked, *bias = linear.args
     assert isinstance(masked, fx.Node)
     with linear.graph.inserting_before(linear):
