@@ -19,7 +19,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/python -m sparsepass.export.demo --out demo-out
+	$(VENV)/bin/python -m sparsepass.export.cli.demo --out demo-out
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' --doctest-modules src/sparsepass tests $(PYTEST)

@@ -14,20 +14,18 @@ from typing import Any
 import torch
 import transformers
 
-from sparsepass.export.charts import Line, Picture, line_chart
-from sparsepass.export.curves import retraining_run
-from sparsepass.export.demo import smollm2
-from sparsepass.export.eval import perplexity
-from sparsepass.export.load import LoadedModel, load_model
-from sparsepass.export.prepare import PYTHON_DOCS, evaluation_text
-from sparsepass.export.recipe import read_retrain_section
+from sparsepass.export.cli import smollm2
+from sparsepass.export.report import Line, Picture, line_chart, retraining_run
+from sparsepass.export.stages import PYTHON_DOCS, evaluation_text, read_retrain_section
 from sparsepass.graph import Program
+from sparsepass.graph.load import LoadedModel, load_model
+from sparsepass.graph.perplexity import perplexity
 from sparsepass.passes import apply_passes
-from sparsepass.passes.calibration_data import default_text
+from sparsepass.passes.data import default_text
 from sparsepass.retrain.data import open_data
-from sparsepass.retrain.loop import METRICS, retrain
-from sparsepass.retrain.metrics import read_metrics
-from sparsepass.retrain.sample import SampleConfig, sample_to_file
+from sparsepass.retrain.loop import retrain
+from sparsepass.retrain.run import METRICS, read_metrics
+from sparsepass.retrain.teacher import SampleConfig, sample_to_file
 
 CALIBRATION_CONTEXT = 512
 """Tokens in a calibration sequence of the rows that are trained."""

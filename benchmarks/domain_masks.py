@@ -25,10 +25,10 @@ from typing import Any
 
 from common import TrainingBench, heading, training_options
 
-from sparsepass.export.recipe import read_recipe
+from sparsepass.export.stages import read_recipe
 from sparsepass.passes import LearnMasks, apply_passes, parse_pipeline, pipeline_to_text
-from sparsepass.passes.mask_pack import MaskPack, pack_program
-from sparsepass.retrain.sample import SampleConfig
+from sparsepass.passes.masks import MaskPack, pack_program
+from sparsepass.retrain.teacher import SampleConfig
 
 TITLES = {
     "sparsegpt": "SparseGPT's mask, on the general text",

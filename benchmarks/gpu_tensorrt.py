@@ -19,13 +19,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from sparsepass.export.demo import smollm2
+from sparsepass.export.cli import smollm2
 from sparsepass.export.report import read_report
-from sparsepass.export.targets import SAMPLES_FILE, export
-from sparsepass.export.tensorrt_onnxruntime import PROVIDER, open_tensorrt_session, read_configuration
-from sparsepass.export.tensorrt_options import EngineOptions
-from sparsepass.graph.equivalence import default_rtol, difference
-from sparsepass.graph.onnx_file import OnnxFile, output_name
+from sparsepass.export.stages import SAMPLES_FILE, export
+from sparsepass.export.targets.tensorrt import PROVIDER, EngineOptions, open_tensorrt_session, read_configuration
+from sparsepass.graph.equivalence import OnnxFile, default_rtol, difference, output_name
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

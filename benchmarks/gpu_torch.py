@@ -23,14 +23,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsepass.export.targets import export
-from sparsepass.export.torch import _load_dense, load_torch, record_of
-from sparsepass.export.torch_choice import MIN_GAIN, Timing
-from sparsepass.export.torch_layer import SemiStructuredLinear, choose
-from sparsepass.export.torch_measure import dense_layer, measure_layers, probe, random_two_four, time_layers, time_ms
-from sparsepass.export.torch_packing import semi_structured
-from sparsepass.export.torch_record import TO_BE_MEASURED, LayerRecord, Measured, SemiStructuredOptions, read_record
-from sparsepass.export.torch_rules import check_device, refusal
+from sparsepass.export.stages import export
+from sparsepass.export.targets.torch import (
+    MIN_GAIN,
+    TO_BE_MEASURED,
+    LayerRecord,
+    Measured,
+    SemiStructuredLinear,
+    SemiStructuredOptions,
+    Timing,
+    check_device,
+    choose,
+    dense_layer,
+    load_dense,
+    load_torch,
+    measure_layers,
+    probe,
+    random_two_four,
+    read_record,
+    record_of,
+    refusal,
+    semi_structured,
+    time_layers,
+    time_ms,
+)
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.equivalence import compare, default_rtol
 
@@ -145,7 +161,7 @@ def whole_model(name: str, dtype: str, num_layers: int) -> dict[str, Any]:
             semi_structured=SemiStructuredOptions(shapes=SIZES),
         )
         lowered = load_torch(result.folder, device=DEVICE)
-        dense = _load_dense(result.folder, read_record(result.folder)).eval().to(DEVICE)
+        dense = load_dense(result.folder, read_record(result.folder)).eval().to(DEVICE)
         ids = torch.randint(3, 1000, (1, 256), device=DEVICE)
         found = compare(dense, lowered, {"input_ids": ids}, layers=False)
         torch.compiler.reset()

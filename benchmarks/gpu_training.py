@@ -21,7 +21,7 @@ from typing import Any
 
 from common import TrainingBench, commit, curves, heading, tokens_at, training_options
 
-from sparsepass.passes.mask_pack import pack_program
+from sparsepass.passes.masks import pack_program
 
 SPARSEGPT, MASK = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=sparsegpt,compensate=false}"
 

@@ -25,10 +25,10 @@ from typing import Any
 
 from common import TrainingBench, commit, curves, heading, tokens_at, training_options
 
-from sparsepass.export.recipe import read_recipe
+from sparsepass.export.stages import read_recipe
 from sparsepass.graph import Program
 from sparsepass.passes import LearnMasks, parse_pipeline, pipeline_to_text
-from sparsepass.passes.mask_pack import pack_program
+from sparsepass.passes.masks import pack_program
 
 LEARNED, AST = "smollm2-maskllm-cpu", "smollm2-cpu"
 

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from common import commit, without_folders
 
-from sparsepass.export.criteria import CriteriaSettings, Job, criteria_page, criteria_table, jobs_of
-from sparsepass.export.demo import smollm2
-from sparsepass.export.prepare import PYTHON_DOCS
-from sparsepass.graph.files import write_text
+from sparsepass.export.cli import smollm2
+from sparsepass.export.stages import PYTHON_DOCS, CriteriaSettings, Job, criteria_page, criteria_table, jobs_of
+from sparsepass.graph.support import write_text
 
 JOBS = [
     *jobs_of(),

@@ -30,13 +30,13 @@ import torch
 import transformers
 from common import POLYGRAPHY, commit
 
-from sparsepass.export.demo import smollm2
-from sparsepass.export.load import load_model
-from sparsepass.export.onnx import OnnxArtifact, generate_greedy, lower_onnx, open_session, verify_onnx
+from sparsepass.export.cli import smollm2
 from sparsepass.export.pattern import check_pattern
+from sparsepass.export.targets.onnx import OnnxArtifact, generate_greedy, lower_onnx, open_session, verify_onnx
 from sparsepass.graph import Program
+from sparsepass.graph.load import load_model
 from sparsepass.passes import apply_passes
-from sparsepass.passes.calibration_data import default_text
+from sparsepass.passes.data import default_text
 
 CLOSE = 1e-4
 PROMPTS = (

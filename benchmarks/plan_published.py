@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsepass.export.plan import plan
-from sparsepass.export.plan_devices import find_device
-from sparsepass.export.plan_load import load_for_plan
-from sparsepass.export.plan_roofline import Matmul, dense_time, sparse_time, weight_bits
-from sparsepass.export.plan_runtimes import find_runtime
+from sparsepass.export.plan import Matmul, dense_time, find_device, find_runtime, load_for_plan, plan, sparse_time, weight_bits
 from sparsepass.graph import Program
 
 WITHIN = 0.20

@@ -27,10 +27,10 @@ from typing import Any
 
 from common import CALIBRATION_CONTEXT, TrainingBench, heading, training_options
 
-from sparsepass.export.figures import training_pictures
-from sparsepass.export.recipe import read_recipe
+from sparsepass.export.report import training_pictures
+from sparsepass.export.stages import read_recipe
 from sparsepass.passes import Reconstruct, parse_pipeline, pipeline_to_text
-from sparsepass.passes.pattern import NMPattern, num_violations
+from sparsepass.passes.maths import NMPattern, num_violations
 
 RECIPE = "smollm2-cpu"
 SPARSEGPT, MAGNITUDE = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=magnitude}"

@@ -34,14 +34,14 @@ import torch
 import transformers
 from common import commit
 
-from sparsepass.export.demo import smollm2
-from sparsepass.export.load import load_model
-from sparsepass.graph.precision import fast_low_precision
+from sparsepass.export.cli import smollm2
+from sparsepass.graph.load import load_model
+from sparsepass.graph.support import fast_low_precision
 from sparsepass.passes import apply_passes
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import DataConfig, open_data
 from sparsepass.retrain.loop import retrain
-from sparsepass.retrain.objective import distillation_loss, next_token_targets
+from sparsepass.retrain.loss import distillation_loss, next_token_targets
 from sparsepass.retrain.teacher import OnlineTeacher
 
 SIDES = ("plain", "plain, fused AdamW", "sparsepass")
@@ -165,7 +165,7 @@ def peak(args: argparse.Namespace) -> dict[str, int]:
 
 def parts() -> dict[str, float]:
     """Time of a mask refresh, and of an optimizer step with and without decay, by themselves."""
-    from sparsepass.retrain.parallel import make_accelerator
+    from sparsepass.retrain.run import make_accelerator
     from sparsepass.retrain.trainee import make_trainee
 
     config = RetrainConfig(max_steps=1)

@@ -40,14 +40,14 @@ for name in sys.argv[1:]:
 """
 CHECK = """
 import sys, time
-from sparsepass.export.pattern import check_pattern
+from sparsepass.export.pattern.check import check_pattern
 begin = time.perf_counter()
 report = check_pattern(sys.argv[1])
 print(time.perf_counter() - begin)
 sys.exit(report.exit_code)
 """
-START = "import sparsepass.export.pattern"
-VERIFY = "from sparsepass.export.cli import main; main()"
+START = "import sparsepass.export.pattern.check"
+VERIFY = "from sparsepass.export.cli.app import main; main()"
 KINDS = {
     "ONNX float32": (np.float32, TensorProto.FLOAT),
     "ONNX float16": (np.float16, TensorProto.FLOAT16),

@@ -1,43 +1,15 @@
-"""How a program leaves: targets, pattern checker, evaluation, report, command line."""
+"""How a program leaves: targets, pattern checker, plan, report, stages, command line."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.eval import Perplexity, perplexity
-    from sparsepass.export.load import LoadedModel, load_model
-    from sparsepass.export.pattern import PatternReport, check_pattern
-    from sparsepass.export.report import read_report
-    from sparsepass.export.targets import TARGETS, ExportResult, Target, export
+    from sparsepass.export.pattern import PatternReport as PatternReport, check_pattern as check_pattern
+    from sparsepass.export.report import read_report as read_report
+    from sparsepass.export.stages import TARGETS as TARGETS, ExportResult as ExportResult, Target as Target, export as export
+    from sparsepass.graph.load import LoadedModel as LoadedModel, load_model as load_model
+    from sparsepass.graph.perplexity import Perplexity as Perplexity, perplexity as perplexity
 else:
-    _HOMES = {
-        "sparsepass.export.eval": ("Perplexity", "perplexity"),
-        "sparsepass.export.load": ("LoadedModel", "load_model"),
-        "sparsepass.export.pattern": ("PatternReport", "check_pattern"),
-        "sparsepass.export.report": ("read_report",),
-        "sparsepass.export.targets": ("TARGETS", "ExportResult", "Target", "export"),
-    }
-    _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
     # The command line imports this package before it has anything to do, so nothing heavy is imported up here.
-    def __getattr__(name):
-        if name not in _HOME_OF:
-            raise AttributeError(f"module 'sparsepass.export' has no attribute {name!r}")
-        value = getattr(import_module(_HOME_OF[name]), name)
-        globals()[name] = value
-        return value
+    from sparsepass._lazy import face
 
-
-__all__ = [
-    "TARGETS",
-    "ExportResult",
-    "LoadedModel",
-    "PatternReport",
-    "Perplexity",
-    "Target",
-    "check_pattern",
-    "export",
-    "load_model",
-    "perplexity",
-    "read_report",
-]
+    __getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -2,16 +2,10 @@
 
 from sparsepass.graph.capture import capture
 from sparsepass.graph.equivalence import Comparison, Difference, assert_equivalent, compare
-from sparsepass.graph.errors import (
-    CaptureError,
-    EquivalenceError,
-    PassError,
-    ProgramFormatError,
-    SparsepassError,
-)
 from sparsepass.graph.fill import capture_without_weights, fill
 from sparsepass.graph.program import Program
 from sparsepass.graph.sites import Site
+from sparsepass.graph.support import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 
 __all__ = [
     "CaptureError",

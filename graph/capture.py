@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from sparsepass.graph import structure
-from sparsepass.graph.errors import CaptureError
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
+from sparsepass.graph.support import CaptureError
 
 # Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
 _EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS = 2, 8, 224

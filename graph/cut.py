@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsepass.graph.errors import CaptureError
 from sparsepass.graph.program import Program
+from sparsepass.graph.support import CaptureError
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default}

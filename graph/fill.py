@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.errors import CaptureError, SparsepassError
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.program import Program, retarget_device
+from sparsepass.graph.support import CaptureError, SparsepassError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 

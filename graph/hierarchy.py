@@ -8,9 +8,9 @@ from torch import fx, nn
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
 
 from sparsepass.graph import structure
-from sparsepass.graph.errors import CaptureError
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import Program
+from sparsepass.graph.support import CaptureError
 
 
 class Hierarchy(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsepass.graph.errors import CaptureError
 from sparsepass.graph.program import Program
+from sparsepass.graph.support import CaptureError
 
 
 class SLoRBLinear(nn.Module):

@@ -13,18 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
-from sparsepass.graph.errors import ProgramFormatError, SparsepassError
-from sparsepass.graph.files import replaced_folder
-from sparsepass.graph.records import (
-    PassRecord,
-    SparseState,
-    pass_record_from_json,
-    sparse_state_from_json,
-    to_json,
-)
+from sparsepass.graph.records import PassRecord, SparseState, pass_record_from_json, sparse_state_from_json, to_json
 from sparsepass.graph.report import Report
 from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
 from sparsepass.graph.sites import Site, find_sites
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 
 FORMAT_VERSION = 1
 """Version of the folder format. A reader refuses a newer one."""

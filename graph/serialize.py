@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.graph.errors import ProgramFormatError
+from sparsepass.graph.support import ProgramFormatError
 
 JSON = Any
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.support import SparsepassError
 
 MAX_CANDIDATES = 128
 """Candidate masks of a pattern at most: each of them is a trained number for every group."""

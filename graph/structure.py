@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from sparsepass.graph.errors import CaptureError, ProgramFormatError
+from sparsepass.graph.support import CaptureError, ProgramFormatError
 
 JSON = Any  # nested dicts, lists, strings, numbers, booleans, None
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Protocol, Self
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths import InputStatistics
 
 Needs = Literal["nothing", "inputs", "norms", "gram"]
 """What a pass must know of each site's input: nothing; the inputs, from which it computes for itself; their norms; their

@@ -12,9 +12,8 @@ from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_logits
 from sparsepass.graph.soft_masks import noise_key, num_candidates
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
-from sparsepass.passes.learn_masks_math import add_prior, first_logits
+from sparsepass.passes.maths import NMPattern, add_prior, first_logits
 from sparsepass.passes.nm_sparsify import NMSparsify, earlier_runs
-from sparsepass.passes.pattern import NMPattern
 
 
 @dataclass(frozen=True, kw_only=True)

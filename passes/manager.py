@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
-from sparsepass.graph.progress import item_progress, shows_progress
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
+from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, BlockRun, Facts, GroupContext, Pass, SiteGroup
-from sparsepass.passes.blocks import Block, find_blocks
-from sparsepass.passes.calibration import ComputeDtype, site_groups, sweep
-from sparsepass.passes.calibration_data import CalibrationBatch, CalibrationData, calibration_batches
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
+from sparsepass.passes.engine import Block, ComputeDtype, find_blocks, site_groups, sweep
+from sparsepass.passes.maths import InputStatistics
 from sparsepass.passes.text import parse_pipeline, pass_to_text
 
 if TYPE_CHECKING:

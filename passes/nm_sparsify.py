@@ -15,12 +15,9 @@ from torch import Tensor
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
-from sparsepass.passes.criteria.criterion import check_weight
-from sparsepass.passes.criteria.table import CRITERIA, Criterion, CriterionOptions, Pruned
-from sparsepass.passes.mask_pack import MaskPack, PackedMask
-from sparsepass.passes.pattern import NMPattern, canonical_zeros
-from sparsepass.passes.refine import refine
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, refine
+from sparsepass.passes.masks import MaskPack, PackedMask
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
 
 _DEFAULT_REFINE = 10
 
@@ -50,7 +47,7 @@ class NMSparsify(Pass):
         compensate: Whether the weights that are kept may change; without effect on criteria that only choose.
         refine: Steps of conjugate gradients on the kept weights, after any criterion; needs calibration. By default 10 where
             the criterion is left open, too, and none where one is named, which is then what its paper says.
-        masks: Path of a mask pack (`sparsepass.passes.mask_pack`) instead of a criterion; pattern and layers are the pack's.
+        masks: Path of a mask pack (`sparsepass.passes.masks.pack`) instead of a criterion; pattern and layers are the pack's.
         any_model: Whether a pack is applied to weights that it was not made with.
         targets: See `Pass`.
         ignore: See `Pass`.

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.passes.base import BlockWork, Facts, GroupContext, Needs, Pass, SiteGroup
-from sparsepass.passes.pattern import NMPattern, canonical_zeros, nm_mask
-from sparsepass.passes.reconstruct_math import Trained, fit, token_error
+from sparsepass.passes.maths import NMPattern, Trained, canonical_zeros, fit, nm_mask, token_error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_branch
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.passes.maths import fixed_projection, slorb_least_squares, slorb_mean_init
 from sparsepass.passes.nm_sparsify import earlier_runs
-from sparsepass.passes.slorb_math import fixed_projection, slorb_least_squares, slorb_mean_init
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import torch
 
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.precision import fast_low_precision
+from sparsepass.graph.support import fast_low_precision
 
 Method = Literal["ast", "cast", "fixed", "maskllm"]
 Settings = TypeVar("Settings")

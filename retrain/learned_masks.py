@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.soft_masks import Draw, kept_norm, largest_probabilities, noise_key
-from sparsepass.passes.pattern import NMPattern
+from sparsepass.passes.maths import NMPattern
 from sparsepass.retrain.masks import local
-from sparsepass.retrain.pieces import local_box
+from sparsepass.retrain.run import local_box
 
 DECIDED = 0.99
 """A group counts as decided when its largest probability is above this."""

@@ -19,26 +19,32 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.memory import give_back_freed_memory
-from sparsepass.retrain import parallel
-from sparsepass.retrain.checkpoint import Checkpoints
+from sparsepass.graph.support import give_back_freed_memory
 from sparsepass.retrain.config import RetrainConfig, steps_of
-from sparsepass.retrain.data import TrainingData
-from sparsepass.retrain.data_sequences import Batch
-from sparsepass.retrain.diagnose import GO_ON, NonFiniteLossError, first_not_finite
-from sparsepass.retrain.metrics import MetricsFile
-from sparsepass.retrain.objective import IGNORED, Distillation, next_token_targets
-from sparsepass.retrain.online import OnlineParts, online_teacher
-from sparsepass.retrain.processes import any_process, together
-from sparsepass.retrain.progress import ProgressLine, memory_bytes
-from sparsepass.retrain.random_states import random_states, set_random_states
+from sparsepass.retrain.data import Batch, TrainingData
+from sparsepass.retrain.loss import IGNORED, Distillation, next_token_targets
+from sparsepass.retrain.run import (
+    CHECKPOINTS,
+    GO_ON,
+    METRICS,
+    Checkpoints,
+    MetricsFile,
+    NonFiniteLossError,
+    ProgressLine,
+    StopSignals,
+    any_process,
+    first_not_finite,
+    memory_bytes,
+    parallel,
+    random_states,
+    set_random_states,
+    together,
+    tracking,
+)
 from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
-from sparsepass.retrain.signals import StopSignals
-from sparsepass.retrain.teacher import Teacher
-from sparsepass.retrain.trackers import tracking
+from sparsepass.retrain.teacher import OnlineParts, Teacher, online_teacher
 from sparsepass.retrain.trainee import Trainee, make_trainee
 
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 FREE_SETTINGS = ("keep_checkpoints", "log_every", "trackers", "validate_every", "checkpoint_every", "compile")
 """Settings that a resumed run may change: they say how a run is watched, not what it computes."""
 
@@ -452,7 +458,7 @@ def validate(
     """Measure the sparse student on the validation sequences, shared out over the processes.
 
     Returns:
-        ``nll``, nats per token; ``perplexity``, its exponential: that of `sparsepass.export.eval.perplexity` over the same
+        ``nll``, nats per token; ``perplexity``, its exponential: that of `sparsepass.graph.perplexity.perplexity` over the same
         windows; ``kl`` to the teacher at the training temperature, None where no teacher is in memory; ``num_tokens``.
     """
     guide = guide.without_cache()

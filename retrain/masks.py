@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from sparsepass.graph import Site, SparsepassError
 from sparsepass.graph.soft_masks import hard_mask
-from sparsepass.passes.pattern import NMPattern, keep_largest_of_groups, num_violations
+from sparsepass.passes.maths import NMPattern, keep_largest_of_groups, num_violations
 
 # Weights per piece: on a processor, what a piece needs should fit in its cache; on a GPU it bounds the memory.
 _CPU_PIECE, _GPU_PIECE = 1 << 18, 1 << 26

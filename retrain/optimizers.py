@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
 from sparsepass.graph.ops import where_kept
+from sparsepass.graph.support import SparsepassError
 from sparsepass.retrain.masks import local
 
 # Elements per piece. On a processor a piece of each of the six tensors of a step should fit in the second-level cache;

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.retrain.checkpoint import STATE_FILE, Checkpoints, step_of, stored_names
-from sparsepass.retrain.loop import CHECKPOINTS
+from sparsepass.retrain.run import CHECKPOINTS, STATE_FILE, Checkpoints, step_of, stored_names
 from sparsepass.retrain.student import masked_sites
 
 

@@ -17,12 +17,11 @@ from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import drop_causal_masks, share_heads
 from sparsepass.graph.cut import cut_head
 from sparsepass.graph.hierarchy import Hierarchy, blocks
-from sparsepass.passes.pattern import NMPattern
+from sparsepass.passes.maths import NMPattern
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.lean import make_lean
+from sparsepass.retrain.loss import CHUNK_TOKENS, IGNORED, Distillation, TeacherTargets, distillation_loss, hidden_state_loss
 from sparsepass.retrain.masks import put_behind
-from sparsepass.retrain.objective import CHUNK_TOKENS, IGNORED, Distillation, distillation_loss, hidden_state_loss
-from sparsepass.retrain.teacher import TeacherTargets
 
 
 class Body(nn.Module):

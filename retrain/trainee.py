@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from sparsepass.graph import Program
 from sparsepass.graph.rewrite import detach_logits, finish
-from sparsepass.retrain import parallel
 from sparsepass.retrain.cast import attach_scales, fold_scales
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.learned_masks import LearnedMasks, LearnedSite, check_method
 from sparsepass.retrain.masks import MaskedSite, MovingMasks, local
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW, MaskedOptimizer
+from sparsepass.retrain.run import parallel
 from sparsepass.retrain.student import Slots, Student, choose_trained, halves, masked_sites, set_behind
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsepass.passes.criteria.table import Pruned
-from sparsepass.passes.pattern import NMPattern, is_nm
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths.pattern import NMPattern, is_nm
+from sparsepass.passes.maths.statistics import InputStatistics
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -10,18 +10,18 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tests.families import BY_NAME, captured
+from tests.retrain.run.test_resume import stopping_at
 from tests.retrain.runs import dense, digest, masks, measures, run, settings, sparse, steps, train
 from tests.retrain.test_maskllm import learn
-from tests.retrain.test_resume import stopping_at
 from torch import Tensor
 
-from sparsepass.export.eval import perplexity
-from sparsepass.export.targets import export
+from sparsepass.export.stages.exporting import export
 from sparsepass.graph import Program, capture
+from sparsepass.graph.perplexity import perplexity
 from sparsepass.graph.soft_masks import gumbel_noise
 from sparsepass.passes import apply_passes
 from sparsepass.passes.criteria.table import CRITERIA
-from sparsepass.passes.mask_pack import pack_program
+from sparsepass.passes.masks.pack import pack_program
 from sparsepass.retrain.loop import TrainingStoppedError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -1,1 +1,14 @@
 """One-shot pruning criteria, one file each, all behind one function signature."""
+
+from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight
+from sparsepass.passes.criteria.refine import refine
+from sparsepass.passes.criteria.table import CRITERIA
+
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "CriterionOptions",
+    "Pruned",
+    "check_weight",
+    "refine",
+]

@@ -6,7 +6,7 @@ Shape suffixes: O out, I in, M columns of one group.
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import (
     CriterionOptions,
     Pruned,
@@ -16,9 +16,8 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
-from sparsepass.passes.refine import PIECE_WEIGHTS, solve_on_support
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.criteria.refine import PIECE_WEIGHTS, solve_on_support
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
 
 _FIRST_RHO = 0.1
 # How much rho grows at a check: a row whose support moved by more than this share of its kept weights, by this factor.

@@ -11,9 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
-from sparsepass.passes.pattern import NMPattern, canonical_zeros
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.graph.support import SparsepassError
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,7 @@ def check_statistics(statistics: InputStatistics | None, in_features: int, *, cr
 
     >>> check_statistics(None, 8, criterion="wanda", gram=False)
     Traceback (most recent call last):
-    sparsepass.graph.errors.SparsepassError: the criterion 'wanda' needs calibration data, got none; ...
+    sparsepass.SparsepassError: the criterion 'wanda' needs calibration data, got none; ...
     """
     if statistics is None:
         raise SparsepassError(

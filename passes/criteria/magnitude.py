@@ -6,8 +6,7 @@ Shape suffixes: O out, I in.
 from torch import Tensor
 
 from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_weight, keep_masked
-from sparsepass.passes.pattern import NMPattern, nm_mask
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths import InputStatistics, NMPattern, nm_mask
 
 
 def magnitude(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions) -> Pruned:

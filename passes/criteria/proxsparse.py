@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import (
     CriterionOptions,
     Pruned,
@@ -18,8 +18,7 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.pattern import NMPattern, keep_largest, nm_mask
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest, nm_mask
 
 # The regulariser's strength times the step, for weights whose root mean square is one.
 _FIRST_STRENGTH, _LAST_STRENGTH = 0.02, 1.0

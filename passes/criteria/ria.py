@@ -6,7 +6,7 @@ Shape suffixes: O out, I in.
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import (
     CriterionOptions,
     Pruned,
@@ -15,8 +15,7 @@ from sparsepass.passes.criteria.criterion import (
     keep_masked,
     working_dtype,
 )
-from sparsepass.passes.pattern import NMPattern, nm_mask
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths import InputStatistics, NMPattern, nm_mask
 
 
 @torch.no_grad()

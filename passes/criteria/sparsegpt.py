@@ -6,7 +6,7 @@ Shape suffixes: O out, I in, B columns of one block, M columns of one group.
 import torch
 from torch import Tensor
 
-from sparsepass.graph.errors import SparsepassError
+from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import (
     CriterionOptions,
     Pruned,
@@ -15,8 +15,7 @@ from sparsepass.passes.criteria.criterion import (
     check_weight,
     working_dtype,
 )
-from sparsepass.passes.pattern import NMPattern, canonical_zeros, keep_largest, nm_mask
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
 
 # Damping is raised tenfold until it is as large as the mean of the Hessian's diagonal.
 _LARGEST_DAMPING = 1.0

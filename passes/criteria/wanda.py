@@ -13,8 +13,7 @@ from sparsepass.passes.criteria.criterion import (
     keep_masked,
     working_dtype,
 )
-from sparsepass.passes.pattern import NMPattern, nm_mask
-from sparsepass.passes.statistics import InputStatistics
+from sparsepass.passes.maths import InputStatistics, NMPattern, nm_mask
 
 
 def wanda(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, options: CriterionOptions) -> Pruned:

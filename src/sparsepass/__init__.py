@@ -4,92 +4,44 @@ Names are imported when they are first used, so that ``import sparsepass`` stays
 `sparsepass.export.export`: the name ``sparsepass.export`` is the folder's.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.eval import Perplexity, perplexity
-    from sparsepass.export.load import load_model
-    from sparsepass.export.pattern import PatternReport, check_pattern
+    from sparsepass.export.pattern import PatternReport as PatternReport, check_pattern as check_pattern
     from sparsepass.graph import (
-        CaptureError,
-        EquivalenceError,
-        PassError,
-        Program,
-        ProgramFormatError,
-        Site,
-        SparsepassError,
+        CaptureError as CaptureError,
+        EquivalenceError as EquivalenceError,
+        PassError as PassError,
+        Program as Program,
+        ProgramFormatError as ProgramFormatError,
+        Site as Site,
+        SparsepassError as SparsepassError,
+        capture as capture,
     )
-    from sparsepass.graph.capture import capture
-    from sparsepass.graph.equivalence import assert_equivalent, compare
-    from sparsepass.passes import Fold, NMSparsify, Pass, SLoRB, apply_passes, parse_pipeline, pipeline_to_text
+    from sparsepass.graph.equivalence import assert_equivalent as assert_equivalent, compare as compare
+    from sparsepass.graph.load import load_model as load_model
+    from sparsepass.graph.perplexity import Perplexity as Perplexity, perplexity as perplexity
+    from sparsepass.passes import (
+        Fold as Fold,
+        NMSparsify as NMSparsify,
+        Pass as Pass,
+        SLoRB as SLoRB,
+        apply_passes as apply_passes,
+        parse_pipeline as parse_pipeline,
+        pipeline_to_text as pipeline_to_text,
+    )
 
     __version__: str
 else:
-    _HOMES = {
-        "sparsepass.export.eval": ("Perplexity", "perplexity"),
-        "sparsepass.export.load": ("load_model",),
-        "sparsepass.export.pattern": ("PatternReport", "check_pattern"),
-        "sparsepass.graph": (
-            "CaptureError",
-            "EquivalenceError",
-            "PassError",
-            "Program",
-            "ProgramFormatError",
-            "Site",
-            "SparsepassError",
-            "capture",
-        ),
-        "sparsepass.graph.equivalence": ("assert_equivalent", "compare"),
-        "sparsepass.passes": (
-            "Fold",
-            "NMSparsify",
-            "Pass",
-            "SLoRB",
-            "apply_passes",
-            "parse_pipeline",
-            "pipeline_to_text",
-        ),
-    }
-    _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+    from sparsepass import _moved  # noqa: F401  (old paths of modules)
+    from sparsepass._lazy import face
+
+    _get, __dir__, __all__ = face(__name__, __file__)
+    __all__ += ["__version__"]
 
     def __getattr__(name):
         if name == "__version__":
             from importlib.metadata import version
 
             return version("sparsepass")
-        if name not in _HOME_OF:
-            raise AttributeError(f"module 'sparsepass' has no attribute {name!r}")
-        value = getattr(import_module(_HOME_OF[name]), name)
-        globals()[name] = value
-        return value
-
-    def __dir__():
-        return sorted([*globals(), *_HOME_OF, "__version__"])
-
-
-__all__ = [
-    "CaptureError",
-    "EquivalenceError",
-    "Fold",
-    "NMSparsify",
-    "Pass",
-    "PassError",
-    "PatternReport",
-    "Perplexity",
-    "Program",
-    "ProgramFormatError",
-    "SLoRB",
-    "Site",
-    "SparsepassError",
-    "__version__",
-    "apply_passes",
-    "assert_equivalent",
-    "capture",
-    "check_pattern",
-    "compare",
-    "load_model",
-    "parse_pipeline",
-    "perplexity",
-    "pipeline_to_text",
-]
+        return _get(name)

@@ -11,7 +11,7 @@ from torch import nn
 from sparsepass.graph import CaptureError, Program, capture
 from sparsepass.graph.model import SLoRBLinear
 from sparsepass.passes import SLoRB, apply_passes
-from sparsepass.passes.pattern import NMPattern, is_nm
+from sparsepass.passes.maths.pattern import NMPattern, is_nm
 
 HF_FAMILIES = [family.name for family in FAMILIES if family.name != "convnet"]
 GENERATING = [family.name for family in FAMILIES if family.generates]

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tests.families import BY_NAME, captured, tensors_of
 from torch import Tensor
 
@@ -15,9 +14,9 @@ from sparsepass.graph import PassError, Program, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.graph.soft_masks import hard_mask, num_candidates
 from sparsepass.passes import apply_passes
-from sparsepass.passes.learn_masks_math import add_prior, first_logits
-from sparsepass.passes.mask_pack import pack_program
-from sparsepass.passes.pattern import NMPattern, nm_mask
+from sparsepass.passes.masks.pack import pack_program
+from sparsepass.passes.maths.learn_masks import add_prior, first_logits
+from sparsepass.passes.maths.pattern import NMPattern, nm_mask
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -12,10 +12,19 @@ from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import nn
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
-from sparsepass.passes import PASSES, Fold, NMSparsify, Pass, SLoRB, apply_passes, parse_pipeline, pipeline_to_text
-from sparsepass.passes import table as table_module
+from sparsepass.passes import (
+    PASSES,
+    Fold,
+    NMSparsify,
+    Pass,
+    SLoRB,
+    apply_passes,
+    parse_pipeline,
+    pipeline_to_text,
+    table as table_module,
+)
 from sparsepass.passes.base import Facts, GroupContext, Needs, SiteGroup
-from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
+from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
 _BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "learn_masks": "nm_sparsify", "fold": "nm_sparsify", "reconstruct": ""}

@@ -11,12 +11,11 @@ from tests.families import BY_NAME, captured
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, capture
-from sparsepass.passes import apply_passes
-from sparsepass.passes import reconstruct as reconstruct_module
-from sparsepass.passes.blocks import find_blocks
-from sparsepass.passes.calibration import site_groups
-from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
-from sparsepass.passes.reconstruct_math import Trained, fit, held_out, step_size, token_error
+from sparsepass.passes import apply_passes, reconstruct as reconstruct_module
+from sparsepass.passes.engine.blocks import find_blocks
+from sparsepass.passes.engine.calibration import site_groups
+from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
+from sparsepass.passes.maths.reconstruct import Trained, fit, held_out, step_size, token_error
 
 PATTERN = NMPattern(2, 4)
 MAGNITUDE = "nm_sparsify{criterion=magnitude}"

@@ -3,8 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sparsepass.graph import SparsepassError
 from sparsepass.passes import PASSES, Fold, NMSparsify, SLoRB, parse_pipeline, pipeline_to_text

@@ -30,9 +30,10 @@ from torch import distributed
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.retrain import checkpoint
-from sparsepass.retrain.diagnose import NonFiniteLossError
-from sparsepass.retrain.loop import CHECKPOINTS, METRICS
+from sparsepass.retrain.run import checkpoint
+from sparsepass.retrain.run.checkpoint import CHECKPOINTS
+from sparsepass.retrain.run.diagnose import NonFiniteLossError
+from sparsepass.retrain.run.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 KILLED_STEPS = 32

@@ -13,13 +13,13 @@ import torch
 from tests.families import BY_NAME, captured
 from torch import Tensor, nn
 
-from sparsepass.export.eval import perplexity
 from sparsepass.graph import Program, capture
+from sparsepass.graph.perplexity import perplexity
 from sparsepass.passes import apply_passes
 from sparsepass.retrain.config import RetrainConfig
-from sparsepass.retrain.data import DataConfig, TrainingData, open_data
-from sparsepass.retrain.loop import METRICS, retrain
-from sparsepass.retrain.metrics import read_metrics
+from sparsepass.retrain.data.training import DataConfig, TrainingData, open_data
+from sparsepass.retrain.loop import retrain
+from sparsepass.retrain.run.metrics import METRICS, read_metrics
 
 CONTEXT = 16
 RECIPE = "nm_sparsify,slorb{k=8}"
@@ -133,7 +133,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def validation_loss(program: Program, held_out: int = 8, dtype: str | None = None) -> float:
-    """What `sparsepass.export.eval.perplexity` says about the validation rows of `data`."""
+    """What `sparsepass.graph.perplexity.perplexity` says about the validation rows of `data`."""
     validation = data(held_out).validation
     assert validation is not None
     return perplexity(program, validation.input_ids.flatten(), context=CONTEXT, dtype=dtype).nll_mean

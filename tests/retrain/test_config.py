@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sparsepass.graph import SparsepassError
 from sparsepass.retrain.config import RetrainConfig, steps_of

@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tests.families import BY_NAME, captured
+from tests.retrain.run.test_resume import assert_same, assert_whole, stopping_at
 from tests.retrain.runs import data, dense, digest, masks, measures, run, settings, sparse, steps, train, validation_loss
-from tests.retrain.test_resume import assert_same, assert_whole, stopping_at
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.soft_masks import candidate_masks, gumbel_noise, hard_mask, noise_key
 from sparsepass.passes import apply_passes
-from sparsepass.passes.mask_pack import pack_program
-from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
+from sparsepass.passes.masks.pack import pack_program
+from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 from sparsepass.retrain.loop import TrainingStoppedError
 from sparsepass.retrain.student import masked_sites
 

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tests.retrain.runs import sparse
 from torch import Tensor
 
 from sparsepass.graph import SparsepassError
-from sparsepass.passes.pattern import NMPattern, is_nm, nm_mask
+from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 from sparsepass.retrain import masks
 from sparsepass.retrain.masks import MaskedSite, MovingMasks, magnitude_mask, pack, put_behind
 from sparsepass.retrain.student import masked_sites

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph import SparsepassError
-from sparsepass.passes.pattern import NMPattern, nm_mask
+from sparsepass.passes.maths.pattern import NMPattern, nm_mask
 from sparsepass.retrain import optimizers
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW
 

@@ -1,0 +1,10 @@
+"""The command line: one file for each command."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsepass.export.cli.app import main as main, sparse_export as sparse_export
+else:
+    from sparsepass._lazy import face
+
+    __getattr__, __dir__, __all__ = face(__name__, __file__)

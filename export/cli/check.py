@@ -1,0 +1,255 @@
+"""The commands that run models and change nothing: `eval` and `compare`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsepass.export.cli import support
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Sides = list[tuple[str, Any, Any]]
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def eval_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or saved program.", show_default=False)
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="UTF-8 text file, or 'python-docs' for text that is always there.", show_default=False),
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="Tokens by which the window moves on; by default all of it.")
+    ] = None,
+    dtype: support.Dtype = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin each window with the BOS token; by default as the tokenizer does."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Windows (or lm-eval requests) at once: speed only.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the text.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas. Needs the package lm-eval.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option("--include-path", help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
+    task: support.Task = None,
+    gguf_file: support.GgufFile = None,
+    revision: support.Revision = None,
+    trust_remote_code: support.TrustRemoteCode = False,
+    as_json: support.AsJson = False,
+) -> None:
+    """Measure the perplexity of MODEL on a text, or run lm-eval tasks, or both.
+
+    Figures compare only at the same text, context, stride, BOS setting and tokenizer, so all of these are printed.
+    """
+    from sparsepass.export.stages import Evaluation, evaluation_text, lm_eval_tasks
+    from sparsepass.graph import SparsepassError
+    from sparsepass.graph.load import load_model
+    from sparsepass.graph.perplexity import perplexity
+
+    names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
+    if text is None and not names:
+        raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
+    if text is not None:
+        Evaluation(text=text).check()
+    loaded = load_model(
+        model,
+        dtype=dtype,
+        task=task,
+        gguf_file=gguf_file,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    _note_adapter(model)
+    document: dict[str, Any] = {"model": model}
+    if text is not None:
+        found = perplexity(
+            loaded.model,
+            evaluation_text(text),
+            loaded.tokenizer,
+            context=context,
+            stride=stride,
+            bos=bos,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+        )
+        document["perplexity"] = dataclasses.asdict(found) | {"text": text}
+        if not as_json:
+            support.stdout().print(f"{model}: {found}", highlight=False)
+    if names:
+        document["lm_eval"] = lm_eval_tasks(
+            loaded.model,  # type: ignore[arg-type]
+            loaded.tokenizer,  # type: ignore[arg-type]
+            names,
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size or 1,
+            num_fewshot=num_fewshot,
+        )
+        if not as_json:
+            support.stdout().print(_task_table(document["lm_eval"]))
+    if as_json:
+        _print_json(document)
+
+
+def compare_command(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="The reference: model folder, hub id, .gguf, saved program, .onnx file.",
+            show_default=False,
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.", show_default=False)],
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = 128,
+    atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
+    rtol: Annotated[
+        float | None, typer.Option("--rtol", help="Bound of each output's relative error; by default the dtype's.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option("--max-kl", help="Bound of the KL divergence of the logits, in nats.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Demand equal numbers.")] = False,
+    no_layers: Annotated[
+        bool, typer.Option("--no-layers", help="Compare outputs only, and do not look for the layer where they part.")
+    ] = False,
+    gguf_file: support.GgufFile = None,
+    trust_remote_code: support.TrustRemoteCode = False,
+    as_json: support.AsJson = False,
+) -> None:
+    """Run A and B on the same inputs, and tell how far apart they are and at which layer they part.
+
+    Without --inputs and --text the samples beside an export are used, or small random inputs. By default the relative
+    error of each output may be 1e-5 in float32, 5e-3 in float16 and 3e-2 in bfloat16.
+
+    Exit code: 0 equivalent within the bounds, 1 not, 2 wrong usage or unreadable input.
+    """
+    from sparsepass.graph import SparsepassError
+    from sparsepass.graph.equivalence import compare
+
+    if inputs is not None and text is not None:
+        raise SparsepassError("--inputs and --text were both given; choose one")
+    sides = []
+    for name in dict.fromkeys((a, b)):
+        opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        sides.append((name, opened, tokenizer))
+    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
+    failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
+    if as_json:
+        _print_json({"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()})
+    else:
+        support.stdout().print(str(found), highlight=False, markup=False)
+        for failure in failures:
+            support.complain(failure)
+        if not failures:
+            support.stdout().print("[green]Equivalent on these inputs.[/]")
+    support.finish(not failures)
+
+
+def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":
+    """What `compare` takes for a name, and its tokenizer if it comes with one."""
+    from sparsepass.graph.load import load_model
+    from sparsepass.graph.program import PROGRAM_FILE
+
+    path = Path(name).expanduser()
+    is_onnx = path.suffix == ".onnx" or (
+        path.is_dir() and any(path.glob("*.onnx")) and not any((path / file).is_file() for file in _MODEL_FILES)
+    )
+    if is_onnx and not (path / PROGRAM_FILE).is_file():
+        return path, None
+    loaded = load_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    _note_adapter(name)
+    return loaded.model, loaded.tokenizer
+
+
+def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) -> "dict[str, Tensor]":
+    """Inputs for a comparison: what the user gave, else samples beside an artifact, else a model's example inputs."""
+    from torch import nn
+
+    from sparsepass.export.stages import SAMPLES_FILE, read_samples
+    from sparsepass.graph import Program, SparsepassError
+    from sparsepass.graph.capture import example_inputs_for
+
+    if file is not None:
+        return read_samples(file)
+    if text is not None:
+        return _tokenized(sides, text, tokens)
+    for name, opened, _ in sides:
+        place = Path(name).expanduser()
+        samples = (place if place.is_dir() else place.parent) / SAMPLES_FILE
+        if samples.is_file():
+            return read_samples(samples)
+        if isinstance(opened, Program):
+            return opened.example_inputs
+    for _, opened, _ in sides:
+        if isinstance(opened, nn.Module):
+            return example_inputs_for(opened)
+    raise SparsepassError(
+        "no inputs are known for these files: give --inputs FILE.safetensors (input name -> tensor), or --text FILE "
+        "if a tokenizer lies beside one of them"
+    )
+
+
+def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
+    import torch
+    from transformers import AutoTokenizer
+
+    from sparsepass.export.stages import Evaluation, evaluation_text
+    from sparsepass.graph import SparsepassError
+
+    Evaluation(text=text).check()
+    found = evaluation_text(text)
+    words = found.read_text(encoding="utf-8") if isinstance(found, Path) else found
+    tokenizer = next((tokenizer for _, _, tokenizer in sides if tokenizer is not None), None)
+    for name, _, _ in sides if tokenizer is None else ():
+        place = Path(name).expanduser()
+        place = place if place.is_dir() else place.parent
+        if (place / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            break
+    if tokenizer is None:
+        raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")
+    # Characters enough for the tokens wanted, at ten for each, so that a long text is not tokenized as a whole.
+    ids = tokenizer(words[: 10 * tokens], verbose=False)["input_ids"][:tokens]
+    if len(ids) < 2:
+        raise SparsepassError(f"the text {text} gives {len(ids)} tokens; give at least two")
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+
+
+def _note_adapter(name: str) -> None:
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
+        support.say(f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them.")
+
+
+def _task_table(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"lm-eval {found['lm_eval']}", title_justify="left", show_edge=False)
+    for heading in ("task", "metric", "value"):
+        table.add_column(heading)
+    for name, results in found["results"].items():
+        for metric, value in results.items():
+            if isinstance(value, int | float) and not metric.startswith(("alias", "sample")):
+                table.add_row(name, metric, f"{value:.4f}")
+    return table
+
+
+def _print_json(document: Any) -> None:
+    from sparsepass.export.report import plain_json
+
+    typer.echo(json.dumps(plain_json(document), indent=1, default=str))

@@ -1,0 +1,99 @@
+"""The command `plan`."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from sparsepass.export.cli import support
+from sparsepass.export.cli.report import AddTo, add_to
+
+
+def plan_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder, hub id, config .json, .gguf file, or saved program. Weights are not needed.",
+            show_default=False,
+        ),
+    ],
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="GPU to plan for, such as rtx4090, a100, l40s or h100.", show_default=False)
+    ],
+    runtime: Annotated[
+        str, typer.Option("--runtime", help="Model of the kernels: ideal, tensorrt-llm or torch.")
+    ] = "tensorrt-llm",
+    batch: Annotated[list[str] | None, typer.Option("--batch", help="Sequences at once: 1, or 1,8,32. Default: 1.")] = None,
+    seq: Annotated[
+        list[str] | None,
+        typer.Option("--seq", help="Prompt lengths: 512, or 512,4096. By default 2048 or the model's limit."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens generated for each prompt.")] = 128,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Weights: bf16, fp16, fp8, int8 or int4. By default the model's, or bf16.")
+    ] = None,
+    slorb: Annotated[int, typer.Option("--slorb", help="Plan SLoRB branches of this k; 0 for none.")] = 0,
+    projection: Annotated[str, typer.Option("--projection", help="Of the SLoRB branches: fixed or trainable.")] = "fixed",
+    min_gain: Annotated[float, typer.Option("--min-gain", help="Least speedup of a layer that is worth making it 2:4.")] = 1.02,
+    show_all: Annotated[bool, typer.Option("--all", help="One row for each layer, and not for each shape.")] = False,
+    gguf_file: support.GgufFile = None,
+    report: AddTo = None,
+    as_json: support.AsJson = False,
+) -> None:
+    """Predict what 2:4 sparsity gains for MODEL on a GPU, and which layers to leave dense.
+
+    A roofline with the vendor's figures and published efficiencies of the runtime: a forecast, not a measurement.
+
+    Exit code: 0 it pays for at least one layer, 1 it does not pay, 2 wrong usage or unreadable input.
+    """
+    import json
+    import time
+
+    from sparsepass.export.plan import plan
+
+    started = time.perf_counter()
+    found = plan(
+        model,
+        gpu=gpu,
+        runtime=runtime,
+        batches=_numbers("--batch", batch) or (1,),
+        seqs=_numbers("--seq", seq),
+        new_tokens=new_tokens,
+        dtype=dtype,
+        slorb_k=slorb,
+        projection=_projection(projection),
+        min_gain=min_gain,
+        gguf_file=gguf_file,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        from sparsepass.export.plan import page
+
+        support.stdout().print(page(found, every_layer=show_all), highlight=False)
+    add_to(report, "plan", {"plan": found.to_dict()}, started)
+    support.finish(found.pays)
+
+
+def _numbers(option: str, given: list[str] | None) -> tuple[int, ...]:
+    """Numbers of an option that takes commas and may be repeated."""
+    from sparsepass.graph import SparsepassError
+
+    found = []
+    for word in ",".join(given or ()).split(","):
+        if word.strip():
+            try:
+                found.append(int(word))
+            except ValueError:
+                raise SparsepassError(f"{option} expects whole numbers such as 1,8,32, got {word.strip()!r}") from None
+    return tuple(dict.fromkeys(found))
+
+
+def _projection(word: str) -> 'Literal["fixed", "trainable"]':
+    from sparsepass.graph import SparsepassError
+
+    if word == "fixed":
+        return "fixed"
+    if word == "trainable":
+        return "trainable"
+    raise SparsepassError(f"--projection expects fixed or trainable, got {word!r}")

@@ -1,0 +1,54 @@
+"""The command `report`, and the option by which other commands add what they found to a report."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsepass.export.cli import support
+
+AddTo = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        help="Add what was found to the report in this folder (report.json, report.html, report.md), or begin one there.",
+        show_default=False,
+    ),
+]
+
+
+def report_command(
+    place: Annotated[
+        Path, typer.Argument(metavar="FOLDER_OR_FILE", help="A report.json, or the folder it lies in.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for the pages; by default the one that report.json lies in.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Show a report in the terminal, and render its pages anew from report.json alone: report.html and report.md.
+
+    Exit code: 0 it was rendered, 2 wrong usage or unreadable input.
+    """
+    from sparsepass.export.cli.show import answers_text, summary
+    from sparsepass.export.report import read_report, write_pages
+
+    document = read_report(place)
+    folder = out or (place if place.is_dir() else place.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pages(folder, document)
+    support.stdout().print(answers_text(document))
+    support.stdout().print(summary(document, str(folder)))
+
+
+def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started: float) -> None:
+    """Add sections to the report that ``--report`` names, if it names one."""
+    from sparsepass.export.report import HTML_FILE, add_to_report
+
+    if folder is not None:
+        add_to_report(folder, sections, stage=stage, command=support.command_line(), seconds=time.perf_counter() - started)
+        support.say(f"Added to {folder / HTML_FILE}")

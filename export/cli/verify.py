@@ -1,0 +1,222 @@
+"""The command `verify`: does a file, a folder or a saved program hold the N:M pattern?"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsepass.export.cli import support
+from sparsepass.export.cli.report import AddTo, add_to
+
+if TYPE_CHECKING:
+    from sparsepass.export.pattern import PatternReport
+    from sparsepass.export.targets.torch import Record
+
+__all__ = ["check_folder", "verify_command"]
+
+_NUM_SHOWN = 20
+_ON_PURPOSE = "dense on purpose"
+
+
+def verify_command(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER_OR_FILE",
+            help="A folder that sparsepass wrote, an .onnx or .safetensors file, or a folder with such files.",
+            show_default=False,
+        ),
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", help="Pattern to check; by default the report's, or 2:4.", show_default=False),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="Weights that may be dense: name, glob or 're:...'. May be repeated."),
+    ] = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every weight, and not only what is amiss in a long list.")
+    ] = False,
+    report: AddTo = None,
+    as_json: support.AsJson = False,
+) -> None:
+    """Check in the stored weights that the N:M pattern holds, along the axis in which each is summed.
+
+    In a folder that sparsepass wrote, report.json tells which weights have to be sparse and which are dense on purpose;
+    elsewhere every linear weight has to be sparse, less those that --ignore names.
+
+    Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input.
+    """
+    started = time.perf_counter()
+    reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
+    record = _record(path)
+    if as_json:
+        from sparsepass.export.report import plain_json
+
+        document = {"conforms": all(r.conforms for r in reports), "reports": [r.to_dict() for r in reports]}
+        if record is not None:
+            document["torch_semi_structured"] = record.to_dict()
+        typer.echo(json.dumps(plain_json(document), indent=1, default=str))
+    else:
+        for each in reports:
+            _show(each, show_all=show_all)
+        if record is not None:
+            support.stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
+    unused = set.intersection(*({*each.unused} for each in reports))
+    for name in sorted(unused):
+        support.say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
+    conforms = all(each.conforms for each in reports)
+    add_to(report, "verify", {"pattern": {"conforms": conforms, "reports": [each.to_dict() for each in reports]}}, started)
+    support.finish(conforms)
+
+
+def _record(path: Path) -> "Record | None":
+    """What a folder of the target torch says of its layers."""
+    from sparsepass.export.targets.torch import RECORD_FILE, read_record
+
+    return read_record(path) if (path / RECORD_FILE).is_file() else None
+
+
+def _show(report: "PatternReport", *, show_all: bool) -> None:
+    out = support.stdout()
+    if show_all:
+        out.print(report.table(all_entries=True))
+    else:
+        out.print(report.summary(), highlight=False, markup=False)
+    if report.stated:
+        _show_stated(report)
+    if not show_all:
+        for entry in report.failures[:_NUM_SHOWN]:
+            shape = f" [{'x'.join(map(str, entry.shape))}, summed along axis {entry.axis}]" if entry.shape else ""
+            use = f" in {entry.op} {entry.node}" if not entry.shape and entry.op else ""
+            out.print(f"  {entry.label}{shape}{use}: {entry.reason}", highlight=False, markup=False)
+        if (more := len(report.failures) - _NUM_SHOWN) > 0:
+            out.print(f"  and {more} more; --all shows every weight")
+    if advice := report.advice():
+        out.print("Likely causes, and what to do:", highlight=False)
+        for line in advice.splitlines():
+            out.print(f"  {line}", highlight=False, markup=False)
+
+
+def _show_stated(report: "PatternReport") -> None:
+    """Say which weights had to be sparse and which are dense on purpose."""
+    required = {entry.weight for entry in report.entries if entry.required}
+    dense: dict[str, list[str]] = {}
+    for entry in report.entries:
+        if entry.reason.startswith(_ON_PURPOSE) and entry.label not in dense.setdefault(entry.reason, []):
+            dense[entry.reason].append(entry.label)
+    out = support.stdout()
+    out.print(f"  has to be sparse: {len(required)} weights", highlight=False)
+    for reason, names in dense.items():
+        shown = ", ".join(names[:_NUM_SHOWN]) + (f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else "")
+        out.print(f"  {reason}: {shown}", highlight=False, markup=False)
+
+
+def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, ...] = ()) -> "tuple[PatternReport, ...]":
+    """Check a file, a saved program, or a folder, by its report if it has one.
+
+    Args:
+        path: What to check.
+        pattern: Stands in for the report's patterns.
+        ignore: Weights that may be dense.
+
+    Returns:
+        One report for each file that the folder's report names; else one.
+
+    Raises:
+        SparsepassError: If it cannot be read.
+    """
+    from sparsepass.export.pattern import check_pattern
+    from sparsepass.export.report import find_report
+    from sparsepass.graph import SparsepassError
+    from sparsepass.graph.program import PROGRAM_FILE
+
+    if not path.exists():
+        raise SparsepassError(f"{path} does not exist; name a folder, an .onnx file or a .safetensors file")
+    if path.is_dir() and (path / PROGRAM_FILE).is_file():
+        return (_check_program(path, pattern, ignore),)
+    folder = path if path.is_dir() else path.parent
+    document = find_report(folder) or {}
+    artifact = document.get("artifact", {})
+    expected, axes = artifact.get("expected_sparse", {}), artifact.get("axes") or {}
+    if not path.is_dir():
+        expected, axes = _of_file(path, expected, axes)
+    if not expected:
+        return (check_pattern(path, pattern or "2:4", ignore=ignore),)
+    reasons = document.get("passes", {}).get("skipped", {})
+    return tuple(
+        _with_reasons(
+            check_pattern(
+                folder / name if name else folder,
+                pattern or "2:4",
+                ignore=ignore,
+                expected_sparse=weights if pattern is None else list(weights),
+                axes=axes.get(name),
+            ),
+            reasons,
+        )
+        for name, weights in expected.items()
+    )
+
+
+def _of_file(
+    path: Path, expected: Mapping[str, Mapping[str, str]], axes: Mapping[str, Mapping[str, int]]
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, int]]]:
+    """What a folder's report expects of one file in it: of a shard of a checkpoint, the weights that it holds."""
+    import safetensors
+
+    if path.name in expected:
+        return {path.name: dict(expected[path.name])}, {path.name: dict(axes.get(path.name, {}))}
+    if "" not in expected or path.suffix != ".safetensors":
+        return {}, {}
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            held = set(file.keys())
+    except (safetensors.SafetensorError, OSError):
+        return {}, {}  # check_pattern tells what is wrong with it
+    return (
+        {path.name: {name: each for name, each in expected[""].items() if name in held}},
+        {path.name: {name: axis for name, axis in axes.get("", {}).items() if name in held}},
+    )
+
+
+def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -> "PatternReport":
+    """Check a saved program: what its graph reads is the weight with its mask, and no file holds that."""
+    import torch
+
+    from sparsepass.export.pattern import check_pattern
+    from sparsepass.graph import Program, SparsepassError
+
+    program = Program.load(folder)
+    if not program.sparse:
+        raise SparsepassError(f"{folder} is a program without sparse weights; apply nm_sparsify first (sparsepass prune)")
+    stored = program.tensors()
+    weights = {site.weight: stored[site.weight] for site in program.sites() if site.weight in stored}
+    axes = {}
+    for name, state in program.sparse.items():
+        weight = program.tensor(name).detach()
+        if state.mask is not None:
+            weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
+        weights[name], axes[name] = weight, state.axis
+    patterns = {name: pattern or state.pattern for name, state in program.sparse.items()}
+    found = check_pattern(weights, ignore=ignore, expected_sparse=patterns, axes=axes)
+    found = dataclasses.replace(found, source=str(folder), pattern="/".join(sorted(set(patterns.values()))))
+    return _with_reasons(found, program.report().skipped())
+
+
+def _with_reasons(report: "PatternReport", skipped: Mapping[str, Any]) -> "PatternReport":
+    """Add to weights that are dense on purpose why the passes left them."""
+    entries = []
+    for entry in report.entries:
+        if entry.reason == _ON_PURPOSE:
+            named = (entry.weight, entry.parameter, entry.node)
+            names = [name for each in named for name in (each, each.removesuffix(".weight"))]
+            reason = next((skipped[name] for name in names if name in skipped), None)
+            entry = dataclasses.replace(entry, reason=f"{_ON_PURPOSE}: {reason}" if reason else _ON_PURPOSE)
+        entries.append(entry)
+    return dataclasses.replace(report, entries=tuple(entries))

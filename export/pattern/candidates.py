@@ -1,0 +1,118 @@
+"""What the readers of the pattern checker hand to it: one candidate per weight and use."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import final
+
+from sparsepass.export.pattern.bits import BitView
+from sparsepass.graph.support import SparsepassError
+
+__all__ = ["Candidate", "NamePatterns", "name_matches"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One use of one stored weight, found but not yet read.
+
+    Attributes:
+        file: Name of the file it stands in, relative to the source; "" for a model in memory.
+        node: Name of the operation that uses it; the module path in a safetensors file.
+        op: Operation type ("MatMul", "Gemm", ...), or "tensor" in a safetensors file.
+        weight: Name under which the tensor is stored.
+        aliases: Other names that mean this weight: those it takes on its way to the operation.
+        parameter: The parameter it was in the model this file was exported from, where the file tells; else "".
+        shape: Stored shape (unpacked where the file packs several values into a byte).
+        dtype: Stored element type, in lower case.
+        axis: Axis of the stored tensor along which K runs; None where it cannot be told.
+        key: Equal for two candidates that read the same bytes the same way.
+        read: Reads the bits; None where `problem` says why it cannot.
+        problem: Why this use cannot be checked, or None.
+        aside: Why this use decides nothing unless the caller expects it to be sparse, or None when it does decide.
+        through: Operations between the stored tensor and its use, in order.
+        computed: Operations that made the tensor out of what is stored; empty where it is stored itself.
+        multiplied: Reads what is multiplied in the end, and its axis of K, where rounding on the way may have made more
+            zeros than are stored; None where it makes none, or (called) where it cannot be computed.
+    """
+
+    file: str
+    node: str
+    op: str
+    weight: str
+    aliases: tuple[str, ...] = ()
+    parameter: str = ""
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int | None
+    key: object
+    read: Callable[[], BitView] | None
+    problem: str | None = None
+    aside: str | None = None
+    through: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    multiplied: Callable[[], tuple[BitView, int] | None] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names by which a user may mean this use, module paths (without ".weight") included."""
+        named = (self.weight, self.parameter or self.weight, *self.aliases, self.node)
+        return tuple(dict.fromkeys((*named, *(name.removesuffix(".weight") for name in named))))
+
+
+def name_matches(pattern: str, names: Iterable[str]) -> bool:
+    r"""Tell whether a name pattern means one of the names: exact, with globs, or a regular expression after "re:".
+
+    Args:
+        pattern: The name pattern; a regular expression has to match from the start of a name.
+        names: The names.
+
+    Returns:
+        Whether one of them is meant.
+
+    Raises:
+        SparsepassError: The regular expression is not valid.
+
+    >>> name_matches("*.q_proj", ["layers.0.q_proj"]), name_matches("re:layers\\.[12]", ["layers.0.q_proj"])
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise SparsepassError(
+                f"{pattern!r} is not a valid name pattern: after 're:' it is no regular expression ({error})."
+            ) from error
+        return any(compiled.match(name) for name in names)
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+@final
+class NamePatterns:
+    """Name patterns that are asked for many weights: exact ones are looked up, so that thousands of names cost nothing.
+
+    Args:
+        patterns: The patterns, as `name_matches` takes them.
+
+    >>> NamePatterns(["a", "b.*", "c"]).matching(["b.x", "c"])
+    ['b.*', 'c']
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._order = {pattern: i for i, pattern in enumerate(patterns)}
+        self._open = [p for p in self._order if p.startswith("re:") or any(char in p for char in "*?[")]
+        self._met: set[str] = set()
+
+    def matching(self, names: Iterable[str]) -> list[str]:
+        """The patterns that mean one of the names, in the order given."""
+        names = tuple(names)
+        found = {name for name in names if name in self._order}
+        found.update(pattern for pattern in self._open if pattern not in found and name_matches(pattern, names))
+        self._met |= found
+        return sorted(found, key=self._order.__getitem__)
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """The patterns that have meant none of the names asked for so far."""
+        return tuple(pattern for pattern in self._order if pattern not in self._met)

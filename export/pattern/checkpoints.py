@@ -1,0 +1,280 @@
+"""Finding the matmul weights of safetensors checkpoints by the conventions of Hugging Face.
+
+A checkpoint holds names and shapes and no operations, so what is a matmul weight, and along which axis it is reduced,
+is convention:
+
+1. A matrix named `weight` is `[out, in]`: axis 1. In the families that use GPT-2's Conv1D (told by `config.json`) the
+   matrices of its modules are `[in, out]`: axis 0.
+2. A tensor of rank 3 to 5 named `weight` is a convolution `[out, in / group, ...]`: axis 1.
+3. Experts, rank 3 and named `*_proj` or below `experts`, are `[expert, out, in]`: the last axis, but the second in
+   families that store them transposed.
+4. Embeddings and other matrices are listed and not judged; vectors, masks and integers are no weights.
+5. `axes` overrides all of that by name.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from sparsepass.export.pattern.bits import BitView, view_bits
+from sparsepass.export.pattern.candidates import Candidate, NamePatterns
+from sparsepass.graph.support import SparsepassError
+
+__all__ = ["safetensors_candidates", "safetensors_files", "tensor_candidates"]
+
+_INDEX = "model.safetensors.index.json"
+_CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+_CONV1D_MODULES = re.compile(r"(c_attn|c_proj|c_fc|q_attn)$")
+_TRANSPOSED_EXPERT_FAMILIES = {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"}
+_EMBEDDING = re.compile(r"(^|\.)([^.]*emb[^.]*|wte|wpe|shared|tokens_embed|positions_embed|relative_attention_bias)$")
+_PACKED = (".qweight", ".weight_packed")
+_QUANTIZER_DATA = ("zero_point", "scale", "scale_inv", "scales", "qzeros", "g_idx", "absmax", "weight_shape")
+# Element types of the format that a weight can have: whether they have a sign bit (and so a -0.0).
+_HAS_SIGN = {"F64": True, "F32": True, "F16": True, "BF16": True, "F8_E4M3": True, "F8_E5M2": True, "I8": False}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a folder: those its index names, else model.safetensors, else all.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The files, sorted; empty when there are none.
+
+    Raises:
+        SparsepassError: An index cannot be read, or names a file that is not there.
+    """
+    indices = [folder / _INDEX] if (folder / _INDEX).exists() else []
+    whole = folder / "model.safetensors"
+    if not indices and not whole.exists():
+        # Variants and other libraries: model.safetensors.index.fp16.json, diffusion_pytorch_model.safetensors.index.json.
+        indices = sorted(folder.glob("*.safetensors.index*.json"))
+    if not indices:
+        return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+    names = sorted({name for index in indices for name in _read_index(index).values()})
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise SparsepassError(
+            f"{folder} is incomplete: {', '.join(i.name for i in indices)} names {len(names)} files, and "
+            f"{', '.join(absent)} is not there. Copy what is missing."
+        )
+    return [folder / name for name in names]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Weight -> file."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SparsepassError(
+            f"{index} cannot be read ({type(error).__name__}: {error}): expected JSON with a weight_map from weight to "
+            "file. Copy it again."
+        ) from error
+
+
+def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> Iterator[Candidate]:
+    """Find the weights of a checkpoint.
+
+    Args:
+        paths: Its files, all in one folder; a `config.json` beside them tells the family.
+        axes: The axis of K by name of weight, over the conventions above.
+
+    Yields:
+        One candidate for each tensor of rank 2 or more that can be a weight.
+
+    Raises:
+        SparsepassError: A file cannot be read, lacks weights that the index puts into it, or `axes` gives an axis that a
+            weight lacks.
+    """
+    found: list[_Stored] = []
+    index = paths[0].parent / _INDEX
+    promised = _read_index(index) if len(paths) > 1 and index.exists() else {}
+    for path in paths:
+        handle = _open(path)
+        held = set(handle.keys())
+        absent = [name for name, file in promised.items() if file == path.name and name not in held]
+        if absent:
+            raise SparsepassError(
+                f"{path} is incomplete or of another version: {index.name} puts {len(absent)} weights into it that it does not "
+                f"hold, such as {absent[0]!r}. Copy the folder again."
+            )
+        for name in sorted(held):
+            piece = handle.get_slice(name)
+            found.append(
+                _Stored(
+                    file=path.name,
+                    name=name,
+                    shape=tuple(piece.get_shape()),
+                    dtype=str(piece.get_dtype()),
+                    key=(path, name),
+                    tensor=partial(_read, path, handle, name),
+                )
+            )
+    yield from _candidates(found, _families(paths[0].parent), axes)
+
+
+def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int]) -> Iterator[Candidate]:
+    """Find the weights among tensors in memory, such as a state dict, by the same conventions.
+
+    Args:
+        tensors: Tensors by name.
+        axes: The axis of K by name of weight, over the conventions.
+
+    Yields:
+        One candidate for each tensor of rank 2 or more that can be a weight.
+
+    Raises:
+        SparsepassError: `axes` gives an axis that a weight lacks.
+
+    >>> [c.axis for c in tensor_candidates({"proj.weight": torch.ones(2, 4), "proj.bias": torch.ones(2)}, {})]
+    [1]
+    """
+    found = [
+        _Stored(
+            file="",
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=_DTYPES.get(tensor.dtype, str(tensor.dtype)),
+            key=(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype),
+            tensor=partial(_plain, tensor),
+        )
+        for name, tensor in tensors.items()
+    ]
+    yield from _candidates(found, set(), axes)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A tensor that has not been read yet."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    key: object
+    tensor: Callable[[], torch.Tensor]
+
+
+def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
+    all_names = {each.name for each in stored}
+    patterns = NamePatterns(axes)
+    for each in stored:
+        candidate = _candidate(each, all_names, families, axes, patterns)
+        if candidate is not None:
+            yield candidate
+
+
+def _candidate(
+    stored: _Stored, all_names: Collection[str], families: set[str], axes: Mapping[str, int], patterns: NamePatterns
+) -> Candidate | None:
+    """Judge one tensor by its name, shape and type; None for what cannot be a weight."""
+    name, shape, dtype = stored.name, stored.shape, stored.dtype
+    module, _, last = name.rpartition(".")
+    given = next((axes[pattern] for pattern in patterns.matching(_both(name))), None)
+    problem = aside = None
+    if name.endswith(_QUANTIZER_DATA):
+        return None
+    if name.endswith(_PACKED):
+        problem = "packed by a quantizer; check the model before quantization, or its ONNX export"
+    elif dtype not in _HAS_SIGN:
+        if last != "weight" or len(shape) < 2:
+            return None
+        problem = f"stored as {dtype}, which holds no plain weights"
+    elif len(shape) < 2:
+        return None
+    elif f"{name}_zero_point" in all_names:
+        problem = "quantized with zero points, which are not read from checkpoints; check its ONNX export"
+    axis = None if problem else _axis(name, shape, families)
+    if given is not None and not problem:
+        if not -len(shape) <= given < len(shape):
+            raise SparsepassError(
+                f"axes gives axis {given} for {name!r} of shape {list(shape)}: expected {-len(shape)} to {len(shape) - 1}."
+            )
+        axis = given % len(shape)
+    elif not problem and len(shape) == 2 and _EMBEDDING.search(module if last == "weight" else name):
+        aside = "an embedding"
+    elif not problem and not (last.endswith("weight") or last.endswith("_proj") or ".experts." in name):
+        aside = "not named as a matmul weight is; give its axis to have it judged"
+    elif axis is not None and shape[axis] == 1:
+        aside = "K = 1: nothing is reduced"
+    return Candidate(
+        file=stored.file,
+        node=module,
+        op="tensor",
+        weight=name,
+        shape=shape,
+        dtype=dtype.lower(),
+        axis=axis,
+        key=stored.key,
+        read=None if problem else lambda: _bits(stored.tensor(), dtype),
+        problem=problem,
+        aside=aside,
+    )
+
+
+def _axis(name: str, shape: tuple[int, ...], families: set[str]) -> int:
+    module, _, last = name.rpartition(".")
+    if len(shape) == 2:
+        return 0 if families & _CONV1D_FAMILIES and _CONV1D_MODULES.search(module) and last == "weight" else 1
+    if len(shape) == 3 and (last.endswith("_proj") or ".experts." in name):
+        return 1 if families & _TRANSPOSED_EXPERT_FAMILIES else 2
+    return 1
+
+
+def _both(name: str) -> tuple[str, str]:
+    return name, name.removesuffix(".weight")
+
+
+def _families(folder: Path) -> set[str]:
+    """The model types that a config.json beside the weights names, those of its parts included."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    parts = [config, *(config.values() if isinstance(config, dict) else ())]
+    return {str(part["model_type"]) for part in parts if isinstance(part, dict) and "model_type" in part}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise SparsepassError(
+            f"{path} cannot be read as a safetensors file ({error}): expected a complete one. It may be truncated; "
+            "copy it again."
+        ) from error
+
+
+def _read(path: Path, handle: Any, name: str) -> torch.Tensor:
+    try:
+        tensor: torch.Tensor = handle.get_tensor(name)
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise SparsepassError(f"weight {name!r} of {path} cannot be read ({error}): copy the file again.") from error
+    return tensor
+
+
+def _bits(tensor: torch.Tensor, dtype: str) -> BitView:
+    return view_bits(tensor.view(_WORDS[tensor.element_size()]).numpy(), has_sign=_HAS_SIGN[dtype])

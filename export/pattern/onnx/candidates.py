@@ -1,0 +1,280 @@
+"""Finding the constant weights of an ONNX graph, and the axis of each along which the reduction K runs.
+
+Every operation of the graph, of its subgraphs and of its local functions is looked at:
+
+1. A product (`PRODUCTS`) with a constant operand is a use of a weight: `Follower` leads back to what is stored for it.
+   A product of constants only is a constant: the operation that takes it is the one to look at.
+2. Packed weights (MatMulNBits, MatMulBnb4) are unpacked when they are read.
+3. Operations that hold weights in a layout of their own, operations of an unknown domain with a constant matrix among
+   their inputs, and whatever cannot be followed are listed as not checkable, with the reason.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+
+from sparsepass.export.pattern.bits import BitView, view_bits
+from sparsepass.export.pattern.candidates import Candidate
+from sparsepass.export.pattern.onnx.data import READABLE_TYPES, SIGNED_TYPES, OnnxData, from_proto
+from sparsepass.export.pattern.onnx.follow import Constant, Follower, Problem, input_of, int_of, settle
+from sparsepass.export.pattern.onnx.ops import DOMAINS, OPAQUE, PRODUCTS, WITHOUT_RULE, Operand, is_known
+from sparsepass.export.pattern.onnx.packed import PACKED, read_packed
+
+__all__ = ["onnx_candidates"]
+
+# Types that weights of an unknown operation can have; indices and masks have others.
+_WEIGHT_TYPES = SIGNED_TYPES | {f"{u}INT{bits}" for u in ("", "U") for bits in (2, 4, 8)}
+_FLOAT_PRODUCTS = {op for op, operands in PRODUCTS.items() if all(o.zero_point is None for o in operands)} | {"Einsum"}
+
+
+def onnx_candidates(model: ir.Model | onnx.ModelProto, *, file: str = "") -> Iterator[Candidate]:
+    """Find every constant weight of the products of a model, subgraphs included.
+
+    Args:
+        model: The model; it is not changed.
+        file: Name to file the candidates under.
+
+    Yields:
+        One candidate per operation and constant operand, in graph order.
+
+    Raises:
+        SparsepassError: The model cannot be understood.
+    """
+    if isinstance(model, onnx.ModelProto):
+        model = from_proto(model, file or "the given ModelProto", None)
+    elif model.functions:
+        model = model.clone()
+        ir_passes.InlinePass()(model)
+    finder = _Finder(model, file)
+    for number, node in enumerate(finder.follower.nodes):
+        yield from finder.uses(node, number)
+
+
+class _Finder:
+    """Finds the uses of weights in one graph."""
+
+    def __init__(self, model: ir.Model, file: str) -> None:
+        self.file = file
+        self.data = OnnxData(file)
+        self.follower = Follower(model, self.data)
+
+    def uses(self, node: ir.Node, number: int) -> Iterator[Candidate]:
+        name = node.name or (node.outputs[0].name if node.outputs else None) or f"{node.op_type}_{number}"
+        opaque = OPAQUE.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+        if opaque is not None:
+            indices, reason = opaque
+            for index in indices:
+                if self._is_constant(node, index):
+                    yield self._uncheckable(node, name, index, f"{node.op_type} {reason}")
+        elif not is_known(node.domain, node.op_type):
+            yield from self._unknown(node, name)
+        elif node.domain not in DOMAINS:
+            return
+        elif node.op_type in PACKED:
+            yield self._packed(node, name)
+        elif node.op_type == "Einsum":
+            yield from self._einsum(node, name)
+        elif node.op_type in WITHOUT_RULE:
+            index, reason = WITHOUT_RULE[node.op_type]
+            if self._is_constant(node, index):
+                yield self._uncheckable(node, name, index, reason, aside=reason)
+        elif node.op_type in PRODUCTS:
+            operands = PRODUCTS[node.op_type]
+            taken = {0, *(operand.index for operand in operands)}
+            if not all(self._is_constant(node, index) for index in taken):
+                for operand in operands:
+                    yield from self._operand(node, name, operand)
+
+    def _is_constant(self, node: ir.Node, index: int) -> bool:
+        return self.follower.is_constant(input_of(node, index))
+
+    def _operand(self, node: ir.Node, name: str, operand: Operand) -> Iterator[Candidate]:
+        try:
+            constant = self.follower.follow(input_of(node, operand.index), gather=operand.side == "right")
+        except Problem as problem:
+            yield self._uncheckable(node, name, operand.index, str(problem))
+            return
+        if constant is None:
+            return
+        rank = len(constant.axes)
+        flipped = bool(operand.transpose and int_of(node, operand.transpose, 0))
+        if operand.side == "conv":
+            axis = 1
+        elif operand.side == "left":
+            axis = rank - (2 if flipped else 1)
+        else:
+            axis = rank - (1 if flipped else 2)
+        axis = max(axis, 0)
+        try:
+            if operand.zero_point is not None:
+                column_axis = 0 if operand.side == "conv" or flipped else rank - 1
+                zero = self.follower.zero_point(input_of(node, operand.zero_point), constant, column_axis, 0)
+                constant = settle(constant, zero)
+            elif constant.quantized_by is not None:
+                raise Problem(f"{node.op_type} takes quantized values without a zero point")
+        except Problem as problem:
+            yield self._uncheckable(node, name, operand.index, str(problem))
+            return
+        if (operand.side == "conv" and rank < 3) or rank == 0:
+            yield self._uncheckable(node, name, operand.index, f"a weight of rank {rank} has no such axis")
+            return
+        if any(int_of(node, flag, 0) for flag in ("transBatchA", "transBatchB")):
+            yield self._uncheckable(node, name, operand.index, "FusedMatMul with transBatch is not supported")
+            return
+        yield self._found(node, name, constant, axis, operand.index)
+
+    def _found(self, node: ir.Node, name: str, constant: Constant, axis: int, index: int) -> Candidate:
+        tensor, stored = constant.tensor, constant.axes[axis]
+        shape = tuple(tensor.shape.numpy())
+        problem = None
+        if tensor.dtype.name not in READABLE_TYPES:
+            problem = f"{tensor.dtype.name.lower()} is not a weight type this check knows"
+        elif stored is None:
+            problem = "K runs along an axis that is not stored"
+        zero = constant.zero_point
+        return Candidate(
+            file=self.file,
+            node=name,
+            op=node.op_type,
+            weight=constant.name,
+            aliases=constant.aliases,
+            parameter=_parameter(node),
+            shape=shape,
+            dtype=tensor.dtype.name.lower(),
+            axis=stored,
+            key=(_storage(tensor), None if zero is None else (zero.shape, zero.tobytes())),
+            read=None if problem else lambda: self.data.bits(tensor, zero, constant.name),
+            problem=problem,
+            # Rotary frequencies, depthwise convolution.
+            aside="K = 1: nothing is reduced" if stored is None or shape[stored] == 1 else None,
+            through=constant.through,
+            computed=constant.computed,
+            multiplied=None if problem else self._multiplied(node, constant, axis, index),
+        )
+
+    def _multiplied(
+        self, node: ir.Node, constant: Constant, axis: int, index: int
+    ) -> Callable[[], tuple[BitView, int] | None] | None:
+        """Reads what is multiplied in the end, where rounding on the way may have made more zeros than are stored."""
+        value = node.inputs[index]
+        rounds = any(op in ("Cast", "CastLike", "QuantizeLinear") for op in constant.through)
+        if value is None or not rounds or not self.follower.is_constant(value):
+            return None
+
+        def read() -> tuple[BitView, int] | None:
+            try:
+                found = self.follower.value(value)
+            except Problem:
+                return None
+            name = ir.DataType.from_numpy(found.dtype).name
+            if name not in READABLE_TYPES or constant.quantized_by is not None or node.op_type not in _FLOAT_PRODUCTS:
+                return None
+            return view_bits(found, has_sign=name in SIGNED_TYPES), axis
+
+        return read
+
+    def _packed(self, node: ir.Node, name: str) -> Candidate:
+        try:
+            packed = read_packed(node, self.follower)
+        except Problem as problem:
+            return self._uncheckable(node, name, 1, str(problem))
+        return Candidate(
+            file=self.file,
+            node=name,
+            op=node.op_type,
+            weight=packed.constant.name,
+            aliases=packed.constant.aliases,
+            parameter=_parameter(node),
+            shape=packed.shape,
+            dtype=packed.dtype,
+            axis=1,
+            key=(_storage(packed.constant.tensor), packed.dtype, packed.zero.tobytes()),
+            read=lambda: packed.read(self.follower),
+        )
+
+    def _unknown(self, node: ir.Node, name: str) -> Iterator[Candidate]:
+        """An operation nobody here knows: each constant matrix among its inputs may be a weight."""
+        if all(self.follower.is_constant(value) for value in node.inputs if value is not None):
+            return
+        for index, value in enumerate(node.inputs):
+            if not self.follower.is_constant(value):
+                continue
+            what = f"{node.domain or 'ai.onnx'}::{node.op_type}"
+            reason = (
+                f"what {what} does with this constant is not known; check the model from before it was put in, or name it "
+                "with --ignore if it is no matmul weight"
+            )
+            try:
+                constant = self.follower.follow(value)
+            except Problem as problem:
+                yield self._uncheckable(node, name, index, f"{problem}; {reason}")
+                continue
+            if constant is None or constant.tensor.dtype.name not in _WEIGHT_TYPES:
+                continue
+            if sum(size > 1 for size in constant.tensor.shape.numpy()) > 1:
+                yield self._uncheckable(node, name, index, reason)
+
+    def _uncheckable(self, node: ir.Node, name: str, index: int, reason: str, *, aside: str | None = None) -> Candidate:
+        names = tuple(self.follower.names(node.inputs[index]))
+        return Candidate(
+            file=self.file,
+            node=name,
+            op=node.op_type,
+            weight=names[-1] if names else "?",
+            aliases=names[:-1],
+            parameter=_parameter(node),
+            shape=(),
+            dtype="",
+            axis=None,
+            key=None,
+            read=None,
+            problem=reason,
+            aside=aside,
+        )
+
+    def _einsum(self, node: ir.Node, name: str) -> Iterator[Candidate]:
+        """Einsum: K is the one label that a constant operand shares with the others and that the output lacks."""
+        constant = [self.follower.is_constant(node.inputs[i]) for i in range(len(node.inputs))]
+        if all(constant):
+            return
+        equation = node.attributes["equation"].as_string().replace(" ", "")
+        terms, _, output = equation.partition("->")
+        labels = terms.split(",")
+        for index, term in enumerate(labels):
+            try:
+                found = self.follower.follow(node.inputs[index])
+                if found is None:
+                    continue
+                others = "".join(labels[:index] + labels[index + 1 :])
+                summed = [label for label in term if label not in output and label in others]
+                if "->" not in equation or "." in term or len(summed) != 1 or len(set(term)) != len(term):
+                    raise Problem(f"Einsum {equation!r} does not reduce over exactly one axis of this operand")
+            except Problem as problem:
+                yield self._uncheckable(node, name, index, str(problem))
+                continue
+            yield self._found(node, name, found, term.index(summed[0]), index)
+
+
+def _parameter(node: ir.Node) -> str:
+    """The parameter a node multiplies by, as torch.onnx notes it; folding constants renames weights to val_17.
+
+    Of `%linear : ...(args = (%mul_4, %p_model_layers_0_q_proj_weight), ...)` in scope `model.layers.0.q_proj` the
+    parameter is what follows the scope.
+    """
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    taken = re.findall(r"%p_(\w+)", node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
+    for scope in reversed(scopes):
+        prefix = scope.replace(".", "_").lower() + "_"
+        found = [name.removeprefix(prefix) for name in taken if scope and name.startswith(prefix)]
+        if found:
+            return f"{scope}.{next((name for name in found if 'weight' in name), found[0])}"
+    return ""
+
+
+def _storage(tensor: ir.TensorProtocol) -> object:
+    if isinstance(tensor, ir.ExternalTensor):
+        return (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
+    return id(tensor)

@@ -1,0 +1,30 @@
+"""The report of an artifact: its document, its pages, its pictures."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsepass.export.report.answers import skipped_rows as skipped_rows, summary as summary
+    from sparsepass.export.report.charts import Line as Line, Picture as Picture, line_chart as line_chart
+    from sparsepass.export.report.curves import retraining_run as retraining_run
+    from sparsepass.export.report.document import (
+        HTML_FILE as HTML_FILE,
+        OF_FILES as OF_FILES,
+        add_to_report as add_to_report,
+        find_report as find_report,
+        measurement as measurement,
+        new_report as new_report,
+        plain_json as plain_json,
+        read_report as read_report,
+        run_record as run_record,
+        write_pages as write_pages,
+        write_report as write_report,
+    )
+    from sparsepass.export.report.figures import training_pictures as training_pictures
+    from sparsepass.export.report.layers import layer_sparsity as layer_sparsity
+    from sparsepass.export.report.markdown import markdown_table as markdown_table
+    from sparsepass.export.report.page import accuracy_rows as accuracy_rows, accuracy_setting as accuracy_setting, size as size
+    from sparsepass.export.report.retraining import training_facts as training_facts
+else:
+    from sparsepass._lazy import face
+
+    __getattr__, __dir__, __all__ = face(__name__, __file__)

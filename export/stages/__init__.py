@@ -1,0 +1,54 @@
+"""What a command does: prepare, prune, retrain, export, and runs of several stages from one file."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsepass.export.stages.criteria import (
+        CriteriaSettings as CriteriaSettings,
+        Job as Job,
+        criteria_page as criteria_page,
+        criteria_table as criteria_table,
+        jobs_of as jobs_of,
+    )
+    from sparsepass.export.stages.exporting import (
+        SAMPLES_FILE as SAMPLES_FILE,
+        TARGETS as TARGETS,
+        ExportResult as ExportResult,
+        Target as Target,
+        export as export,
+        read_samples as read_samples,
+    )
+    from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
+    from sparsepass.export.stages.preparing import (
+        PYTHON_DOCS as PYTHON_DOCS,
+        Calibration as Calibration,
+        Evaluation as Evaluation,
+        evaluation_text as evaluation_text,
+        prepare as prepare,
+        silent as silent,
+        stage_name as stage_name,
+        write_program as write_program,
+    )
+    from sparsepass.export.stages.recipe import (
+        RetrainSection as RetrainSection,
+        read_recipe as read_recipe,
+        read_retrain_section as read_retrain_section,
+    )
+    from sparsepass.export.stages.retraining import (
+        accuracy as accuracy,
+        default_run_folder as default_run_folder,
+        retrain_and_report as retrain_and_report,
+        retrain_program as retrain_program,
+        write_cache as write_cache,
+    )
+    from sparsepass.export.stages.run import Outcome as Outcome, planned as planned, run_recipe as run_recipe
+    from sparsepass.export.stages.sensitivity import Sensitivity as Sensitivity, auto_ignore as auto_ignore
+    from sparsepass.export.stages.settings import (
+        example_text as example_text,
+        read_recipe_text as read_recipe_text,
+        recipe_names as recipe_names,
+    )
+else:
+    from sparsepass._lazy import face
+
+    __getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -1,0 +1,357 @@
+"""A recipe: one file for the whole way of a model, checked as a whole before anything runs.
+
+Its sections are the stages, in the order in which they run: ``prune``, ``retrain``, ``eval``, ``export``. Each section is a
+dataclass here or one of the library's own (``train``, ``data``, ``engine``, ``semi_structured``), so that a setting has one
+name everywhere.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from sparsepass.export.stages.exporting import TARGETS
+from sparsepass.export.stages.preparing import PYTHON_DOCS, Evaluation
+from sparsepass.export.stages.settings import override, parse_settings, read_recipe_text, refuse_unknown
+from sparsepass.export.targets.tensorrt import EngineOptions
+from sparsepass.export.targets.torch import SemiStructuredOptions
+from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.support import SparsepassError
+from sparsepass.passes import parse_pipeline
+from sparsepass.passes.data import locate
+from sparsepass.retrain.config import RetrainConfig, read_settings
+from sparsepass.retrain.data import DataConfig
+from sparsepass.retrain.teacher import SampleConfig
+
+ORDER: Final = ("model", "out", "prune", "retrain", "eval", "export")
+"""Keys of a recipe, in the order in which they run, whatever the order in the file."""
+
+_TEXT_FORMS = f"a text file (.txt, .jsonl, .parquet), a folder, the name of a hub data set, or {PYTHON_DOCS}"
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model; ``model: NAME`` is short for ``model: {source: NAME}``.
+
+    Attributes:
+        source: Folder, hub id, .gguf file or saved program.
+        dtype: Type in which its weights are loaded; by default float32 if it is retrained, else its own.
+        task: What it is for, such as text-generation.
+        gguf_file: Name of the .gguf file, if the folder holds several.
+        revision: Branch, tag or commit on the hub.
+    """
+
+    source: str
+    dtype: str | None = None
+    task: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSection:
+    """What `sparsepass prune` does.
+
+    Attributes:
+        passes: Passes in order, as one text or a list of texts.
+        calibration: Text to calibrate on; without it nm_sparsify goes by magnitude.
+        num_sequences: Calibration sequences used at most.
+        context: Tokens in one of them; by default 2048 or the model's limit.
+        batch_size: Calibration sequences at once.
+        seed: Chooses where in the text they lie.
+        compute: Precision of calibration's matmuls.
+        validate: Whether to measure after each pass how far the outputs moved.
+    """
+
+    passes: str | tuple[str, ...] = "nm_sparsify"
+    calibration: str | None = None
+    num_sequences: int = 128
+    context: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    compute: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    validate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainSection:
+    """What `sparsepass retrain` does.
+
+    Attributes:
+        train: How it is trained.
+        data: What it is trained on.
+        teacher: The dense model: folder, hub id or .gguf file; by default the one that was pruned.
+        teacher_dtype: Type in which its weights are loaded.
+        teacher_cache: Folder for its top-k logits: written once, and then it is not in memory while the student trains.
+        teacher_k: Logits kept for each token.
+        sample: Text that the teacher writes before the training, mixed in as ``data.beside`` would be. It lies in the run
+            folder, and is not written again where it is there.
+    """
+
+    train: RetrainConfig
+    data: DataConfig
+    teacher: str | None = None
+    teacher_dtype: str = "float32"
+    teacher_cache: str | None = None
+    teacher_k: int = 64
+    sample: SampleConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    """What perplexity is measured on, of the dense model and after each stage.
+
+    Attributes:
+        text: Text file, or python-docs.
+        context: Tokens in a window.
+        stride: Tokens by which it moves on; by default all of it.
+        bos: Whether windows begin with BOS; by default as the tokenizer does.
+        max_tokens: Tokens of the text used at most.
+    """
+
+    text: str
+    context: int = 512
+    stride: int | None = None
+    bos: bool | None = None
+    max_tokens: int | None = None
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The same, as `Evaluation`."""
+        return Evaluation(**dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSection:
+    """What `sparsepass export` does; several, as a list, write several targets.
+
+    Attributes:
+        target: What to write: a name from `TARGETS`.
+        dtype: Type of the written weights.
+        opset: ONNX operator set.
+        task: What the model is for.
+        engine: How engines are built (target tensorrt).
+        semi_structured: How layers are chosen (target torch).
+        verify: Whether what was written is opened and compared.
+    """
+
+    target: str
+    dtype: str | None = None
+    opset: int | None = None
+    task: str | None = None
+    engine: EngineOptions | None = None
+    semi_structured: SemiStructuredOptions | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole recipe, checked.
+
+    Attributes:
+        model: The model.
+        out: Folder below which each stage writes its own.
+        prune: None if the model is a saved program.
+        retrain: None for no training.
+        eval: None for no perplexity.
+        export: One for each target.
+    """
+
+    model: ModelSection
+    out: Path
+    prune: PruneSection | None = None
+    retrain: RetrainSection | None = None
+    eval: EvalSection | None = None
+    export: tuple[ExportSection, ...] = ()
+
+    @property
+    def dtype(self) -> str | None:
+        """Type in which the model is loaded."""
+        return self.model.dtype or ("float32" if self.retrain else None)
+
+
+def read_recipe(
+    name: str | Path, assignments: Sequence[str] = (), *, model: str | None = None, out: str | Path | None = None
+) -> Recipe:
+    """Read a recipe file, or one that comes with the package, and check all of it.
+
+    Args:
+        name: Path of the file, or name of a recipe.
+        assignments: Single values set on the command line: ``retrain.train.lr=1e-4``.
+        model: Instead of the recipe's model.
+        out: Instead of its ``out``.
+
+    Raises:
+        SparsepassError: If something is unknown (the nearest name is said), of a wrong type, out of range, missing, or cannot
+            follow what stands before it.
+
+    Example:
+        >>> recipe = read_recipe("smollm2-cpu", ["retrain.train.lr=1e-4"], out="here")
+        >>> recipe.retrain.train.lr, recipe.out.name
+        (0.0001, 'here')
+    """
+    settings = override(parse_settings(read_recipe_text(name), str(name)), assignments)
+    if model is not None:
+        known = settings.get("model")
+        settings["model"] = {**known, "source": model} if isinstance(known, dict) else model
+    if out is not None:
+        settings["out"] = str(out)
+    return recipe_of(settings, str(name))
+
+
+def recipe_of(settings: Mapping[str, Any], where: str) -> Recipe:
+    """Make a recipe of plain values; see `read_recipe`."""
+    refuse_unknown(settings, ORDER, where)
+    if missing := [name for name in ("model", "out") if settings.get(name) in (None, "")]:
+        raise SparsepassError(f"{where}: {missing[0]} is missing; it names {_MISSING[missing[0]]}")
+    model = settings["model"]
+    exports = settings.get("export") or []
+    recipe = Recipe(
+        model=_section(ModelSection, {"source": model} if isinstance(model, str) else model, f"{where}: model"),
+        out=Path(str(settings["out"])).expanduser(),
+        prune=_optional(PruneSection, settings, "prune", where),
+        retrain=retrain_section(settings["retrain"], f"{where}: retrain") if settings.get("retrain") is not None else None,
+        eval=_optional(EvalSection, settings, "eval", where),
+        export=tuple(_export_section(one, f"{where}: export") for one in (exports if isinstance(exports, list) else [exports])),
+    )
+    _check(recipe, where)
+    return recipe
+
+
+def retrain_section(settings: Any, where: str) -> RetrainSection:
+    """Make the section ``retrain`` of plain values.
+
+    Raises:
+        SparsepassError: If something in it does not fit.
+    """
+    _mapping(settings, where)
+    refuse_unknown(settings, [field.name for field in dataclasses.fields(RetrainSection)], where)
+    inner = {
+        "train": RetrainConfig.from_mapping(_mapping(settings.get("train") or {}, f"{where}.train"), where=f"{where}.train"),
+        "data": read_settings(DataConfig, _mapping(settings.get("data") or {}, f"{where}.data"), where=f"{where}.data"),
+        "sample": _optional(SampleConfig, settings, "sample", where),
+    }
+    return read_settings(RetrainSection, {**settings, **inner}, where=where)
+
+
+def read_retrain_section(
+    config: str | None, assignments: Sequence[str], given: Mapping[str, Any], *, source: str | Sequence[str] | None = None
+) -> RetrainSection:
+    """Read the settings of a training run: a file with ``train`` and ``data``, or a recipe's section ``retrain``.
+
+    Args:
+        config: Path of the file, or name of a recipe that comes along; None for the defaults.
+        assignments: Single values: ``train.lr=1e-4``.
+        given: Other values of the section, such as the teacher.
+        source: Instead of the training data's source.
+
+    Raises:
+        SparsepassError: If something in it is unknown, missing, or does not fit.
+
+    Example:
+        >>> read_retrain_section("smollm2-cpu", ["train.lr=1e-3"], {}, source="python-docs").train.lr
+        0.001
+    """
+    where = "the training settings" if config is None else str(config)
+    settings = {} if config is None else parse_settings(read_recipe_text(config), where)
+    if set(settings) & set(ORDER):
+        refuse_unknown(settings, ORDER, where)
+        settings, where = dict(_mapping(settings.get("retrain") or {}, where)), f"{where}: retrain"
+    settings = {**override(settings, assignments), **given}
+    if source is not None:
+        settings["data"] = {**_mapping(settings.get("data") or {}, f"{where}: data"), "source": source}
+    section = retrain_section(settings, where)
+    _check_retrain(section, where)
+    return section
+
+
+def _export_section(settings: Any, where: str) -> ExportSection:
+    _mapping(settings, where)
+    refuse_unknown(settings, [field.name for field in dataclasses.fields(ExportSection)], where)
+    kinds: Mapping[str, type[Any]] = {"engine": EngineOptions, "semi_structured": SemiStructuredOptions}
+    options = {
+        name: _section(kind, settings[name], f"{where}.{name}")
+        for name, kind in kinds.items()
+        if settings.get(name) is not None
+    }
+    return _section(ExportSection, {**settings, **options}, where)
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What the fields cannot tell one by one."""
+    is_program = (Path(recipe.model.source).expanduser() / PROGRAM_FILE).is_file()
+    if recipe.prune is None and not is_program:
+        raise SparsepassError(
+            f"{where}: there is no section prune, and the model {recipe.model.source} is no saved program, so there is nothing "
+            "sparse to go on with; add prune, or name a folder that `sparsepass prune` wrote"
+        )
+    if recipe.prune is not None:
+        try:
+            parse_pipeline(recipe.prune.passes)
+        except SparsepassError as error:
+            raise SparsepassError(f"{where}: prune.passes: {error}") from error
+        if recipe.prune.calibration not in (None, PYTHON_DOCS):
+            locate(str(recipe.prune.calibration), what=f"{where}: prune.calibration", forms=_TEXT_FORMS)
+    if recipe.retrain is not None:
+        _check_retrain(recipe.retrain, f"{where}: retrain")
+    if recipe.eval is not None:
+        recipe.eval.evaluation.check()
+    if recipe.model.dtype is not None:
+        parse_dtype(recipe.model.dtype)
+    _check_exports(recipe, where)
+
+
+def _check_retrain(section: RetrainSection, where: str) -> None:
+    if section.data.source is None:
+        raise SparsepassError(f"{where}.data: there is no source; name {_TEXT_FORMS}")
+    parse_dtype(section.teacher_dtype)
+    if section.sample is not None and section.data.beside is not None:
+        raise SparsepassError(
+            f"{where}: what the teacher writes (sample) is mixed in, and so is data.beside ({section.data.beside}); leave one "
+            "out"
+        )
+    named_sources = (("source", section.data.source), ("beside", section.data.beside), ("validation", section.data.validation))
+    for what, named in named_sources:
+        for one in named if isinstance(named, tuple) else (named,):
+            if isinstance(one, str) and one != PYTHON_DOCS:
+                locate(one, what=f"{where}.data.{what}", forms=_TEXT_FORMS)
+
+
+def _check_exports(recipe: Recipe, where: str) -> None:
+    targets = [one.target for one in recipe.export]
+    for one in recipe.export:
+        refuse_unknown([one.target], TARGETS, f"{where}: export.target")
+        if targets.count(one.target) > 1:
+            raise SparsepassError(f"{where}: export: the target {one.target} is there twice; each has one folder")
+        if one.dtype is not None:
+            parse_dtype(one.dtype)
+        given = {"opset": one.opset, "task": one.task, "engine": one.engine, "semi_structured": one.semi_structured}
+        for option, value in given.items():
+            if value is not None and option not in TARGETS[one.target].options:
+                raise SparsepassError(f"{where}: export: the target {one.target} has no option {option}; leave it out")
+
+
+def _optional(kind: type[Kind], settings: Mapping[str, Any], name: str, where: str) -> Kind | None:
+    found = settings.get(name)
+    if found is None and name in settings and kind is PruneSection:
+        found = {}  # `prune:` alone, with its defaults
+    return None if found is None else _section(kind, found, f"{where}: {name}")
+
+
+def _section(kind: type[Kind], settings: Any, where: str) -> Kind:
+    return read_settings(kind, _mapping(settings, where), where=where)
+
+
+def _mapping(settings: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(settings, Mapping):
+        raise SparsepassError(f"{where} has to be settings of the form `name: value`, got {settings!r}")
+    return settings
+
+
+_MISSING: Final = {
+    "model": "a folder, a hub id, a .gguf file or a saved program",
+    "out": "the folder below which each stage writes its own",
+}

@@ -1,0 +1,419 @@
+"""From a saved program to a retrained one in a folder of its own: what `sparsepass retrain` and a recipe have in common."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
+
+from sparsepass.export.report import (
+    OF_FILES,
+    find_report,
+    measurement,
+    new_report,
+    plain_json,
+    retraining_run,
+    run_record,
+    write_report,
+)
+from sparsepass.export.stages.preparing import Evaluation, Tell, silent, stage_name
+from sparsepass.export.stages.recipe import RetrainSection
+from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
+from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.support import check_free, replaced_folder, write_text
+from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.data import TrainingData, open_data
+from sparsepass.retrain.loop import retrain
+from sparsepass.retrain.restart import program_of_checkpoint
+from sparsepass.retrain.run import CHECKPOINTS, METRICS, Checkpoints, is_first_process, leave_processes, read_metrics
+from sparsepass.retrain.teacher import SAMPLED, Teacher, offline_teacher, sample_to_file
+
+ORIGIN_FILE: Final = "origin.json"
+"""In a run folder: the program and the teacher that its checkpoints belong to."""
+
+_WAIT_SECONDS: Final = 0.5
+
+_SETTING: Final = ("num_tokens", "context", "stride", "bos", "dtype")
+"""What has to be the same for two perplexities to stand side by side."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by name, as `load_model` takes it.
+
+    Attributes:
+        name: Folder, hub id, .gguf file or saved program.
+        gguf_file: See `load_model`.
+        revision: See `load_model`.
+    """
+
+    name: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    def load(self, **options: Any) -> LoadedModel:
+        """Load it; the options are those of `load_model`."""
+        return load_model(self.name, gguf_file=self.gguf_file, revision=self.revision, **options)
+
+
+Measured = ModelSource | Program
+
+
+def retrain_program(
+    source: str | Path,
+    section: RetrainSection,
+    out: str | Path,
+    *,
+    run_folder: str | Path | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    from_checkpoint: str | Path | None = None,
+    evaluation: Evaluation | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+    progress: bool = True,
+    tell: Tell = silent,
+) -> dict[str, Any]:
+    """Retrain a saved program and write it with tokenizer, recipe and report.
+
+    Run by every process of `accelerate launch`; the first one writes.
+
+    Args:
+        source: Folder that `sparsepass prune` (or this) wrote.
+        section: Settings, data and teacher. Without a teacher, the model that the program's report names.
+        out: Folder to write.
+        run_folder: Where checkpoints and ``metrics.jsonl`` go; by default beside ``out``, as ``out.run``. It stays, so that an
+            interrupted run goes on from there.
+        resume: See `retrain`.
+        from_checkpoint: Run folder, or a checkpoint in it, of an earlier run of this program, whose weights and masks the
+            training starts from instead; its settings may differ.
+        evaluation: If given, perplexity is measured of the teacher, before and after.
+        force: Whether a folder that stands at ``out`` is replaced.
+        trust_remote_code: See `load_model`.
+        command: The command line, for the report.
+        progress: Whether to show a progress line.
+        tell: Called with one line at the beginning of each step.
+
+    Returns:
+        The report, as written.
+
+    Raises:
+        SparsepassError: If something cannot be read or does not fit; ``out`` is as it was then.
+        TrainingStoppedError: If a signal asked to stop; the same call goes on later.
+    """
+    started = time.perf_counter()
+    check_free(out, force=force)
+    if evaluation is not None:
+        evaluation.check()
+    place = Path(run_folder) if run_folder is not None else default_run_folder(out)
+    tell(f"loading {source}")
+    loaded = load_model(source)
+    document = find_report(source) or new_report()
+    program = _program(loaded, source)
+    if from_checkpoint is not None:
+        if Path(from_checkpoint).resolve().is_relative_to(place.resolve()):
+            raise SparsepassError(
+                f"{from_checkpoint} lies in the run folder of this run, which would go on with its own settings; choose "
+                "another output or run folder"
+            )
+        program, note = program_of_checkpoint(program, from_checkpoint, inplace=True)
+        lost = section.train.behind != "original"
+        tell(note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
+    source_of_teacher = _source_of_teacher(section, document)
+    before = stage_name(program)
+    teacher_name = source_of_teacher.name if source_of_teacher else None
+    if is_first_process():
+        _check_origin(place, Path(source), teacher_name)
+    section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress, tell=tell)
+    tell("opening the data")
+    data = _data(section, loaded, program)
+    teacher = _teacher(section, source_of_teacher, data, trust_remote_code=trust_remote_code, tell=tell)
+    tell("training")
+    trained, document = retrain_and_report(
+        program,
+        teacher,
+        data,
+        section.train,
+        document,
+        teacher_name=teacher_name,
+        run_folder=place,
+        resume=resume,
+        progress=progress,
+    )
+    del teacher
+    leave_processes()
+    if not is_first_process():
+        return document
+    trained.to("cpu")
+    if evaluation is not None:
+        # Everything is loaded again: training changed the one program, and may have sharded the teacher.
+        dense: list[tuple[str, Measured]] = [("dense", source_of_teacher)] if source_of_teacher else []
+        entries = [*dense, (before, ModelSource(str(source))), (stage_name(trained), trained)]
+        document["accuracy"] = accuracy(
+            entries,
+            evaluation,
+            loaded.tokenizer,
+            known=document.get("accuracy"),
+            trust_remote_code=trust_remote_code,
+            tell=tell,
+        )
+    tell(f"writing {out}")
+    with replaced_folder(out, force=force) as staging:
+        trained.save_into(staging)
+        for companion in (loaded.processor, loaded.tokenizer):
+            if companion is not None:
+                companion.save_pretrained(staging)
+        record = run_record("retrain", command=command, seconds=time.perf_counter() - started)
+        document["runs"] = [*document["runs"], record]
+        return write_report(staging, document)
+
+
+def retrain_and_report(
+    program: Program,
+    teacher: nn.Module | Teacher | None,
+    data: TrainingData,
+    config: RetrainConfig,
+    document: Mapping[str, Any],
+    *,
+    teacher_name: str | None = None,
+    run_folder: str | Path | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    progress: bool = True,
+) -> tuple[Program, dict[str, Any]]:
+    """Retrain a program in place, and add the run to a report.
+
+    Args:
+        program: See `retrain`; it is changed.
+        teacher: See `retrain`.
+        data: See `retrain`.
+        config: See `retrain`.
+        document: The report so far, such as `Prepared.document`.
+        teacher_name: What the report calls the teacher.
+        run_folder: See `retrain`; without one the report has no curve of the loss.
+        resume: See `retrain`.
+        progress: See `retrain`.
+
+    Returns:
+        The retrained program, and the report with the run in its section ``retraining``. What it said of written files
+        and of accuracy stays with the program as it was, so files are left out, and accuracy is the caller's to measure anew.
+
+    Raises:
+        SparsepassError: See `retrain`.
+    """
+    trained = retrain(program, teacher, data, config, run_folder=run_folder, resume=resume, inplace=True, progress=progress)
+    found = {name: part for name, part in document.items() if name not in OF_FILES}
+    record = dict(trained.retraining[-1])
+    if teacher_name is not None:
+        record["teacher"] = {**record["teacher"], "source": teacher_name}
+    metrics = [] if run_folder is None else read_metrics(Path(run_folder) / METRICS)
+    runs = [*found.get("retraining", {}).get("runs", []), retraining_run(record, metrics)]
+    return trained, found | {"recipe": trained.recipe, "retraining": {"runs": runs}}
+
+
+def write_cache(
+    source: str | Path,
+    section: RetrainSection,
+    run_folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    tell: Tell = silent,
+) -> int:
+    """Write the offline teacher's logits, or what is missing of them, and do not train.
+
+    Args:
+        source: See `retrain_program`.
+        section: See `retrain_program`.
+        run_folder: Of the training that follows; what the teacher samples for it lies there.
+        trust_remote_code: See `load_model`.
+        tell: Called with one line at the beginning of each step.
+
+    Returns:
+        Sequences that the run takes, all of which are there now.
+
+    Raises:
+        SparsepassError: If no folder is named, or something cannot be read or does not fit.
+    """
+    if section.teacher_cache is None:
+        raise SparsepassError("no folder is named for the teacher's logits; give --teacher-cache FOLDER")
+    tell(f"loading {source}")
+    loaded = load_model(source)
+    program = _program(loaded, source)
+    document = find_report(source) or new_report()
+    found = _source_of_teacher(section, document)
+    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code, tell=tell)
+    data = _data(section, loaded, program)
+    _teacher(section, found, data, trust_remote_code=trust_remote_code, tell=tell)
+    return section.train.num_steps(section.data.context) * section.train.batch_size
+
+
+def default_run_folder(out: str | Path) -> Path:
+    """The run folder beside an output folder.
+
+    >>> default_run_folder("here/out").name
+    'out.run'
+    """
+    target = Path(out)
+    return target.with_name(f"{target.name}.run")
+
+
+def clear_run_folder(run_folder: Path) -> None:
+    """Remove what a training left in its run folder, but not the text that was sampled for it, which a new one may take."""
+    for found in run_folder.glob("*") if run_folder.is_dir() else ():
+        if found.is_dir():
+            shutil.rmtree(found)
+        elif not found.match(SAMPLED.format("*")):
+            found.unlink()
+
+
+def accuracy(
+    entries: Sequence[tuple[str, Measured]],
+    evaluation: Evaluation,
+    tokenizer: Any,
+    *,
+    known: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    tell: Tell = silent,
+) -> dict[str, Any]:
+    """Measure the perplexity of several models, for the report's section ``accuracy``.
+
+    Args:
+        entries: Name in the report, and what is measured: a program, or what `load_model` takes. The last one is measured
+            in any case.
+        evaluation: Text and windows.
+        tokenizer: Of all of them.
+        known: The section of an earlier stage: what it holds of the same text and windows is not measured again.
+        trust_remote_code: See `load_model`.
+        tell: Called with one line at the beginning of each step.
+    """
+
+    def measure(name: str, model: Measured) -> dict[str, Any]:
+        tell(f"measuring perplexity: {name}")
+        found = evaluation.measure(_on_device(model, trust_remote_code), tokenizer)
+        return dict(plain_json(measurement(name, found)))
+
+    *earlier, last = entries
+    newest = measure(*last)
+    there = [] if known is None or known["text"] != evaluation.name else known["measurements"]
+    there = [entry for entry in there if entry["name"] != last[0] and all(entry[name] == newest[name] for name in _SETTING)]
+    measured = [entry["name"] for entry in there]
+    missing = [measure(name, model) for name, model in earlier if name not in measured]
+    return {"text": evaluation.name, "measurements": [*missing, *there, newest]}
+
+
+def _on_device(model: Measured, trust_remote_code: bool) -> nn.Module:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if isinstance(model, Program):
+        return model.to(device)
+    # What is retrained is float32, and figures compare at one precision.
+    return model.load(dtype=torch.float32, device=device, trust_remote_code=trust_remote_code).model
+
+
+def _program(loaded: LoadedModel, source: str | Path) -> Program:
+    if loaded.program is None:
+        raise SparsepassError(
+            f"{source} is no saved program; write one with `sparsepass prune {source} -o pruned/`, and retrain that"
+        )
+    return loaded.program
+
+
+def _source_of_teacher(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource | None:
+    if not section.train.kd_weight and not section.train.hidden_weight:
+        return None
+    return _dense_source(section, document)
+
+
+def _dense_source(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource:
+    if section.teacher is not None:
+        return ModelSource(section.teacher)
+    model = document.get("model", {})
+    if model.get("kind") in ("folder", "hub", "gguf"):
+        return ModelSource(str(model["source"]), gguf_file=model.get("gguf_file"), revision=model.get("revision"))
+    raise SparsepassError(
+        "the report beside the program does not tell which dense model it was made from; name it as the teacher (--teacher), "
+        "or set kd_weight: 0 and no sample to train on the text alone"
+    )
+
+
+def _with_sampled_text(
+    section: RetrainSection,
+    run_folder: Path,
+    document: Mapping[str, Any],
+    *,
+    trust_remote_code: bool,
+    progress: bool = True,
+    tell: Tell = silent,
+) -> RetrainSection:
+    """The section with what the dense model was asked to write as ``data.beside``; the first process writes it, if need be."""
+    if section.sample is None:
+        return section
+    dense = _dense_source(section, document)
+    path = run_folder / section.sample.file_name(json.dumps(dataclasses.asdict(dense)))
+    if is_first_process() and not path.is_file():
+        tell(f"loading {dense.name}, to sample {section.sample.num_tokens} tokens")
+        loaded = dense.load(dtype=parse_dtype(section.teacher_dtype), trust_remote_code=trust_remote_code)
+        if loaded.tokenizer is None:
+            raise SparsepassError(f"{dense.name} has no tokenizer, and sampled text is written as text too; leave sample out")
+        model = loaded.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
+        run_folder.mkdir(parents=True, exist_ok=True)
+        sample_to_file(model, loaded.tokenizer, path, section.sample, progress=progress)
+    while not path.is_file():  # if the first process fails, the launcher ends this one
+        time.sleep(_WAIT_SECONDS)
+    return dataclasses.replace(section, data=dataclasses.replace(section.data, beside=str(path)), sample=None)
+
+
+def _teacher(
+    section: RetrainSection, source: ModelSource | None, data: TrainingData, *, trust_remote_code: bool, tell: Tell
+) -> nn.Module | Teacher | None:
+    if source is None:
+        return None
+
+    def model() -> nn.Module:
+        tell(f"loading the teacher {source.name}")
+        found = source.load(dtype=parse_dtype(section.teacher_dtype), trust_remote_code=trust_remote_code)
+        return found.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
+
+    if section.teacher_cache is None:
+        return model()
+    about = {"teacher": source.name, "data": json.dumps(dataclasses.asdict(section.data), sort_keys=True)}
+    return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about)
+
+
+def _local_device() -> torch.device:
+    """The accelerator of this process."""
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _check_origin(run_folder: Path, source: Path, teacher: str | None) -> None:
+    """Refuse to go on from checkpoints of another program: same layers, other weights.
+
+    The file program.json tells programs apart: it holds what each pass did and measured.
+    """
+    found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher}
+    path = run_folder / ORIGIN_FILE
+    if path.is_file() and Checkpoints(run_folder / CHECKPOINTS).newest() is not None:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in found if there.get(name) != found[name]]:
+            raise SparsepassError(
+                f"{run_folder} belongs to a run with another {' and another '.join(changed)}; give another run folder, or "
+                "remove this one to start anew"
+            )
+        return
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(found) + "\n")
+
+
+def _data(section: RetrainSection, loaded: LoadedModel, program: Program) -> TrainingData:
+    config = program.origin.config or {}
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    return open_data(section.data, loaded.tokenizer, vocab_size=config.get("vocab_size"), max_context=limit)

@@ -1,0 +1,384 @@
+"""Running a recipe: its stages one after the other, each in a folder of its own, and only those that are not done yet.
+
+Rules:
+1. A stage is done when its folder was moved into place and ``stages.json`` says so, with the same settings and after the same
+   stages. It is not run again then.
+2. A stage that was interrupted is run again; a training goes on from its checkpoints.
+3. Where settings have changed, or a folder is gone, that is said, and nothing runs unless it is forced: then the stage and all
+   that follow it are run anew.
+4. Of several processes (``accelerate launch``) the first one runs everything, and the others take part in the training.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sparsepass.export.report import find_report, new_report, plain_json, run_record, write_report
+from sparsepass.export.stages.exporting import export
+from sparsepass.export.stages.preparing import Calibration, Tell, prepare, silent, stage_name, write_program
+from sparsepass.export.stages.recipe import ExportSection, Recipe
+from sparsepass.export.stages.retraining import (
+    Measured,
+    ModelSource,
+    accuracy,
+    clear_run_folder,
+    default_run_folder,
+    retrain_program,
+)
+from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.support import check_free, replaced_folder
+from sparsepass.retrain.loop import FREE_SETTINGS
+from sparsepass.retrain.run import is_first_process
+
+STAGES_FILE: Final = "stages.json"
+"""In a recipe's folder: stage -> its settings, whether it is done, and whether verification held."""
+
+_WAIT_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: ``prune``, ``retrain``, ``eval``, or ``export.`` and the target.
+        folder: Where its output goes.
+        settings: All that its output depends on, as JSON.
+        after: Fingerprint of the stage before it; empty for the first one.
+        run: Runs it; returns whether verification held, None where nothing is verified.
+        shared: Whether all processes take part.
+    """
+
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    after: str
+    run: Callable[[], bool | None]
+    shared: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this stage, with these settings and after these stages, from all others."""
+        text = json.dumps([self.name, self.settings, self.after], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a stage.
+
+    Attributes:
+        name: The stage's.
+        folder: Its output.
+        ran: Whether it was run now; otherwise it was done already.
+        held: Whether verification held; None where nothing was verified.
+        seconds: How long it took, when it ran.
+    """
+
+    name: str
+    folder: Path
+    ran: bool
+    held: bool | None
+    seconds: float
+
+
+def run_recipe(
+    recipe: Recipe, *, force: bool = False, trust_remote_code: bool = False, command: str | None = None, tell: Tell = silent
+) -> list[Outcome]:
+    """Run a recipe's stages, or what of them is not done yet.
+
+    Args:
+        recipe: From `read_recipe`.
+        force: Whether stages whose settings have changed, and those after them, are run anew.
+        trust_remote_code: See `load_model`.
+        command: The command line, for the reports.
+        tell: Called with one line at the beginning of each step.
+
+    Returns:
+        What became of each stage; empty in all processes but the first.
+
+    Raises:
+        SparsepassError: If settings have changed and ``force`` is false, or a stage cannot be run. Stages before it stay.
+        TrainingStoppedError: If a signal asked to stop; the same call goes on later.
+
+    Example:
+        >>> from sparsepass.export.stages.recipe import read_recipe
+        >>> run_recipe(read_recipe("smollm2-cpu", out="out"))  # doctest: +SKIP
+    """
+    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command, tell=tell)
+    if not is_first_process():
+        _take_part(recipe.out, stages)
+        return []
+    _make_ready(recipe.out, stages, force=force, tell=tell)
+    outcomes = []
+    for stage in stages:
+        known = _read(recipe.out).get(stage.name, {})
+        if is_done(stage, known):
+            tell(f"{stage.name} is done: {stage.folder}")
+            outcomes.append(
+                Outcome(name=stage.name, folder=stage.folder, ran=False, held=known["held"], seconds=known["seconds"])
+            )
+            continue
+        started = time.perf_counter()
+        _write(recipe.out, stage, done=False)
+        tell(f"stage {stage.name}")
+        held = stage.run()
+        seconds = round(time.perf_counter() - started, 1)
+        _write(recipe.out, stage, done=True, held=held, seconds=seconds)
+        outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, held=held, seconds=seconds))
+    return outcomes
+
+
+def stages_of(
+    recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None, tell: Tell = silent
+) -> list[Stage]:
+    """The stages of a recipe, in the order in which they run.
+
+    Args:
+        recipe: From `read_recipe`.
+        trust_remote_code: See `load_model`.
+        command: See `run_recipe`.
+        tell: See `run_recipe`.
+
+    Example:
+        >>> from sparsepass.export.stages.recipe import read_recipe
+        >>> [stage.name for stage in stages_of(read_recipe("smollm2-cpu"))]
+        ['prune', 'retrain', 'eval', 'export.onnx']
+    """
+    return list(_Stages(recipe, trust_remote_code, command, tell).all())
+
+
+def planned(recipe: Recipe) -> list[str]:
+    """What `run_recipe` would do with each stage, one line a stage; nothing is run.
+
+    Args:
+        recipe: From `read_recipe`.
+
+    Example:
+        >>> from sparsepass.export.stages.recipe import read_recipe
+        >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]
+        'prune: to be run, into nowhere/pruned'
+    """
+    known = _read(recipe.out)
+    lines, stale = [], False
+    for stage in stages_of(recipe):
+        record = known.get(stage.name, {})
+        found = changes(stage, record)
+        stale = stale or bool(found)
+        if is_done(stage, record):
+            said = f"done, in {stage.folder}"
+        elif stale and record:
+            said = f"to be run anew with --force ({'; '.join(found) or 'what comes before it has changed'})"
+        else:
+            said = f"to be {'gone on with' if record else 'run'}, into {stage.folder}"
+        lines.append(f"{stage.name}: {said}")
+    return lines
+
+
+def is_done(stage: Stage, known: Mapping[str, Any]) -> bool:
+    """Whether what ``stages.json`` holds of a stage is this stage, done."""
+    return bool(known) and known["done"] and known["fingerprint"] == stage.fingerprint and stage.folder.is_dir()
+
+
+def changes(stage: Stage, known: Mapping[str, Any]) -> list[str]:
+    """What is different from when a stage was begun, for people; empty if it can be gone on with."""
+    if not known:
+        return []
+    if known["done"] and not stage.folder.is_dir():
+        return [f"{stage.folder} is gone"]
+    return [f"{stage.name}: {line}" for line in _differences(known["settings"], json.loads(json.dumps(stage.settings)))]
+
+
+class _Stages:
+    """Makes the stages of one recipe. Final."""
+
+    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None, tell: Tell) -> None:
+        self._recipe, self._trust, self._command, self._tell = recipe, trust_remote_code, command, tell
+        self._model = ModelSource(recipe.model.source, gguf_file=recipe.model.gguf_file, revision=recipe.model.revision)
+        self._programs = [] if recipe.prune else [Path(recipe.model.source).expanduser()]
+        self._programs += [recipe.out / "pruned"] if recipe.prune else []
+        self._programs += [recipe.out / "retrained"] if recipe.retrain else []
+
+    def all(self) -> Iterator[Stage]:
+        recipe, after = self._recipe, ""
+        model = {"model": asdict(recipe.model), "dtype": recipe.dtype}
+        if recipe.prune is not None:
+            settings = model | asdict(recipe.prune)
+            stage = Stage(name="prune", folder=recipe.out / "pruned", settings=settings, after=after, run=self._prune)
+            yield stage
+            after = stage.fingerprint
+        if recipe.retrain is not None:
+            settings = {} if recipe.prune else {"model": asdict(recipe.model)}
+            settings |= plain_json(asdict(recipe.retrain))
+            settings["train"] = {name: value for name, value in settings["train"].items() if name not in FREE_SETTINGS}
+            stage = Stage(
+                name="retrain", folder=recipe.out / "retrained", settings=settings, after=after, run=self._retrain, shared=True
+            )
+            yield stage
+            after = stage.fingerprint
+        if recipe.eval is not None:
+            settings = asdict(recipe.eval)
+            stage = Stage(name="eval", folder=recipe.out / "eval", settings=settings, after=after, run=self._eval)
+            yield stage
+            after = stage.fingerprint
+        for section in recipe.export:
+            yield Stage(
+                name=f"export.{section.target}",
+                folder=recipe.out / section.target,
+                settings=plain_json(asdict(section)),
+                after=after,
+                run=lambda section=section: self._export(section),  # type: ignore[misc]
+            )
+
+    def _prune(self) -> None:
+        section, model = self._recipe.prune, self._recipe.model
+        assert section is not None
+        prepared = prepare(
+            model.source,
+            passes=section.passes,
+            calibration=Calibration(
+                data=section.calibration,
+                num_sequences=section.num_sequences,
+                context=section.context,
+                batch_size=section.batch_size,
+                seed=section.seed,
+                compute=section.compute,
+            ),
+            dtype=self._recipe.dtype,
+            task=model.task,
+            gguf_file=model.gguf_file,
+            revision=model.revision,
+            trust_remote_code=self._trust,
+            validate=section.validate,
+            tell=self._tell,
+        )
+        write_program(prepared, self._recipe.out / "pruned", command=self._command, force=True)
+
+    def _retrain(self) -> None:
+        section = self._recipe.retrain
+        assert section is not None
+        retrain_program(
+            self._programs[-2],
+            section,
+            self._programs[-1],
+            force=True,
+            trust_remote_code=self._trust,
+            command=self._command,
+            tell=self._tell,
+        )
+
+    def _eval(self) -> None:
+        section, started = self._recipe.eval, time.perf_counter()
+        assert section is not None
+        tokenizer = ModelSource(str(self._programs[-1])).load().tokenizer
+        is_program = (Path(self._recipe.model.source).expanduser() / PROGRAM_FILE).is_file()
+        entries: list[tuple[str, Measured]] = [] if is_program else [("dense", self._model)]
+        entries += [(stage_name(Program.load(folder)), ModelSource(str(folder))) for folder in self._programs]
+        document = find_report(self._programs[-1]) or new_report()
+        document["accuracy"] = accuracy(entries, section.evaluation, tokenizer, trust_remote_code=self._trust, tell=self._tell)
+        record = run_record("eval", command=self._command, seconds=time.perf_counter() - started)
+        document["runs"] = [*document["runs"], record]
+        with replaced_folder(self._recipe.out / "eval", force=True) as staging:
+            write_report(staging, document)
+
+    def _export(self, section: ExportSection) -> bool | None:
+        sections = {}
+        if self._recipe.eval is not None:
+            sections["accuracy"] = (find_report(self._recipe.out / "eval") or {})["accuracy"]
+        return export(
+            str(self._programs[-1]),
+            section.target,
+            self._recipe.out / section.target,
+            dtype=section.dtype,
+            opset=section.opset,
+            task=section.task,
+            engine=section.engine,
+            semi_structured=section.semi_structured,
+            verify=section.verify,
+            force=True,
+            trust_remote_code=self._trust,
+            sections=sections,
+            command=self._command,
+            tell=self._tell,
+        ).held
+
+
+def _take_part(out: Path, stages: Sequence[Stage]) -> None:
+    """Wait for what the first process does before the training, and take part in that.
+
+    If the first process fails, the launcher ends this one.
+    """
+    for stage in stages:
+        if stage.shared:
+            if not is_done(stage, _read(out).get(stage.name, {})):
+                stage.run()
+            return
+        while not is_done(stage, _read(out).get(stage.name, {})):
+            time.sleep(_WAIT_SECONDS)
+
+
+def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool, tell: Tell) -> None:
+    """Refuse what cannot be gone on with, or remove it if that is wanted, before anything runs."""
+    known = _read(out)
+    found = [changes(stage, known.get(stage.name, {})) for stage in stages]
+    first = next((index for index, lines in enumerate(found) if lines), None)
+    stale = [] if first is None else [stage for stage in stages[first:] if stage.name in known]
+    if stale and not force:
+        raise SparsepassError(
+            f"since {out} was begun, this has changed: {'; '.join(line for lines in found for line in lines)}. Pass --force to "
+            f"run {', '.join(stage.name for stage in stale)} anew, or choose another out"
+        )
+    for stage in stale:
+        tell(f"{stage.name} is run anew")
+        _forget(out, stage.name)
+        if stage.shared:
+            clear_run_folder(default_run_folder(stage.folder))
+    for stage in stages:
+        if stage.name not in known:
+            check_free(stage.folder, force=force)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [*old, *(name for name in new if name not in old)]
+        return [
+            line
+            for name in names
+            for line in _differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))
+        ]
+    return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
+
+
+def _read(out: Path) -> dict[str, Any]:
+    path = out / STAGES_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise SparsepassError(f"{path} is damaged ({error}); remove it, and run with --force to begin anew") from error
+    return dict(found)
+
+
+def _write(out: Path, stage: Stage, *, done: bool, held: bool | None = None, seconds: float = 0.0) -> None:
+    record = {
+        "done": done, "held": held, "seconds": seconds, "fingerprint": stage.fingerprint, "settings": stage.settings,
+    }  # fmt: skip
+    _store(out, _read(out) | {stage.name: record})
+
+
+def _forget(out: Path, name: str) -> None:
+    _store(out, {known: record for known, record in _read(out).items() if known != name})
+
+
+def _store(out: Path, records: Mapping[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    beside = out / f".{STAGES_FILE}.partial"
+    beside.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, out / STAGES_FILE)

@@ -1,0 +1,1 @@
+"""How a program leaves: one room for each target."""

@@ -1,0 +1,263 @@
+"""The target `hf`: a checkpoint that plain transformers loads, with the SLoRB branch beside it as a PEFT LoRA adapter.
+
+The folder holds the model with masks folded into its weights, strictly N:M. A branch cannot be folded (the weight would
+no longer be N:M), but it has the shape of a LoRA of rank in/k: A is the projection X, B is S, scaling is 1. It goes to
+the folder `adapter/` in peft's own format.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
+from sparsepass.export.targets.hf.disk import auto_class, quiet, stored_weights
+from sparsepass.export.targets.hf.verify import verify_hf
+from sparsepass.graph.model import to_model
+from sparsepass.graph.program import Program
+from sparsepass.graph.records import SparseState
+from sparsepass.graph.support import SparsepassError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["ADAPTER_FOLDER", "HfArtifact", "lower_hf", "verify_hf"]
+
+_MAX_SHARD = "5GB"
+# peft wraps these in classes of its own; for others its plain wrapper passes every argument through.
+_PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForImageTextToText": "image-text-to-text",
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class HfArtifact:
+    """What `lower_hf` wrote.
+
+    Attributes:
+        folder: Where the checkpoint is.
+        adapter: Folder of the LoRA adapter that holds the SLoRB branches; None if the program has none.
+        model_class: Class of the model, such as ``LlamaForCausalLM``.
+        auto_class: The Auto class that loads it, such as ``AutoModelForCausalLM``; the model class itself if none does.
+        dtype: Type of the weights, such as ``bfloat16``.
+        num_sparse: Weights that are N:M.
+        num_branches: Layers with a branch in the adapter.
+        expected_sparse: Name of each sparse tensor in the files -> its pattern. transformers may store a weight under
+            other names than the program's (MoE experts one by one).
+        axes: Name of each sparse tensor in the files -> the axis along which the pattern runs there.
+        files: Path of each file, relative to the folder -> its size in bytes.
+    """
+
+    folder: Path
+    adapter: Path | None
+    model_class: str
+    auto_class: str
+    dtype: str
+    num_sparse: int
+    num_branches: int
+    expected_sparse: Mapping[str, str]
+    axes: Mapping[str, int]
+    files: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON; paths are relative to the folder."""
+        return {
+            "adapter": self.adapter.name if self.adapter else None,
+            "model_class": self.model_class,
+            "auto_class": self.auto_class,
+            "dtype": self.dtype,
+            "num_sparse": self.num_sparse,
+            "num_branches": self.num_branches,
+            "files": dict(self.files),
+        }
+
+
+def lower_hf(
+    program: Program,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    base_name: str | None = None,
+) -> HfArtifact:
+    """Write a program as a checkpoint that plain transformers loads.
+
+    The folder gets the weights as safetensors (in shards beyond 5 GB), configuration, generation settings, tokenizer or
+    processor files, and a model card, README.md. SLoRB branches go to `adapter/`, which
+    ``PeftModel.from_pretrained(model, folder / "adapter")`` loads. Names and layouts are those of the model's family
+    on disk: transformers writes fused MoE experts one by one.
+
+    Args:
+        program: Captured from a transformers model. It is not changed.
+        folder: An existing, empty folder.
+        dtype: Type of the written weights; None keeps the program's.
+        tokenizer: Saved beside the model.
+        processor: Saved beside the model.
+        base_name: What the adapter names as its base model, ``base_model_name_or_path``: a hub id, or the folder's path
+            as its reader will write it, because peft resolves it against the working directory. Only peft's Auto
+            classes, which load both at once, need it; no relative path (such as ``..``) would do for all readers, so
+            by default none is named.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SparsepassError: If the program was not captured from a class of transformers, or has a branch that no LoRA
+            layer can stand for.
+
+    Exactness: the weights are the program's, bit by bit (rounded to `dtype` if that is given).
+
+    Source: SLoRB as a LoRA: AST, arXiv 2407.20584, eqs. 5 and 6.
+    """
+    if program.origin.model_class is None or program.origin.config is None:
+        raise SparsepassError(
+            "the target hf writes a checkpoint for a class of transformers, and this program was captured from a plain "
+            "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
+        )
+    branches = branched(program)
+    with quiet():
+        model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
+        _settle_config(model, dtype)
+        _save(model, folder)
+        for companion in (tokenizer, processor):
+            if companion is not None:
+                companion.save_pretrained(folder)
+    loads_with = auto_class(type(model), model.config)
+    adapter = None
+    if branches:
+        adapter = folder / ADAPTER_FOLDER
+        write_adapter(program, model, adapter, base_name=base_name, task=_PEFT_TASKS.get(loads_with))
+    stored = stored_weights(program, model, folder)
+    kept_in = str(model.dtype).removeprefix("torch.")
+    (folder / "README.md").write_text(_card(program, loads_with, kept_in), encoding="utf-8")
+    return HfArtifact(
+        folder=folder,
+        adapter=adapter,
+        model_class=type(model).__name__,
+        auto_class=loads_with,
+        dtype=kept_in,
+        num_sparse=len(program.sparse),
+        num_branches=len(branches),
+        expected_sparse=stored.expected_sparse,
+        axes=stored.axes,
+        files={str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
+    )
+
+
+def _without_branches(program: Program) -> Program:
+    """The same graph and tensors, said to have no branches: `to_model` then gives the plain class."""
+    bare = {
+        weight: SparseState(pattern=state.pattern, axis=state.axis, mask=state.mask) for weight, state in program.sparse.items()
+    }
+    return Program(
+        program.graph_module,
+        output_structure=program.output_structure,
+        example_inputs=program.example_inputs,
+        dynamic_axes=program.dynamic_axes,
+        aliases=program.aliases,
+        origin=program.origin,
+        sparse=bare,
+    )
+
+
+def _settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        model.to(dtype)  # type: ignore[arg-type]
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    for part in parts:
+        if part is None:
+            continue
+        # A model that came from a quantized file (GGUF) is plain floating-point now.
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+        if dtype is not None:
+            part.dtype = dtype
+
+
+def _save(model: "PreTrainedModel", folder: Path) -> None:
+    """Save the model. transformers loads some generation settings that it refuses to save: they are kept as they came."""
+    settings = model.generation_config if model.can_generate() else None
+    as_it_came = None
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            as_it_came = settings.to_json_string()
+            model.generation_config = type(settings)()
+    model.save_pretrained(folder, max_shard_size=_MAX_SHARD)
+    if as_it_came is not None:
+        (folder / "generation_config.json").write_text(as_it_came, encoding="utf-8")
+
+
+def _card(program: Program, loads_with: str, dtype: str) -> str:
+    report = program.report()
+    patterns = Counter(state.pattern for state in program.sparse.values())
+    said = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items()) or "no sparse weight"
+    branches = branched(program)
+    skipped = Counter(report.skipped().values())
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"pipeline_tag: {_PIPELINES[loads_with]}"] if loads_with in _PIPELINES else []),
+        "tags:",
+        "- sparsepass",
+        "- sparse",
+        *(f'- "{pattern}"' for pattern in patterns),
+        "---",
+        "",
+        f"# {(program.origin.model_class or '').removeprefix('transformers.')}, N:M sparse",
+        "",
+        f"Made by sparsepass. {report.num_sparse} of {len(report.sites)} linear layers are sparse ({said}; N:M along the",
+        f"input features of each layer); the zeros are in the weights. Type of the weights: {dtype}.",
+        "",
+        "Recipe (takes a dense model to this one, with the same calibration data):",
+        "",
+        "```",
+        program.recipe or "(no pass was applied)",
+        "```",
+        "",
+        *(["Layers left dense:", "", *(f"- {number}: {reason}" for reason, number in skipped.most_common()), ""]),
+        "## Loading",
+        "",
+        "```python",
+        f"from transformers import {loads_with}",
+        "",
+        f'model = {loads_with}.from_pretrained("PATH/OF/THIS/FOLDER")',
+        "```",
+        "",
+    ]
+    if branches:
+        k = sorted({state.branch.k for state in branches.values() if state.branch is not None})
+        lines += [
+            f"That alone is the model **without** its SLoRB branches ({len(branches)} layers, k = {', '.join(map(str, k))}),",
+            "and less accurate than what was measured. With them:",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "",
+            f'model = PeftModel.from_pretrained(model, "PATH/OF/THIS/FOLDER/{ADAPTER_FOLDER}")',
+            "```",
+            "",
+            "**Do not merge the adapter** (`merge_and_unload` and the like): it would fill the zeros, and the weights would",
+            "no longer be N:M. Any other LoRA merged into these weights does the same.",
+            "",
+        ]
+    lines += [
+        "Fine-tuning without a mask fills the zeros again: mask the weights while training, or train an adapter and keep it",
+        "apart.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Verification of the target `hf`: load what was written with plain transformers (and peft), and check what was kept."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.export.pattern import check_pattern
+from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
+from sparsepass.export.targets.hf.disk import auto_class, package_version, quiet, stored_weights
+from sparsepass.graph.equivalence import difference
+from sparsepass.graph.program import Program
+from sparsepass.passes.maths import NMPattern, num_violations
+
+__all__ = ["load_plain", "verify_hf"]
+
+# Relative error of the outputs that is taken for rounding without a further look, by the checkpoint's dtype.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Some models amplify rounding a thousandfold. A larger error is rounding if, seen from a run of the checkpoint in a wider
+# dtype, the program is at most this many times further away than the checkpoint's own run, and not absurdly far.
+_ROUNDING_FACTOR, _WIDER = 4.0, {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_LARGEST_ROUNDING = {torch.float16: 0.5, torch.bfloat16: 0.5}
+_LARGEST_ROUNDING_OTHERWISE = 1e-2
+
+
+def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Load a written checkpoint with plain transformers (and peft), and check what was kept.
+
+    1. Every sparse weight is N:M on the right axis, in the files as they are on disk and in the model as it is loaded.
+    2. Every loaded weight, and every tensor of the adapter, is the program's, bit by bit, after rounding to the
+       checkpoint's dtype.
+    3. The outputs (through the adapter, if there is one) equal the program's within a tolerance. A larger difference is
+       accepted only if it is shown to be rounding: the checkpoint is run in a wider dtype too, and the program is about
+       as near to that as the checkpoint's own run is. Without peft, the adapter is applied by the definition of LoRA,
+       and the result says so.
+
+    Args:
+        program: What was lowered.
+        folder: Where it was written.
+        inputs: What to run; the program's example inputs if none are given.
+
+    Returns:
+        Findings as JSON: ``holds``, ``failures`` (one sentence each), and the figures behind them.
+    """
+    given = {name: t.to(program.device) for name, t in (inputs or program.example_inputs).items()}
+    with quiet():
+        model = load_plain(folder).to(program.device)
+    dtype, loaded_by = model.dtype, auto_class(type(model), model.config)
+    failures: list[str] = []
+    pattern = _check_files(program, model, folder)
+    if not pattern["conforms"]:
+        failures.append(f"the N:M pattern does not hold in the files: {pattern['summary']}")
+    weights = _check_weights(program, model)
+    adapter = folder / ADAPTER_FOLDER
+    runs, read_by = model, None
+    if (adapter / "adapter_config.json").is_file():
+        weights["failures"] += check_adapter(program, adapter, dtype)
+        runs, read_by = with_adapter(model, adapter)
+    elif branched(program):
+        failures.append(f"the program has SLoRB branches, and {folder} holds no {ADAPTER_FOLDER}/ for them")
+    failures += weights.pop("failures")
+    outputs = _check_outputs(program, runs, given, dtype)
+    if not outputs["holds"]:
+        failures.append(
+            f"the outputs differ from the program's: relative error {outputs['relative_error']:.3g}, allowed "
+            f"{outputs['tolerance']:g}, and it is not rounding ({outputs['rounding']})"
+        )
+    return {
+        "holds": not failures,
+        "failures": failures,
+        "loaded_by": loaded_by,
+        "dtype": str(dtype).removeprefix("torch."),
+        "pattern": pattern,
+        "weights": weights,
+        "outputs": outputs,
+        "adapter_read_by": read_by,
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "safetensors", "peft")},
+    }
+
+
+def load_plain(folder: Path) -> Any:
+    """Load as a user would: by the Auto class that goes with the configuration, and nothing else."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (architecture,) = config.architectures
+    name = auto_class(getattr(transformers, architecture), config)
+    return getattr(transformers, name).from_pretrained(folder).eval()
+
+
+def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
+    stored = stored_weights(program, model, folder)
+    report = check_pattern(folder, expected_sparse=stored.expected_sparse, axes=stored.axes)
+    return {
+        "conforms": report.conforms,
+        "summary": report.summary(),
+        "num_checked": sum(entry.required for entry in report.entries),
+        "num_negative_zeros": report.num_negative_zeros,
+        "fused_with_dense": list(stored.fused_with_dense),
+        "failures": [entry.to_dict() for entry in report.failures],
+    }
+
+
+def _check_weights(program: Program, model: nn.Module) -> dict[str, Any]:
+    masks = {weight: state.mask for weight, state in program.sparse.items() if state.mask is not None}
+    failures, num_equal, violations = [], 0, 0
+    for name, loaded in model.named_parameters():
+        own = program.aliases.get(name, name)
+        expected = program.tensor(own).detach()
+        if own in masks:
+            expected = torch.ops.sparsepass.masked_weight(expected, program.tensor(masks[own]))
+        if torch.equal(loaded.detach(), expected.to(loaded.dtype)):
+            num_equal += 1
+        else:
+            failures.append(f"the loaded weight {name} is not the program's")
+        if own in program.sparse:
+            state = program.sparse[own]
+            broken = num_violations(loaded.detach(), NMPattern.parse(state.pattern), state.axis)
+            violations += broken
+            if broken:
+                failures.append(f"the loaded weight {name} breaks {state.pattern} in {broken} groups")
+    return {"num_equal": num_equal, "num_violations": violations, "failures": failures}
+
+
+@torch.no_grad()
+def _check_outputs(program: Program, runs: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    expected = _flat_outputs(program, program(**inputs))
+    found = _flat_outputs(program, runs(**_cast(inputs, dtype)))
+    measured = difference(expected, found)
+    own = next(iter(expected.values())).dtype
+    tolerance = max(_TOLERANCES.get(each, 1e-5) for each in (dtype, own))
+    holds, rounding = measured.relative_error <= tolerance, None
+    if not holds:
+        wide = _WIDER.get(dtype, torch.float64)
+        exact = _flat_outputs(program, runs.to(wide)(**_cast(inputs, wide)))
+        theirs, ours = (difference(exact, each).relative_error for each in (found, expected))
+        rounding = {"computed_in": str(wide).removeprefix("torch."), "checkpoint": theirs, "program": ours}
+        largest = _LARGEST_ROUNDING.get(dtype, _LARGEST_ROUNDING_OTHERWISE)
+        holds = ours <= _ROUNDING_FACTOR * theirs and max(ours, theirs) <= largest
+    return {**measured.to_dict(), "tolerance": tolerance, "rounding": rounding, "holds": holds}
+
+
+def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+
+
+def _flat_outputs(program: Program, outputs: Any) -> dict[str, Tensor]:
+    """The outputs that the program has, by flat name, out of a model's."""
+    found = {}
+    for name in program.output_names:
+        value = outputs
+        for part in name.split("."):
+            if isinstance(value, Tensor):
+                break
+            value = value[int(part)] if part.isdigit() else value[part]
+        found[name] = value
+    return found

@@ -1,0 +1,401 @@
+"""The onnx target: a program as ONNX files that say 2:4 where a runtime looks for it.
+
+1. Encoders, vision models and plain modules become one graph, the program's own with its masks folded.
+2. Decoder-only language models become one graph with a key-value cache, for prefill and decode alike.
+3. Encoder-decoders become two graphs: the encoder (with the keys and values of the cross attention) and the decoder.
+4. What has no such cache, or does not lower with it, becomes one plain graph, and the record says why.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+
+from sparsepass.export.targets.onnx.artifact import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    MODEL_FILE,
+    Kind,
+    OnnxArtifact,
+    OnnxGraph,
+    OnnxValue,
+    StoredWeight,
+)
+from sparsepass.export.targets.onnx.capture import (
+    Axes,
+    CacheUnsupportedError,
+    Piece,
+    decoder_piece,
+    encoder_decoder_pieces,
+    plain_piece,
+    quiet,
+    to_ir,
+)
+from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
+from sparsepass.export.targets.onnx.verify import Greedy, generate_greedy, open_session, verify_onnx
+from sparsepass.graph import capture
+from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.program import Program
+from sparsepass.graph.rewrite import finish, fold_mask
+from sparsepass.graph.support import SparsepassError
+from sparsepass.passes.maths import canonical_zeros
+
+__all__ = [
+    "Greedy",
+    "OnnxArtifact",
+    "OnnxGraph",
+    "OnnxValue",
+    "StoredWeight",
+    "generate_greedy",
+    "lower_onnx",
+    "open_session",
+    "verify_onnx",
+]
+
+DEFAULT_OPSET, _LOWEST_OPSET, _HIGHEST_OPSET = 20, 18, 23
+EXTERNAL_DATA_BYTES = 100_000_000
+"""Above this, weights go into a file of their own, which runtimes map instead of parsing it."""
+
+_FILES = {"model": MODEL_FILE, "encoder": ENCODER_FILE, "decoder": DECODER_FILE}
+_WITH_PAST = "-with-past"
+_GENERATIVE_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
+_PLAIN_TASKS = (
+    "forward", "text-generation-no-past", "feature-extraction", "fill-mask", "text-classification", "token-classification",
+    "question-answering", "image-classification", "image-text-to-text", "zero-shot-image-classification",
+    "audio-classification",
+)  # fmt: skip
+_ONNX_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_TOKENS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+_FIXED_AXES = {
+    "past_sequence + sequence": "total_sequence",
+    "sequence + past_sequence": "total_sequence",
+}
+
+
+def lower_onnx(
+    program: Program,
+    folder: str | Path,
+    *,
+    dtype: "str | torch.dtype | None" = None,
+    opset: int | None = None,
+    task: str | None = None,
+    with_past: bool | None = None,
+) -> OnnxArtifact:
+    """Write a program as ONNX.
+
+    A plain graph is ``model.onnx`` with the program's inputs and outputs. A language model's takes ``input_ids`` [batch,
+    sequence], ``attention_mask`` [batch, total_sequence], ``position_ids`` [batch, sequence] where the model has any, and
+    ``past_key_values.{i}.key`` and ``.value`` [batch, heads, past_sequence, head size], and returns ``logits`` and
+    ``present.{i}.key`` and ``.value``; a past of length 0 is the prefill. An encoder-decoder's are ``encoder_model.onnx``,
+    which returns ``present.{i}.encoder.key`` and ``.value``, and ``decoder_model.onnx``, which takes those as
+    ``past_key_values.{i}.encoder.*`` beside its own ``past_key_values.{i}.decoder.*``. More than 100 MB of weights go into
+    ``model.onnx.data`` beside the graph.
+
+    Args:
+        program: The program; it is not changed.
+        folder: An existing folder, to write into.
+        dtype: Type of the weights and of the arithmetic: float32, float16 or bfloat16. By default the program's.
+        opset: Operator set, 18 to 23.
+        task: What the graph is for, in the words of transformers' pipelines. It decides between a plain graph and one with
+            a cache only; the program was captured as it is.
+        with_past: Whether a generative model gets a cache. By default it does if it can; True makes it an error if not.
+
+    Returns:
+        What was written, with the initializers of every weight. It is not verified yet: see `verify_onnx`.
+
+    Raises:
+        SparsepassError: If an option is not supported, or the program cannot be lowered; the message says where.
+
+    Exactness: weights are bitwise the program's (with masks folded) in its own dtype; outputs agree to rounding.
+
+    Example:
+        >>> import tempfile
+        >>> program = capture(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.randn(2, 8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     artifact = lower_onnx(program, folder)
+        ...     verified = verify_onnx(program, folder, artifact)
+        >>> artifact.weights["0.weight"][0].axis, verified["holds"]
+        (1, True)
+    """
+    out = Path(folder)
+    if not out.is_dir():
+        raise SparsepassError(f"{out} is no folder; create it first, lower_onnx writes into an existing one")
+    number = _check_opset(opset)
+    past = _wants_past(program, task, with_past)
+    own = _dtype_of(program)
+    wanted = parse_dtype(dtype) if dtype is not None else own
+    if wanted not in _ONNX_DTYPES:
+        raise SparsepassError(f"dtype {wanted} is not supported by the onnx target; use float32, float16 or bfloat16")
+    if any(t.is_meta for t in program.tensors().values()):
+        raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
+    if program.device.type != "cpu":
+        program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
+    with quiet():
+        kind, pieces, notes = _pieces(program, wanted, past)
+        try:
+            return _write(program, out, kind, pieces, number, wanted, notes)
+        except SparsepassError as error:
+            if kind == "forward" or past is True:
+                raise
+            notes = (*notes, f"one plain graph without a cache was written, because {error}")
+            return _write(program, out, "forward", (_plain(program, wanted),), number, wanted, notes)
+
+
+def _check_opset(opset: int | None) -> int:
+    if opset is None:
+        return DEFAULT_OPSET
+    highest = min(_HIGHEST_OPSET, onnx.defs.onnx_opset_version())
+    if not _LOWEST_OPSET <= opset <= highest:
+        raise SparsepassError(
+            f"opset {opset} is not supported: torch.onnx writes {_LOWEST_OPSET} to {highest}; leave --opset out for "
+            f"{DEFAULT_OPSET}, which TensorRT and onnxruntime both read"
+        )
+    return opset
+
+
+def _wants_past(program: Program, task: str | None, with_past: bool | None) -> bool | None:
+    """True: with a cache or an error; None: with a cache if it can be; False: one plain graph."""
+    known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
+    if task is not None and task not in known:
+        near = difflib.get_close_matches(task, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
+    if task in _PLAIN_TASKS:
+        if with_past:
+            raise SparsepassError(f"task {task} makes a plain graph, and with_past=True asks for a cache; drop one of them")
+        return False
+    if task is not None and task.endswith(_WITH_PAST):
+        if with_past is False:
+            raise SparsepassError(f"task {task} asks for a cache, and with_past=False for none; drop one of them")
+        with_past = True
+    if with_past is False:
+        return False
+    if program.origin.generation_config is None:
+        if with_past:
+            raise SparsepassError(
+                f"{program.origin.model_class or 'this module'} does not generate, so it has no cache to export; leave "
+                "with_past and the task out"
+            )
+        return False
+    return with_past
+
+
+def _dtype_of(program: Program) -> torch.dtype:
+    return next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
+
+
+def _pieces(program: Program, wanted: torch.dtype, past: bool | None) -> tuple[Kind, tuple[Piece, ...], tuple[str, ...]]:
+    reason = ""
+    if past is not False:
+        try:
+            kind, pieces, notes = _generative(program, wanted)
+        except CacheUnsupportedError as error:
+            reason = str(error)
+        else:
+            return kind, pieces, notes
+        if past:
+            raise SparsepassError(f"a graph with a cache cannot be written: {reason}; leave with_past out for a plain one")
+    notes = (f"one plain graph without a cache was written: {reason}",) if reason else ()
+    return "forward", (_plain(program, wanted),), notes
+
+
+def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piece, ...], tuple[str, ...]]:
+    origin = program.origin
+    if origin.model_class is None:
+        raise CacheUnsupportedError("the model's class is not known to transformers, so it cannot be run with a cache")
+    config = origin.config or {}
+    notes: list[str] = []
+    inputs = {name: tensor.clone() for name, tensor in program.example_inputs.items()}
+    if config.get("is_encoder_decoder"):
+        if "decoder_input_ids" not in inputs:
+            raise CacheUnsupportedError("the program was captured without decoder_input_ids")
+        model = _converted(program, wanted)
+        inputs = {name: t.to(wanted) if t.is_floating_point() else t for name, t in inputs.items()}
+        return "encoder-decoder-with-past", encoder_decoder_pieces(model, inputs), ()
+    if other := sorted(set(inputs) - _TOKENS):
+        raise CacheUnsupportedError(f"the program also takes {', '.join(other)}, and only text models get a cache so far")
+    if "input_ids" not in inputs:
+        raise CacheUnsupportedError("the program was captured without input_ids")
+    model = _converted(program, wanted)
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True):
+        notes.append(
+            f"sliding window of {window}: the whole past is taken and returned, and the attention mask applies the window"
+        )
+    return "decoder-with-past", (decoder_piece(model, inputs["input_ids"]),), tuple(notes)
+
+
+def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
+    """The model's own class, folded, in the wanted dtype; rotary frequencies and the like stay as they are."""
+    model = program.to_model()
+    if wanted == _dtype_of(program):
+        return model
+    kept = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if wanted == torch.float16:
+        kept += list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    stay = re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in kept)) if kept else None
+    persistent = set(model.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point() or name not in persistent or (stay and stay.search(name)):
+            continue
+        cast = canonical_zeros(tensor.detach().to(wanted))  # what underflows may become -0.0
+        if not bool(cast.isfinite().all()) and bool(tensor.isfinite().all()):
+            raise SparsepassError(
+                f"{name} holds values up to {float(tensor.detach().abs().max()):.3g}, which {wanted} cannot hold; use "
+                "bfloat16 or float32"
+            )
+        tensor.data = cast
+    return model
+
+
+def plain_program(program: Program, wanted: torch.dtype) -> Program:
+    """A program without masks (folded into the weights) and in the wanted dtype; the given one stays as it is.
+
+    Raises:
+        SparsepassError: If it cannot be converted.
+    """
+    own = _dtype_of(program)
+    if wanted != own:
+        if program.origin.model_class is None:
+            raise SparsepassError(
+                f"the program is {own} and comes from a module that cannot be built again, so it cannot be exported as "
+                f"{wanted}; convert the module before capturing it (module.to({wanted}))"
+            )
+        inputs = {n: t.to(wanted) if t.is_floating_point() else t for n, t in program.example_inputs.items()}
+        program = capture(_converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
+    return _folded(program)
+
+
+def _plain(program: Program, wanted: torch.dtype) -> Piece:
+    folded = plain_program(program, wanted)
+    inputs = {name: folded.example_inputs[name] for name in folded.input_names}
+    axes = {name: _axes(folded, name, tensor) for name, tensor in inputs.items()}
+    return plain_piece(folded.graph_module, inputs, axes, folded.output_names)
+
+
+def _folded(program: Program) -> Program:
+    """A program with folded masks that shares every other tensor with the given one, which stays as it is."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph_module.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    shared = Program(
+        fx.GraphModule(program.graph_module, graph),
+        output_structure=program.output_structure,
+        example_inputs=program.example_inputs,
+        dynamic_axes=program.dynamic_axes,
+        aliases=program.aliases,
+        origin=program.origin,
+        sparse=program.sparse,
+        history=program.history,
+    )
+    for weight, state in program.sparse.items():
+        if state.mask is not None:
+            fold_mask(shared, weight)
+    finish(shared)
+    return shared
+
+
+def _axes(program: Program, name: str, tensor: Tensor) -> Axes:
+    """Names for the axes of an input of a plain graph."""
+    two_sided = "decoder_input_ids" in program.input_names
+    length = "sequence"
+    if two_sided:
+        length = "decoder_sequence" if name.startswith("decoder_") else "encoder_sequence"
+    by_rank: dict[int, tuple[str, ...]] = {1: ("batch",), 2: ("batch", length), 3: ("batch", length, "features")}
+    names = by_rank.get(tensor.dim(), ("batch", "channels", "height", "width"))
+    dynamic = program.dynamic_axes.get(name, ())
+    if tensor.dim() == 4:
+        dynamic = tuple(axis for axis in dynamic if axis < 2 or _can_vary(program, name, axis))
+    return tuple(
+        (names[axis] if axis < len(names) else f"{name}_axis_{axis}") if axis in dynamic else None
+        for axis in range(tensor.dim())
+    )
+
+
+def _can_vary(program: Program, name: str, axis: int) -> bool:
+    """Whether images of another size run: position embeddings fix the size without a word in the graph's inputs."""
+    inputs = {other: program.example_inputs[other][:2] for other in program.input_names}
+    inputs[name] = torch.cat([inputs[name]] * 2, axis)
+    try:
+        with torch.no_grad():
+            program.graph_module(*inputs.values())
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
+
+
+def _write(
+    program: Program,
+    out: Path,
+    kind: Kind,
+    pieces: tuple[Piece, ...],
+    opset: int,
+    dtype: torch.dtype,
+    notes: tuple[str, ...],
+) -> OnnxArtifact:
+    names = set(program.tensors())
+    graphs = []
+    weights: dict[str, tuple[StoredWeight, ...]] = {}
+    expected: dict[str, dict[str, str]] = {}
+    models: dict[str, ir.Model] = {}
+    for piece in pieces:
+
+        def weight_name(name: str, prefix: str = piece.prefix) -> str | None:
+            own = program.aliases.get(name.removeprefix(prefix), name.removeprefix(prefix))
+            return own if name.startswith(prefix) and own in names else None
+
+        file = _FILES[piece.role]
+        tidied = tidy(to_ir(piece, opset), weight_names=weight_name, axis_names=piece.axes, fixed_axes=_FIXED_AXES)
+        model = tidied.model
+        _stamp(model, program)
+        expected[file] = {}
+        for name, stored in stored_weights(tidied, file):
+            weights[name] = (*weights.get(name, ()), stored)
+            if name in program.sparse and stored.axis is not None:
+                expected[file][stored.initializer] = program.sparse[name].pattern
+        graphs.append(describe(model, file, piece.role))
+        models[file] = model
+    if lost := [name for name in program.sparse if not any(s.initializer in expected[s.file] for s in weights.get(name, ()))]:
+        raise SparsepassError(
+            f"{', '.join(lost)}: no MatMul, Gemm or Conv of the exported graph reads this sparse weight; export with "
+            "with_past=False, or report this model"
+        )
+    for file, model in models.items():
+        _save(model, out / file)
+    twice = [name for name, found in weights.items() if len({s.file for s in found}) > 1]
+    if twice:
+        notes = (*notes, f"in both files, because both graphs read it: {', '.join(twice)}")
+    written = {
+        path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.name.split(".onnx")[0] + ".onnx" in models
+    }
+    return OnnxArtifact(
+        kind=kind,
+        dtype=_ONNX_DTYPES[dtype],
+        opset=opset,
+        files=written,
+        graphs=tuple(graphs),
+        weights=weights,
+        expected_sparse=expected,
+        notes=notes,
+    )
+
+
+def _stamp(model: ir.Model, program: Program) -> None:
+    model.producer_name, model.producer_version = "sparsepass", metadata.version("sparsepass")
+    facts: Mapping[str, Any] = {"recipe": program.recipe, "model_class": program.origin.model_class}
+    model.metadata_props.update({f"sparsepass.{key}": str(value) for key, value in facts.items() if value})
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    external = f"{path.name}.data" if sum(tensor.nbytes for tensor in tensors) > EXTERNAL_DATA_BYTES else None
+    ir.save(model, path, external_data=external)

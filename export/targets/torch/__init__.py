@@ -1,0 +1,42 @@
+"""The target `torch`: a Hugging Face folder whose layers torch's semi-structured kernels run."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsepass.export.targets.torch.choice import MIN_GAIN as MIN_GAIN, Timing as Timing
+    from sparsepass.export.targets.torch.layer import SemiStructuredLinear as SemiStructuredLinear, choose as choose
+    from sparsepass.export.targets.torch.lower import (
+        load_dense as load_dense,
+        load_torch as load_torch,
+        record_of as record_of,
+        verify_torch as verify_torch,
+        write_torch as write_torch,
+    )
+    from sparsepass.export.targets.torch.measure import (
+        dense_layer as dense_layer,
+        measure_layers as measure_layers,
+        probe as probe,
+        random_two_four as random_two_four,
+        time_layers as time_layers,
+        time_ms as time_ms,
+    )
+    from sparsepass.export.targets.torch.packing import semi_structured as semi_structured
+    from sparsepass.export.targets.torch.record import (
+        RECORD_FILE as RECORD_FILE,
+        TO_BE_MEASURED as TO_BE_MEASURED,
+        LayerRecord as LayerRecord,
+        Measured as Measured,
+        Record as Record,
+        SemiStructuredOptions as SemiStructuredOptions,
+        parse_shapes as parse_shapes,
+        read_record as read_record,
+    )
+    from sparsepass.export.targets.torch.rules import (
+        check_device as check_device,
+        check_two_four as check_two_four,
+        refusal as refusal,
+    )
+else:
+    from sparsepass._lazy import face
+
+    __getattr__, __dir__, __all__ = face(__name__, __file__)

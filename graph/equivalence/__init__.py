@@ -1,0 +1,22 @@
+"""Whether two artifacts compute the same, and where they part."""
+
+from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest
+from sparsepass.graph.equivalence.comparison import Comparison, assert_equivalent, compare, default_rtol
+from sparsepass.graph.equivalence.difference import Difference, difference
+from sparsepass.graph.equivalence.layers import Observe
+from sparsepass.graph.equivalence.onnx_file import OnnxFile, output_name
+
+__all__ = [
+    "Artifact",
+    "Comparison",
+    "Difference",
+    "Inputs",
+    "Observe",
+    "OnnxFile",
+    "assert_equivalent",
+    "coarsest",
+    "compare",
+    "default_rtol",
+    "difference",
+    "output_name",
+]

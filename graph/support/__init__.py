@@ -1,0 +1,23 @@
+"""What every other room uses: errors, files, progress, memory, arithmetic."""
+
+from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
+from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder, write_text
+from sparsepass.graph.support.memory import give_back_freed_memory
+from sparsepass.graph.support.precision import fast_low_precision
+from sparsepass.graph.support.progress import item_progress, shows_progress
+
+__all__ = [
+    "CaptureError",
+    "EquivalenceError",
+    "PassError",
+    "ProgramFormatError",
+    "SparsepassError",
+    "check_free",
+    "fast_low_precision",
+    "give_back_freed_memory",
+    "item_progress",
+    "replaced_file",
+    "replaced_folder",
+    "shows_progress",
+    "write_text",
+]

@@ -1,0 +1,12 @@
+"""Masks as a file of their own."""
+
+from sparsepass.passes.masks.pack import MaskDifference, MaskPack, PackedMask, compare_masks, describe, pack_program
+
+__all__ = [
+    "MaskDifference",
+    "MaskPack",
+    "PackedMask",
+    "compare_masks",
+    "describe",
+    "pack_program",
+]

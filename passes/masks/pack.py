@@ -1,0 +1,413 @@
+"""Mask packs: the N:M masks of a program as a file of their own, apart from the weights.
+
+A group of M entries with N kept is one of C(N,M) candidates, so it is stored as its number. As many numbers as fit go into a
+64-bit word, as digits to the base of the number of candidates: of 2:4, 24 groups, which is 2.67 bits a group and 0.67 a weight.
+
+Rules:
+1. A pack belongs to the values it was made with: of every sparse weight the kept entries, and every other parameter. Applied to
+   a model with the same values it gives the program it came from, bit for bit; any other model is refused, unless the
+   caller asks for the masks alone.
+2. So a pack stands in for a program only where no weight was changed: masks by magnitude, Wanda or learned ones. What SparseGPT
+   compensates or training changes is not in it.
+
+Shape suffixes: O rows, I in, G groups, M entries of one group, W words.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, final
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.support import replaced_file
+from sparsepass.passes.maths import NMPattern
+
+FORMAT: Final = "sparsepass-masks"
+VERSION: Final = 1
+_WORD_BITS: Final = 63  # of a signed 64-bit word
+_LARGEST_M: Final = 16
+_HEADER: Final = "sparsepass"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PackedMask:
+    """The mask of one weight.
+
+    Attributes:
+        pattern: N:M.
+        shape: Of the matrix that N:M runs along the last axis of, as `Site.to_matrix` gives it.
+        words: Candidate numbers, packed; int64, ``[W]``.
+        digest: SHA-256 of the kept entries' bytes, in the matrix's order.
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    words: Tensor = field(repr=False)
+    digest: str
+
+    def mask(self) -> Tensor:
+        """The bool mask, True where a weight is kept.
+
+        Shapes: ``shape``.
+        """
+        return unpack_mask(self.words, NMPattern.parse(self.pattern), self.shape)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MaskPack:
+    """The masks of a program.
+
+    Attributes:
+        masks: Weight name -> mask.
+        dense_digest: SHA-256 over all parameters that are not sparse, by name; SLoRB branches and logits of masks left out.
+        recipe: Passes that made the program.
+        model_class: Of the model that was captured.
+        about: What the author says, such as the domain.
+    """
+
+    masks: Mapping[str, PackedMask] = field(repr=False)
+    dense_digest: str
+    recipe: str
+    model_class: str
+    about: str = ""
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of all masks."""
+        return sum(math.prod(known.shape) for known in self.masks.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the packed masks for each entry, without the file's header."""
+        return sum(64 * known.words.numel() for known in self.masks.values()) / max(1, self.num_weights)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; beside it first, and then moved into place.
+
+        Raises:
+            SparsepassError: If it cannot be written.
+        """
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dense_digest": self.dense_digest,
+            "recipe": self.recipe,
+            "model_class": self.model_class,
+            "about": self.about,
+            "masks": {
+                name: {"pattern": known.pattern, "shape": list(known.shape), "digest": known.digest}
+                for name, known in self.masks.items()
+            },
+        }
+        target = Path(path)
+        words = {name: known.words.contiguous() for name, known in self.masks.items()}
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_file(target) as beside:
+                safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SparsepassError(
+                f"the mask pack {target} cannot be written ({error}); what stood there is untouched"
+            ) from error
+
+    @staticmethod
+    def load(path: str | Path) -> "MaskPack":
+        """Read a file that `save` wrote.
+
+        Raises:
+            SparsepassError: If it is not there, damaged, no mask pack, or of a newer version.
+        """
+        place = Path(path)
+        if not place.is_file():
+            raise SparsepassError(f"there is no mask pack {place}; check the path")
+        try:
+            with safetensors.safe_open(place, framework="pt") as file:
+                text = (file.metadata() or {}).get(_HEADER)
+                words = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SparsepassError(f"{place} cannot be read as safetensors ({error}); copy it again") from error
+        if text is None or json.loads(text).get("format") != FORMAT:
+            raise SparsepassError(f"{place} is no mask pack; `sparsepass masks PROGRAM -o masks.safetensors` writes one")
+        header = json.loads(text)
+        if header["version"] > VERSION:
+            raise SparsepassError(
+                f"{place} has version {header['version']} of the format, and this sparsepass reads up to {VERSION}; update it"
+            )
+        masks = {}
+        for name, about in header["masks"].items():
+            known = PackedMask(pattern=about["pattern"], shape=tuple(about["shape"]), words=words[name], digest=about["digest"])
+            expected = num_words(known.shape, NMPattern.parse(known.pattern))
+            if known.words.shape != (expected,) or known.words.dtype != torch.int64:
+                raise SparsepassError(f"{place} is damaged: the mask of {name} does not have {expected} words; copy it again")
+            masks[name] = known
+        return MaskPack(
+            masks=masks,
+            dense_digest=header["dense_digest"],
+            recipe=header["recipe"],
+            model_class=header["model_class"],
+            about=header["about"],
+        )
+
+    def check_model(self, program: Program, *, values: bool = True) -> None:
+        """Make sure that a program has the weights that the pack has masks for, and the values that it was made with.
+
+        Args:
+            program: Its sites, sparse or not, are compared.
+            values: Whether values are compared, and not only names and shapes.
+
+        Raises:
+            SparsepassError: If something differs.
+        """
+        sites = {site.weight: site for site in program.sites()}
+        if missing := [name for name in self.masks if name not in sites]:
+            raise SparsepassError(
+                f"the mask pack has masks for {len(missing)} weights that this model does not have, such as {missing[0]}; it "
+                f"was made from a {self.model_class}"
+            )
+        for name, known in self.masks.items():
+            shape = tuple(sites[name].to_matrix(program.tensor(name)).shape)
+            if shape != known.shape:
+                raise SparsepassError(
+                    f"the mask of {name} has shape {known.shape}, and the weight {shape}; the pack was made from another "
+                    f"{self.model_class}"
+                )
+        if not values:
+            return
+        wrong = [
+            name
+            for name, known in self.masks.items()
+            if kept_digest(sites[name].to_matrix(program.tensor(name).detach()), known.mask()) != known.digest
+        ]
+        dense = _dense_digest(program, self.masks)
+        if not wrong and dense == self.dense_digest:
+            return
+        what = f"{len(wrong)} of its {len(self.masks)} weights" if wrong else "parameters beside the masked weights"
+        first = f" (the first is {wrong[0]})" if wrong else ""
+        raise SparsepassError(
+            f"the mask pack was made with other values of {what}{first}: it belongs to another {self.model_class}, to another "
+            f"precision, or to weights that its passes ({self.recipe or 'unknown'}) changed, which a pack does not hold. Give "
+            "it the model it was made from, or apply the masks alone with any_model=true"
+        )
+
+
+def pack_program(program: Program, *, about: str = "") -> MaskPack:
+    """Make a pack of a program's masks.
+
+    Args:
+        program: With masks that are not folded.
+        about: Goes into the pack.
+
+    Raises:
+        SparsepassError: If it has no masks, or folded ones, or one that is not exactly N of M.
+
+    Example:
+        >>> from sparsepass.passes import apply_passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+        >>> pack = pack_program(apply_passes(model, ["nm_sparsify"], example_inputs=torch.randn(2, 8)))
+        >>> list(pack.masks), pack.num_weights
+        (['0.weight'], 32)
+    """
+    if not program.sparse:
+        raise SparsepassError("the program has no masks; apply nm_sparsify first")
+    by_weight = {site.weight: site for site in program.sites()}
+    masks = {}
+    for name, state in program.sparse.items():
+        if state.mask is None:
+            raise SparsepassError(f"the mask of {name} is folded into its weight; pack the program before the pass fold")
+        site, pattern = by_weight[name], NMPattern.parse(state.pattern)
+        mask_OI = site.to_matrix(program.tensor(state.mask))
+        try:
+            words_W = pack_mask(mask_OI, pattern)
+        except SparsepassError as error:
+            raise SparsepassError(f"{site.name}: {error}") from error
+        digest = kept_digest(site.to_matrix(program.tensor(name).detach()), mask_OI)
+        masks[name] = PackedMask(pattern=state.pattern, shape=tuple(mask_OI.shape), words=words_W, digest=digest)
+    return MaskPack(
+        masks=masks,
+        dense_digest=_dense_digest(program, masks),
+        recipe=program.recipe,
+        model_class=program.origin.model_class or "model",
+        about=about,
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MaskDifference:
+    """How the masks of one weight differ.
+
+    Attributes:
+        weight: Its name.
+        num_entries: Entries of the mask.
+        num_flipped: Entries that are kept by one and dropped by the other.
+        num_kept: Entries that both keep, of those that the first keeps.
+    """
+
+    weight: str
+    num_entries: int
+    num_flipped: int
+    num_kept: int
+
+    @property
+    def overlap(self) -> float:
+        """Share of the first mask's kept entries that the second keeps too."""
+        total = self.num_kept + self.num_flipped / 2
+        return self.num_kept / total if total else 1.0
+
+
+def compare_masks(first: MaskPack, second: MaskPack) -> list[MaskDifference]:
+    """Count in which entries two packs differ, weight by weight.
+
+    Raises:
+        SparsepassError: If they are not masks of the same weights and patterns.
+    """
+    if (names := set(first.masks) ^ set(second.masks)) or not first.masks:
+        raise SparsepassError(
+            f"the packs hold masks of different weights, {sorted(names)[0] if names else 'none at all'} in one of them only; "
+            "compare packs of one model, pruned with the same targets"
+        )
+    found = []
+    for name, known in first.masks.items():
+        other = second.masks[name]
+        if (known.pattern, known.shape) != (other.pattern, other.shape):
+            raise SparsepassError(
+                f"{name} is {known.pattern} of shape {known.shape} in one pack and {other.pattern} of shape {other.shape} in "
+                "the other; compare packs of one model"
+            )
+        a, b = known.mask(), other.mask()
+        found.append(
+            MaskDifference(weight=name, num_entries=a.numel(), num_flipped=int((a ^ b).sum()), num_kept=int((a & b).sum()))
+        )
+    return found
+
+
+def pack_mask(mask_OI: Tensor, pattern: NMPattern) -> Tensor:
+    """Store a mask as numbers of candidates.
+
+    Shapes: ``[..., I]`` to ``[W]``.
+
+    Args:
+        mask_OI: Bool, exactly N of M true along the last axis.
+        pattern: N:M.
+
+    Returns:
+        int64 words, the first group in the lowest digit.
+
+    Raises:
+        SparsepassError: If M is too large, or a group does not have exactly N entries.
+
+    >>> pack_mask(torch.tensor([[True, True, False, False, False, False, True, True]]), NMPattern(2, 4))
+    tensor([30])
+    """
+    _check_pattern(pattern)
+    groups_GM = mask_OI.reshape(-1, pattern.m)
+    if bool((groups_GM.sum(1) != pattern.n).any()):
+        raise SparsepassError(f"a mask pack holds exactly {pattern.n} of {pattern.m}, and a group keeps another number")
+    number_of_code, _ = _tables(pattern.n, pattern.m)
+    bits_M = 2 ** torch.arange(pattern.m, device=mask_OI.device)
+    numbers_G = number_of_code.to(mask_OI.device)[(groups_GM * bits_M).sum(1)]
+    per_word, base = _digits(pattern)
+    padded = torch.zeros(math.ceil(len(numbers_G) / per_word) * per_word, dtype=torch.int64, device=mask_OI.device)
+    padded[: len(numbers_G)] = numbers_G
+    weights = torch.tensor([base**digit for digit in range(per_word)], device=mask_OI.device)
+    return (padded.view(-1, per_word) * weights).sum(1).cpu()
+
+
+def unpack_mask(words_W: Tensor, pattern: NMPattern, shape: Iterable[int]) -> Tensor:
+    """Undo `pack_mask`.
+
+    Shapes: ``[W]`` to ``shape``.
+
+    >>> unpack_mask(torch.tensor([30]), NMPattern(2, 4), (1, 8)).int()
+    tensor([[1, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    _check_pattern(pattern)
+    shape = tuple(shape)
+    _, candidates = _tables(pattern.n, pattern.m)
+    per_word, base = _digits(pattern)
+    left, digits = words_W.clone(), []
+    for _ in range(per_word):
+        digits.append(left % base)
+        left //= base
+    numbers_G = torch.stack(digits, 1).flatten()[: math.prod(shape) // pattern.m]
+    return candidates[numbers_G].reshape(shape)
+
+
+def num_words(shape: Iterable[int], pattern: NMPattern) -> int:
+    """Words that a packed mask takes.
+
+    >>> num_words((1, 96), NMPattern(2, 4))
+    1
+    """
+    return math.ceil(math.prod(shape) // pattern.m / _digits(pattern)[0])
+
+
+def kept_digest(weight_OI: Tensor, mask_OI: Tensor) -> str:
+    """SHA-256 of the kept entries' type and bytes."""
+    return _digest([weight_OI[mask_OI]])
+
+
+def _dense_digest(program: Program, masked: Iterable[str]) -> str:
+    branches = [state.branch for state in program.sparse.values() if state.branch is not None]
+    left_out = {*masked, *(branch.weight for branch in branches), *(branch.projection or "" for branch in branches)}
+    left_out |= {state.learned.logits for state in program.sparse.values() if state.learned is not None}
+    names = sorted(name for name in dict(program.graph_module.named_parameters()) if name not in left_out)
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name} {_digest([program.tensor(name).detach()])}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_pattern(pattern: NMPattern) -> None:
+    if pattern.m > _LARGEST_M:
+        raise SparsepassError(f"a mask pack takes patterns of up to {_LARGEST_M} entries a group, not {pattern}")
+
+
+def _digits(pattern: NMPattern) -> tuple[int, int]:
+    """Groups that fit into a word, and the base of their numbers."""
+    base = math.comb(pattern.m, pattern.n)
+    return int(_WORD_BITS / math.log2(base)), base
+
+
+@functools.cache
+def _tables(n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Number of each bit code (-1 where it is no candidate), and the bool entries of each candidate, in lexicographic order."""
+    candidates = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
+    number_of_code = torch.full((2**m,), -1)
+    for number, kept in enumerate(itertools.combinations(range(m), n)):
+        candidates[number, list(kept)] = True
+        number_of_code[sum(1 << entry for entry in kept)] = number
+    return number_of_code, candidates
+
+
+def describe(pack: MaskPack) -> dict[str, Any]:
+    """What a pack holds, as JSON."""
+    return {
+        "model_class": pack.model_class,
+        "recipe": pack.recipe,
+        "about": pack.about,
+        "num_masks": len(pack.masks),
+        "num_weights": pack.num_weights,
+        "patterns": sorted({known.pattern for known in pack.masks.values()}),
+        "bits_per_weight": pack.bits_per_weight,
+    }

@@ -1,0 +1,32 @@
+"""Tensor maths that know no graph: patterns, statistics, low-rank branches, reconstruction."""
+
+from sparsepass.passes.maths.learn_masks import add_prior, first_logits
+from sparsepass.passes.maths.pattern import (
+    NMPattern,
+    canonical_zeros,
+    keep_largest,
+    keep_largest_of_groups,
+    nm_mask,
+    num_violations,
+)
+from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
+from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
+from sparsepass.passes.maths.statistics import InputStatistics
+
+__all__ = [
+    "InputStatistics",
+    "NMPattern",
+    "Trained",
+    "add_prior",
+    "canonical_zeros",
+    "first_logits",
+    "fit",
+    "fixed_projection",
+    "keep_largest",
+    "keep_largest_of_groups",
+    "nm_mask",
+    "num_violations",
+    "slorb_least_squares",
+    "slorb_mean_init",
+    "token_error",
+]

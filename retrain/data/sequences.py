@@ -1,0 +1,293 @@
+"""The sequences of a run, in one global order that each process takes its rows of; and those of a table.
+
+Shape legend: B sequences, T tokens of a sequence.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsepass.graph.support import SparsepassError
+from sparsepass.retrain.data.order import permutation
+from sparsepass.retrain.data.tokens import IDS, IGNORED_LABEL, LABELS, MASK, Columns, Part, TokenTable, padded
+
+Rows: TypeAlias = slice | Sequence[int] | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some sequences.
+
+    Shapes: all [B, T], int64.
+
+    Args:
+        input_ids: Token ids.
+        attention_mask: 0 on padding; None if the data has no padding at all, whatever the batch.
+        labels: Token ids at their own positions (the loss shifts them), -100 where nothing is to be learned; None if the
+            data has none, so that ``input_ids`` are the labels.
+        indices: The sequences' numbers in the run: 0 is the run's first.
+        places: Where they stand in the data: the same sequence has the same place in every epoch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    labels: Tensor | None = None
+    indices: list[int]
+    places: list[int]
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(
+            input_ids=self.input_ids[rows],
+            attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            indices=self.indices[rows],
+            places=self.places[rows],
+        )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+            indices=self.indices,
+            places=self.places,
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How tokens become sequences.
+
+    Args:
+        context: Tokens of a sequence.
+        packing: Whether a sequence is cut from the joined rows; else it is one row, padded.
+        before: Tokens that begin every packed sequence.
+        pad_id: What stands on padding.
+    """
+
+    context: int
+    packing: bool
+    before: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    @property
+    def num_body(self) -> int:
+        """Tokens of the data in one sequence (of a padded row: its whole length)."""
+        return self.context - len(self.before)
+
+    def framed(self, body: Columns) -> Columns:
+        """Put the tokens that begin a sequence before its body."""
+        if not self.before:
+            return body
+        starts = {IDS: self.before, LABELS: (IGNORED_LABEL,) * len(self.before)}
+        return {name: np.concatenate([np.asarray(starts[name], np.int32), values]) for name, values in body.items()}
+
+
+def batch_of(sequences: Sequence[Columns], names: Sequence[str], context: int, indices: list[int], places: list[int]) -> Batch:
+    """Stack sequences."""
+    tensors = {
+        name: torch.from_numpy(np.stack([columns[name] for columns in sequences]).astype(np.int64))
+        if sequences
+        else torch.empty(0, context, dtype=torch.int64)
+        for name in names
+    }
+    return Batch(
+        input_ids=tensors[IDS],
+        attention_mask=tensors.get(MASK),
+        labels=tensors.get(LABELS),
+        indices=indices,
+        places=places,
+    )
+
+
+class Sequences(ABC):
+    """An endless row of sequences, epoch after epoch, at a position that can be saved and restored.
+
+    Args:
+        shape: How tokens become sequences.
+        names: The columns of a sequence.
+        settings: What has to be the same when a position is restored.
+        what: For messages.
+    """
+
+    def __init__(self, shape: Shape, names: Sequence[str], settings: Mapping[str, object], what: str) -> None:
+        self.shape = shape
+        self._names = tuple(names)
+        self._settings = dict(settings)
+        self._what = what
+        self._position = self._num_tokens = 0
+
+    @property
+    def position(self) -> int:
+        """How many sequences have been taken, by all processes together."""
+        return self._position
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have been taken, by all processes together, without padding."""
+        return self._num_tokens
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """The epoch of the next sequence, from 0."""
+
+    @property
+    @abstractmethod
+    def num_sequences(self) -> int | None:
+        """Sequences of an epoch; None while that is not known."""
+
+    @abstractmethod
+    def _walk(self, count: int, wanted: frozenset[int]) -> tuple[list[int], dict[int, Columns], int]:
+        """Step over ``count`` sequences.
+
+        Returns:
+            The places of all, the columns of the wanted ones, and the number of tokens of all.
+        """
+
+    @abstractmethod
+    def _place(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _go_to(self, place: Mapping[str, Any]) -> None: ...
+
+    def take(self, count: int, rows: Rows = None) -> Batch:
+        """Take the next sequences, and make the tensors of some of them.
+
+        Each process takes the same ``count`` and its own rows; together they see what one process sees.
+
+        Args:
+            count: How many sequences to go on by.
+            rows: Which of them to return: a slice, a range or a list of numbers below ``count``; None means all.
+
+        Returns:
+            The wanted rows, in the order asked for.
+
+        Raises:
+            SparsepassError: If ``count`` is negative, a row lies outside it, or streamed data is malformed.
+        """
+        if count < 0:
+            raise SparsepassError(f"{self._what}: cannot take {count} sequences")
+        rows = slice(None) if rows is None else rows
+        chosen = list(range(count)[rows]) if isinstance(rows, slice) else list(rows)
+        if any(not 0 <= row < count for row in chosen):
+            raise SparsepassError(f"{self._what}: rows {chosen} are not all among the {count} sequences that are taken")
+        places, columns, num_tokens = self._walk(count, frozenset(chosen))
+        indices = [self._position + row for row in chosen]
+        self._position += count
+        self._num_tokens += num_tokens
+        return batch_of(
+            [columns[row] for row in chosen], self._names, self.shape.context, indices, [places[row] for row in chosen]
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return the exact position, as JSON; it is the same on every process."""
+        return {
+            "settings": self._settings,
+            "position": self._position,
+            "num_tokens": self._num_tokens,
+            "place": self._place(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to a position that ``state`` gave: what follows is bit for bit what followed then.
+
+        Raises:
+            SparsepassError: If the data or how it is read is not what it was.
+        """
+        saved = state["settings"]
+        changed = [name for name in {**saved, **self._settings} if saved.get(name) != self._settings.get(name)]
+        if changed:
+            facts = "; ".join(f"{name} was {saved.get(name)!r} and is {self._settings.get(name)!r}" for name in changed)
+            raise SparsepassError(
+                f"{self._what} is not what the checkpoint was made with, so its place cannot be found again: {facts}. "
+                "Give the same data and settings, or start a new run from the checkpoint's weights (--from-checkpoint)"
+            )
+        self._go_to(state["place"])
+        self._position, self._num_tokens = int(state["position"]), int(state["num_tokens"])
+
+
+def table_sequence(table: TokenTable, shape: Shape, row_ends: Any, place: int) -> Columns:
+    """Return one sequence of a table."""
+    if shape.packing:
+        return shape.framed(table.read(place * shape.num_body, (place + 1) * shape.num_body))
+    end, length = int(row_ends[place]), int(table.lengths[place])
+    columns = table.read(end - length, end - length + min(length, shape.context))
+    part = Part(columns=columns, lengths=np.asarray([len(columns[IDS])], dtype=np.int64))
+    return padded(part, shape.context, shape.pad_id).columns
+
+
+@final
+class TableSequences(Sequences):
+    """The sequences of a table, in an order drawn anew for each epoch.
+
+    Args:
+        table: The tokens.
+        places: Which of the table's sequences these are.
+        seed: Chooses the orders; None keeps that of the table.
+        shape: As for `Sequences`.
+        names: As for `Sequences`.
+        settings: As for `Sequences`.
+        what: As for `Sequences`.
+    """
+
+    def __init__(
+        self,
+        table: TokenTable,
+        places: Any,
+        seed: int | None,
+        *,
+        shape: Shape,
+        names: Sequence[str],
+        settings: Mapping[str, object],
+        what: str,
+    ) -> None:
+        super().__init__(shape, names, settings, what)
+        self._table, self._places, self._seed = table, places, seed
+        self._row_ends = np.cumsum(table.lengths)
+        self._order: tuple[int, Any] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next sequence, from 0."""
+        return self._position // len(self._places)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch."""
+        return len(self._places)
+
+    def _walk(self, count: int, wanted: frozenset[int]) -> tuple[list[int], dict[int, Columns], int]:
+        places = [self._place_of(self._position + row) for row in range(count)]
+        columns = {row: table_sequence(self._table, self.shape, self._row_ends, places[row]) for row in wanted}
+        if self.shape.packing:
+            return places, columns, count * self.shape.context
+        if MASK not in self._table.names:
+            return places, columns, int(np.minimum(self._table.lengths[places], self.shape.context).sum())
+        everything = (table_sequence(self._table, self.shape, self._row_ends, place) for place in places)
+        return places, columns, sum(int(sequence[MASK].sum()) for sequence in everything)
+
+    def _place_of(self, number: int) -> int:
+        epoch, offset = divmod(number, len(self._places))
+        if self._seed is None:
+            return int(self._places[offset])
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, permutation(len(self._places), self._seed, epoch))
+        return int(self._places[self._order[1][offset]])
+
+    def _place(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def _go_to(self, place: Mapping[str, Any]) -> None:
+        """The position tells all."""

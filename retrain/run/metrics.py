@@ -1,0 +1,125 @@
+"""``metrics.jsonl``: what a run measured, one JSON object a line, each step once however often the run was resumed."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+from sparsepass.graph.support import SparsepassError
+
+JSON = Any
+
+METRICS = "metrics.jsonl"
+"""The file in a run folder."""
+
+
+@final
+class MetricsFile:
+    """Appends measurements to a file, and cuts off what a resumed run will measure again.
+
+    Write everything about a step before the checkpoint of that step is saved: a run resumed at step s keeps the lines up to s.
+
+    Args:
+        path: The file, usually ``metrics.jsonl``.
+        resumed_at: Step of the checkpoint the run goes on from: later lines, and a last line that was torn off, are dropped.
+            None starts an empty file.
+        enabled: Whether anything is written: true in the first process only.
+
+    Raises:
+        SparsepassError: If an earlier line of the file is not JSON with a step.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     path = Path(name) / "metrics.jsonl"
+        ...     with MetricsFile(path) as metrics:
+        ...         for step in (1, 2, 3):
+        ...             metrics.write({"step": step, "loss": 4.0 / step})
+        ...     with MetricsFile(path, resumed_at=1) as metrics:
+        ...         metrics.write({"step": 2, "loss": 1.9})
+        ...     read_metrics(path)
+        [{'step': 1, 'loss': 4.0}, {'step': 2, 'loss': 1.9}]
+    """
+
+    def __init__(self, path: str | Path, *, resumed_at: int | None = None, enabled: bool = True) -> None:
+        self._path = Path(path)
+        self._descriptor: int | None = None
+        if not enabled:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resumed_at is None else [line for line in read_metrics(self._path) if line["step"] <= resumed_at]
+        beside = self._path.with_name(f".{self._path.name}.partial")
+        beside.write_text("".join(map(_to_line, kept)), encoding="utf-8")
+        os.replace(beside, self._path)
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, values: Mapping[str, JSON]) -> None:
+        """Append one line, at once. Numbers that are not finite are written as null, since JSON has none.
+
+        Args:
+            values: With the entry ``step``.
+
+        Raises:
+            SparsepassError: If there is no ``step``, or the file is closed.
+        """
+        if not isinstance(values.get("step"), int):
+            raise SparsepassError(f"each line of {self._path.name} needs a step that is a whole number, got {dict(values)}")
+        if self._descriptor is not None:
+            os.write(self._descriptor, _to_line(values).encode())
+
+    def close(self) -> None:
+        """Close the file; what is written afterwards is dropped."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, JSON]]:
+    """Read a metrics file, leaving out a last line that was torn off.
+
+    Returns:
+        One mapping a line; empty if there is no file.
+
+    Raises:
+        SparsepassError: If another line is not a JSON object with a step.
+
+    Example:
+        >>> read_metrics("no such file")
+        []
+    """
+    if not Path(path).exists():
+        return []
+    # A line counts when its end was written too: what follows the last line break is torn.
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    return [_from_line(line, number, Path(path)) for number, line in enumerate(lines, 1)]
+
+
+def _from_line(line: bytes, number: int, path: Path) -> dict[str, JSON]:
+    try:
+        values = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise SparsepassError(f"line {number} of {path} is not a JSON object with a step; mend or move the file")
+    return values
+
+
+def _to_line(values: Mapping[str, JSON]) -> str:
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: JSON) -> JSON:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,226 @@
+"""The report's schema: what is written, what is refused, and that its documentation is complete."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.export.tiny import save_tiny_llama
+
+from sparsepass.export.report.document import (
+    HEADER,
+    HTML_FILE,
+    PAGE_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    RUN,
+    SCHEMA_VERSION,
+    SECTIONS,
+    check_report,
+    find_report,
+    new_report,
+    plain_json,
+    read_report,
+    run_record,
+    write_report,
+)
+from sparsepass.export.report.html import page as report_html
+from sparsepass.export.report.page import _RENDERERS, render_page, size
+from sparsepass.export.stages.preparing import Calibration, prepare, write_program
+from sparsepass.graph import SparsepassError
+
+_DOCUMENTATION = Path(__file__).parents[3] / "docs" / "report.md"
+
+
+def full_report() -> dict[str, Any]:
+    outcomes = [
+        {"site": "a", "weight": "a.weight", "shape": [4, 8], "action": "rewritten", "reason": "", "facts": {"x": 0.25}},
+        {"site": "b", "weight": "b.weight", "shape": [4, 7], "action": "skipped", "reason": "7 | 4", "facts": {}},
+    ]
+    record = {
+        "text": "nm_sparsify{pattern=2:4}",
+        "promise": "approximate",
+        "outcomes": outcomes,
+        "validation": {"against": "x", "inputs": "example inputs", "max_error": 1.0, "relative_error": 0.5, "kl": 0.1},
+        "calibration": {"source": "text.txt", "num_sequences": 4, "num_tokens": 128},
+        "seconds": 1.5,
+    }
+    figures = {"nll_mean": 1.0, "num_tokens": 99, "context": 8, "stride": 8, "bos": False, "dtype": "float32"}
+    return new_report() | {
+        "recipe": "nm_sparsify{pattern=2:4}",
+        "runs": [run_record("export", command="sparse-export m", seconds=3.0)],
+        "model": {
+            "source": "m",
+            "kind": "folder",
+            "class": "C",
+            "dtype": "float32",
+            "num_parameters": 60,
+            "notes": ["n"],
+        },
+        "passes": {"num_sites": 2, "num_sparse": 1, "skipped": {"b": "7 | 4"}, "passes": [record]},
+        "accuracy": {
+            "text": "eval.txt",
+            "measurements": [
+                {"name": "dense", "perplexity": 10.0, "seconds": 1.0, **figures},
+                {"name": "2:4", "perplexity": 15.0, "seconds": 1.0, **figures},
+            ],
+        },
+        "artifact": {
+            "target": "onnx",
+            "dtype": "float32",
+            "files": {"model.onnx": 1234567},
+            "size_bytes": 1234567,
+            "expected_sparse": {"model.onnx": {"a.weight": "2:4"}},
+            "notes": [],
+            "details": {},
+        },
+        "sparsity": {
+            "runtime": "tensorrt",
+            "runtime_version": "11.4",
+            "gpus": ["L40S (SM89)"],
+            "engines": [
+                {
+                    "name": "decode",
+                    "file": "decode.engine",
+                    "targets": [89],
+                    "size_bytes": 1000,
+                    "flag_requested": True,
+                    "num_eligible": 1,
+                    "num_chosen": None,
+                }
+            ],
+            "layers": [
+                dict.fromkeys(("conforms", "flag_requested", "eligible", "chosen", "ran_sparse"), "yes")
+                | {"engine": "decode", "layer": "n", "weight": "a.weight", "shape": [4, 8], "reason": "a sparse tactic"}
+            ],
+            "counts": {"total": {}, "engines": {"decode": {"chosen": {"yes": 1, "no": 0, "unknown": 2}}}},
+            "measured": {
+                "decode": {
+                    "points": [{"batch": 1, "sequence": 64, "past": 0, "dense_ms": 3.0, "sparse_ms": 2.0}],
+                    "break_even": "sparse is faster everywhere",
+                }
+            },
+        },
+        "verification": {
+            "held": False,
+            "checks": [
+                {"name": "pattern", "held": True, "summary": "2:4 holds", "details": {}},
+                {"name": "outputs", "held": False, "summary": "they differ", "details": {}},
+                {"name": "other", "held": None, "summary": "cannot be run here", "details": {}},
+            ],
+        },
+        "samples": {"file": "s.safetensors", "inputs": {"x": {"shape": [2, 8], "dtype": "float32"}}, "outputs": {}},
+    }
+
+
+def test_a_full_report_round_trips_through_its_file(tmp_path: Path) -> None:
+    written = write_report(tmp_path, full_report())
+    assert read_report(tmp_path) == read_report(tmp_path / REPORT_FILE) == written
+    assert (tmp_path / RECIPE_FILE).read_text() == "nm_sparsify{pattern=2:4}\n"
+    assert (tmp_path / PAGE_FILE).read_text() == render_page(written)
+    assert (tmp_path / HTML_FILE).read_text() == report_html.render_html(written)
+
+
+def test_the_page_tells_a_newcomer_what_matters() -> None:
+    page = render_page(check_report(full_report()))
+    assert "Verification did NOT hold" in page
+    assert "| dense | 10 | 1.00x |" in page
+    assert "| 2:4 | 15 | 1.50x |" in page
+    assert "| 7 \\| 4 | 1 | b |" in page
+    assert "1.2 MB" in page
+    assert "| outputs | DID NOT HOLD | they differ |" in page
+    assert "| other | not checked |" in page
+    assert "| decode | SM89 | 1.0 kB |  |  |  | 1 yes, 2 unknown |  |" in page
+    assert "| yes | a sparse tactic | 1 |" in page
+    assert "| 1 | 64 | 3 | 2 | 1.50x |" in page
+    assert "sparse is faster everywhere" in page
+
+
+def test_unknown_sections_are_kept_and_shown(tmp_path: Path) -> None:
+    written = write_report(tmp_path, full_report() | {"retrain": {"steps": 150}})
+    assert read_report(tmp_path)["retrain"] == {"steps": 150}
+    assert "## retrain" in render_page(written)
+
+
+def test_infinities_are_written_as_text_that_any_json_reader_takes(tmp_path: Path) -> None:
+    report = full_report()
+    report["accuracy"]["measurements"][1]["perplexity"] = math.inf
+    write_report(tmp_path, report)
+    raw = (tmp_path / REPORT_FILE).read_text()
+    assert json.loads(raw, parse_constant=pytest.fail)["accuracy"]["measurements"][1]["perplexity"] == "inf"
+    assert "| 2:4 | inf |" in (tmp_path / PAGE_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": "other"}, "no sparsepass report"),
+        ({"schema_version": SCHEMA_VERSION + 1}, "upgrade sparsepass"),
+        ({"schema_version": "1"}, "expected an integer"),
+        ({"recipe": None}, "'recipe' is None, expected text"),
+        ({"runs": [{}]}, r"runs\[0\] has no field 'stage'"),
+        ({"model": []}, "model is a list where an object is expected"),
+        ({"passes": {"num_sites": True}}, "'num_sites' is True, expected integer"),
+        (
+            {"verification": {"held": None, "checks": [{"name": "x"}]}},
+            r"verification.checks\[0\] has no field 'summary'",
+        ),
+    ],
+)
+def test_a_broken_or_newer_report_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    broken = full_report() | change
+    with pytest.raises(SparsepassError, match=said):
+        check_report(broken)
+    (tmp_path / REPORT_FILE).write_text(json.dumps(broken))
+    with pytest.raises(SparsepassError):
+        read_report(tmp_path)
+
+
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(SparsepassError, match="does not exist"):
+        read_report(tmp_path)
+    assert find_report(tmp_path) is None
+    (tmp_path / REPORT_FILE).write_text('{"schema": "somebody else\'s"}')
+    assert find_report(tmp_path) is None
+    (tmp_path / REPORT_FILE).write_text("{")
+    with pytest.raises(SparsepassError, match="cannot be read as JSON"):
+        find_report(tmp_path)
+
+
+def test_a_report_holds_plain_values_only() -> None:
+    with pytest.raises(TypeError, match="plain values"):
+        plain_json({"x": object()})
+
+
+def test_every_section_has_a_renderer() -> None:
+    assert set(_RENDERERS) == set(report_html._RENDERERS) == set(SECTIONS)
+
+
+def test_the_documentation_names_every_field() -> None:
+    text = _DOCUMENTATION.read_text(encoding="utf-8")
+    for section, fields in {"": HEADER, "runs": RUN, **SECTIONS}.items():
+        assert not section or f"`{section}`" in text, section
+        for name, field in fields.items():
+            row = f"| `{name}` | {field.kind}{' or null' if field.optional else ''} | {field.meaning} |"
+            assert row in text, f"docs/report.md lacks: {row}"
+
+
+def test_a_program_keeps_the_name_that_its_report_gave_the_calibration_text(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "tiny")
+    calibration = Calibration(data="python-docs", num_sequences=1, context=8)
+    prepared = prepare(tmp_path / "tiny", passes="nm_sparsify", calibration=calibration, validate=False, progress=False)
+    named = write_program(prepared, tmp_path / "pruned")["passes"]["passes"]
+    assert named[0]["calibration"]["source"].startswith("Python's documentation topics")
+    again = prepare(tmp_path / "pruned", passes=None).document["passes"]["passes"]
+    assert [record["calibration"]["source"] for record in again] == [record["calibration"]["source"] for record in named]
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (0, 999, 1000, 538_000_000, 7e12)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.0 kB",
+        "538.0 MB",
+        "7000.0 GB",
+    ]

@@ -1,0 +1,288 @@
+"""`export`: what stands in the folder, what the report says, and that nothing half-written is left."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from tests.export.tiny import WORDS, save_tiny_llama
+from torch import Tensor, nn
+
+from sparsepass.export.pattern.check import check_pattern
+from sparsepass.export.report.document import HTML_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
+from sparsepass.export.stages import exporting as targets
+from sparsepass.export.stages.exporting import SAMPLES_FILE, TARGETS, Check, export, read_samples
+from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare, without_branches
+from sparsepass.graph import Program, SparsepassError
+from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
+
+EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(WORDS * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def program(folder: Path) -> Program:
+    return prepare(folder, passes=[NMSparsify(), SLoRB()]).program
+
+
+def files(place: Path) -> set[str]:
+    return {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_folder_goes_through_passes_lowering_and_verification(target: str, folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = export(
+        folder,
+        target,
+        out,
+        passes="nm_sparsify{criterion=wanda},slorb{k=16}",
+        calibration=Calibration(data=str(text), num_sequences=2, context=16),
+        evaluation=Evaluation(text=text, context=16, max_tokens=64),
+        dtype="bfloat16" if target == "torch" else None,
+        command="sparse-export tiny",
+    )
+    assert result.held is True
+    assert result.failures == ()
+    assert files(out) >= EVIDENCE | {SAMPLES_FILE, "tokenizer.json"}
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the folder"
+
+    report = read_report(out)
+    assert report == result.report
+    assert set(files(out)) == set(report["artifact"]["files"]) | EVIDENCE | {SAMPLES_FILE}
+    assert report["model"]["source"] == str(folder)
+    assert report["runs"][0]["command"] == "sparse-export tiny"
+    assert [entry["name"] for entry in report["accuracy"]["measurements"]] == [
+        "dense",
+        "2:4, SLoRB switched off",
+        "2:4 + SLoRB",
+    ]
+    assert ".partial" not in (out / REPORT_FILE).read_text(), "the report names the final folder"
+    assert parse_pipeline((out / RECIPE_FILE).read_text().strip()) == parse_pipeline(result.program.recipe)
+
+    expected = report["artifact"]["expected_sparse"]
+    assert sum(map(len, expected.values())) == len(result.program.sparse) == 14
+    for name, weights in expected.items():
+        assert check_pattern(out / name if name else out, expected_sparse=weights).conforms
+
+
+def test_samples_are_what_the_program_computes(program: Program, tmp_path: Path) -> None:
+    export(program, "onnx", tmp_path / "out")
+    stored = safetensors.torch.load_file(tmp_path / "out" / SAMPLES_FILE)
+    inputs = read_samples(tmp_path / "out" / SAMPLES_FILE)
+    assert set(stored) == {*(f"inputs/{name}" for name in inputs), "outputs/logits"}
+    with torch.no_grad():
+        assert torch.equal(program(**inputs).logits, stored["outputs/logits"])
+
+
+def test_the_hf_folder_is_not_confused_by_what_lies_beside_it(program: Program, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    export(program, "hf", out)
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["model.safetensors"]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    inputs = program.example_inputs
+    with torch.no_grad(), without_branches(program):
+        assert torch.allclose(loaded(**inputs).logits, program(**inputs).logits, atol=1e-5)
+    with pytest.raises((OSError, ValueError)):
+        AutoTokenizer.from_pretrained(out)  # a program in memory brings none
+
+
+def test_a_model_in_memory_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    result = export(model, "hf", tmp_path / "out", passes="nm_sparsify")
+    assert result.held
+    assert result.report["model"]["kind"] == "memory"
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_plain_module_can_leave_as_onnx(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    result = export(model, "onnx", tmp_path / "out", passes="nm_sparsify", example_inputs=torch.randn(2, 16))
+    assert result.held
+    assert result.report["passes"]["num_sparse"] == 2, "the last layer reaches the output"
+    with pytest.raises(SparsepassError, match="target hf"):
+        export(result.program, "hf", tmp_path / "hf")
+
+
+def test_a_dense_program_can_be_exported_too(folder: Path, tmp_path: Path) -> None:
+    result = export(folder, "onnx", tmp_path / "out")
+    assert result.held
+    assert result.report["recipe"] == ""
+    assert result.report["artifact"]["expected_sparse"] == {"model.onnx": {}}
+
+
+def test_without_verification_the_report_says_so(program: Program, tmp_path: Path) -> None:
+    result = export(program, "hf", tmp_path / "out", verify=False)
+    assert result.held is None
+    assert read_report(tmp_path / "out")["verification"] == {"held": None, "checks": []}
+    assert "switched off" in (tmp_path / "out" / PAGE_FILE).read_text()
+
+
+def broken_target(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    monkeypatch.setattr(targets, "TARGETS", {"hf": dataclasses.replace(TARGETS["hf"], **changes)})
+
+
+def test_a_failed_check_is_reported_and_the_artifact_written(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_target(
+        monkeypatch,
+        verify=lambda *_: (
+            Check(name="pattern", held=True, summary="holds"),
+            Check(name="outputs", held=False, summary="differ by 3"),
+        ),
+    )
+    result = export(program, "hf", tmp_path / "out")
+    assert result.held is False
+    assert result.failures == ("outputs: differ by 3",)
+    assert "did NOT hold" in (tmp_path / "out" / PAGE_FILE).read_text()
+
+
+def test_what_cannot_be_checked_is_no_failure(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_target(monkeypatch, verify=lambda *_: (Check(name="outputs", held=None, summary="no kernels here"),))
+    assert export(program, "hf", tmp_path / "out").held is True
+
+
+def test_planted_damage_between_writing_and_verification_is_caught(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = TARGETS["hf"]
+
+    def lower(*args: Any) -> Any:
+        lowered = row.lower(*args)
+        path = args[1] / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        return lowered
+
+    broken_target(monkeypatch, lower=lower)
+    result = export(program, "hf", tmp_path / "out")
+    assert result.held is False
+    assert [check["held"] for check in result.report["verification"]["checks"]] == [False, False, False]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), OSError(28, "No space left on device")])
+def test_an_interruption_leaves_the_old_output(
+    error: BaseException, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+
+    def verify(*_: Any) -> Any:
+        raise error
+
+    broken_target(monkeypatch, verify=verify)
+    expected = SparsepassError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        export(program, "hf", out, force=True)
+    assert files(tmp_path) == {"out/old"}
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing may be loaded before the arguments are checked")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target": "onx"}, "did you mean 'onnx'"),
+        ({"target": "coreml"}, "known are onnx, hf, tensorrt"),
+        ({"target": "hf", "opset": 18}, "has no option opset"),
+        ({"passes": "nm_sparsfy"}, "nm_sparsify"),
+        ({"passes": "nm_sparsify{pattern=4:2}"}, "4:2"),
+        ({"dtype": "int3"}, "int3"),
+        ({"out": "full"}, "not empty"),
+        ({"evaluation": Evaluation(text="nowhere.txt")}, "nowhere.txt does not exist"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(
+    change: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparsepass.export.stages.preparing.load_model", never)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    arguments: dict[str, Any] = {"model": "m", "target": "onnx", "out": "out"} | change
+    with pytest.raises(SparsepassError, match=said):
+        export(**arguments)
+    assert files(tmp_path) == {"full/file"}
+
+
+def test_branches_are_switched_off_and_on_again(program: Program) -> None:
+    inputs = program.example_inputs
+    alone = apply_passes(prepare_dense(program), "nm_sparsify", validate=False)
+    with torch.no_grad():
+        with_branches = program(**inputs).logits
+        with without_branches(program):
+            without = program(**inputs).logits
+        assert torch.equal(program(**inputs).logits, with_branches)
+        assert torch.equal(without, alone(**inputs).logits)
+
+
+def prepare_dense(program: Program) -> nn.Module:
+    """The dense model that a program with masks still holds behind them."""
+    bare = Program(
+        program.graph_module,
+        output_structure=program.output_structure,
+        example_inputs=program.example_inputs,
+        dynamic_axes=program.dynamic_axes,
+        aliases=program.aliases,
+        origin=program.origin,
+    )
+    return bare.to_model()
+
+
+def test_an_earlier_report_is_carried_on(folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from sparsepass.export.cli.app import app
+
+    pruned = tmp_path / "pruned"
+    assert CliRunner().invoke(app, ["prune", str(folder), "-o", str(pruned)]).exit_code == 0
+    report = export(pruned, "hf", tmp_path / "out").report
+    assert [run["stage"] for run in report["runs"]] == ["prune", "export"]
+    assert report["model"]["source"] == str(folder)
+    newer = json.loads((pruned / REPORT_FILE).read_text()) | {"schema_version": 99}
+    (pruned / REPORT_FILE).write_text(json.dumps(newer))
+    with pytest.raises(SparsepassError, match="upgrade sparsepass"):
+        export(pruned, "hf", tmp_path / "again")
+
+
+def test_read_samples_takes_a_plain_file_of_inputs(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {"x": torch.ones(2, 3)}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    assert list(read_samples(tmp_path / "x.safetensors")) == ["x"]
+    (tmp_path / "broken.safetensors").write_bytes(b"123")
+    with pytest.raises(SparsepassError, match="cannot be read as safetensors"):
+        read_samples(tmp_path / "broken.safetensors")
+
+
+def test_every_target_is_complete() -> None:
+    for name, row in TARGETS.items():
+        assert row.name == name
+        assert row.description
+        assert callable(row.lower)
+        assert callable(row.verify)
+        assert row.options <= {field.name for field in dataclasses.fields(targets.Lowering)}

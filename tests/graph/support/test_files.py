@@ -1,0 +1,142 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import safetensors
+
+from sparsepass.graph.support.errors import SparsepassError
+from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_half(out: Path, error: BaseException) -> None:
+    with replaced_folder(out, force=True) as staging:
+        (staging / "half.txt").write_text("half")
+        raise error
+
+
+def test_it_stands_there_only_when_the_block_has_ended(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with replaced_folder(out) as staging:
+        (staging / "new.txt").write_text("new")
+        assert not out.exists()
+        assert staging.parent == out.parent  # the same disk, so that the move is a rename
+    assert names(out) == ["new.txt"]
+    assert names(out.parent) == ["out"]
+
+
+def test_it_has_the_rights_that_a_plain_mkdir_gives(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with replaced_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with replaced_folder(tmp_path / "out") as staging:
+        (staging / "new.txt").write_text("new")
+    assert names(tmp_path / "out") == ["new.txt"]
+
+
+def test_a_folder_that_is_not_empty_needs_force(old: Path) -> None:
+    with pytest.raises(SparsepassError, match=r"out is not empty; choose another one, or pass --force"), replaced_folder(old):
+        pytest.fail("the block must not run")
+    assert names(old) == ["old.txt"]
+    with replaced_folder(old, force=True) as staging:
+        (staging / "new.txt").write_text("new")
+    assert names(old) == ["new.txt"]
+    assert names(old.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("defect"), KeyboardInterrupt(), SystemExit(1), PermissionError("no")])
+def test_an_interruption_leaves_the_old_content(old: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        write_half(old, error)
+    assert names(old) == ["old.txt"]
+    assert names(old.parent) == ["out"]
+
+
+def test_an_interruption_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "out", KeyboardInterrupt())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_and_the_old_content_stays(old: Path, error: Exception) -> None:
+    with pytest.raises(SparsepassError, match=r"the disk is full: .*untouched; free some space"):
+        write_half(old, error)
+    assert names(old) == ["old.txt"]
+    assert names(old.parent) == ["out"]
+
+
+def too_large(path: Path) -> None:
+    with replaced_file(path) as beside:
+        beside.write_text("half")
+        raise OSError(errno.EFBIG, "File too large")
+
+
+def test_one_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(SparsepassError, match=r"may not grow so large.*untouched"):
+        too_large(path)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+    with replaced_file(path) as beside:
+        beside.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_the_old_content_comes_back_if_the_last_move_fails(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if str(source).endswith(".partial"):
+            raise OSError(errno.EIO, "defect of the disk")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="defect"), replaced_folder(old, force=True):
+        pass
+    assert names(old) == ["old.txt"]
+    assert names(old.parent) == ["out"]
+
+
+def test_a_file_or_link_is_never_replaced(tmp_path: Path, old: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to(old)
+    for name in ("file", "link"):
+        with pytest.raises(SparsepassError, match="exists and is not a folder"):
+            check_free(tmp_path / name, force=True)
+
+
+def test_the_folder_we_are_in_and_those_around_it_are_never_replaced(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = old / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    for out in (Path(), Path(".."), old, Path.home()):
+        with pytest.raises(SparsepassError, match="name a folder inside it"):
+            check_free(out, force=True)
+    check_free("new")
+    assert names(old) == ["inner", "old.txt"]
