@@ -4,7 +4,15 @@ Names are imported when they are first used, so that ``import sparsepass`` stays
 `sparsepass.export.export`: the name ``sparsepass.export`` is the folder's.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+if find_spec("sparsepass.graph") is None:
+    raise ImportError(
+        f"{__path__[0]} lacks graph/, passes/, retrain/ and export/. In a checkout they are symbolic links, and git has written "
+        "text files in their place: on Windows switch Developer Mode on, then run `git config core.symlinks true` and "
+        "`git checkout -- src`. A wheel that was built from such a checkout lacks them too: build it again"
+    )
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport as PatternReport, check_pattern as check_pattern
