@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if find_spec("sparsepass.graph") is None:
     raise ImportError(
-        f"{__path__[0]} lacks graph/, passes/, retrain/ and export/. In a checkout they are symbolic links, and git has written "
-        "text files in their place: on Windows switch Developer Mode on, then run `git config core.symlinks true` and "
+        f"{__path__[0]} lacks graph/, passes/, retrain/ and export/. In a checkout they are symbolic links, and git has "
+        "written text files in their place: on Windows switch Developer Mode on, then run `git config core.symlinks true` and "
         "`git checkout -- src`. A wheel that was built from such a checkout lacks them too: build it again"
     )
 
