@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.passes.criteria.criterion import (
+    GRAM_EPSILON,
     CriterionOptions,
     Pruned,
     all_finite,
@@ -126,7 +127,7 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
         gram_II: Sum over tokens of ``x x^T``, fp32 or fp64, symmetric.
         num_tokens: Tokens in that sum.
         damping: Added to the diagonal, as a fraction of its mean; raised tenfold up to 1 while the matrix is
-            not positive definite.
+            not positive definite, or is so by no more than its rounding where it is not damped.
 
     Returns:
         U; the dead features; and the damping that was used.
@@ -160,7 +161,9 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
         reversed_II.diagonal().copy_(undamped_I + damping * mean)
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
         tried.append(f"{damping:g}")
-        if int(info) == 0 and all_finite(lower_II):
+        # Without damping, what a pivot leaves of the diagonal may be rounding, whose sign is chance.
+        is_known = damping > 0 or bool((lower_II.diagonal().square() > len(gram_II) * GRAM_EPSILON * undamped_I).all())
+        if int(info) == 0 and all_finite(lower_II) and is_known:
             return _lower_inverse(lower_II).flip(0, 1), dead_I, damping
         if damping >= _LARGEST_DAMPING:
             raise SparsepassError(

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from tests.layers import check_form, inputs, output_error, random, statistics_of
 from torch import Tensor
 
+from sparsepass.passes.criteria.criterion import working_dtype
+from sparsepass.passes.criteria.sparsegpt import inverse_cholesky, sparsegpt
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions, Pruned
 from sparsepass.passes.pattern import NMPattern
 from sparsepass.passes.refine import refine
@@ -14,6 +16,8 @@ from sparsepass.passes.slorb_math import segment_sum, slorb_least_squares
 
 pytestmark = pytest.mark.numerics
 
+import os
+MAX = int(os.environ.get('MAX', 150))
 P24 = NMPattern(2, 4)
 COMPENSATING = sorted(name for name, criterion in CRITERIA.items() if criterion.compensates)
 
@@ -36,7 +40,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """A weight, and inputs with fewer tokens than features, copies, zeros, and channels of very different sizes."""
     in_features = draw(st.sampled_from([8, 16, 64]))
     tokens = draw(st.sampled_from([1, 2, in_features // 2, in_features - 1, 2 * in_features]))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     seed = draw(st.integers(0, 10**6))
     weight_OI = (random(3, in_features, seed=seed) * draw(st.sampled_from([1e-6, 1.0, 1e6]))).to(dtype)
     x_TI = inputs(tokens, in_features, seed=seed + 1)
@@ -52,8 +56,33 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return weight_OI, x_TI * draw(st.sampled_from([1e-6, 1.0, 1e6]))
 
 
-@settings(deadline=None, max_examples=150)
-@given(layers(), st.sampled_from(sorted(CRITERIA)), st.sampled_from([0.0, 1e-4, 0.01]))
+def remade(weight_OI: Tensor, mask_OI: Tensor, upper_II: Tensor) -> Tensor:
+    """What SparseGPT's compensation makes of the kept weights, column by column, once the mask is known. In float64."""
+    left_OI = weight_OI.double().clone()
+    for i in range(left_OI.shape[1]):
+        error_O = torch.where(mask_OI[:, i], 0, left_OI[:, i] / upper_II[i, i])
+        left_OI[:, i:] -= torch.outer(error_O, upper_II[i, i:])
+    return left_OI * mask_OI
+
+
+@settings(deadline=None, max_examples=MAX)
+@given(layers(), st.sampled_from([0.0, 1e-4, 0.01]))
+def test_sparsegpt_leaves_the_error_that_its_definition_leaves(layer: tuple[Tensor, Tensor], damping: float) -> None:
+    # which, column by column, may be more than that of the mask alone, unlike ALPS's and refine's
+    weight_OI, x_TI = layer
+    statistics = statistics_of(x_TI)
+    pruned = sparsegpt(weight_OI, statistics, P24, CriterionOptions(damping=damping))
+    check_form(weight_OI, pruned, P24)
+    assert statistics.gram_II is not None
+    *_, used = inverse_cholesky(statistics.gram_II.to(working_dtype(weight_OI)), statistics.num_tokens, damping)
+    upper_II, dead_I, still_used = inverse_cholesky(statistics.gram_II.double(), statistics.num_tokens, used)
+    assert still_used == used
+    expected_OI = remade(weight_OI.masked_fill(dead_I, 0), pruned.mask_OI, upper_II)
+    check_no_worse(weight_OI, pruned.weight_OI, expected_OI, x_TI)
+
+
+@settings(deadline=None, max_examples=MAX)
+@given(layers(), st.sampled_from(sorted(CRITERIA.keys() - {"sparsegpt"})), st.sampled_from([0.0, 1e-4, 0.01]))
 def test_no_criterion_is_worse_than_its_mask_alone(layer: tuple[Tensor, Tensor], name: str, damping: float) -> None:
     weight_OI, x_TI = layer
     pruned = CRITERIA[name].function(weight_OI, statistics_of(x_TI), P24, CriterionOptions(damping=damping))
@@ -61,7 +90,7 @@ def test_no_criterion_is_worse_than_its_mask_alone(layer: tuple[Tensor, Tensor],
     check_no_worse(weight_OI, pruned.weight_OI, weight_OI * pruned.mask_OI, x_TI)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=MAX)
 @given(layers(), st.sampled_from(sorted(CRITERIA)), st.sampled_from([0.0, 0.01]), st.sampled_from([1, 10, 60]))
 def test_refine_is_never_worse_than_its_start(
     layer: tuple[Tensor, Tensor], name: str, damping: float, num_steps: int
@@ -77,7 +106,7 @@ def test_refine_is_never_worse_than_its_start(
     check_no_worse(weight_OI, again.weight_OI, start.weight_OI, x_TI)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=MAX)
 @given(layers(), st.sampled_from(sorted(CRITERIA)), st.sampled_from([0.0, 1e-4]), st.sampled_from([1, 2, 4, 8]))
 def test_a_branch_is_never_worse_than_none(layer: tuple[Tensor, Tensor], name: str, damping: float, k: int) -> None:
     weight_OI, x_TI = layer
