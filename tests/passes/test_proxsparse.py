@@ -17,6 +17,8 @@ from sparsepass.passes.criteria.wanda import wanda
 from sparsepass.passes.pattern import NMPattern
 from sparsepass.passes.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 P24 = NMPattern(2, 4)
 DEFAULT = CriterionOptions()
 

@@ -16,6 +16,8 @@ from sparsepass.passes.pattern import NMPattern
 from sparsepass.passes.refine import refine, solve_on_support
 from sparsepass.passes.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 P24 = NMPattern(2, 4)
 DEFAULT = CriterionOptions()
 

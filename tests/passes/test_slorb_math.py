@@ -12,6 +12,8 @@ from sparsepass.passes.pattern import NMPattern, nm_mask
 from sparsepass.passes.slorb_math import fixed_projection, segment_sum, slorb_least_squares, slorb_mean_init
 from sparsepass.passes.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

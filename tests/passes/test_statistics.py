@@ -9,6 +9,8 @@ from torch import Tensor
 from sparsepass.graph.errors import SparsepassError
 from sparsepass.passes.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

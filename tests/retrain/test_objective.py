@@ -19,6 +19,8 @@ from sparsepass.retrain.divergence import FullDistribution, row_losses
 from sparsepass.retrain.objective import Distillation, distillation_loss, hidden_state_loss, next_token_targets
 from sparsepass.retrain.teacher import OnlineTargets
 
+pytestmark = pytest.mark.numerics
+
 B, T, H, V = 3, 7, 5, 11
 
 
