@@ -14,6 +14,7 @@ import pytest
 import typer.core
 
 ROOT = Path(__file__).parents[2]
+FIXTURES = Path(__file__).with_name("fixtures")
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,14 @@ import safetensors.torch
 import torch
 import transformers as hf
 import yaml
+from tests.compatibility.command_line import FIXTURES, run
+from tests.compatibility.surface import surface
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsepass.graph import Program, capture
-from sparsepass.passes import apply_passes
-from tests.compatibility.command_line import run
-from tests.compatibility.surface import surface
+from sparsepass.passes import PASSES, apply_passes, parse_pipeline, pipeline_to_text
 
 HERE: Final = Path(__file__).parent
-FIXTURES: Final = HERE / "fixtures"
 TEXT: Final = "the quick brown fox jumps over the lazy dog while a model counts words . "
 _SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA: Final[dict[str, Any]] = {
@@ -47,6 +46,15 @@ _RECIPE: Final[dict[str, Any]] = {
     "eval": {"text": "words.txt", "context": 16, "max_tokens": 64},
     "export": [{"target": "hf"}, {"target": "onnx"}],
 }  # fmt: skip
+_PIPELINES: Final = (
+    "nm_sparsify{criterion=magnitude}",
+    'nm_sparsify{pattern=4:8,criterion=wanda,targets=["*q_proj"],ignore=["re:.*lm_head"]},slorb{k=8,projection=trainable},fold',
+    "nm_sparsify{criterion=sparsegpt,compensate=false},learn_masks{alpha=5}",
+    "nm_sparsify{criterion=ria},reconstruct",
+    "nm_sparsify{criterion=alps}",
+    "nm_sparsify{criterion=proxsparse}",
+    'nm_sparsify{masks="masks.safetensors",any_model=true}',
+)
 _CALIBRATION: Final = ("--calibration", "words.txt", "--num-sequences", 2, "--context", 16)
 _MACHINE: Final = {"system": "Linux", "processor": "a processor", "cores": 2, "memory_bytes": 1 << 34, "accelerators": []}
 
@@ -60,7 +68,8 @@ def main() -> None:
     Path("words.txt").write_text(TEXT * 40, encoding="utf-8")
     Path("recipe.yaml").write_text(yaml.safe_dump(_RECIPE, sort_keys=False), encoding="utf-8")
     _command("run", "recipe.yaml")
-    _command("masks", "out/pruned", "-o", "masks.safetensors", "--about", "words")
+    _command("prune", "model", "-o", "plain", "--passes", "nm_sparsify{criterion=wanda}", *_CALIBRATION)
+    _command("masks", "plain", "-o", "masks.safetensors", "--about", "words")
     _command("verify", "out/pruned", "--report", "verified")
     _command(
         "plan",
@@ -85,7 +94,12 @@ def main() -> None:
     wide = hf.LlamaConfig(**{**_LLAMA, "hidden_size": 64, "intermediate_size": 64})
     _save_model(Path("wide"), hf.LlamaForCausalLM(wide))
     _command("export", "wide", "-t", "torch", "-o", "torch", "--dtype", "bfloat16", "--no-measure")
+    _command("export", "out/pruned", "-t", "tensorrt", "-o", "tensorrt", "--runtime", "tensorrt-rtx")
+    for path in [*Path("tensorrt").glob("*.engine"), *Path("tensorrt").glob("*.gz"), Path("tensorrt/model.onnx")]:
+        path.unlink()
     _programs()
+    texts = {text: pipeline_to_text(parse_pipeline(text)) for text in (*sorted(PASSES), *_PIPELINES)}
+    Path("pipelines.json").write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
     _clean(place)
     shutil.rmtree(FIXTURES, ignore_errors=True)
     shutil.copytree(place, FIXTURES)
@@ -139,18 +153,18 @@ def _programs() -> None:
     saved |= {folder: Program.load(folder) for folder in ("out/pruned", "out/retrained")}
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        tensors |= {name: program(**tensors_of_inputs(tensors)).logits for name, program in saved.items()}
+        tensors |= {name: program(**_inputs(tensors)).logits for name, program in saved.items()}
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, "outputs.safetensors")
 
 
-def tensors_of_inputs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _inputs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs of a program among stored tensors."""
     return {name: tensors[name] for name in ("input_ids", "attention_mask")}
 
 
 def _clean(place: Path) -> None:
     """Leave out the pages, which are rendered anew, and what no test reads; and see that nothing names this machine."""
-    for name in ("wide", "unused", "unused.run", "out/retrained.run/checkpoints/step-00000006"):
+    for name in ("plain", "wide", "unused", "unused.run", "out/retrained.run/checkpoints/step-00000006"):
         shutil.rmtree(name, ignore_errors=True)
     for path in [*place.rglob("report.html"), *place.rglob("report.md"), *place.rglob("*.finished")]:
         path.unlink()
