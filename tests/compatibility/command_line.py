@@ -52,13 +52,13 @@ def commands() -> dict[str, dict[str, dict[str, Any]]]:
 def _parameters(command: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for parameter in command.params:
         is_option = parameter.param_type_name == "option"
-        kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+        kind: Any = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
         about = {
             "default": repr(getattr(parameter.default, "value", parameter.default)),
             "required": parameter.required,
             "is_flag": bool(getattr(parameter, "is_flag", False)),
             "multiple": bool(getattr(parameter, "multiple", False)),
-            "choices": [choice.value for choice in kind] if isinstance(kind, EnumType) else None,
+            "choices": [choice.value for choice in kind] if type(kind) is EnumType else None,
         }
         for name in (*parameter.opts, *parameter.secondary_opts) if is_option else (f"ARGUMENT {parameter.name}",):
             yield name, about

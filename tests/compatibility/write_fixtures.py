@@ -27,7 +27,7 @@ from sparsepass.passes import PASSES, apply_passes, parse_pipeline, pipeline_to_
 
 HERE: Final = Path(__file__).parent
 TEXT: Final = "the quick brown fox jumps over the lazy dog while a model counts words . "
-_SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SPECIAL: Final[dict[str, Any]] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA: Final[dict[str, Any]] = {
     "vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True, **_SPECIAL,
@@ -139,7 +139,7 @@ def _programs() -> None:
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA))
     gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32, **_SPECIAL))
     mixtral = hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=2, num_experts_per_tok=1))
-    plan = (
+    plan: tuple[tuple[str, Any, str], ...] = (
         ("learned", gpt2, "nm_sparsify{criterion=wanda},learn_masks{alpha=5}"),
         ("folded", llama, "nm_sparsify{criterion=magnitude},slorb{k=8,init=mean},fold"),
         ("mixtral", mixtral, "nm_sparsify{criterion=magnitude}"),
