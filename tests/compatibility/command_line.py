@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from enum import EnumType
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,15 @@ def _parameters(command: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             "required": parameter.required,
             "is_flag": bool(getattr(parameter, "is_flag", False)),
             "multiple": bool(getattr(parameter, "multiple", False)),
-            "choices": [choice.value for choice in kind] if type(kind) is EnumType else None,
+            "choices": _choices(kind),
         }
         for name in (*parameter.opts, *parameter.secondary_opts) if is_option else (f"ARGUMENT {parameter.name}",):
             yield name, about
+
+
+def _choices(kind: Any) -> list[str] | None:
+    members: dict[str, Enum] = getattr(kind, "__members__", {})
+    return [str(member.value) for member in members.values()] or None
 
 
 def _command(script: str) -> Any:
