@@ -16,7 +16,7 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.criteria.refine import PIECE_WEIGHTS, solve_rows
+from sparsepass.passes.criteria.refinement import PIECE_WEIGHTS, solve_rows
 from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
 
 _FIRST_RHO = 0.1

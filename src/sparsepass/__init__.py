@@ -44,8 +44,11 @@ else:
     from sparsepass import _moved  # noqa: F401  (old paths of modules)
     from sparsepass._lazy import face
 
-    _get, __dir__, __all__ = face(__name__, __file__)
+    _get, _, __all__ = face(__name__, __file__)
     __all__ += ["__version__"]
+
+    def __dir__():
+        return __all__
 
     def __getattr__(name):
         if name == "__version__":
