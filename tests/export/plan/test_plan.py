@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tests.export.plan.configs import TINY, saved_config
 from torch import nn
 
 from sparsepass import Program, SparsepassError, apply_passes, capture
@@ -21,18 +22,6 @@ from sparsepass.export.plan.load import load_for_plan
 from sparsepass.export.plan.model import Extent, model_shape
 from sparsepass.export.plan.phases import Workload, cache_bytes, layer_tokens
 from sparsepass.graph import capture_without_weights
-
-TINY: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
-
-
-def saved_config(folder: Path, kind: str, config: dict[str, Any], architecture: str) -> Path:
-    made = hf.AutoConfig.for_model(kind, **config)
-    made.architectures = [architecture]
-    made.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

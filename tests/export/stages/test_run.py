@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.export.cli.test_cli import run
-from tests.export.cli.test_retrain import same
+from tests.export.cli.commands import run, same
 from tests.export.report.browser import SIZES_OF_PICTURES, browser
 from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once

@@ -10,48 +10,18 @@ import pytest
 import torch
 from tests.families import captured
 from tests.retrain.loop_processes import launch
-from tests.retrain.runs import data, digest, run, settings, sparse, steps, train
+from tests.retrain.runs import assert_same, assert_whole, data, digest, run, settings, sparse, steps, stopping_at, train
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.retrain import loop
-from sparsepass.retrain.data.training import TrainingData
 from sparsepass.retrain.loop import TrainingStoppedError
 from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.run import checkpoint
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS, Checkpoints
 from sparsepass.retrain.run.diagnose import NonFiniteLossError
-from sparsepass.retrain.run.metrics import METRICS, read_metrics
+from sparsepass.retrain.run.metrics import METRICS
 from sparsepass.retrain.schedule import learning_rate
 from sparsepass.retrain.trainee import make_trainee
-
-
-def stopping_at(step: int, number: int = signal.SIGTERM) -> TrainingData:
-    """Data that sends a signal while a step is being computed."""
-    found = data()
-    take, taken = found.train.take, iter(range(1, 100))
-
-    def signalled(*args: Any, **kwargs: Any) -> Any:
-        if next(taken) == step:
-            signal.raise_signal(number)
-        return take(*args, **kwargs)
-
-    found.train.take = signalled  # type: ignore[method-assign]
-    return found
-
-
-def assert_same(first: Program, second: Program) -> None:
-    assert digest(first.tensors()) == digest(second.tensors())
-    for key in ("validations", "flips_since_first", "flips_since_first_by_layer", "step_of_weights", "num_tokens"):
-        assert first.retraining[0][key] == second.retraining[0][key], key
-
-
-def assert_whole(folder: Path, num_steps: int = 8) -> None:
-    """Each step and each validation stands once in the file of metrics."""
-    lines = read_metrics(folder / METRICS)
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, num_steps + 1))
-    validated = [line["step"] for line in lines if "validation" in line]
-    assert validated == sorted(set(validated)) == [0, *range(4, num_steps + 1, 4)]
-
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.targets.tensorrt.test_build import FAKE
+from tests.export.targets.tensorrt.fake import FAKE
 from tests.families import BY_NAME
 from torch import Tensor, nn
 
