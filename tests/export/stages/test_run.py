@@ -248,7 +248,6 @@ def test_the_example_and_the_recipes_are_printed() -> None:
     assert run("run").exit_code == 2
 
 
-@pytest.mark.slow
 def test_two_processes_share_a_recipe(place: Path, tmp_path: Path) -> None:
     """`accelerate launch`: one prunes and exports, both train; killed in between, and started again."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]

@@ -113,7 +113,6 @@ def test_notes_tell_what_was_not_shown(llama: tuple[Path, TensorrtArtifact]) -> 
     assert 'pip install "sparsepass[tensorrt]"' in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whisper", "gpt2"])
 def test_other_families(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
