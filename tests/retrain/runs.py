@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -118,6 +119,17 @@ def run(
     """A small run of a tiny program against its dense model."""
     program, teacher = sparse(name, recipe, double=double), dense(name, double=double)
     return train(program, teacher, settings(**changes), run_folder=folder)
+
+
+def whole(name: str = "llama", **changes: Any) -> Program:
+    """A run that nothing stopped, to compare with, and not to be changed: run once in a process."""
+    return _whole(name, tuple(sorted(changes.items())))
+
+
+@functools.cache
+def _whole(name: str, changes: tuple[tuple[str, Any], ...]) -> Program:
+    with TemporaryDirectory() as folder:
+        return run(name, Path(folder), **dict(changes))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
