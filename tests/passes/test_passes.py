@@ -237,7 +237,7 @@ def _odd() -> nn.Module:
     ("passes", "calibration", "told"),
     [
         ("slorb", None, "put nm_sparsify before it"),
-        ("fold", None, "put nm_sparsify before fold"),
+        ("fold", None, "put nm_sparsify before it"),
         (["nm_sparsify", "fold", "slorb"], None, "put slorb before fold"),
         (["nm_sparsify", "nm_sparsify"], None, "already"),
         (["nm_sparsify", "slorb{k=4}", "slorb{k=4}"], None, "twice"),
@@ -249,7 +249,7 @@ def _odd() -> nn.Module:
         ("nm_sparsify{criterion=wanda}", torch.full((2, 8), 10**6), "vocab"),
         ("reconstruct", torch.ones(4, 8, dtype=torch.long), "same call as nm_sparsify"),
         ("nm_sparsify,reconstruct", None, "needs calibration data"),
-        ("nm_sparsify,fold,reconstruct", torch.ones(4, 8, dtype=torch.long), "put it before fold"),
+        ("nm_sparsify,fold,reconstruct", torch.ones(4, 8, dtype=torch.long), "put reconstruct before fold"),
         ("nm_sparsify,reconstruct,reconstruct", torch.ones(4, 8, dtype=torch.long), "twice"),
         ("nm_sparsify,reconstruct,slorb{k=4}", torch.ones(4, 8, dtype=torch.long), "put slorb before reconstruct"),
         ("nm_sparsify,reconstruct{batch_size=8}", torch.ones(4, 8, dtype=torch.long), "got 1 batch"),
