@@ -111,14 +111,15 @@ class NMSparsify(Pass):
         return "gram" if self.refine else self._criterion.needs
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether the kept weights change."""
+        return self.criterion is not None and self.compensate and (self._criterion.compensates or bool(self.refine))
+
+    @property
     def provides(self) -> Mapping[Condition, str]:
         """Masks; and changed weights, where the criterion compensates or the weights are refined."""
-        if self.criterion is None or not self.compensate or not (self._criterion.compensates or self.refine):
-            return {Condition.MASKED: ""}
-        return {
-            Condition.MASKED: "",
-            Condition.CHANGED: f"write {self.name}{{criterion={self.criterion},compensate=false}}",
-        }
+        instead = f"write {self.name}{{criterion={self.criterion},compensate=false}}"
+        return {Condition.MASKED: ""} | ({Condition.CHANGED: instead} if self.changes_weights else {})
 
     @property
     def _criterion(self) -> Criterion:
