@@ -1,4 +1,4 @@
-"""What a pass states of itself is held to, whoever wrote the pass; and who changed a weight is known wherever a program goes."""
+"""A pass is held to what it states of itself, whoever wrote it. A program knows who changed its weights, wherever it goes."""
 
 import copy
 import dataclasses
