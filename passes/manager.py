@@ -305,7 +305,7 @@ def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupConte
         if site.weight not in context.originals and (state is None or state.changed_by is None):
             context.originals[site.weight] = program.tensor(site.weight).detach().clone()
     try:
-        facts = {site.name: {} for site in group.sites} | item.rewrite(program, group, context)
+        facts: dict[str, Facts] = {site.name: {} for site in group.sites} | item.rewrite(program, group, context)
     except PassError:
         raise
     except SparsepassError as error:

@@ -14,16 +14,19 @@ from torch import nn
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
 from sparsepass.passes import (
     PASSES,
+    Facts,
     Fold,
+    GroupContext,
+    Needs,
     NMSparsify,
     Pass,
+    SiteGroup,
     SLoRB,
     apply_passes,
     parse_pipeline,
     pipeline_to_text,
     table as table_module,
 )
-from sparsepass.passes.base import Facts, GroupContext, Needs, SiteGroup
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.

@@ -89,7 +89,7 @@ def test_the_originals_of_another_package_are_known_in_the_same_run() -> None:
     assert {state.changed_by for state in whole.sparse.values()} == {None}
     assert {str(state.changed_by).partition("{")[0] for state in half.sparse.values()} == {"every_other"}
     first = "model.layers.0.self_attn.q_proj"
-    error = {p: next(o.facts["relative_error"] for o in p.history[1].outcomes if o.site == first) for p in (half, whole)}
+    error = {p: next(float(o.facts["relative_error"]) for o in p.history[1].outcomes if o.site == first) for p in (half, whole)}
     assert error[half] > error[whole]
 
 
