@@ -1,7 +1,7 @@
 """Mask packs: the N:M masks of a program as a file of their own, apart from the weights.
 
-A group of M entries keeps N of them, in one of C(M, N) ways. A pack stores the number of that way. The numbers are digits, to the
-base C(M, N), of 64-bit words. Of 2:4 a word holds 24 groups, which makes 2.67 bits a group and 0.67 bits a weight.
+A group of M entries keeps N of them, in one of C(M, N) ways. A pack stores the number of that way. The numbers are digits, to
+the base C(M, N), of 64-bit words. Of 2:4 a word holds 24 groups, which makes 2.67 bits a group and 0.67 bits a weight.
 
 Rules:
 1. A pack belongs to the values it was made with: the kept entries of every sparse weight, and every other parameter. Applied to
