@@ -131,9 +131,7 @@ def _measured(measured: Mapping[str, MeasuredEntry]) -> Iterator[Block]:
         ]
         if len(x) > 1:
             yield Drawings((Drawing(line_chart(f"Time, {name}", x, lines, x_label="tokens at once", y_label="ms")),))
-        rows = [
-            (p.batch, p.sequence, number(p.dense_ms), number(p.sparse_ms), times(p.dense_ms / p.sparse_ms)) for p in points
-        ]
+        rows = [(p.batch, p.sequence, number(p.dense_ms), number(p.sparse_ms), times(p.dense_ms / p.sparse_ms)) for p in points]
         yield Table(f"Measured times, {name}", figures("batch", "tokens", "dense ms", "sparse ms", "gain"), rows)
     if len(measured) > _MOST_MEASURED:
         yield Sentence(f"{len(measured) - _MOST_MEASURED} more in report.json.", tone="soft")

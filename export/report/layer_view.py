@@ -4,17 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sparsepass.export.report.answers import skipped_rows
-from sparsepass.export.report.blocks import (
-    Block,
-    Column,
-    Drawing,
-    Drawings,
-    Subheading,
-    Table,
-    figures,
-    sentences,
-    words,
-)
+from sparsepass.export.report.blocks import Block, Column, Drawing, Drawings, Subheading, Table, figures, sentences, words
 from sparsepass.export.report.charts import grid_chart
 from sparsepass.export.report.depth import DepthGrid, depth_grid
 from sparsepass.export.report.layers import LayerFacts, layer_facts
@@ -126,7 +116,9 @@ def _errors(layers: Sequence[LayerFacts], grid: DepthGrid) -> Iterator[Drawing]:
         label = {name: f"error {number(value)}" for name, value in known.items()}
         worst = sorted(known.items(), key=lambda item: -item[1])[:3]
         said = ", ".join(f"{name} ({number(value)})" for name, value in worst)
-        told = "How far each layer's output moved relative to the output itself, right after it was pruned (and given its branch)."
+        told = (
+            "How far each layer's output moved relative to the output itself, right after it was pruned (and given its branch)."
+        )
         yield Drawing(grid_chart("Error, layer by layer", grid, errors, label=label, tone="b"), f"{told} Most: {said}.")
 
 

@@ -152,9 +152,7 @@ def verification_view(section: VerificationSection, report: ReportDocument) -> I
     """Each check, whether it held, and what was found."""
     del report
     if section.held is None:
-        yield Sentence(
-            "Verification was switched off: nothing is known of the written files.", tone="unknown", on=EVERYWHERE
-        )
+        yield Sentence("Verification was switched off: nothing is known of the written files.", tone="unknown", on=EVERYWHERE)
     else:
         rows = [(check.name, CHECKED[check.held], check.summary) for check in section.checks]
         yield Table("Checks", (*words("check", "result"), sentences("what was found")), rows, on=EVERYWHERE)

@@ -164,9 +164,7 @@ class TrainingEntry(Part):
     teacher: TeacherEntry = Field(description="what it followed")
     data: TrainingTextsEntry = Field(description="sources, tokens and epochs")
     validations: list[ValidationEntry] = Field(description="measurements on held-out text")
-    flips_since_first: Number = Field(
-        description="share of all mask entries of these weights that differ from the first mask"
-    )
+    flips_since_first: Number = Field(description="share of all mask entries of these weights that differ from the first mask")
     flips_by_layer: dict[str, Number] = Field(description="the same, weight by weight")
     decided: Number | None = Field(None, description="of learned masks: share of groups with a probability above 0.99")
     kept_norm: Number | None = Field(None, description="of learned masks: share of the weights' squared norm that is kept")

@@ -125,9 +125,7 @@ def _moved(run: TrainingEntry) -> Picture | None:
     return _over_tokens(run, title, [Line(label="", values=shares)], "%", from_zero=True)
 
 
-def _over_tokens(
-    run: TrainingEntry, title: str, lines: list[Line], y_label: str, *, from_zero: bool = False
-) -> Picture | None:
+def _over_tokens(run: TrainingEntry, title: str, lines: list[Line], y_label: str, *, from_zero: bool = False) -> Picture | None:
     tokens = run.curve.get("tokens") or ()
     if not tokens or not any(value is not None for line in lines for value in line.values):
         return None

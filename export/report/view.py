@@ -97,7 +97,9 @@ def section_view(report: ReportDocument, name: str) -> SectionView:
     heading, view = VIEWS[name]
     section = getattr(report, name)
     blocks = () if section is None else view(section, report)
-    return SectionView(heading, tuple(block for block in blocks if not (isinstance(block, Drawings | Notes) and not block.items)))
+    return SectionView(
+        heading, tuple(block for block in blocks if not (isinstance(block, Drawings | Notes) and not block.items))
+    )
 
 
 def _title(report: ReportDocument) -> str:
