@@ -20,19 +20,21 @@ if TYPE_CHECKING:
         write_report as write_report,
     )
     from sparsepass.export.report.environment import run_record as run_record
+    from sparsepass.export.report.file_sections import (
+        ArtifactSection as ArtifactSection,
+        CheckEntry as CheckEntry,
+        SamplesSection as SamplesSection,
+        TensorEntry as TensorEntry,
+        VerificationSection as VerificationSection,
+    )
     from sparsepass.export.report.layers import layer_sparsity as layer_sparsity
     from sparsepass.export.report.markdown import markdown_table as markdown_table
     from sparsepass.export.report.schema import ReportDocument as ReportDocument, json_schema as json_schema
     from sparsepass.export.report.sections import (
         AccuracySection as AccuracySection,
-        ArtifactSection as ArtifactSection,
-        CheckEntry as CheckEntry,
         MeasurementEntry as MeasurementEntry,
         PassesSection as PassesSection,
-        SamplesSection as SamplesSection,
-        TensorEntry as TensorEntry,
         TrainingEntry as TrainingEntry,
-        VerificationSection as VerificationSection,
     )
     from sparsepass.export.report.training import training_pictures as training_pictures
     from sparsepass.export.report.view import section_view as section_view

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
+from sparsepass.export.report.file_sections import PatternSection, PlanSection, VerificationSection
 from sparsepass.export.report.layers import joined_names, layer_facts
 from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.sections import PassesSection, PatternSection, PlanSection, VerificationSection, is_number
+from sparsepass.export.report.sections import PassesSection, is_number
 from sparsepass.export.report.words import number
 
 Tone = Literal["good", "bad", "unknown", "plain"]
@@ -87,7 +88,7 @@ def _pruned(report: ReportDocument) -> Answer:
     calibrated: dict[str, list[str]] = {}
     for record in section.passes:
         if (known := record.calibration) is not None:
-            tokens = f", {known.num_tokens:,} tokens" if known.num_tokens is not None else ""
+            tokens = f", {known.num_tokens:,} tokens" if is_number(known.num_tokens) else ""
             calibrated.setdefault(f"{known.source}{tokens}", []).append(f"`{record.name}`")
     said += [f"Calibrated on {source}: {', '.join(names)}." for source, names in calibrated.items()]
     branches = [layer.branch_k for layer in (section.layers or {}).values() if layer.branch_k]

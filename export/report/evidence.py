@@ -17,8 +17,8 @@ from sparsepass.export.report.blocks import (
     words,
 )
 from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, line_chart
+from sparsepass.export.report.file_sections import EngineEntry, EvidenceEntry, MeasuredEntry, SparsitySection
 from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.sections import EngineEntry, EvidenceEntry, MeasuredEntry, SparsitySection
 from sparsepass.export.report.words import dimensions, number, size, times
 
 _STATES: Final = {

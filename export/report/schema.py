@@ -2,7 +2,7 @@
 
 1. A new section, or a new field in one, does not change the version: readers keep what they do not know.
 2. A field that changes its meaning raises `SCHEMA_VERSION`. A reader refuses a newer version than its own.
-3. A section is a field of `ReportDocument`, a model in `sections.py`, and a view in `view.py`.
+3. A section is a field of `ReportDocument`, a model in `sections.py` or `file_sections.py`, and a view in `view.py`.
 """
 
 from collections.abc import Mapping
@@ -10,20 +10,15 @@ from typing import Any, Final, Self, final
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sparsepass.export.report.sections import (
-    AccuracySection,
+from sparsepass.export.report.file_sections import (
     ArtifactSection,
-    ModelSection,
-    Number,
-    Part,
-    PassesSection,
     PatternSection,
     PlanSection,
-    RetrainingSection,
     SamplesSection,
     SparsitySection,
     VerificationSection,
 )
+from sparsepass.export.report.sections import AccuracySection, ModelSection, Number, Part, PassesSection, RetrainingSection
 from sparsepass.graph.support import SparsepassError
 
 SCHEMA: Final = "sparsepass-report"

@@ -20,21 +20,19 @@ from sparsepass.export.report.blocks import (
     words,
 )
 from sparsepass.export.report.charts import Bar, bar_chart
-from sparsepass.export.report.layer_view import gain_drawings, layer_table
-from sparsepass.export.report.layers import layer_facts
-from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.sections import (
-    AccuracySection,
+from sparsepass.export.report.file_sections import (
     ArtifactSection,
-    ModelSection,
     PatternSection,
     PlanSection,
     SamplesSection,
     StoredEntry,
     VerificationSection,
     WorkloadEntry,
-    is_number,
 )
+from sparsepass.export.report.layer_view import gain_drawings, layer_table
+from sparsepass.export.report.layers import layer_facts
+from sparsepass.export.report.schema import ReportDocument
+from sparsepass.export.report.sections import AccuracySection, ModelSection, is_number
 from sparsepass.export.report.words import dimensions, number, size, times
 
 _MOST_FILES: Final = 10
