@@ -171,7 +171,7 @@ def perplexity(
                 progress(num_done, len(windows))
     nll_mean = nll_sum / num_scored
     return Perplexity(
-        value=math.exp(nll_mean) if nll_mean < 700 else math.inf,
+        value=perplexity_of(nll_mean),
         nll_mean=nll_mean,
         num_tokens=num_scored,
         context=context,
@@ -180,6 +180,16 @@ def perplexity(
         dtype=arithmetic,
         seconds=time.perf_counter() - started,
     )
+
+
+def perplexity_of(nll_mean: float) -> float:
+    """Return the perplexity that a mean loss of so many nats per token is; infinite where a float does not hold it.
+
+    Example:
+        >>> perplexity_of(0.0), perplexity_of(800.0)
+        (1.0, inf)
+    """
+    return math.exp(nll_mean) if nll_mean < 700 else math.inf
 
 
 def _windows(ids_T: Tensor, *, num_text: int, step: int, bos_id: int | None) -> Iterator[_Window]:

@@ -21,6 +21,8 @@ _BY_METHOD: dict[str, dict[str, Any]] = {
     "decay": {"cast": 4e-7, "": 1e-4},
 }
 """Defaults that depend on the method; the last one is that of all others."""
+FREE_SETTINGS = ("keep_checkpoints", "log_every", "trackers", "validate_every", "checkpoint_every", "compile")
+"""Settings that a resumed run may change: they say how a run is watched, not what it computes."""
 
 
 def _by_method() -> Any:

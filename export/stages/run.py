@@ -33,7 +33,7 @@ from sparsepass.export.stages.retraining import (
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.program import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder
-from sparsepass.retrain.loop import FREE_SETTINGS
+from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
 STAGES_FILE: Final = "stages.json"
