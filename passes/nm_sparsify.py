@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
+from sparsepass.graph.support import nearest
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
 from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, refine
 from sparsepass.passes.masks import MaskPack, PackedMask
 from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
