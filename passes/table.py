@@ -18,4 +18,4 @@ def passes_table() -> dict[str, type[Pass]]:
     Raises:
         SparsepassError: If an entry point is no pass, or takes a name that is taken.
     """
-    return extended(PASSES, "sparsepass.passes", Pass)
+    return extended(PASSES, "sparsepass.passes", Pass)  # type: ignore[type-abstract]

@@ -122,6 +122,8 @@ def export(
         True
     """
     chosen = parse_target(target)
+    if unknown := old.keys() - OldKeywords.__annotations__.keys():
+        raise TypeError(f"export() got an unexpected keyword argument {min(unknown)!r}")
     if old:
         chosen = with_options(chosen, old)
         warnings.warn(

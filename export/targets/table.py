@@ -19,7 +19,7 @@ def targets_table() -> dict[str, type[Target]]:
     Raises:
         SparsepassError: If an entry point cannot be loaded, is no target, or takes a name that is taken.
     """
-    return extended(TARGETS, "sparsepass.targets", Target)
+    return extended(TARGETS, "sparsepass.targets", Target)  # type: ignore[type-abstract]
 
 
 def parse_target(target: str | Target) -> Target:

@@ -67,6 +67,8 @@ def lower_tensorrt(
         >>> lower_tensorrt(program, "out", options).engines  # doctest: +SKIP
     """
     out = Path(folder)
+    if options.timing_cache is not None:
+        options = replace(options, timing_cache=options.timing_cache.absolute())
     check_patterns(program)
     here = gpus()
     installed = choose(options.runtime, here)

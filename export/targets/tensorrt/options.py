@@ -52,10 +52,6 @@ def check_sm(number: int) -> None:
         )
 
 
-def _absolute(path: str) -> Path:
-    return Path(path).absolute()
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineTarget(Target):
     """A target that builds engines: its options. `TensorRT` is the one that there is."""
@@ -81,9 +77,7 @@ class EngineTarget(Target):
     timeout_s: float = option(
         DEFAULT_TIMEOUT_S, "Seconds that the builder may take for one engine; by default 3600.", flag="timeout"
     )
-    timing_cache: Path | None = option(
-        None, "File that keeps the builder's measured times from build to build.", parse=_absolute
-    )
+    timing_cache: Path | None = option(None, "File that keeps the builder's measured times from build to build.")
     hardware_compatible: bool = option(False, "Engines that run on all GPUs from Ampere on, at some cost of speed.")
     one_engine: bool = option(False, "One engine with two profiles for prefill and decode: weights once, not twice.")
     sparse: bool = option(True, "Build without sparse tactics: the dense engine to compare with.")

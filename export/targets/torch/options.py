@@ -4,6 +4,18 @@ Shapes = tuple[tuple[int, int], ...]
 """Batch and sequence of each size."""
 
 
+def check_shapes(shapes: Shapes) -> None:
+    """Refuse sizes without a token.
+
+    Raises:
+        SparsepassError: If there is one.
+    """
+    if any(batch < 1 or sequence < 1 for batch, sequence in shapes):
+        from sparsepass.graph.support import SparsepassError
+
+        raise SparsepassError(f"shapes are pairs of batch and sequence, each at least 1; got {shapes}")
+
+
 def parse_shapes(text: str) -> Shapes:
     """Read sizes, batch times sequence: ``1x512,8x4096``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from sparsepass.export.targets.torch.choice import Timing, Verdict
-from sparsepass.export.targets.torch.options import Shapes
+from sparsepass.export.targets.torch.options import Shapes, check_shapes
 from sparsepass.export.targets.torch.rules import BACKENDS, Device, check_generation
 from sparsepass.graph.support import SparsepassError
 
@@ -34,6 +34,9 @@ class ChoiceRules:
     shapes: Shapes = ()
     sparse_only: bool = False
     compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_shapes(self.shapes)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

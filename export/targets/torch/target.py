@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
 from sparsepass.export.targets.hf.target import HuggingFace
-from sparsepass.export.targets.torch.options import Shapes, parse_shapes
+from sparsepass.export.targets.torch.options import Shapes, check_shapes, parse_shapes
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -55,11 +55,10 @@ class SemiStructured(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from sparsepass.graph.support import SparsepassError
-
-        if any(batch < 1 or sequence < 1 for batch, sequence in self.shapes):
-            raise SparsepassError(f"shapes are pairs of batch and sequence, each at least 1; got {self.shapes}")
+        check_shapes(self.shapes)
         if self.timings is not None and (self.shapes or self.compiled):
+            from sparsepass.graph.support import SparsepassError
+
             raise SparsepassError(
                 "times are taken from a file (timings), so nothing is measured: leave shapes and compiled out, or leave "
                 "timings out"

@@ -143,4 +143,4 @@ def test_the_command_line_sets_what_was_given() -> None:
     nothing |= dict.fromkeys(("hardware_compatible", "one_engine", "sparse", "measure"), False)
     assert chosen("tensorrt", nothing) == TensorRT()
     found = chosen("tensorrt{one_engine=true}", nothing | {"sm": "86", "timing_cache": "cache", "sparse": True})
-    assert found == TensorRT(sm=(86,), timing_cache=Path("cache").absolute(), one_engine=True, sparse=False)
+    assert found == TensorRT(sm=(86,), timing_cache=Path("cache"), one_engine=True, sparse=False)
