@@ -22,7 +22,7 @@ from sparsepass.export.report.document import read_report
 from sparsepass.export.targets import Check, HuggingFace
 from sparsepass.graph import Program
 
-TASKS = Path(__file__).parent / "data"
+TASKS = Path(__file__).parents[2] / "data"
 
 
 def run(*arguments: object, app: typer.Typer = cli.app) -> Result:
