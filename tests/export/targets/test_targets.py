@@ -143,7 +143,7 @@ def test_old_keywords_are_taken_with_a_warning(
     taken: list[Target] = []
     monkeypatch.setattr("sparsepass.export.stages.exporting._write", lambda _, target, *args, **options: taken.append(target))
     with pytest.warns(DeprecationWarning, match=new):
-        export(program, name, tmp_path / "out", **old)  # type: ignore[arg-type]
+        export(program, name, tmp_path / "out", **old)
     if new.startswith("'"):
         assert taken == [parse_target(new.strip("'").replace("\\", ""))]
 
