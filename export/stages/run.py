@@ -229,9 +229,9 @@ class _Stages:
             after = stage.fingerprint
         for section in recipe.export:
             yield Stage(
-                name=f"export.{section.target}",
-                folder=recipe.out / section.target,
-                settings=plain_json(asdict(section)),
+                name=f"export.{section.target.name}",
+                folder=recipe.out / section.target.name,
+                settings=plain_json(section.settings),
                 after=after,
                 run=lambda section=section: self._export(section),  # type: ignore[misc]
             )
@@ -294,12 +294,7 @@ class _Stages:
         return export(
             str(self._programs[-1]),
             section.target,
-            self._recipe.out / section.target,
-            dtype=section.dtype,
-            opset=section.opset,
-            task=section.task,
-            engine=section.engine,
-            semi_structured=section.semi_structured,
+            self._recipe.out / section.target.name,
             verify=section.verify,
             force=True,
             trust_remote_code=self._trust,

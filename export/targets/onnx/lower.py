@@ -19,16 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from sparsepass.export.targets.onnx.artifact import (
-    DECODER_FILE,
-    ENCODER_FILE,
-    MODEL_FILE,
-    Kind,
-    OnnxArtifact,
-    OnnxGraph,
-    OnnxValue,
-    StoredWeight,
-)
+from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, Kind, OnnxArtifact, StoredWeight
 from sparsepass.export.targets.onnx.capture import (
     Axes,
     CacheUnsupportedError,
@@ -40,25 +31,12 @@ from sparsepass.export.targets.onnx.capture import (
     to_ir,
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
-from sparsepass.export.targets.onnx.verify import Greedy, generate_greedy, open_session, verify_onnx
 from sparsepass.graph import capture
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import finish, fold_mask
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.maths import canonical_zeros
-
-__all__ = [
-    "Greedy",
-    "OnnxArtifact",
-    "OnnxGraph",
-    "OnnxValue",
-    "StoredWeight",
-    "generate_greedy",
-    "lower_onnx",
-    "open_session",
-    "verify_onnx",
-]
 
 DEFAULT_OPSET, _LOWEST_OPSET, _HIGHEST_OPSET = 20, 18, 23
 EXTERNAL_DATA_BYTES = 100_000_000
@@ -118,6 +96,7 @@ def lower_onnx(
 
     Example:
         >>> import tempfile
+        >>> from sparsepass.export.targets.onnx import verify_onnx
         >>> program = capture(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.randn(2, 8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     artifact = lower_onnx(program, folder)

@@ -12,7 +12,7 @@ from typing import Any, Final, final
 
 from sparsepass.export.targets.onnx import OnnxArtifact, OnnxGraph
 from sparsepass.export.targets.tensorrt.build import Shapes
-from sparsepass.export.targets.tensorrt.options import EngineOptions, Range
+from sparsepass.export.targets.tensorrt.options import EngineTarget, Range
 from sparsepass.graph.support import SparsepassError
 
 MAX_BATCH, MAX_TOKENS = 8, 2048
@@ -54,7 +54,7 @@ class EnginePlan:
 
 def plan_engines(
     artifact: OnnxArtifact,
-    options: EngineOptions,
+    options: EngineTarget,
     *,
     config: Mapping[str, Any] | None = None,
     examples: Mapping[str, tuple[int, ...]] | None = None,

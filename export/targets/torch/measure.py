@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sparsepass.export.targets.torch.choice import Timing
 from sparsepass.export.targets.torch.layer import SemiStructuredLinear
+from sparsepass.export.targets.torch.options import Shapes
 from sparsepass.export.targets.torch.packing import convert
-from sparsepass.export.targets.torch.record import LayerRecord, Measured, Shapes, Times
+from sparsepass.export.targets.torch.record import LayerRecord, Measured, Times
 from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, short
 
 Call = Callable[[], Any]
@@ -25,6 +26,7 @@ Timer = Callable[[Call], float]
 
 _SHAPES: Final = ((1, 1), (8, 1), (1, 16), (1, 128), (1, 512), (1, 2048), (1, 4096), (8, 512), (8, 2048))
 ROUNDS: Final = 3
+_LIMITS: Final = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 _SECONDS: Final = 0.05
 
 
@@ -36,6 +38,13 @@ def default_shapes(limit: int | None) -> Shapes:
         ((1, 1), (8, 1), (1, 16), (1, 128))
     """
     return tuple(shape for shape in _SHAPES if limit is None or shape[1] <= limit)
+
+
+def position_limit(config: Mapping[str, Any] | None) -> int | None:
+    """Positions that a model knows, by its configuration."""
+    parts = [config or {}, *(part for part in (config or {}).values() if isinstance(part, Mapping))]
+    limits = [part.get(name) for part in parts for name in _LIMITS]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def measure_layers(
