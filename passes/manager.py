@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
+from sparsepass.graph.limits import default_context
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
 from sparsepass.graph.support import item_progress, shows_progress
@@ -25,7 +26,6 @@ from sparsepass.passes.text import parse_pipeline, pass_to_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DEFAULT_CONTEXT = 2048
 _VALIDATION_SEQUENCES = 2
 
 
@@ -99,7 +99,7 @@ def apply_passes(
             tokenizer=tokenizer,
             input_names=program.input_names,
             num_sequences=num_sequences,
-            context=context or _context(program),
+            context=context or default_context(program.origin.config),
             batch_size=min([batch_size, *(p.block_work.batch_size for p in pipeline if p.block_work is not None)]),
             seed=seed,
             vocab_size=_vocabulary(program),
@@ -329,11 +329,6 @@ def _muted_branches(program: Program, facts: Mapping[str, Mapping[str, Facts]], 
     finally:
         for name, tensor in old.items():
             program.set_tensor(name, tensor)
-
-
-def _context(program: Program) -> int:
-    limit = (program.origin.config or {}).get("max_position_embeddings")
-    return min(_DEFAULT_CONTEXT, limit) if isinstance(limit, int) and limit > 0 else _DEFAULT_CONTEXT
 
 
 def _vocabulary(program: Program) -> int | None:

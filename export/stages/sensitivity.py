@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsepass.export.plan import ignore_patterns, pipeline_text
 from sparsepass.graph import Program, Site, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
+from sparsepass.graph.limits import default_context
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes import NMSparsify, apply_passes
 from sparsepass.passes.data import calibration_batches
@@ -162,7 +163,7 @@ def auto_ignore(
         tokenizer=tokenizer,
         input_names=dense.input_names,
         num_sequences=num_sequences,
-        context=context or _context(dense),
+        context=context or default_context(dense.origin.config),
         batch_size=1,
         seed=seed,
         vocab_size=(dense.origin.config or {}).get("vocab_size"),
@@ -287,8 +288,3 @@ def _pruned_weights(dense: Program, pruned: Program, sites: Sequence[Site]) -> I
     finally:
         for name, tensor in old.items():
             dense.set_tensor(name, tensor)
-
-
-def _context(program: Program) -> int:
-    limit = (program.origin.config or {}).get("max_position_embeddings")
-    return min(2048, limit) if isinstance(limit, int) and limit > 0 else 2048

@@ -35,6 +35,7 @@ from sparsepass.export.targets.torch.record import (
 )
 from sparsepass.export.targets.torch.rules import check_device, check_dtype, check_patterns, short
 from sparsepass.graph.equivalence import compare
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.model import SLoRBLinear
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
@@ -43,7 +44,6 @@ __all__ = ["RECORD_FILE", "SemiStructuredOptions", "TorchArtifact", "load_torch"
 
 _GPU: Final = torch.device("cuda")
 _ENGINE: Final = "model"  # the report's name for the one thing that runs
-_LIMITS: Final = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 _CHOSEN: Final[Mapping[str, Known]] = {"lowered": "yes", "dense": "no", "to be measured": "unknown"}
 
 
@@ -133,7 +133,7 @@ def write_torch(
     written = lower_hf(program, folder, dtype=dtype, tokenizer=tokenizer, processor=processor)
     layers = survey(program, wanted)
     if on_gpu:
-        shapes = settings.shapes or default_shapes(_limit(program.origin.config))
+        shapes = settings.shapes or default_shapes(position_limit(program.origin.config))
         measured = measure_layers(layers, shapes, wanted, _GPU, compiled=settings.compiled)
     if measured is not None:
         measured = measured.of(layers)
@@ -198,7 +198,7 @@ def load_torch(
     if measure or record.measured is None:
         tell(f"measuring the layers on {here}")
         settings = options or record.options
-        shapes = settings.shapes or default_shapes(_limit(model.config.to_dict()))  # type: ignore[union-attr, operator]
+        shapes = settings.shapes or default_shapes(position_limit(model.config))  # type: ignore[union-attr, operator]
         measured = measure_layers(record.layers, shapes, dtype, place, compiled=settings.compiled)
         layers = choose(record.layers, measured, sparse_only=settings.sparse_only)
         record = replace(record, layers=layers, options=settings, measured=measured)
@@ -388,10 +388,3 @@ def _commonest_reason(record: Record) -> str:
 
 def _gpu_is_here() -> bool:
     return torch.cuda.is_available()
-
-
-def _limit(config: Mapping[str, Any] | None) -> int | None:
-    """Positions that a model knows, by its configuration."""
-    parts = [config or {}, *(part for part in (config or {}).values() if isinstance(part, Mapping))]
-    limits = [part.get(name) for part in parts for name in _LIMITS]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
