@@ -2,7 +2,7 @@
 
 from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest
 from sparsepass.graph.equivalence.comparison import Comparison, assert_equivalent, compare, default_rtol
-from sparsepass.graph.equivalence.difference import Difference, difference
+from sparsepass.graph.equivalence.differences import Difference, difference
 from sparsepass.graph.equivalence.layers import Observe
 from sparsepass.graph.equivalence.onnx_file import OnnxFile, output_name
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest, open_artifact
-from sparsepass.graph.equivalence.difference import Difference, TensorDifference, difference, tensor_difference
+from sparsepass.graph.equivalence.differences import Difference, TensorDifference, difference, tensor_difference
 from sparsepass.graph.equivalence.layers import CallNumbers
 from sparsepass.graph.support import EquivalenceError, SparsepassError
 

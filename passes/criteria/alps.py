@@ -16,7 +16,7 @@ from sparsepass.passes.criteria.criterion import (
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.criteria.refine import PIECE_WEIGHTS, solve_on_support
+from sparsepass.passes.criteria.refinement import PIECE_WEIGHTS, solve_rows
 from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
 
 _FIRST_RHO = 0.1
@@ -36,7 +36,8 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
     ``V = V + rho (B - D)``. It starts from ``D = `` the N largest of ``W``, ``V = 0`` and ``rho = 0.1``. At every third
     iteration rho grows by 1.3, 1.2 or 1.1, the more the more of the support has moved since the last time: more than 10%, more
     than 0.5%, at all. It ends at a support that did not move, after 30 to 300 iterations. Ten steps of conjugate gradients
-    on that support follow; their preconditioner, the diagonal, is the identity in this scale.
+    on that support follow; their preconditioner, the diagonal, is the identity in this scale. A row that
+    would end with more error than the dense weight leaves behind the same mask takes the latter.
 
     The problem falls apart into rows, and so does the method here: each row has its own rho and its own end, where the
     published code lets all rows of a layer share them. Sibling layers that read the same input can therefore be stacked
@@ -95,8 +96,7 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
         scaled_IO = scaled_OI[:, order_I].T.contiguous()
         goal_IO = gram_II @ scaled_IO
         kept_IO, support_IO = _admm(scaled_IO, goal_IO, eigenvalues_I, basis_II, pattern)
-        residual_IO = goal_IO.sub_(gram_II @ kept_IO)
-        kept_IO = solve_on_support(kept_IO, support_IO, residual_IO, gram_II, num_steps=_GRADIENT_STEPS)
+        kept_IO = solve_rows(scaled_IO, kept_IO, support_IO, gram_II, num_steps=_GRADIENT_STEPS)
         mask_OI[start : start + piece] = support_IO.T[:, restore_I]
         pruned_OI[start : start + piece] = (kept_IO.T[:, restore_I] / scale_I).to(weight_OI.dtype)
     if not all_finite(pruned_OI):

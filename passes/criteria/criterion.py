@@ -55,6 +55,9 @@ class Pruned:
     note: str | None = None
 
 
+# The relative rounding of Gram matrices, which are summed in fp32 whatever the weights are in.
+GRAM_EPSILON = torch.finfo(torch.float32).eps
+
 CriterionFunction: TypeAlias = Callable[[Tensor, InputStatistics | None, NMPattern, CriterionOptions], Pruned]
 
 

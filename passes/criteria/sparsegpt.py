@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import (
+    GRAM_EPSILON,
     CriterionOptions,
     Pruned,
     all_finite,
@@ -125,7 +126,7 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
         gram_II: Sum over tokens of ``x x^T``, fp32 or fp64, symmetric.
         num_tokens: Tokens in that sum.
         damping: Added to the diagonal, as a fraction of its mean; raised tenfold up to 1 while the matrix is
-            not positive definite.
+            not positive definite, or is so by no more than its rounding where it is not damped.
 
     Returns:
         U; the dead features; and the damping that was used.
@@ -147,7 +148,8 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
     dead_I = diag_I == 0
     if not all_finite(hessian_II):
         raise SparsepassError("the inputs' Gram matrix holds NaN or Inf; look for the calibration batch that brings them in")
-    mean = diag_I.sum() / (~dead_I).sum().clamp(min=1)
+    num_live = (~dead_I).sum()
+    mean = diag_I.sum() / num_live.clamp(min=1)
     diag_I += dead_I
     # With P the reversal of the features, L the Cholesky factor of P H P and U = P L^-1 P, U is upper triangular and
     # U^T U = H^-1: one factorization and a triangular inverse, where inverting H first takes two factorizations and a
@@ -159,7 +161,11 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
         reversed_II.diagonal().copy_(undamped_I + damping * mean)
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
         tried.append(f"{damping:g}")
-        if int(info) == 0 and all_finite(lower_II):
+        # Without damping, what is left of the diagonal may be rounding, whose sign is chance; with few tokens it is.
+        is_known = damping > 0 or bool(
+            (lower_II.diagonal().square() > len(gram_II) * GRAM_EPSILON * undamped_I).all() & (num_live <= num_tokens)
+        )
+        if int(info) == 0 and all_finite(lower_II) and is_known:
             return _lower_inverse(lower_II).flip(0, 1), dead_I, damping
         if damping >= _LARGEST_DAMPING:
             raise SparsepassError(

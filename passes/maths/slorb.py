@@ -137,10 +137,11 @@ def slorb_least_squares(original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor,
         gram_II: H, the sum or mean over tokens of ``x x^T`` (its scale does not matter).
         k: Features of one segment.
         damping: Added to the diagonal of ``X H X^T``, as a fraction of its mean; raised tenfold up to 1 while the
-            matrix is not positive definite.
+            matrix is not positive definite, or is so by no more than the rounding of H where it is not damped.
 
     Returns:
-        S in the dtype of ``original_OI``, the damping that was used, and a note if it had to be raised.
+        S in the dtype of ``original_OI``, zero in rows that it would not help; the damping that was used; and a note if it
+        had to be raised.
 
     Raises:
         SparsepassError: k does not divide I, shapes differ, something is NaN or Inf, or no damping makes the matrix
@@ -172,7 +173,9 @@ def slorb_least_squares(original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor,
         raise SparsepassError("SLoRB's least squares got NaN or Inf in a weight or in the inputs' Gram matrix")
 
     diag_R = gram_RR.diagonal()
-    dead_R = diag_R <= 0  # a segment whose inputs never add up to anything: any S does, so it gets 0
+    # What the rounding of H makes of each sum over a segment: its squares bound the rest of what is summed.
+    rounding_R = segment_sum(gram_II.diagonal().to(diag_R), k) * (k * torch.finfo(gram_II.dtype).eps)
+    dead_R = diag_R <= rounding_R  # its inputs never add up to anything: any S does, so it gets 0
     mean = diag_R.clamp(min=0).sum() / (~dead_R).sum().clamp(min=1)
     gram_RR[dead_R] = 0
     gram_RR[:, dead_R] = 0
@@ -183,7 +186,7 @@ def slorb_least_squares(original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor,
         diag_R.copy_(undamped_R + used * mean)
         lower_RR, info = torch.linalg.cholesky_ex(gram_RR)
         tried.append(f"{used:g}")
-        if int(info) == 0:
+        if int(info) == 0 and (used > 0 or bool((lower_RR.diagonal().square() > rounding_R).all())):
             break
         if used >= _LARGEST_DAMPING:
             raise SparsepassError(
@@ -192,6 +195,10 @@ def slorb_least_squares(original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor,
             )
         used = min(max(used * 10, _SMALLEST_RETRY_DAMPING), _LARGEST_DAMPING)
     branch_OR = torch.cholesky_solve(target_OR.T, lower_RR).T.to(original_OI.dtype).contiguous()
+    diag_R.copy_(undamped_R)  # the error itself is not damped
+    known_OR = branch_OR.to(torch.float64)
+    change_O = ((known_OR @ gram_RR - 2 * target_OR) * known_OR).sum(1)
+    branch_OR.masked_fill_((change_O > 0).unsqueeze(1), 0)
     note = None
     if used != damping:
         note = (

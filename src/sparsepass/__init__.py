@@ -4,7 +4,15 @@ Names are imported when they are first used, so that ``import sparsepass`` stays
 `sparsepass.export.export`: the name ``sparsepass.export`` is the folder's.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+if find_spec("sparsepass.graph") is None:
+    raise ImportError(
+        f"{__path__[0]} lacks graph/, passes/, retrain/ and export/. In a checkout they are symbolic links, and git has "
+        "written text files in their place: on Windows switch Developer Mode on, then run `git config core.symlinks true` and "
+        "`git checkout -- src`. A wheel that was built from such a checkout lacks them too: build it again"
+    )
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport as PatternReport, check_pattern as check_pattern
@@ -36,8 +44,11 @@ else:
     from sparsepass import _moved  # noqa: F401  (old paths of modules)
     from sparsepass._lazy import face
 
-    _get, __dir__, __all__ = face(__name__, __file__)
+    _get, _, __all__ = face(__name__, __file__)
     __all__ += ["__version__"]
+
+    def __dir__():
+        return __all__
 
     def __getattr__(name):
         if name == "__version__":

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from sparsepass.graph.ops import masked_weight, where_kept
 
+pytestmark = pytest.mark.numerics
+
 OPERATOR = torch.ops.sparsepass.masked_weight.default
 
 

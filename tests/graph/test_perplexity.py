@@ -17,7 +17,7 @@ from sparsepass.export.stages.harness import lm_eval_tasks
 from sparsepass.graph.perplexity import Perplexity, perplexity
 from sparsepass.graph.support.errors import SparsepassError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def make_tokenizer(*, with_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -23,6 +23,8 @@ from sparsepass.graph.soft_masks import (
     soft_weight_gradient,
 )
 
+pytestmark = pytest.mark.numerics
+
 PATTERNS = [(2, 4), (1, 4), (1, 3), (4, 8), (3, 5)]
 CPU = torch.device("cpu")
 

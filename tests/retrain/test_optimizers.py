@@ -14,6 +14,8 @@ from sparsepass.passes.maths.pattern import NMPattern, nm_mask
 from sparsepass.retrain import optimizers
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW
 
+pytestmark = pytest.mark.numerics
+
 STEPS, REFRESH = 25, 5
 PATTERN = NMPattern(2, 4)
 

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 
 from sparsepass.graph.support import SparsepassError
 
-CHILD: Final = Path(__file__).with_name("tensorrt_child.py")
+CHILD: Final = Path(__file__).with_name("child.py")
 _NUM_LINES_SHOWN = 12
 _TAIL_BYTES = 65536
 

@@ -19,7 +19,7 @@ from sparsepass.export.targets.tensorrt.profiles import EnginePlan, shapes
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
 
-CHILD: Final = Path(__file__).with_name("tensorrt_torch_child.py")
+CHILD: Final = Path(__file__).with_name("through_torch_child.py")
 
 Lengths = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, most common and largest shape of an input."""

@@ -23,7 +23,7 @@ from sparsepass.export.stages import exporting as targets
 from sparsepass.export.stages.exporting import TARGETS, Check
 from sparsepass.graph import Program
 
-TASKS = Path(__file__).parent / "data"
+TASKS = Path(__file__).parents[2] / "data"
 
 
 def run(*arguments: object, app: typer.Typer = cli.app) -> Result:

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,20 +241,3 @@ def test_the_documentation_has_every_recipe() -> None:
     text = (Path(__file__).parents[3] / "docs" / "retrain.md").read_text(encoding="utf-8")
     for name in recipe_names():
         assert f"| `{name}` |" in text
-
-
-@pytest.mark.slow
-def test_a_wheel_carries_the_recipes(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    root = Path(__file__).parents[3]
-    left = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "demo-out", "benchmarks")
-    shutil.copytree(root, tmp_path / "tree", symlinks=True, ignore=left)
-    built = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    built += ["--wheel-dir", str(tmp_path), str(tmp_path / "tree")]
-    done = subprocess.run(built, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    page = [root / "export" / "report.css", root / "export" / "report.js"]
-    for path in [root / "export" / "example.yaml", *(root / "export" / "recipes").glob("*.yaml"), *page]:
-        assert f"sparsepass/{path.relative_to(root)}" in names

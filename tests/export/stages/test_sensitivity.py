@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sparsepass.export.cli.app import app
 from sparsepass.export.stages.sensitivity import Sensitivity, auto_ignore, saved_bytes
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.equivalence.difference import difference
+from sparsepass.graph.equivalence.differences import difference
 from sparsepass.passes import NMSparsify, apply_passes, parse_pipeline
 from sparsepass.passes.maths.pattern import NMPattern, nm_mask
 

@@ -20,7 +20,7 @@ from tests.families import BY_NAME
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.equivalence import difference as difference_module
+from sparsepass.graph.equivalence import differences as difference_module
 from sparsepass.graph.equivalence.comparison import assert_equivalent, compare, difference, run
 from sparsepass.graph.equivalence.layers import Step, layer_results
 from sparsepass.graph.program import Program

@@ -13,6 +13,8 @@ from sparsepass.passes.criteria.table import CriterionOptions
 from sparsepass.passes.maths.pattern import NMPattern
 from sparsepass.passes.maths.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 P24 = NMPattern(2, 4)
 DEFAULT = CriterionOptions()
 

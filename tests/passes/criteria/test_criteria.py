@@ -13,6 +13,8 @@ from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions
 from sparsepass.passes.maths.pattern import NMPattern, nm_mask
 from sparsepass.passes.maths.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 P24 = NMPattern(2, 4)
 DEFAULT = CriterionOptions()
 
@@ -253,7 +255,8 @@ def test_damping_is_raised_and_said_and_finally_given_up() -> None:
     # one token: rank 1, singular without damping; a negative eigenvalue of -5% needs 0.1
     singular = InputStatistics(num_tokens=1, gram_II=torch.ones(8, 8))
     pruned = CRITERIA["sparsegpt"].function(weight_OI, singular, P24, CriterionOptions(damping=0.0))
-    assert pruned.note is None or "damping 0," in pruned.note
+    assert pruned.note is not None
+    assert "not positive definite with damping 0, so 0.01 was used" in pruned.note
     indefinite = torch.eye(8) * 1.0
     indefinite[0, 1] = indefinite[1, 0] = 1.05
     pruned = CRITERIA["sparsegpt"].function(weight_OI, InputStatistics(num_tokens=1, gram_II=indefinite), P24, DEFAULT)

@@ -16,6 +16,8 @@ from sparsepass.passes.criteria.wanda import wanda
 from sparsepass.passes.maths.pattern import NMPattern
 from sparsepass.passes.maths.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 P24 = NMPattern(2, 4)
 DEFAULT = CriterionOptions()
 

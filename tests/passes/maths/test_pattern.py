@@ -8,6 +8,8 @@ from torch import Tensor
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.passes.maths.pattern import NMPattern, canonical_zeros, is_nm, keep_largest, nm_mask, num_violations
 
+pytestmark = pytest.mark.numerics
+
 # Few distinct values, so that ties, zeros of both signs and infinities are common.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, 1e-40, math.inf, -math.inf])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -11,6 +11,8 @@ from sparsepass.passes.maths.pattern import NMPattern, nm_mask
 from sparsepass.passes.maths.slorb import fixed_projection, segment_sum, slorb_least_squares, slorb_mean_init
 from sparsepass.passes.maths.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

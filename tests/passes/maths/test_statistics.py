@@ -8,6 +8,8 @@ from torch import Tensor
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.passes.maths.statistics import InputStatistics
 
+pytestmark = pytest.mark.numerics
+
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

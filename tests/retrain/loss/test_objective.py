@@ -18,6 +18,8 @@ from sparsepass.retrain.loss.divergence import FullDistribution, row_losses
 from sparsepass.retrain.loss.objective import Distillation, distillation_loss, hidden_state_loss, next_token_targets
 from sparsepass.retrain.teacher.contract import OnlineTargets
 
+pytestmark = pytest.mark.numerics
+
 B, T, H, V = 3, 7, 5, 11
 
 

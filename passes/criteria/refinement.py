@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import Pruned, all_finite, check_statistics, unit_gram, working_dtype
+from sparsepass.passes.criteria.criterion import GRAM_EPSILON, Pruned, all_finite, check_statistics, unit_gram, working_dtype
 from sparsepass.passes.maths import InputStatistics, canonical_zeros
 
-# Rows are taken in pieces of about this many weights: they do not depend on each other, and six such arrays are held.
+# Rows are taken in pieces of about this many weights: they do not depend on each other, and eight such arrays are held.
 PIECE_WEIGHTS = 1 << 22
 
 
@@ -24,8 +24,10 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
     weights of a row move at once. With ``A`` the damped Gram matrix, each row minimises ``(v - w) A (v - w)`` over the values
     v on its mask, w the dense row. In the scale in which A has ones on its diagonal, that diagonal is no preconditioner any
     more, and a few steps go most of the way. Steps beyond that, on few calibration tokens, fit those tokens too well.
+    Where the inputs leave the best values open (fewer tokens than features, say), the weights move no more than they must.
+    No row ends with more error than it starts with, nor with more than the dense row behind its mask.
 
-    Cost: 2 O I^2 operations a step, and one more step's.
+    Cost: 2 O I^2 operations a step, and two more steps' (four after a criterion that compensates).
 
     Shapes: ``[O, I]``.
 
@@ -61,9 +63,8 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
     for start in range(0, len(weight_OI), piece):
         rows = slice(start, start + piece)
         dense_OI, kept_OI = (w[rows].to(dtype).masked_fill(dead_I, 0) * scale_I for w in (weight_OI, pruned.weight_OI))
-        kept_IO, mask_IO = kept_OI.T.contiguous(), pruned.mask_OI[rows].T.contiguous()
-        residual_IO = gram_II @ (dense_OI - kept_OI).T
-        kept_IO = solve_on_support(kept_IO, mask_IO, residual_IO, gram_II, num_steps=num_steps)
+        dense_IO, kept_IO, mask_IO = (t.T.contiguous() for t in (dense_OI, kept_OI, pruned.mask_OI[rows]))
+        kept_IO = solve_rows(dense_IO, kept_IO, mask_IO, gram_II, num_steps=num_steps)
         refined_OI[rows] = (kept_IO.T / scale_I).to(weight_OI.dtype)
     if not all_finite(refined_OI):
         raise SparsepassError(
@@ -73,8 +74,47 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
     return replace(pruned, weight_OI=canonical_zeros(refined_OI))
 
 
+def solve_rows(dense_IO: Tensor, kept_IO: Tensor, support_IO: Tensor, gram_II: Tensor, *, num_steps: int) -> Tensor:
+    """Move each row's kept weights towards those that minimise ``(v - w) A (v - w)``, w the dense row.
+
+    Shapes: ``[I, O]``, ``[I, O]``, ``[I, O]``, ``[I, I]`` to ``[I, O]``.
+
+    Args:
+        dense_IO: The dense weight.
+        kept_IO: Where to start, zero outside the support.
+        support_IO: Bool, the entries that may change.
+        gram_II: A, symmetric, not negative.
+        num_steps: Steps of conjugate gradients.
+
+    Returns:
+        The improved weight, zero outside the support. A row with more error than it started with is returned as it was, and
+        one with more error than the dense row behind its mask as that.
+
+    >>> dense, kept, support = torch.tensor([[1.0], [1.0]]), torch.tensor([[7.0], [0.0]]), torch.tensor([[True], [False]])
+    >>> solve_rows(dense, kept, support, torch.tensor([[1.0, 0.5], [0.5, 1.0]]), num_steps=0)
+    tensor([[1.],
+            [0.]])
+    """
+    residual_IO = gram_II @ (dense_IO - kept_IO)
+    solved_IO = solve_on_support(kept_IO, support_IO, residual_IO, gram_II, num_steps=num_steps)
+    moved_IO = solved_IO - kept_IO
+    image_IO = gram_II @ moved_IO
+    is_better_O = (image_IO / 2 - residual_IO).mul_(moved_IO).sum(0) <= 0  # false for NaN
+    solved_IO = torch.where(is_better_O, solved_IO, kept_IO)
+    masked_IO = dense_IO * support_IO
+    if torch.equal(kept_IO, masked_IO):
+        return solved_IO
+    error_O, masked_error_O = (
+        (missing_IO * (gram_II @ missing_IO)).sum(0) for missing_IO in (dense_IO - solved_IO, dense_IO - masked_IO)
+    )
+    return torch.where(error_O <= masked_error_O, solved_IO, masked_IO)
+
+
 def solve_on_support(weight_IO: Tensor, support_IO: Tensor, residual_IO: Tensor, gram_II: Tensor, *, num_steps: int) -> Tensor:
     """Conjugate gradients for ``A w = goal`` on each row's support, all rows at once.
+
+    A may be singular: it determines some directions only up to its rounding, and a step along one of them could have any
+    length. So a row ends as soon as its residual, or the curvature along its direction, could be rounding alone.
 
     Shapes: ``[I, O]``, ``[I, O]``, ``[I, O]``, ``[I, I]`` to ``[I, O]``.
 
@@ -99,16 +139,18 @@ def solve_on_support(weight_IO: Tensor, support_IO: Tensor, residual_IO: Tensor,
     residual_IO = residual_IO * support_IO
     direction_IO = residual_IO.clone()
     size_O = residual_IO.square().sum(0)
+    norm = torch.linalg.matrix_norm(gram_II)
+    least_curvature = GRAM_EPSILON * norm
+    least_residual = torch.finfo(gram_II.dtype).eps * norm
     for _ in range(num_steps):
         image_IO = gram_II @ direction_IO
-        step_O = _divide(size_O, (direction_IO * image_IO).sum(0))
+        curvature_O = (direction_IO * image_IO).sum(0)
+        goes_on_O = curvature_O > least_curvature * direction_IO.square().sum(0)
+        goes_on_O &= size_O > least_residual.square() * weight_IO.square().sum(0)
+        step_O = torch.where(goes_on_O, size_O / curvature_O, 0)
         weight_IO.addcmul_(direction_IO, step_O)
         residual_IO.addcmul_(image_IO.mul_(support_IO), step_O, value=-1)
         before_O, size_O = size_O, residual_IO.square().sum(0)
-        direction_IO.mul_(_divide(size_O, before_O)).add_(residual_IO)
+        # A row that has ended gets no direction any more, and so no curvature either.
+        direction_IO.mul_(size_O / before_O).add_(residual_IO).masked_fill_(~goes_on_O, 0)
     return weight_IO
-
-
-def _divide(above_O: Tensor, below_O: Tensor) -> Tensor:
-    """The quotient, or zero where a row is done: there is nothing left to divide by."""
-    return torch.where(below_O > 0, above_O / below_O, 0)
