@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol, Self
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site
+from sparsepass.graph.support import closest
 from sparsepass.passes.maths import InputStatistics
 
 Needs = Literal["nothing", "inputs", "norms", "gram"]
@@ -204,10 +205,7 @@ def matches(pattern: str, site: Site) -> bool:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint such as ``; did you mean 'wanda'?``, or the known words if none is near."""
-    import difflib
-
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    if close := closest(word, known, cutoff=0.5):
+        return f"; did you mean {close!r}?"
     shown = ", ".join(map(repr, sorted(set(known))[:8]))
     return f"; known: {shown}{', ...' if len(set(known)) > 8 else ''}" if shown else ""

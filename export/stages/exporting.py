@@ -1,6 +1,5 @@
 """The one table of targets, and `export`, which takes a model or program through lowering and verification."""
 
-import difflib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,7 @@ from sparsepass.export.report import plain_json, run_record, write_report
 from sparsepass.export.stages.preparing import Calibration, Evaluation, Prepared, Tell, prepare, silent
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel, parse_dtype
-from sparsepass.graph.support import check_free, replaced_folder
+from sparsepass.graph.support import check_free, closest, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
 
 if TYPE_CHECKING:
@@ -311,8 +310,8 @@ def read_samples(path: str | Path) -> dict[str, Tensor]:
 
 def _target(name: str) -> Target:
     if name not in TARGETS:
-        near = difflib.get_close_matches(name, TARGETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = closest(name, TARGETS)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise SparsepassError(f"unknown target {name!r}{hint} (known are {', '.join(TARGETS)})")
     return TARGETS[name]
 

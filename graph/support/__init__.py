@@ -5,6 +5,8 @@ from sparsepass.graph.support.files import check_free, replaced_file, replaced_f
 from sparsepass.graph.support.memory import give_back_freed_memory
 from sparsepass.graph.support.precision import fast_low_precision
 from sparsepass.graph.support.progress import item_progress, shows_progress
+from sparsepass.graph.support.quiet import quiet_export, quiet_loading
+from sparsepass.graph.support.words import closest, first_line
 
 __all__ = [
     "CaptureError",
@@ -13,9 +15,13 @@ __all__ = [
     "ProgramFormatError",
     "SparsepassError",
     "check_free",
+    "closest",
     "fast_low_precision",
+    "first_line",
     "give_back_freed_memory",
     "item_progress",
+    "quiet_export",
+    "quiet_loading",
     "replaced_file",
     "replaced_folder",
     "shows_progress",

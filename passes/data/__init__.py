@@ -1,7 +1,7 @@
 """Where text and samples come from, and how they become calibration batches."""
 
 from sparsepass.passes.data.calibration import CalibrationBatch, CalibrationData, calibration_batches, default_text
-from sparsepass.passes.data.sources import TEXT_SUFFIXES, first_line, load_data_set, locate, path_kind, special_frame
+from sparsepass.passes.data.sources import TEXT_SUFFIXES, load_data_set, locate, path_kind, special_frame
 
 __all__ = [
     "TEXT_SUFFIXES",
@@ -9,7 +9,6 @@ __all__ = [
     "CalibrationData",
     "calibration_batches",
     "default_text",
-    "first_line",
     "load_data_set",
     "locate",
     "path_kind",

@@ -3,7 +3,6 @@
 Shape legend: B sequences, T tokens of a sequence.
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -19,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data.sources import first_line, load_data_set, locate, path_kind, special_frame
+from sparsepass.graph.support import SparsepassError, closest, first_line
+from sparsepass.passes.data.sources import load_data_set, locate, path_kind, special_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -463,10 +462,10 @@ class _Reader:
             if name not in self.input_names and name != _MASK:
                 if name in _IGNORED or (name == "token_type_ids" and not _as_tensor(name, value, where).any()):
                     continue
-                near = difflib.get_close_matches(str(name), self.input_names, n=1)
+                near = closest(name, self.input_names)
                 raise SparsepassError(
                     f"calibration {where} has {name!r}, which is not an input of the program; its inputs are "
-                    f"{', '.join(self.input_names)}{f'; did you mean {near[0]!r}?' if near else ''}"
+                    f"{', '.join(self.input_names)}{f'; did you mean {near!r}?' if near else ''}"
                 )
             batch[name] = self._checked_tensor(name, _as_tensor(name, value, where), where)
         if not batch:

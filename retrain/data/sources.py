@@ -9,8 +9,8 @@ from typing import IO, Any, final
 import numpy as np
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data import TEXT_SUFFIXES, default_text, first_line, load_data_set, locate, path_kind
+from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.passes.data import TEXT_SUFFIXES, default_text, load_data_set, locate, path_kind
 
 PYTHON_DOCS = "python-docs"
 FORMS = (

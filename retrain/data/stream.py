@@ -13,8 +13,7 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data import first_line
+from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.retrain.data.order import permutation
 from sparsepass.retrain.data.sequences import Sequences, Shape
 from sparsepass.retrain.data.tokens import IDS, MASK, Columns, Part, hash_columns

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
-from sparsepass.export.targets.hf.disk import auto_class, quiet, stored_weights
+from sparsepass.export.targets.hf.disk import auto_class, stored_weights
 from sparsepass.export.targets.hf.verify import verify_hf
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,7 +128,7 @@ def lower_hf(
             "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
         )
     branches = branched(program)
-    with quiet():
+    with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
         _settle_config(model, dtype)
         _save(model, folder)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
-from sparsepass.export.targets.hf.disk import auto_class, package_version, quiet, stored_weights
+from sparsepass.export.targets.hf.disk import auto_class, package_version, stored_weights
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.program import Program
+from sparsepass.graph.support import quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
 
 __all__ = ["load_plain", "verify_hf"]
@@ -45,7 +46,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         Findings as JSON: ``holds``, ``failures`` (one sentence each), and the figures behind them.
     """
     given = {name: t.to(program.device) for name, t in (inputs or program.example_inputs).items()}
-    with quiet():
+    with quiet_loading():
         model = load_plain(folder).to(program.device)
     dtype, loaded_by = model.dtype, auto_class(type(model), model.config)
     failures: list[str] = []

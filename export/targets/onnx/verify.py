@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.maths import canonical_zeros
 
 Array = npt.NDArray[Any]
@@ -66,7 +66,7 @@ def open_session(path: str | Path) -> Session:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its extension module, which have no common base
-        raise SparsepassError(f"onnxruntime cannot run {path}: {_first_line(error)}") from error
+        raise SparsepassError(f"onnxruntime cannot run {path}: {first_line(error)[:300]}") from error
 
 
 def generate_greedy(
@@ -164,7 +164,7 @@ def _check_file(path: Path) -> str:
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        return _first_line(error)
+        return first_line(error)[:300]
     return "ok"
 
 
@@ -454,7 +454,7 @@ def _run(session: Session, feed: Mapping[str, Array]) -> dict[str, Array]:
         outputs = session.run(None, given)
     except Exception as error:  # see open_session
         shapes = {name: array.shape for name, array in given.items()}
-        raise SparsepassError(f"onnxruntime failed on inputs of shapes {shapes}: {_first_line(error)}") from error
+        raise SparsepassError(f"onnxruntime failed on inputs of shapes {shapes}: {first_line(error)[:300]}") from error
     return {value.name: output for value, output in zip(session.get_outputs(), outputs, strict=True)}
 
 
@@ -480,7 +480,3 @@ def _tensor_bits(tensor: Tensor) -> Array:
 
 def _onnx_name(dtype: torch.dtype) -> str:
     return {"float32": "float", "float64": "double"}.get(name := str(dtype).removeprefix("torch."), name)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,7 +18,7 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 
-from sparsepass.export.targets.hf import ADAPTER_FOLDER, HfArtifact, load_plain, lower_hf, quiet, read_adapter
+from sparsepass.export.targets.hf import ADAPTER_FOLDER, HfArtifact, load_plain, lower_hf, read_adapter
 from sparsepass.export.targets.tensorrt import Known, LayerEvidence, break_even, counts
 from sparsepass.export.targets.torch.layer import apply_record, choose, survey
 from sparsepass.export.targets.torch.measure import default_shapes, measure_layers, probe
@@ -38,7 +38,7 @@ from sparsepass.graph.equivalence import compare
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.model import SLoRBLinear
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 
 __all__ = ["RECORD_FILE", "SemiStructuredOptions", "TorchArtifact", "load_torch", "record_of", "verify_torch", "write_torch"]
 
@@ -231,7 +231,7 @@ def record_of(model: nn.Module) -> Record:
 
 def load_dense(folder: Path, record: Record) -> nn.Module:
     """The model as transformers loads it, with its SLoRB branches beside the layers."""
-    with quiet():
+    with quiet_loading():
         model: nn.Module = load_plain(folder)
     branches = {layer.layer: layer for layer in record.layers if layer.k}
     tensors = read_adapter(folder / ADAPTER_FOLDER) if branches else {}
