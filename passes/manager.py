@@ -1,9 +1,8 @@
 """Running pipelines: order checked first, every pass validated after, everything recorded."""
 
-import contextlib
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
+from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, BlockRun, Facts, GroupContext, Pass, SiteGroup
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
@@ -224,7 +224,8 @@ class _Run:
                 _require_work(item, list(facts[item.name]), reasons[item.name])
             # Passes of one sweep are measured as if the later ones had not run: their branches are muted. What a later one
             # has trained cannot be taken back, so that what came before it has no measurement of its own.
-            with _muted_branches(self.program, facts, items[index + 1 :]):
+            touched = {name for later in items[index + 1 :] for name in facts[later.name]}
+            with without_branches(self.program, {site.weight for site in self.program.sites() if site.name in touched}):
                 measured = None if any(later in by_block for later in items[index + 1 :]) else self._measure(item)
             self._record(item, facts[item.name], reasons[item.name], seconds, measured)
 
@@ -310,25 +311,6 @@ def _require_work(item: Pass, chosen: Sequence[Any], skipped: Mapping[str, str])
     reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])
     more = f" and {len(skipped) - 6} more" if len(skipped) > 6 else ""
     raise PassError(item.name, "program", f"no layer can be rewritten ({reasons or 'the model has no linear layers'}{more})")
-
-
-@contextlib.contextmanager
-def _muted_branches(program: Program, facts: Mapping[str, Mapping[str, Facts]], later: Sequence[Pass]) -> Iterator[None]:
-    """Set the branches that later passes of a sweep have added to zero, for as long as an earlier one is measured."""
-    touched = {name for item in later for name in facts[item.name]}
-    branches = [
-        state.branch.weight
-        for site in program.sites()
-        if site.name in touched and (state := program.sparse[site.weight]).branch is not None
-    ]
-    old = {name: program.tensor(name) for name in branches}
-    for name, tensor in old.items():
-        program.set_tensor(name, torch.zeros_like(tensor))
-    try:
-        yield
-    finally:
-        for name, tensor in old.items():
-            program.set_tensor(name, tensor)
 
 
 def _vocabulary(program: Program) -> int | None:

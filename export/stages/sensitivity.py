@@ -13,6 +13,7 @@ from sparsepass.export.plan import ignore_patterns, pipeline_text
 from sparsepass.graph import Program, Site, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
+from sparsepass.graph.states import masked_weight
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes import NMSparsify, apply_passes
 from sparsepass.passes.data import calibration_batches
@@ -280,10 +281,7 @@ def _pruned_weights(dense: Program, pruned: Program, sites: Sequence[Site]) -> I
     old = {site.weight: dense.tensor(site.weight) for site in sites}
     try:
         for name in old:
-            mask = pruned.sparse[name].mask
-            assert mask is not None
-            folded = torch.ops.sparsepass.masked_weight(pruned.tensor(name).detach(), pruned.tensor(mask))
-            dense.set_tensor(name, nn.Parameter(folded, requires_grad=False))
+            dense.set_tensor(name, nn.Parameter(masked_weight(pruned, name), requires_grad=False))
         yield
     finally:
         for name, tensor in old.items():

@@ -162,15 +162,7 @@ def _without_branches(program: Program) -> Program:
     bare = {
         weight: SparseState(pattern=state.pattern, axis=state.axis, mask=state.mask) for weight, state in program.sparse.items()
     }
-    return Program(
-        program.graph_module,
-        output_structure=program.output_structure,
-        example_inputs=program.example_inputs,
-        dynamic_axes=program.dynamic_axes,
-        aliases=program.aliases,
-        origin=program.origin,
-        sparse=bare,
-    )
+    return program.sharing(sparse=bare)
 
 
 def _settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:

@@ -12,6 +12,7 @@ from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check
 from sparsepass.export.targets.hf.disk import auto_class, package_version, stored_weights
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.program import Program
+from sparsepass.graph.states import masked_weight
 from sparsepass.graph.support import quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
 
@@ -105,13 +106,10 @@ def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(program: Program, model: nn.Module) -> dict[str, Any]:
-    masks = {weight: state.mask for weight, state in program.sparse.items() if state.mask is not None}
     failures, num_equal, violations = [], 0, 0
     for name, loaded in model.named_parameters():
         own = program.aliases.get(name, name)
-        expected = program.tensor(own).detach()
-        if own in masks:
-            expected = torch.ops.sparsepass.masked_weight(expected, program.tensor(masks[own]))
+        expected = masked_weight(program, own)
         if torch.equal(loaded.detach(), expected.to(loaded.dtype)):
             num_equal += 1
         else:

@@ -285,16 +285,7 @@ def _folded(program: Program) -> Program:
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph_module.graph.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-    shared = Program(
-        fx.GraphModule(program.graph_module, graph),
-        output_structure=program.output_structure,
-        example_inputs=program.example_inputs,
-        dynamic_axes=program.dynamic_axes,
-        aliases=program.aliases,
-        origin=program.origin,
-        sparse=program.sparse,
-        history=program.history,
-    )
+    shared = program.sharing(graph_module=fx.GraphModule(program.graph_module, graph))
     for weight, state in program.sparse.items():
         if state.mask is not None:
             fold_mask(shared, weight)

@@ -38,6 +38,7 @@ from sparsepass.graph.equivalence import compare
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.model import SLoRBLinear
 from sparsepass.graph.program import Program
+from sparsepass.graph.states import masked_weight
 from sparsepass.graph.support import SparsepassError, quiet_loading
 
 __all__ = ["RECORD_FILE", "SemiStructuredOptions", "TorchArtifact", "load_torch", "record_of", "verify_torch", "write_torch"]
@@ -280,9 +281,7 @@ def _check_packing(program: Program, record: Record) -> dict[str, Any]:
             continue
         weight = program.aliases.get(f"{layer.layer}.weight", f"{layer.layer}.weight")
         state = program.sparse[weight]
-        stored = program.tensor(weight).detach()
-        if state.mask is not None:
-            stored = torch.ops.sparsepass.masked_weight(stored, program.tensor(state.mask))
+        stored = masked_weight(program, weight)
         matrix_OI = stored.to(dtype) if state.axis % 2 else stored.to(dtype).t()
         try:
             check_packing(weight, matrix_OI.contiguous())
