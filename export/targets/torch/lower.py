@@ -199,7 +199,7 @@ def load_torch(
     if measure or record.measured is None:
         tell(f"measuring the layers on {here}")
         settings = options or record.options
-        shapes = settings.shapes or default_shapes(position_limit(model.config))  # type: ignore[union-attr, operator]
+        shapes = settings.shapes or default_shapes(position_limit(model.config))  # type: ignore[arg-type]
         measured = measure_layers(record.layers, shapes, dtype, place, compiled=settings.compiled)
         layers = choose(record.layers, measured, sparse_only=settings.sparse_only)
         record = replace(record, layers=layers, options=settings, measured=measured)
