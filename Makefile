@@ -35,6 +35,8 @@ lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m ruff format --check
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m pylint graph passes retrain export src/sparsepass/*.py
 
 # A Python without ensurepip (Debian splits it off) makes the environment without pip, and its own pip fills it.
 $(VENV)/.torch: pyproject.toml

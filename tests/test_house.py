@@ -1,5 +1,6 @@
 """The house rules that a machine can check: lint, format, types, imports, tables without gaps, documentation that is true."""
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
 
 from sparsepass.export import TARGETS
@@ -42,12 +44,47 @@ def test_types() -> None:
     tool("mypy")
 
 
-@pytest.mark.parametrize("folder", ORDER)
-def test_imports_point_one_way(folder: str) -> None:
-    above = ORDER[ORDER.index(folder) + 1 :]
-    for path in SOURCES[folder]:
-        for name in re.findall(r"^\s*(?:from|import) sparsepass\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert name not in above, f"{path} imports {name}, which stands above {folder}"
+def test_no_ten_lines_stand_twice() -> None:
+    tool("pylint", *ORDER)
+
+
+def test_imports_keep_their_contracts() -> None:
+    """Layers of the four folders and of the rooms in export/, and no circle; see pyproject.toml."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rooms_are_entered_by_their_faces() -> None:
+    graph = grimp.build_graph("sparsepass", cache_dir=None)
+    rooms = {module for module in graph.modules if module.count(".") >= 2 and graph.find_children(module)}
+    rooms.discard("sparsepass.export.targets")  # each target is a room of its own
+    found = []
+    for module in graph.modules - {"sparsepass"}:
+        for used in graph.find_modules_directly_imported_by(module):
+            around = [room for room in rooms if used.startswith(f"{room}.") and not f"{module}.".startswith(f"{room}.")]
+            found += [f"{module} imports {used}; import from {min(around)}"] if around else []
+    assert not found, "\n".join(sorted(found))
+
+
+def test_the_picture_of_the_architecture_is_that_of_the_code() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "draw_architecture.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", [*ORDER, "src"])
+def test_files_and_functions_are_short(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py") if folder != "src" else (ROOT / folder / "sparsepass").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 450, f"{path} is longer than 450 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+                assert length <= 80, f"the body of {node.name} in {path} is longer than 80 lines"
 
 
 @pytest.mark.parametrize("folder", ORDER)

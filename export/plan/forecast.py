@@ -1,126 +1,22 @@
 """`plan`: what 2:4 sparsity would buy, layer by layer, before any GPU hour is spent."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
 from sparsepass.export.plan.choice import Ineligible, ignore_list, matmul_of, pipeline_text, refusals, verify_choice
-from sparsepass.export.plan.devices import Device, find_device
+from sparsepass.export.plan.devices import find_device
 from sparsepass.export.plan.load import load_for_plan
-from sparsepass.export.plan.memory import MemoryRow, memory_table, model_bytes
+from sparsepass.export.plan.memory import memory_table, model_bytes
 from sparsepass.export.plan.model import Layer, ModelShape, model_shape
 from sparsepass.export.plan.phases import PhaseTimes, Workload, cache_bytes, layer_tokens, time_phase
+from sparsepass.export.plan.result import LayerPlan, Plan, PointPlan, Projection
 from sparsepass.export.plan.roofline import Machine, Matmul, branch_time, dense_time, intensity, paying_ranges, sparse_time
 from sparsepass.export.plan.runtimes import DTYPES, Dtype, Runtime, find_runtime
 from sparsepass.graph import Program, SparsepassError
 
-Projection = Literal["fixed", "trainable"]
 _DEFAULT_SEQ = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerPlan:
-    """One layer: what it would cost dense and 2:4, and what is recommended.
-
-    Attributes:
-        layer: The layer.
-        matmul: Its shape, with the branch that it has or would have.
-        decision: ``2:4``, or ``dense``.
-        reason: Why.
-        prefill_intensity: Operations for each byte in prefill, at the first workload.
-        decode_intensity: The same in a decoding step; None if it does not run there.
-        prefill_s: Dense and 2:4 seconds in prefill, at the first workload; 2:4 is None where no kernel takes it.
-        decode_s: The same for a decoding step; None if it does not run there.
-        pays_at: Ranges of token counts at which 2:4 is faster (see `paying_ranges`); empty where no kernel takes it.
-    """
-
-    layer: Layer
-    matmul: Matmul
-    decision: Literal["2:4", "dense"]
-    reason: str
-    prefill_intensity: float
-    decode_intensity: float | None
-    prefill_s: tuple[float, float | None]
-    decode_s: tuple[float, float | None] | None
-    pays_at: tuple[tuple[int, int | None], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PointPlan:
-    """One workload.
-
-    Attributes:
-        load: Batch, prompt and new tokens.
-        prefill: Times as recommended. For an encoder, its whole run.
-        decode: Times of a mean decoding step as recommended; None for an encoder.
-        everything: Speedup of prefill and decode if every layer that a kernel takes were 2:4.
-        without_branches: The same of the recommended layers without their SLoRB branches; None if they have none.
-        cache_bytes: Of the key-value cache at the end.
-        needs_bytes: Weights and cache, dense and planned.
-    """
-
-    load: Workload
-    prefill: PhaseTimes
-    decode: PhaseTimes | None
-    everything: tuple[float, float | None]
-    without_branches: tuple[float, float | None] | None
-    cache_bytes: float
-    needs_bytes: tuple[float, float]
-
-    @property
-    def request(self) -> tuple[float, float]:
-        """Seconds of the whole request, dense and planned."""
-        steps = self.load.new_tokens
-        decode = (self.decode.dense_s, self.decode.planned_s) if self.decode is not None else (0.0, 0.0)
-        return self.prefill.dense_s + steps * decode[0], self.prefill.planned_s + steps * decode[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What `plan` found. `to_dict` gives JSON, `sparsepass.export.plan.pages.page` a page for people.
-
-    Attributes:
-        source: What was planned for.
-        shape: The model.
-        device: The GPU.
-        runtime: The model of its kernels.
-        dtype: Type of the weights.
-        slorb_k: Of the branches that were asked for; 0 for none.
-        projection: Of those branches.
-        points: One for each workload.
-        layers: One for each layer, in the graph's order.
-        ignore: Patterns for the ``ignore`` of the passes; empty if nothing has to be left out.
-        pipeline: The passes as text, ready for ``--passes``; None if nothing is worth pruning.
-        memory: Bytes of the weights for each type.
-        notes: What is not covered, and what was assumed.
-    """
-
-    source: str
-    shape: ModelShape
-    device: Device
-    runtime: Runtime
-    dtype: Dtype
-    slorb_k: int
-    projection: Projection
-    points: tuple[PointPlan, ...]
-    layers: tuple[LayerPlan, ...]
-    ignore: tuple[str, ...]
-    pipeline: str | None
-    memory: tuple[MemoryRow, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def pays(self) -> bool:
-        """Whether 2:4 is predicted to gain anything at the workloads that were asked for."""
-        return any(layer.decision == "2:4" for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON."""
-        from sparsepass.export.plan.pages import plan_to_json
-
-        return plan_to_json(self)
 
 
 def plan(

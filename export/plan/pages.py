@@ -1,6 +1,5 @@
 """A plan for people (tables for the terminal) and for programs (JSON)."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsepass.export.plan.forecast import LayerPlan, Plan, PointPlan
 from sparsepass.export.plan.phases import PhaseTimes
+from sparsepass.export.plan.result import LayerPlan, Plan, PointPlan
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -147,58 +146,6 @@ def ranges(found: Sequence[tuple[int, int | None]]) -> str:
     if list(found) == [(1, None)]:
         return "always"
     return " and ".join(f"{a}+" if b is None else f"{a}-{b}" for a, b in found) + " tokens"
-
-
-def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON; times in seconds, sizes in bytes."""
-    return {
-        "model": plan.source,
-        "kind": plan.shape.kind,
-        "num_parameters": plan.shape.num_parameters,
-        "device": dataclasses.asdict(plan.device),
-        "runtime": dataclasses.asdict(plan.runtime),
-        "dtype": plan.dtype,
-        "slorb": {"k": plan.slorb_k, "projection": plan.projection} if plan.slorb_k else None,
-        "pays": plan.pays,
-        "points": [_point_json(point) for point in plan.points],
-        "memory": [dataclasses.asdict(row) for row in plan.memory],
-        "layers": [_layer_json(item) for item in plan.layers],
-        "ignore": list(plan.ignore),
-        "passes": plan.pipeline,
-        "notes": list(plan.notes),
-    }
-
-
-def _point_json(point: PointPlan) -> dict[str, Any]:
-    dense, planned = point.request
-    return {
-        **dataclasses.asdict(point.load),
-        "prefill": {**dataclasses.asdict(point.prefill), "speedup": point.prefill.speedup},
-        "decode": None if point.decode is None else {**dataclasses.asdict(point.decode), "speedup": point.decode.speedup},
-        "request": {"dense_s": dense, "planned_s": planned, "speedup": dense / planned},
-        "everything": {"prefill_speedup": point.everything[0], "decode_speedup": point.everything[1]},
-        "cache_bytes": point.cache_bytes,
-        "needs_bytes": {"dense": point.needs_bytes[0], "planned": point.needs_bytes[1]},
-    }
-
-
-def _layer_json(item: LayerPlan) -> dict[str, Any]:
-    def times(pair: tuple[float, float | None] | None) -> dict[str, float | None] | None:
-        return None if pair is None else {"dense_s": pair[0], "sparse_s": pair[1]}
-
-    return {
-        "name": item.layer.site.name,
-        "weight": item.layer.site.weight,
-        "layout": item.layer.site.layout,
-        **dataclasses.asdict(item.matmul),
-        "decision": item.decision,
-        "reason": item.reason,
-        "prefill": times(item.prefill_s),
-        "decode": times(item.decode_s),
-        "prefill_intensity": item.prefill_intensity,
-        "decode_intensity": item.decode_intensity,
-        "pays_at": [list(pair) for pair in item.pays_at],
-    }
 
 
 def _title(plan: Plan) -> str:
