@@ -1,5 +1,6 @@
 # make demo   prune, export and verify SmolLM2-135M: the main job, in at most ten minutes on two cores
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
+# make quick  the tests that take little time: what to run between edits
 # make clean  remove what the above made
 #
 # Both set up .venv by themselves. Needed: Python 3.11 or later with pip, and make.
@@ -16,20 +17,23 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Results must not hang on the processor, whose instructions decide how sums are rounded.
 FEWER_INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-isa lint clean help
+.PHONY: demo test test-isa quick lint clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sparsepass.export.cli.demo --out demo-out
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' --doctest-modules src/sparsepass tests $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal --doctest-modules src/sparsepass tests $(PYTEST)
 	$(if $(PYTEST),,@$(MAKE) --no-print-directory test-isa)
 
 test-isa: $(VENV)/.test
-	$(FEWER_INSTRUCTIONS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'numerics and not slow' tests
+	$(FEWER_INSTRUCTIONS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m numerics tests
+
+quick: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests $(PYTEST)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check

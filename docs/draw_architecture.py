@@ -79,13 +79,14 @@ def draw(found: dict[str, set[str]]) -> str:
             places[room] = (left + index * (_WIDTH + _GAP), height - _MARGIN - level * _ROW)
     lines = []
     for room, used in sorted(found.items()):
+        tone = _TONES[room.split(".")[0]]
         for other in sorted(used - _implied(found, room)):
             (x1, y1), (x2, y2) = places[room], places[other]
             start, end = (x1 + _WIDTH / 2, y1 + _HEIGHT), (x2 + _WIDTH / 2, y2)
             bend = (end[1] - start[1]) / 2
             lines.append(
                 f'<path d="M{start[0]:.0f} {start[1]:.0f}C{start[0]:.0f} {start[1] + bend:.0f} '
-                f'{end[0]:.0f} {end[1] - bend:.0f} {end[0]:.0f} {end[1]:.0f}" stroke="{_TONES[room.split(".")[0]]}" marker-end="url(#tip)"/>'
+                f'{end[0]:.0f} {end[1] - bend:.0f} {end[0]:.0f} {end[1]:.0f}" stroke="{tone}" marker-end="url(#tip)"/>'
             )
     for room, (x, y) in sorted(places.items()):
         folder, _, inner = room.partition(".")

@@ -14,13 +14,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
-from sparsepass.graph.records import PassRecord, SparseState, pass_record_from_json, sparse_state_from_json, to_json
+from sparsepass.graph.records import (
+    PassRecord,
+    SparseState,
+    changes_told_by_history,
+    pass_record_from_json,
+    sparse_state_from_json,
+    to_json,
+)
 from sparsepass.graph.report import Report
 from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
 from sparsepass.graph.sites import Site, find_sites
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the folder format. A reader refuses a newer one."""
 
 PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
@@ -408,6 +415,10 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], grap
             continue
         requires_grad = document["parameters"].get(name)
         program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
+    if document["format_version"] < 2:
+        for weight, told in changes_told_by_history(program.history, program.retraining).items():
+            if weight in program.sparse:
+                with_sparse(program, weight, changed_by=told)
     graph = graph if graph is not None else graph_from_json(document["graph"])
     for node in graph.nodes:
         if node.op == "get_attr":

@@ -1,7 +1,8 @@
 """What a program remembers of its passes: the sparse state of each weight, and the evidence of each pass."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class SparseState:
         mask: Name of the bool buffer; None once the mask is folded into the weight.
         branch: The SLoRB branch, if there is one.
         learned: What is beside the mask while it is being learned.
+        changed_by: Text of the first pass that changed the weight's values (``retrain`` for training); None if they are the
+            dense model's. The zeros that folding writes do not count.
     """
 
     pattern: str
@@ -53,6 +56,7 @@ class SparseState:
     mask: str | None
     branch: BranchState | None = None
     learned: LearnedState | None = None
+    changed_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,33 @@ def sparse_state_from_json(document: JSON) -> SparseState:
             "learned": LearnedState(**learned) if learned else None,
         }
     )
+
+
+def changes_told_by_history(history: Iterable[PassRecord], retraining: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Find out who changed which weight, for programs of format 1, whose sparse states do not say it.
+
+    Format 1 is not written any more, so the passes that it knew are all that is asked for here.
+
+    Args:
+        history: The program's passes.
+        retraining: The program's training runs.
+
+    Returns:
+        Weight name -> `SparseState.changed_by`, for the weights that were changed.
+    """
+    found: dict[str, str] = {}
+    for record in history:
+        name, _, options = record.text.partition("{")
+        compensates = "compensate=false" not in options and re.search(r"\b(criterion=(sparsegpt|alps)|refine=[1-9])", options)
+        if name == "reconstruct" or (name == "nm_sparsify" and compensates):
+            for outcome in record.outcomes:
+                if outcome.action == "rewritten":
+                    found.setdefault(outcome.weight, record.text)
+    if any(run.get("settings", {}).get("method") != "maskllm" for run in retraining):
+        for record in history:
+            for outcome in record.outcomes:
+                found.setdefault(outcome.weight, "retrain")
+    return found
 
 
 def pass_record_from_json(document: JSON) -> PassRecord:

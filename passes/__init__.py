@@ -1,6 +1,8 @@
 """What to rewrite and why: one file per pass, one per criterion."""
 
-from sparsepass.passes.base import Pass
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass
+from sparsepass.passes.conditions import Condition
+from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.fold import Fold
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.manager import apply_passes
@@ -12,12 +14,17 @@ from sparsepass.passes.text import parse_pipeline, pipeline_to_text
 
 __all__ = [
     "PASSES",
+    "Condition",
+    "Facts",
     "Fold",
+    "GroupContext",
     "LearnMasks",
     "NMSparsify",
+    "Needs",
     "Pass",
     "Reconstruct",
     "SLoRB",
+    "SiteGroup",
     "apply_passes",
     "parse_pipeline",
     "pipeline_to_text",

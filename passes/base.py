@@ -1,42 +1,33 @@
-"""What a pass is, and the choice of the sites that it rewrites."""
+"""What a pass is, and which sites it rewrites."""
 
 import fnmatch
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site
 from sparsepass.graph.support import closest
+from sparsepass.passes.conditions import Condition
+from sparsepass.passes.engine import BlockRun, SiteGroup
 from sparsepass.passes.maths import InputStatistics
 
 Needs = Literal["nothing", "inputs", "norms", "gram"]
-"""What a pass must know of each site's input: nothing; the inputs, from which it computes for itself; their norms; their
-Gram matrix."""
+"""What a pass must know of each site's input: nothing; the inputs themselves; their norms; their Gram matrix."""
 NEEDS_ORDER: tuple[Needs, ...] = ("nothing", "inputs", "norms", "gram")
 Facts = Mapping[str, float | int | str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteGroup:
-    """Sites that read the same activation, rewritten together.
-
-    Attributes:
-        sites: In graph order; a site that is used more than once is alone in its group.
-    """
-
-    sites: tuple[Site, ...]
+"""What a pass measured at a site, for the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWork:
-    """How a pass works that rewrites a whole block at a time.
+    """How a pass works that rewrites whole blocks.
 
     Attributes:
-        steps: How often it calls `BlockRun.advance` for each block.
+        steps: Number of calls of `BlockRun.advance` for each block.
         batch_size: Sequences to a batch, at most.
     """
 
@@ -44,42 +35,15 @@ class BlockWork:
     batch_size: int
 
 
-class BlockRun(Protocol):
-    """A block of the graph that a pass can run while it rewrites it; the calibration engine's."""
-
-    @property
-    def name(self) -> str:
-        """Path of the block's module."""
-
-    @property
-    def num_batches(self) -> int:
-        """Number of calibration batches."""
-
-    def targets(self, batch: int) -> tuple[Tensor, ...]:
-        """What the block gave in the dense model, for one batch."""
-
-    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
-        """Which tokens of a batch are no padding; None if all are."""
-
-    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Run the block, whose predecessors are rewritten already, with other values for some parameters and buffers."""
-
-    def own_vectors(self) -> tuple[str, ...]:
-        """Names of the one-dimensional parameters (norms, biases) that this block alone reads."""
-
-    def advance(self, word: str) -> None:
-        """Say that one of the steps of the pass's `BlockWork` is done."""
-
-
 @dataclass(kw_only=True)
 class GroupContext:
-    """What is known of a group while it is rewritten, and forgotten right after.
+    """What a pass is told about a group of sites. It is dropped when the group is done.
 
     Attributes:
-        statistics: Of the group's input: one, or one for each expert; empty without calibration.
-        originals: Weight name -> the weight before the first pass of this run changed it.
-        measure: Whether to measure what costs time and changes nothing, for the report.
-        block: The block whose sites the group is, for a pass that works block by block.
+        statistics: Statistics of the group's input: one, or one for each expert; empty without calibration.
+        originals: Weight name -> the dense model's weight. It lacks the weights that an earlier run has changed.
+        measure: Whether the pass should measure, for the report, what takes time and changes nothing.
+        block: The block that the group is, for a pass that rewrites whole blocks.
     """
 
     statistics: tuple[InputStatistics, ...] = ()
@@ -92,8 +56,13 @@ class GroupContext:
 class Pass(ABC):
     """A rewrite of the sites of a program. Its fields are its whole configuration.
 
-    The author of a pass writes what happens at one group of sites. The manager checks the order, chooses the sites, walks
-    them (with calibration statistics, where the pass asks for them), checks the graph, and validates the result.
+    The author of a pass writes what happens at one group of sites, and states what the pass relies on and what it brings about.
+    A pass never names another pass: it names conditions. The manager does the rest:
+
+    1. It checks `requires`, `forbids` and `check` of the whole pipeline before anything runs.
+    2. It chooses the sites and walks them, with calibration statistics if the pass needs any.
+    3. At each rewritten site it checks that what the pass `provides` is there, and what it `ensures`.
+    4. It notes which weights have changed, checks and compiles the graph, and measures how far the outputs moved.
 
     Args:
         targets: Rewrite only the sites that one of these patterns matches. A pattern is a module path or weight name, a
@@ -134,12 +103,40 @@ class Pass(ABC):
 
     @property
     def block_work(self) -> BlockWork | None:
-        """None for a pass that rewrites groups of sites; else how it works on a block, after the passes before it."""
+        """How the pass works on a block; None if it rewrites groups of sites."""
         return None
 
-    @abstractmethod
+    @property
+    def requires(self) -> Mapping[Condition, str]:
+        """Conditions that some site must meet when the pass runs -> why."""
+        return {}
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Conditions that no site may meet when the pass runs -> why."""
+        return {}
+
+    @property
+    def provides(self) -> Mapping[Condition, str]:
+        """Conditions that every rewritten site meets -> what to do where a later pass forbids it.
+
+        The advice may be empty: then the later pass is to be put before this one. `Condition.CHANGED` means that the values of
+        weights may change.
+        """
+        return {}
+
     def check(self, program: Program, before: Sequence["Pass"]) -> None:
-        """Raise a PassError if the pass cannot run on this program after the passes ``before`` it in the pipeline."""
+        """Refuse what conditions cannot tell.
+
+        Raises:
+            PassError: If the pass cannot run on this program after the passes ``before`` it in the pipeline.
+        """
+        del program, before
+
+    def ensures(self, site: Site, program: Program) -> str | None:
+        """What is wrong with a site that the pass has rewritten, or None if it is as promised."""
+        del site, program
+        return None
 
     @abstractmethod
     def refusal(self, site: Site, program: Program) -> str | None:
@@ -181,6 +178,10 @@ class Pass(ABC):
 
     def reason(self, site: Site, program: Program) -> str | None:
         """Why this site is not rewritten, or None if it is."""
+        return self.left_out(site) or self.refusal(site, program)
+
+    def left_out(self, site: Site) -> str | None:
+        """Why `targets`, `ignore` or the site itself leave the site alone, or None if they do not."""
         targeted = any(matches(pattern, site) for pattern in self.targets)
         ignored = next((pattern for pattern in self.ignore if matches(pattern, site)), None)
         if ignored is not None:
@@ -188,9 +189,12 @@ class Pass(ABC):
         if self.targets and not targeted:
             return "not among the targets"
         named = site.can_be_named and bool({site.name, site.weight} & set(self.targets))
-        if site.left_alone is not None and not named:
-            return site.left_alone
-        return self.refusal(site, program)
+        return None if named else site.left_alone
+
+
+def not_sparse(site: Site) -> str:
+    """Why a pass over masks leaves a site without one alone."""
+    return f"not sparse: {site.left_alone or 'no pass has given it a mask'}"
 
 
 def matches(pattern: str, site: Site) -> bool:

@@ -1,12 +1,15 @@
 """The pass `fold`: masks become zeros of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsepass.graph import PassError, Program, Site
+from sparsepass.graph import Program, Site
 from sparsepass.graph.rewrite import fold_mask
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.conditions import Condition
+from sparsepass.passes.engine import SiteGroup
+from sparsepass.passes.maths import NMPattern, num_violations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +17,10 @@ class Fold(Pass):
     """Write each mask's zeros into its weight and take the mask out of the graph.
 
     1. Rewrites every site that has a mask. The operations then read the weight itself, which is strictly N:M.
-    2. Leaves SLoRB branches as they are: folded into the weight they would fill the zeros again.
+    2. Leaves branches as they are: folded into the weight they would fill the zeros again.
     3. Leaves sites without a mask alone.
 
-    What stood behind the mask is gone after it, so `slorb` and training come before it.
+    The dropped weights are lost. A pass that needs them, and training, must come before.
 
     Exactness: bitwise.
     """
@@ -30,21 +33,26 @@ class Fold(Pass):
         """Nothing."""
         return "nothing"
 
-    def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """There must be masks, or a pass before it that makes some; and not another fold."""
-        if any(p.name == self.name for p in before):
-            raise PassError(self.name, "pipeline", "fold stands in the pipeline twice; leave the second one out")
-        if any(state.mask is not None for state in program.sparse.values()) or any(p.name == "nm_sparsify" for p in before):
-            return
-        if program.sparse:
-            raise PassError(self.name, "program", "the masks have been folded already; leave fold out")
-        raise PassError(self.name, "program", "there are no masks to fold; put nm_sparsify before fold")
+    @property
+    def requires(self) -> Mapping[Condition, str]:
+        """Masks."""
+        return {Condition.MASKED: "there are no masks to fold"}
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """A second time."""
+        return {Condition.FOLDED_NOW: "masks are folded once"}
+
+    @property
+    def provides(self) -> Mapping[Condition, str]:
+        """Zeros in place of masks."""
+        return {Condition.FOLDED: ""}
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Sites without a mask."""
         state = program.sparse.get(site.weight)
         if state is None:
-            return "not sparse: no mask to fold"
+            return not_sparse(site)
         return "its mask has been folded already" if state.mask is None else None
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
@@ -53,3 +61,9 @@ class Fold(Pass):
         for site in group.sites:
             fold_mask(program, site.weight, inplace=True)
         return {}
+
+    def ensures(self, site: Site, program: Program) -> str | None:
+        """The weight itself is N:M."""
+        state = program.sparse[site.weight]
+        broken = num_violations(program.tensor(site.weight), NMPattern.parse(state.pattern), state.axis)
+        return f"{broken} groups of the weight are not {state.pattern}" if broken else None

@@ -4,31 +4,30 @@ Shape suffixes: R rows (every axis of a weight but the one that N:M runs along),
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_logits
 from sparsepass.graph.soft_masks import noise_key, num_candidates
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.conditions import Condition
+from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, add_prior, first_logits
-from sparsepass.passes.nm_sparsify import NMSparsify, earlier_runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnMasks(Pass):
     """Give each group of M weights one trainable logit for each of its C(M, N) candidate masks.
 
-    1. Rewrites every site that nm_sparsify has masked, in every layout. In place of ``M .* W`` the graph reads W behind the
-       mask of the largest logit; while `sparsepass.retrain` trains with ``method: maskllm``, behind a soft mix of the
-       candidates.
+    1. Rewrites every site that has a mask, in every layout. In place of ``M .* W`` the graph reads W behind the mask of the
+       largest logit. In training (`sparsepass.retrain`, ``method: maskllm``) it reads W behind a soft mix of the candidates.
     2. The mask that is there is the prior: logits start at ``N(0, init_std^2)``, and those of the candidates that share
-       entries with it are raised. A prior from a file is a mask pack, ``nm_sparsify{masks=FILE,any_model=true}``.
-    3. The weights are frozen, so they must be the original ones: after a criterion that compensates nm_sparsify has to say
-       ``compensate=false``.
-    4. Leaves alone sites without a mask, and those with a SLoRB branch, which fits what the mask drops. Patterns with more
-       than 128 candidates are refused.
+       entries with it are raised. It may come from a mask pack.
+    3. The weights are frozen, so they must be the original ones: no pass may have changed them.
+    4. Leaves alone sites without a mask, and those with a branch, which fits what the mask drops. Patterns with more than 128
+       candidates are refused.
 
     The program computes with hard masks all the time; `fold`, exports and mask packs take these. Training ends with an ordinary
     masked program.
@@ -68,49 +67,37 @@ class LearnMasks(Pass):
         """Nothing: the mask that is there comes from other passes."""
         return "nothing"
 
-    def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """It runs after nm_sparsify, on the original weights, before fold and slorb, and once for each layer."""
-        if any(p.name == "fold" for p in before) or any(s.mask is None for s in program.sparse.values()):
-            raise PassError(
-                self.name,
-                "pipeline",
-                "learn_masks chooses among all weights of a group, and fold has thrown some away; put learn_masks before fold",
-            )
-        if not program.sparse and not any(p.name == "nm_sparsify" for p in before):
-            raise PassError(
-                self.name, "pipeline", "learn_masks starts from masks, and there are none; put nm_sparsify before it"
-            )
-        if (any(s.learned is not None for s in program.sparse.values()) or any(p.name == self.name for p in before)) and not (
-            self.targets and all(p.targets for p in before if p.name == self.name)
-        ):
-            raise PassError(
-                self.name,
-                "pipeline",
-                "the masks are being learned already; leave learn_masks out, or name other layers in targets",
-            )
-        if any(p.name == "slorb" for p in before):
-            raise PassError(
-                self.name, "pipeline", "slorb fits what the masks drop, which is not settled yet; learn the masks first"
-            )
-        if any(p.name == "reconstruct" for p in before) or any(r.text.startswith("reconstruct") for r in program.history):
-            raise PassError(
-                self.name, "pipeline", "masks are learned over the original weights, and reconstruct changes them; leave it out"
-            )
-        changed = [p for p in before if isinstance(p, NMSparsify) and p.changes_weights]
-        changed += [p for p in earlier_runs(program) if p.changes_weights]
-        if changed:
-            raise PassError(
-                self.name,
-                "pipeline",
-                f"masks are learned over the original weights, and {changed[0].criterion} changes those that it keeps; write "
-                f"nm_sparsify{{criterion={changed[0].criterion},compensate=false}}",
-            )
+    @property
+    def requires(self) -> Mapping[Condition, str]:
+        """Masks."""
+        return {Condition.MASKED: "learn_masks starts from masks, and there are none"}
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Folded masks, changed weights, branches of the same call, and masks that are learned where no layer is named."""
+        forbidden = {
+            Condition.FOLDED: "learn_masks chooses among all weights of a group",
+            Condition.CHANGED: "masks are learned over the original weights",
+            Condition.BRANCHED_NOW: "a branch fits what the masks drop, so learn the masks first",
+        }
+        if not self.targets:
+            forbidden[Condition.LEARNED] = "a mask that is being learned already is not made anew"
+        return forbidden
+
+    @property
+    def provides(self) -> Mapping[Condition, str]:
+        """Masks that can be learned."""
+        return {Condition.LEARNED: "leave one of the two out"}
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Sites without a mask, with a branch, learned already, or with too many candidates."""
         state = program.sparse.get(site.weight)
         if state is None:
-            return f"not sparse: {site.left_alone or 'nm_sparsify left it alone'}"
+            return not_sparse(site)
+        if state.mask is None:
+            return "its mask has been folded, and what it dropped is lost"
+        if state.changed_by is not None:
+            return f"{state.changed_by} has changed its weight, and masks are learned over the original one"
         if state.learned is not None:
             return "its mask is being learned already"
         if state.branch is not None:

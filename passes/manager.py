@@ -1,4 +1,4 @@
-"""Running pipelines: order checked first, every pass validated after, everything recorded."""
+"""Running a pipeline: check the order, run each pass, validate its result, and record what it did."""
 
 import copy
 import time
@@ -13,19 +13,23 @@ from torch import Tensor, nn
 from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
+from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
 from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import item_progress, shows_progress
-from sparsepass.passes.base import NEEDS_ORDER, BlockRun, Facts, GroupContext, Pass, SiteGroup
+from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
+from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
-from sparsepass.passes.engine import Block, ComputeDtype, find_blocks, site_groups, sweep
+from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
 from sparsepass.passes.maths import InputStatistics
+from sparsepass.passes.preconditions import check_pipeline
 from sparsepass.passes.text import parse_pipeline, pass_to_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED)
 _VALIDATION_SEQUENCES = 2
 
 
@@ -91,8 +95,8 @@ def apply_passes(
         program = model if inplace else copy.deepcopy(model)
     else:
         program = capture(model, example_inputs, inplace=inplace)
+    check_pipeline(program, pipeline)
     run = _Run(program, pipeline, validate=validate, compute=compute, progress=shows_progress(progress))
-    run.check()
     if any(p.needs != "nothing" for p in pipeline):
         run.calibration = calibration_batches(
             calibration,
@@ -119,15 +123,10 @@ class _Run:
         self._validates, self._compute, self._progress = validate, compute, progress
         self._batches: list[CalibrationBatch] = []
 
-    def check(self) -> None:
-        """Check the whole pipeline before anything runs."""
-        for index, item in enumerate(self.pipeline):
-            item.check(self.program, self.pipeline[:index])
-
     def all(self) -> None:
-        """Run every pass. Consecutive passes that read statistics share one sweep, group by group.
+        """Run every pass. Consecutive passes that read statistics share one sweep.
 
-        All passes before one that works on whole blocks run in its sweep, since it needs the dense model's blocks.
+        A pass that rewrites whole blocks needs the dense model's blocks, so all passes before it run in its sweep.
         """
         if self.calibration is not None:
             self._batches = list(self.calibration.batches())
@@ -222,8 +221,8 @@ class _Run:
         for index, item in enumerate(items):
             if index:
                 _require_work(item, list(facts[item.name]), reasons[item.name])
-            # Passes of one sweep are measured as if the later ones had not run: their branches are muted. What a later one
-            # has trained cannot be taken back, so that what came before it has no measurement of its own.
+            # Each pass of a sweep is measured as if the later ones had not run: their branches are switched off. Training of
+            # whole blocks cannot be switched off, so the passes before it have no measurement of their own.
             touched = {name for later in items[index + 1 :] for name in facts[later.name]}
             with without_branches(self.program, {site.weight for site in self.program.sites() if site.name in touched}):
                 measured = None if any(later in by_block for later in items[index + 1 :]) else self._measure(item)
@@ -242,7 +241,7 @@ class _Run:
         return dict(zip(self.program.output_names, values, strict=True))
 
     def _measure(self, item: Pass) -> dict[str, Any] | None:
-        """How far the outputs are from those before the run; for an exact pass, from those before the pass.
+        """Measure how far the outputs moved: since the start of the run; for an exact pass, since the pass.
 
         Raises:
             PassError: If an exact pass has moved the outputs.
@@ -297,12 +296,32 @@ class _Run:
 
 
 def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
+    """Rewrite a group, check what the pass promises of each site, and note whose weight has changed.
+
+    Raises:
+        PassError: If the values do not allow the rewrite, or a promise is broken.
+    """
+    for site in group.sites:
+        state = program.sparse.get(site.weight)
+        if site.weight not in context.originals and (state is None or state.changed_by is None):
+            context.originals[site.weight] = program.tensor(site.weight).detach().clone()
     try:
-        return {site.name: {} for site in group.sites} | item.rewrite(program, group, context)
+        facts: dict[str, Facts] = {site.name: {} for site in group.sites} | item.rewrite(program, group, context)
     except PassError:
         raise
     except SparsepassError as error:
         raise PassError(item.name, ", ".join(site.name for site in group.sites), str(error)) from error
+    for site in group.sites:
+        state = program.sparse.get(site.weight)
+        missing = [made for made in item.provides if made in _PROVIDED and (state is None or not made.holds(state))]
+        broken = f"the layer is not {missing[0].name.lower()}" if missing else item.ensures(site, program)
+        if broken:
+            raise PassError(item.name, site.name, f"it has not done what it promises: {broken}; this is a defect of the pass")
+        if state is None or state.mask is None or state.changed_by is not None:
+            continue
+        if not torch.equal(program.tensor(site.weight), context.originals[site.weight]):
+            with_sparse(program, site.weight, changed_by=pass_to_text(item))
+    return facts
 
 
 def _require_work(item: Pass, chosen: Sequence[Any], skipped: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: E experts, O out, I in.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup, nearest
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, nearest
+from sparsepass.passes.conditions import Condition
 from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, refine
+from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.masks import MaskPack, PackedMask
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, num_violations
 
 _DEFAULT_REFINE = 10
 
@@ -26,27 +28,27 @@ _DEFAULT_REFINE = 10
 class NMSparsify(Pass):
     """Put an N:M mask between each linear weight and the operations that read it.
 
-    1. Rewrites nn.Linear, GPT-2's Conv1D, Conv1d and Conv2d (along input channels), and 3-D expert weights, in place of the
-       weight ``W`` reading ``M .* W``. N:M runs along the reduction axis, whatever the layout.
+    1. Rewrites nn.Linear, GPT-2's Conv1D, Conv1d and Conv2d (along input channels), and 3-D expert weights. The operations then
+       read ``M .* W`` in place of the weight ``W``. N:M runs along the axis that the layer sums over, whatever the layout.
     2. Leaves alone embeddings and weights tied to them; output heads and routers, unless `targets` names them exactly; and
        weights whose input features are not a multiple of M, because no kernel takes a partial group.
-    3. The criterion decides the mask; one that compensates (SparseGPT, ALPS) also changes the weights that are kept. Behind the
-       mask the original weights stay as they were: the graph does not read them, but later passes and training may.
-    4. With ``compensate=false`` such a criterion gives its mask alone, over the original weights. With ``refine`` the weights
-       that any criterion keeps are moved to where they leave less output error, all at once, which SparseGPT's pass from
-       column to column cannot.
-    5. With calibration, sites are rewritten in the order of the graph, and each sees inputs that went through the already
-       rewritten ones.
+    3. The criterion decides the mask. One that compensates (SparseGPT, ALPS) also changes the kept weights. The dropped weights
+       stay as they were behind the mask: the graph does not read them, but later passes and training may.
+    4. With ``compensate=false`` such a criterion gives its mask alone, over the original weights.
+    5. With ``refine`` the kept weights are moved, all at once, to where they leave less output error. This works after any
+       criterion, SparseGPT included, which only moves them column by column.
+    6. With calibration, sites are rewritten in the order of the graph. Each one sees inputs that went through the rewritten
+       ones before it.
 
     Args:
         pattern: N:M, at most N nonzeros in M consecutive weights.
         criterion: A name from the table of criteria; by default refined ``sparsegpt`` with calibration and ``magnitude``
             without.
-        damping: Of SparseGPT, ALPS, ProxSparse and refine, as a fraction of the Gram matrix's mean diagonal.
+        damping: What SparseGPT, ALPS, ProxSparse and refine add to the Gram matrix, as a fraction of its mean diagonal.
         block_size: SparseGPT's columns per block. Speed only.
-        compensate: Whether the weights that are kept may change; without effect on criteria that only choose.
-        refine: Steps of conjugate gradients on the kept weights, after any criterion; needs calibration. By default 10 where
-            the criterion is left open, too, and none where one is named, which is then what its paper says.
+        compensate: Whether the kept weights may change. It has no effect on criteria that only choose.
+        refine: Steps of conjugate gradients on the kept weights; needs calibration. By default 10 if the criterion is left
+            open too. A named criterion does what its paper says, so that the default is then none.
         masks: Path of a mask pack (`sparsepass.passes.masks.pack`) instead of a criterion; pattern and layers are the pack's.
         any_model: Whether a pack is applied to weights that it was not made with.
         targets: See `Pass`.
@@ -110,8 +112,14 @@ class NMSparsify(Pass):
 
     @property
     def changes_weights(self) -> bool:
-        """Whether the weights that are kept change."""
+        """Whether the kept weights change."""
         return self.criterion is not None and self.compensate and (self._criterion.compensates or bool(self.refine))
+
+    @property
+    def provides(self) -> Mapping[Condition, str]:
+        """Masks; and changed weights, where the criterion compensates or the weights are refined."""
+        instead = f"write {self.name}{{criterion={self.criterion},compensate=false}}"
+        return {Condition.MASKED: ""} | ({Condition.CHANGED: instead} if self.changes_weights else {})
 
     @property
     def _criterion(self) -> Criterion:
@@ -124,10 +132,10 @@ class NMSparsify(Pass):
         return _read_pack(self.masks, os.stat(self.masks).st_mtime_ns if os.path.exists(self.masks) else None)
 
     def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """Refuse sites that are sparse already, or that an earlier pass will make sparse; and a pack of another model."""
+        """Refuse sites that have a mask already, or that an earlier pass will give one; and a pack of another model."""
         if self.masks is not None:
             self._pack.check_model(program, values=not self.any_model)
-        earlier = [p for p in before if p.name == self.name]
+        earlier = [item for item in before if Condition.MASKED in item.provides]
         mine = {site.weight for site in self.choose(program)[0]}
         done = mine & program.sparse.keys()
         for other in earlier:
@@ -136,12 +144,12 @@ class NMSparsify(Pass):
             raise PassError(
                 self.name,
                 sorted(done)[0],
-                f"{len(done)} of its layers have been made sparse by nm_sparsify already; to prune other layers with other "
-                "options, name them in targets; to prune these anew, start from the dense model",
+                f"{len(done)} of its layers have been made sparse already; to prune other layers with other options, name them "
+                "in targets; to prune these anew, start from the dense model",
             )
 
     def refusal(self, site: Site, program: Program) -> str | None:
-        """Features that M does not divide; statistics that a convolution in groups does not have."""
+        """Features that M does not divide, and convolutions in groups where statistics are needed."""
         if self.masks is not None:
             return None if site.weight in self._pack.masks else f"not in the mask pack {self.masks}"
         m = NMPattern.parse(self.pattern).m
@@ -154,9 +162,8 @@ class NMSparsify(Pass):
         return None
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
-        """Prune the weights of a group; siblings are stacked where rows do not depend on each other, to share one inverse."""
+        """Prune the weights of a group. Where rows do not depend on each other, siblings are stacked, to share one inverse."""
         weights = [program.tensor(site.weight).detach() for site in group.sites]
-        context.originals.update({site.weight: w.clone() for site, w in zip(group.sites, weights, strict=True)})
         matrices = [site.to_matrix(w) for site, w in zip(group.sites, weights, strict=True)]
         if self.masks is not None:
             pruned = [self._take(self._pack.masks[site.weight], m) for site, m in zip(group.sites, matrices, strict=True)]
@@ -188,6 +195,13 @@ class NMSparsify(Pass):
             pattern = self.pattern if self.masks is None else self._pack.masks[site.weight].pattern
             attach_mask(program, site, mask, pattern)
         return facts
+
+    def ensures(self, site: Site, program: Program) -> str | None:
+        """What the operations read is N:M along its axis."""
+        state = program.sparse[site.weight]
+        assert state.mask is not None
+        broken = num_violations(program.tensor(state.mask), NMPattern.parse(state.pattern), state.axis)
+        return f"{broken} groups of the weight are not {state.pattern}" if broken else None
 
     @staticmethod
     def _take(known: PackedMask, weight_OI: Tensor) -> Pruned:
@@ -236,14 +250,6 @@ class NMSparsify(Pass):
         return facts
 
 
-def earlier_runs(program: Program) -> list[NMSparsify]:
-    """The passes of this kind that a program went through in earlier runs."""
-    from sparsepass.passes.text import parse_pipeline
-
-    found = [parse_pipeline(record.text)[0] for record in program.history if record.text.startswith(NMSparsify.name)]
-    return [item for item in found if isinstance(item, NMSparsify)]
-
-
 @functools.lru_cache(maxsize=4)
 def _read_pack(path: str, modified_ns: int | None) -> MaskPack:
     """Read a pack once for all its layers, and anew if the file has changed."""
@@ -252,7 +258,7 @@ def _read_pack(path: str, modified_ns: int | None) -> MaskPack:
 
 
 def _relative_error(original: Tensor, pruned: Tensor, statistics: Sequence[InputStatistics]) -> float:
-    """Output error of the site relative to its output, over the calibration tokens; of the weight if there are none."""
+    """Output error of the site, relative to its output, over the calibration tokens. Without tokens: that of the weight."""
     if original.dim() == 2:
         original, pruned = original.unsqueeze(0), pruned.unsqueeze(0)
     error = total = 0.0

@@ -1,14 +1,16 @@
-"""The pass `reconstruct`: training each block's kept weights so that it gives what the dense block gave."""
+"""The pass `reconstruct`: it trains the kept weights of each block until the block gives what the dense block gave."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparsepass.graph import PassError, Program, Site, SparsepassError
-from sparsepass.passes.base import BlockWork, Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.graph import Program, Site, SparsepassError
+from sparsepass.passes.base import BlockWork, Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.conditions import Condition
+from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, Trained, canonical_zeros, fit, nm_mask, token_error
 
 
@@ -16,12 +18,12 @@ from sparsepass.passes.maths import NMPattern, Trained, canonical_zeros, fit, nm
 class Reconstruct(Pass):
     """Train the kept weights of each block on the calibration data until its outputs are near the dense model's.
 
-    1. Works block by block (a block is a numbered module: ``model.layers.0``), right after the other passes of the same call
-       have rewritten the block, so that every later block is pruned on what the reconstructed ones before it give. The block's
-       inputs come from the rewritten blocks before it; its targets are the outputs of the block in the dense model.
-    2. Trains, by AdamW, the kept weights of layers that nm_sparsify has masked, SLoRB's branches, and the norms and biases
-       that belong to the block alone. Nothing else changes; what stands behind the masks stays as it was.
-    3. A block is never made worse: a share of the calibration data is held out of training, and where the error there has not
+    1. Works block by block; a block is a numbered module, such as ``model.layers.0``. The other passes of the same call rewrite
+       a block first. Then this pass trains it, before the next block is pruned.
+    2. The block's inputs come from the rewritten blocks before it. Its targets are the outputs of the block in the dense model.
+    3. Trains, by AdamW, the kept weights of masked layers, their branches, and the norms and biases that belong to the block
+       alone. Nothing else changes; what stands behind the masks stays as it was.
+    4. Never makes a block worse: a share of the calibration data is held out of training, and where the error there has not
        fallen, the block stays as it was.
 
     Memory: one block's weights four times in fp32, the activations of one batch, and the outputs of one block for all
@@ -74,34 +76,32 @@ class Reconstruct(Pass):
         """Its training steps and their size."""
         return BlockWork(steps=self.steps, batch_size=self.batch_size)
 
-    def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """It runs in one call with nm_sparsify, before fold, and once."""
-        names = [p.name for p in before]
-        if "fold" in names:
-            raise PassError(
-                self.name, "pipeline", "reconstruct needs the masks, and fold has taken them out; put it before fold"
-            )
-        if self.name in names:
-            raise PassError(self.name, "pipeline", "reconstruct stands in the pipeline twice; leave one out")
-        if "learn_masks" in names:
-            raise PassError(
-                self.name,
-                "pipeline",
-                "masks that are being learned stand over the original weights; leave one of the two out",
-            )
-        if "nm_sparsify" not in names:
-            raise PassError(
-                self.name,
-                "pipeline",
-                "reconstruct compares with the dense model, so it has to run in the same call as nm_sparsify; put "
-                "nm_sparsify before it, and start from the dense model",
-            )
+    @property
+    def requires(self) -> Mapping[Condition, str]:
+        """Masks that are made in the same call, which starts from the dense model."""
+        return {
+            Condition.MASKED_NOW: "reconstruct compares with the dense model, so start from that, in the same call as {makers}"
+        }
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Folded masks, masks that are learned over the original weights, and a second time."""
+        return {
+            Condition.FOLDED_NOW: "reconstruct needs the masks",
+            Condition.LEARNED: "reconstruct changes weights, and learned masks stand over the original ones",
+            Condition.TRAINED_NOW: "each block is trained once",
+        }
+
+    @property
+    def provides(self) -> Mapping[Condition, str]:
+        """Trained weights."""
+        return {Condition.TRAINED_NOW: "", Condition.CHANGED: "leave it out"}
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers that are not sparse."""
         state = program.sparse.get(site.weight)
         if state is None or state.mask is None:
-            return f"not sparse: {site.left_alone or 'nm_sparsify left it alone'}"
+            return not_sparse(site)
         return None
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:

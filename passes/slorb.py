@@ -3,35 +3,36 @@
 Shape suffixes: O out, I in, R in/k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_branch
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, SiteGroup
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.conditions import Condition
+from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import fixed_projection, slorb_least_squares, slorb_mean_init
-from sparsepass.passes.nm_sparsify import earlier_runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLoRB(Pass):
     """Add a Sparse Low-Rank Boosting branch to each sparse linear layer: ``y = (M .* W) x + S (X x) + b``.
 
-    1. Rewrites linear layers (nn.Linear and GPT-2's Conv1D) whose weight nm_sparsify has masked. X sums every k consecutive
-       features; siblings that read the same activation share one such sum in the graph.
+    1. Rewrites linear layers (nn.Linear and GPT-2's Conv1D) whose weight has a mask. X sums every k consecutive features;
+       siblings that read the same activation share one such sum in the graph.
     2. Leaves alone convolutions and experts, and layers whose input features k does not divide.
     3. The branch cannot be folded into the weight, which would no longer be N:M. It has the form of a LoRA of rank in/k, and
        leaves as one.
 
     Args:
         k: Input features summed into one; out*in/k weights are added.
-        init: How S starts. ``mean``: the paper's, each group of k keeps its mean, ``1/k`` times the sum of what the mask
-            drops; ``sum``: that sum itself; ``least_squares``: the S that minimises the layer's output error on the
-            calibration inputs, right after any criterion. By default least_squares with calibration and mean without.
+        init: How S starts. ``mean`` is the paper's: the sum of what the mask drops of each k weights, divided by k. ``sum`` is
+            that sum itself. ``least_squares`` is the S with the least output error of the layer on the calibration inputs. By
+            default least_squares with calibration and mean without.
         projection: ``fixed``, or ``trainable``: then X is a weight of its own, in^2/k more, and starts as the fixed one.
         damping: Of the least squares, as a fraction of the mean diagonal of X H X^T.
         targets: See `Pass`.
@@ -73,40 +74,36 @@ class SLoRB(Pass):
         """The Gram matrix for least squares, else nothing."""
         return "gram" if self.init == "least_squares" else "nothing"
 
-    def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """It runs after nm_sparsify, before fold, and once for each layer."""
-        if any(p.name == "fold" for p in before) or any(s.mask is None for s in program.sparse.values()):
-            raise PassError(
-                self.name,
-                "pipeline",
-                "slorb needs what the masks drop, and fold has thrown it away; put slorb before fold",
-            )
-        if any(p.name == "reconstruct" for p in before):
-            raise PassError(self.name, "pipeline", "reconstruct trains branches with the weights; put slorb before reconstruct")
-        if not program.sparse and not any(p.name == "nm_sparsify" for p in before):
-            raise PassError(self.name, "pipeline", "slorb adds to sparse layers, and there are none; put nm_sparsify before it")
-        earlier = [p for p in before if p.name == self.name]
-        if any(s.branch is not None for s in program.sparse.values()) and not self.targets:
-            raise PassError(self.name, "program", "the layers have SLoRB branches already; leave slorb out")
-        if earlier and not (self.targets and all(p.targets for p in earlier)):
-            raise PassError(
-                self.name, "pipeline", "slorb stands in the pipeline twice; give each one targets, or leave one out"
-            )
-        if self.init == "least_squares" and not any(p.name == "nm_sparsify" for p in before):
-            for earlier_run in earlier_runs(program):
-                if earlier_run.changes_weights:
-                    raise PassError(
-                        self.name,
-                        "pipeline",
-                        f"init=least_squares needs the original weights, and {earlier_run.criterion} has changed them in an "
-                        "earlier run; apply both passes in one call, or use init=mean",
-                    )
+    @property
+    def requires(self) -> Mapping[Condition, str]:
+        """Masks."""
+        return {Condition.MASKED: "slorb adds to sparse layers, and there are none"}
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Folded masks, trained blocks, a second branch; for least squares, weights whose originals are lost."""
+        forbidden = {
+            Condition.FOLDED: "slorb needs what the masks drop",
+            Condition.TRAINED_NOW: "branches train with their block",
+        }
+        if not self.targets:
+            forbidden[Condition.BRANCHED] = "slorb gives each layer one branch"
+        if self.init == "least_squares":
+            forbidden[Condition.CHANGED_BEFORE] = "init=least_squares needs the original weights, and init=mean does not"
+        return forbidden
+
+    @property
+    def provides(self) -> Mapping[Condition, str]:
+        """Branches."""
+        return {Condition.BRANCHED: ""}
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers that are not sparse, not linear, have a branch, or whose features k does not divide."""
         state = program.sparse.get(site.weight)
         if state is None:
-            return f"not sparse: {site.left_alone or 'nm_sparsify left it alone'}"
+            return not_sparse(site)
+        if state.mask is None:
+            return "its mask has been folded, and what it dropped is lost"
         if site.layout not in ("linear", "conv1d_hf"):
             return f"a branch stands beside a linear layer; this is {site.layout}"
         if state.branch is not None:
@@ -125,7 +122,12 @@ class SLoRB(Pass):
             mask_OI = site.to_matrix(program.tensor(mask_name))
             measured: dict[str, float | int | str] = {}
             if self.init == "least_squares":
-                original_OI = site.to_matrix(context.originals.get(site.weight, weight))
+                if site.weight not in context.originals:
+                    raise SparsepassError(
+                        f"init=least_squares needs the original weight, which {program.sparse[site.weight].changed_by} has "
+                        "changed; use init=mean"
+                    )
+                original_OI = site.to_matrix(context.originals[site.weight])
                 masked_OI = torch.where(mask_OI, site.to_matrix(weight), 0)
                 (statistics,) = context.statistics
                 gram_II = statistics.gram_II

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsepass.graph import Program
+from sparsepass.graph.program import with_sparse
 from sparsepass.graph.rewrite import detach_logits, finish
 from sparsepass.retrain.cast import attach_scales, fold_scales
 from sparsepass.retrain.config import RetrainConfig
@@ -93,6 +94,9 @@ class Trainee:
         finish(self.program)
         if self.scales:
             fold_scales(self.program, self.scales, {name: known.site for name, known in self.masks.sites.items()})
+        if not self.learned.sites:
+            for name in self.masks.sites:
+                with_sparse(self.program, name, changed_by=self.program.sparse[name].changed_by or "retrain")
         return self.program
 
 

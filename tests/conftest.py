@@ -1,5 +1,6 @@
 """Every test runs offline, quietly, and from the same seeds; warnings are errors but for those named here."""
 
+import gc
 import os
 
 # Before anything imports transformers or datasets: they read these once.
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,39 @@ _NOT_OURS = (
 def pytest_configure(config: pytest.Config) -> None:
     for line in _NOT_OURS:
         config.addinivalue_line("filterwarnings", line)
+
+
+_SLOW = Path(__file__).with_name("slow.txt")
+_SLOW_SECONDS = 2.0
+_found_slow: set[str] = set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-slow", action="store_true", help=f"write {_SLOW.name}; run all tests with it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out: each line of the list is a test, or a module whose fixtures take long."""
+    slow = set(_SLOW.read_text(encoding="utf-8").split("\n"))
+    for item in items:
+        if item.nodeid in slow or item.nodeid.split("::")[0] in slow:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the modules, hundreds of thousands of objects, each later search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.duration > _SLOW_SECONDS and report.when != "teardown":
+        _found_slow.add(report.nodeid if report.when == "call" else report.nodeid.split("::")[0])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--record-slow") and not hasattr(session.config, "workerinput"):
+        _SLOW.write_text("".join(f"{line}\n" for line in sorted(_found_slow)), encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tests.families import BY_NAME, captured
-from tests.retrain.run.test_resume import stopping_at
-from tests.retrain.runs import dense, digest, masks, measures, run, settings, sparse, steps, train
-from tests.retrain.test_maskllm import learn
+from tests.retrain.runs import dense, digest, learn, masks, measures, run, settings, sparse, steps, stopping_at, train
 from torch import Tensor
 
 from sparsepass.export.stages.exporting import export

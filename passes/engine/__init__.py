@@ -1,11 +1,14 @@
 """The calibration engine: it runs the graph over the calibration data and hands each site its statistics."""
 
-from sparsepass.passes.engine.blocks import Block, find_blocks
-from sparsepass.passes.engine.calibration import ComputeDtype, site_groups, sweep
+from sparsepass.passes.engine.blocks import Block, BlockRun, SiteGroup, find_blocks, site_groups
+from sparsepass.passes.engine.calibration import sweep
+from sparsepass.passes.engine.runner import ComputeDtype
 
 __all__ = [
     "Block",
+    "BlockRun",
     "ComputeDtype",
+    "SiteGroup",
     "find_blocks",
     "site_groups",
     "sweep",

@@ -1,14 +1,14 @@
 """Mask packs: the N:M masks of a program as a file of their own, apart from the weights.
 
-A group of M entries with N kept is one of C(N,M) candidates, so it is stored as its number. As many numbers as fit go into a
-64-bit word, as digits to the base of the number of candidates: of 2:4, 24 groups, which is 2.67 bits a group and 0.67 a weight.
+A group of M entries keeps N of them, in one of C(M, N) ways. A pack stores the number of that way. The numbers are digits, to
+the base C(M, N), of 64-bit words. Of 2:4 a word holds 24 groups, which makes 2.67 bits a group and 0.67 bits a weight.
 
 Rules:
-1. A pack belongs to the values it was made with: of every sparse weight the kept entries, and every other parameter. Applied to
-   a model with the same values it gives the program it came from, bit for bit; any other model is refused, unless the
-   caller asks for the masks alone.
-2. So a pack stands in for a program only where no weight was changed: masks by magnitude, Wanda or learned ones. What SparseGPT
-   compensates or training changes is not in it.
+1. A pack belongs to the values it was made with: the kept entries of every sparse weight, and every other parameter. Applied to
+   a model with the same values it gives the program it came from, bit for bit. Any other model is refused, unless the caller
+   asks for the masks alone.
+2. A pack stands in for a program only if no weight was changed: masks by magnitude or Wanda, or learned ones. What SparseGPT
+   compensates or training changes is not in a pack.
 
 Shape suffixes: O rows, I in, G groups, M entries of one group, W words.
 """

@@ -1,7 +1,8 @@
-"""How the logits of masks that are to be learned start: normal noise, moved towards a mask that is there already.
+"""The first logits of masks that are to be learned: normal noise, moved towards a mask that is there already.
 
-Shape suffixes: R rows (every axis of a weight but the one that N:M runs along, which stands last here), C candidates, G groups
-of a row, M entries of a group, I = G * M.
+The axis that N:M runs along comes last here. R stands for all other axes.
+
+Shape suffixes: R rows, C candidates, G groups of a row, M entries of a group, I = G * M.
 """
 
 import torch

@@ -55,8 +55,8 @@ class Fit:
 def token_error(output: Tensor, target: Tensor, valid_BT: Tensor | None = None) -> Tensor:
     """The mean over tokens of ``||y - t||^2 / ||t||^2``.
 
-    Each token counts the same: in language models a few tokens have outputs a thousand times as large as the others', and a
-    plain mean would see nothing else.
+    Each token counts the same. In language models the outputs of a few tokens are a thousand times as large as those of the
+    others, so that a plain mean over all outputs would measure these few only.
 
     Shapes: both ``[..., F]``; ``[B, T]``.
 

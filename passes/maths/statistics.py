@@ -1,4 +1,4 @@
-"""What calibration remembers of a layer's inputs: feature norms, and the Gram matrix where a criterion needs it.
+"""The statistics of a layer's inputs: the norms of its features, and the Gram matrix where a criterion needs it.
 
 Shape suffixes: T tokens, I in.
 """
@@ -22,8 +22,8 @@ _NORMS_PIECE_ELEMENTS, _NORMS_PIECE_MIN_TOKENS = 1 << 18, 32
 class InputStatistics:
     """Sums over the calibration tokens that one site has seen.
 
-    With a Gram matrix, only its upper block triangle is accumulated, which takes about 60% of the work of
-    ``x.T @ x``; it is mirrored when read. The sums of squares are then its diagonal.
+    Of a Gram matrix only the upper block triangle is summed, which takes about 60% of the work of ``x.T @ x``. The lower one is
+    filled in when the matrix is read. The sums of squares are its diagonal.
 
     Args:
         num_tokens: Tokens summed so far.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
         ProgramFormatError as ProgramFormatError,
         Site as Site,
         SparsepassError as SparsepassError,
-        capture as capture,
     )
+    from sparsepass.graph.capture import capture as capture
     from sparsepass.graph.equivalence import assert_equivalent as assert_equivalent, compare as compare
     from sparsepass.graph.load import load_model as load_model
     from sparsepass.graph.perplexity import Perplexity as Perplexity, perplexity as perplexity

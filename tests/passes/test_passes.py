@@ -14,16 +14,19 @@ from torch import nn
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
 from sparsepass.passes import (
     PASSES,
+    Facts,
     Fold,
+    GroupContext,
+    Needs,
     NMSparsify,
     Pass,
+    SiteGroup,
     SLoRB,
     apply_passes,
     parse_pipeline,
     pipeline_to_text,
     table as table_module,
 )
-from sparsepass.passes.base import Facts, GroupContext, Needs, SiteGroup
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
@@ -237,7 +240,7 @@ def _odd() -> nn.Module:
     ("passes", "calibration", "told"),
     [
         ("slorb", None, "put nm_sparsify before it"),
-        ("fold", None, "put nm_sparsify before fold"),
+        ("fold", None, "put nm_sparsify before it"),
         (["nm_sparsify", "fold", "slorb"], None, "put slorb before fold"),
         (["nm_sparsify", "nm_sparsify"], None, "already"),
         (["nm_sparsify", "slorb{k=4}", "slorb{k=4}"], None, "twice"),
@@ -249,7 +252,7 @@ def _odd() -> nn.Module:
         ("nm_sparsify{criterion=wanda}", torch.full((2, 8), 10**6), "vocab"),
         ("reconstruct", torch.ones(4, 8, dtype=torch.long), "same call as nm_sparsify"),
         ("nm_sparsify,reconstruct", None, "needs calibration data"),
-        ("nm_sparsify,fold,reconstruct", torch.ones(4, 8, dtype=torch.long), "put it before fold"),
+        ("nm_sparsify,fold,reconstruct", torch.ones(4, 8, dtype=torch.long), "put reconstruct before fold"),
         ("nm_sparsify,reconstruct,reconstruct", torch.ones(4, 8, dtype=torch.long), "twice"),
         ("nm_sparsify,reconstruct,slorb{k=4}", torch.ones(4, 8, dtype=torch.long), "put slorb before reconstruct"),
         ("nm_sparsify,reconstruct{batch_size=8}", torch.ones(4, 8, dtype=torch.long), "got 1 batch"),

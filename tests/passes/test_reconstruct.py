@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph import Program, capture
 from sparsepass.passes import apply_passes, reconstruct as reconstruct_module
-from sparsepass.passes.engine.blocks import find_blocks
-from sparsepass.passes.engine.calibration import site_groups
+from sparsepass.passes.engine import find_blocks, site_groups
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 from sparsepass.passes.maths.reconstruct import Trained, fit, held_out, step_size, token_error
 

@@ -3,9 +3,11 @@
 import copy
 import functools
 import hashlib
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -36,6 +38,17 @@ SMALL: dict[str, Any] = {
     "mask_interval": 3,
     "dtype": "float32",
     "validate_every": 4,
+}
+
+LEARN_MASKS = "nm_sparsify,learn_masks{alpha=1.0}"
+# The logits move far within a few steps, and the norm counts.
+MASKLLM: dict[str, Any] = {
+    "method": "maskllm",
+    "lr": 5e-3,
+    "mask_scale": (100.0, 200.0),
+    "mask_temperature": (2.0, 0.5),
+    "mask_norm": 1e-3,
+    "decay": 0.0,
 }
 
 _export = torch.export.export
@@ -108,6 +121,17 @@ def run(
     return train(program, teacher, settings(**changes), run_folder=folder)
 
 
+def whole(name: str = "llama", **changes: Any) -> Program:
+    """A run that nothing stopped, to compare with, and not to be changed: run once in a process."""
+    return _whole(name, tuple(sorted(changes.items())))
+
+
+@functools.cache
+def _whole(name: str, changes: tuple[tuple[str, Any], ...]) -> Program:
+    with TemporaryDirectory() as folder:
+        return run(name, Path(folder), **dict(changes))
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Tells tensors apart by their bits."""
     found = hashlib.sha256()
@@ -137,3 +161,35 @@ def validation_loss(program: Program, held_out: int = 8, dtype: str | None = Non
     validation = data(held_out).validation
     assert validation is not None
     return perplexity(program, validation.input_ids.flatten(), context=CONTEXT, dtype=dtype).nll_mean
+
+
+def stopping_at(step: int, number: int = signal.SIGTERM) -> TrainingData:
+    """Data that sends a signal while a step is being computed."""
+    found = data()
+    take, taken = found.train.take, iter(range(1, 100))
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if next(taken) == step:
+            signal.raise_signal(number)
+        return take(*args, **kwargs)
+
+    found.train.take = signalled  # type: ignore[method-assign]
+    return found
+
+
+def assert_same(first: Program, second: Program) -> None:
+    assert digest(first.tensors()) == digest(second.tensors())
+    for key in ("validations", "flips_since_first", "flips_since_first_by_layer", "step_of_weights", "num_tokens"):
+        assert first.retraining[0][key] == second.retraining[0][key], key
+
+
+def assert_whole(folder: Path, num_steps: int = 8) -> None:
+    """Each step and each validation stands once in the file of metrics."""
+    lines = read_metrics(folder / METRICS)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, num_steps + 1))
+    validated = [line["step"] for line in lines if "validation" in line]
+    assert validated == sorted(set(validated)) == [0, *range(4, num_steps + 1, 4)]
+
+
+def learn(folder: Path | None = None, recipe: str = LEARN_MASKS, name: str = "llama", **changes: Any) -> Program:
+    return run(name, folder, recipe, **MASKLLM | changes)

@@ -279,7 +279,6 @@ def test_the_same_numbers_however_a_step_is_worked_through(name: str, tmp_path: 
     assert measures(other) != pytest.approx(measures(whole), rel=1e-5)
 
 
-@pytest.mark.slow
 # torch 2.13's dynamo asks for the gradient of its inputs, and hides the warning in a way that does not stop an error; it makes
 # an object of autograd's Function, of which torch warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")

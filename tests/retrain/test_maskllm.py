@@ -11,8 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tests.families import BY_NAME, captured
-from tests.retrain.run.test_resume import assert_same, assert_whole, stopping_at
-from tests.retrain.runs import data, dense, digest, masks, measures, run, settings, sparse, steps, train, validation_loss
+from tests.retrain.runs import (
+    LEARN_MASKS,
+    MASKLLM,
+    assert_same,
+    assert_whole,
+    data,
+    dense,
+    digest,
+    learn,
+    masks,
+    measures,
+    settings,
+    sparse,
+    steps,
+    stopping_at,
+    train,
+    validation_loss,
+)
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError
@@ -22,21 +38,6 @@ from sparsepass.passes.masks.pack import pack_program
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 from sparsepass.retrain.loop import TrainingStoppedError
 from sparsepass.retrain.student import masked_sites
-
-RECIPE = "nm_sparsify,learn_masks{alpha=1.0}"
-# The logits move far within a few steps, and the norm counts.
-MASKLLM: dict[str, Any] = {
-    "method": "maskllm",
-    "lr": 5e-3,
-    "mask_scale": (100.0, 200.0),
-    "mask_temperature": (2.0, 0.5),
-    "mask_norm": 1e-3,
-    "decay": 0.0,
-}
-
-
-def learn(folder: Path | None = None, recipe: str = RECIPE, name: str = "llama", **changes: Any) -> Program:
-    return run(name, folder, recipe, **MASKLLM | changes)
 
 
 class PlainRun:
@@ -86,7 +87,7 @@ class PlainRun:
 
 
 def test_it_is_the_loop_one_would_write_down(tmp_path: Path) -> None:
-    model, program = BY_NAME["llama"].model().double(), sparse(recipe=RECIPE, double=True)
+    model, program = BY_NAME["llama"].model().double(), sparse(recipe=LEARN_MASKS, double=True)
     plain = PlainRun(model, program)
     first = masks(program)
     trained = train(program, model, settings(**MASKLLM), run_folder=tmp_path, data=data(None))
@@ -122,7 +123,7 @@ def test_nothing_but_masks_changes(name: str) -> None:
     assert trained.sparse == plain.sparse
     for weight, tensor in trained.tensors().items():
         assert tensor.dtype == torch.bool or torch.equal(tensor, dense(name).tensor(weight)), weight
-    assert any(not torch.equal(mask, masks(sparse(name, RECIPE))[weight]) for weight, mask in masks(trained).items())
+    assert any(not torch.equal(mask, masks(sparse(name, LEARN_MASKS))[weight]) for weight, mask in masks(trained).items())
     for site, pattern, mask in masked_sites(trained).values():
         assert is_nm(trained.tensor(mask), pattern, site.nm_axis)
     assert validation_loss(trained) == pytest.approx(measures(trained)[-1], abs=1e-5)  # of the hard masks
@@ -194,7 +195,7 @@ def test_the_same_numbers_however_a_step_is_worked_through(name: str, tmp_path: 
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
-    program = functools.partial(sparse, recipe=RECIPE)
+    program = functools.partial(sparse, recipe=LEARN_MASKS)
     for step in (3, 2):  # the second is step 5, after which nothing is due
         with pytest.raises(TrainingStoppedError):
             train(program(), captured("llama"), settings(**MASKLLM), data=stopping_at(step), run_folder=tmp_path)
@@ -209,7 +210,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 
 def test_a_checkpoint_belongs_to_its_weights(tmp_path: Path) -> None:
     learn(tmp_path)
-    other = sparse(recipe=RECIPE)
+    other = sparse(recipe=LEARN_MASKS)
     with torch.no_grad():
         other.tensor("model.norm.weight")[0] += 1
     with pytest.raises(SparsepassError, match=r"another run: program is .* here and .* in the checkpoint"):
@@ -218,7 +219,7 @@ def test_a_checkpoint_belongs_to_its_weights(tmp_path: Path) -> None:
 
 def test_frozen_layers_keep_their_prior() -> None:
     trained = learn(frozen=("*.mlp.*",))
-    before = masks(sparse(recipe=RECIPE))
+    before = masks(sparse(recipe=LEARN_MASKS))
     moved = {name for name, mask in masks(trained).items() if not torch.equal(mask, before[name])}
     assert moved
     assert not any(".mlp." in name for name in moved)
@@ -235,7 +236,7 @@ def test_masks_that_are_not_learned_stay() -> None:
 
 def test_the_weights_may_be_bfloat16() -> None:
     model = BY_NAME["llama"].model().bfloat16()
-    program = apply_passes(model, RECIPE, example_inputs=BY_NAME["llama"].inputs(2, 8), validate=False)
+    program = apply_passes(model, LEARN_MASKS, example_inputs=BY_NAME["llama"].inputs(2, 8), validate=False)
     trained = train(program, model, settings(**MASKLLM, max_steps=2))
     assert {t.dtype for t in trained.graph_module.parameters()} == {torch.bfloat16}
     assert trained.retraining[0]["flips_since_first"] > 0
@@ -245,10 +246,14 @@ def test_the_weights_may_be_bfloat16() -> None:
     ("recipe", "changes", "message"),
     [
         ("nm_sparsify", {}, "the program has no logits to learn; apply learn_masks first"),
-        (RECIPE, {"method": "ast"}, r"masks are to be learned \(learn_masks, 14 weights\), and method: ast trains weights"),
-        (RECIPE, {"method": "cast", "decay": 1e-3}, "method: cast trains weights; use method: maskllm"),
-        (RECIPE + ",slorb{k=4}", {}, "has a SLoRB branch, and method: maskllm trains nothing but masks"),
-        (RECIPE, {"frozen": ("*mask_logits",)}, "frozen leaves no parameter to train"),
+        (
+            LEARN_MASKS,
+            {"method": "ast"},
+            r"masks are to be learned \(learn_masks, 14 weights\), and method: ast trains weights",
+        ),
+        (LEARN_MASKS, {"method": "cast", "decay": 1e-3}, "method: cast trains weights; use method: maskllm"),
+        (LEARN_MASKS + ",slorb{k=4}", {}, "has a SLoRB branch, and method: maskllm trains nothing but masks"),
+        (LEARN_MASKS, {"frozen": ("*mask_logits",)}, "frozen leaves no parameter to train"),
     ],
 )
 def test_what_does_not_fit_is_said(recipe: str, changes: dict[str, Any], message: str) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import typer
+from tests.export.cli.commands import run
 from tests.export.tiny import WORDS, save_tiny_llama
-from typer.testing import CliRunner, Result
 
 from sparsepass.export.cli import app as cli, support as cli_support
 from sparsepass.export.report.document import read_report
@@ -24,13 +23,6 @@ from sparsepass.export.stages.exporting import TARGETS, Check
 from sparsepass.graph import Program
 
 TASKS = Path(__file__).parents[2] / "data"
-
-
-def run(*arguments: object, app: typer.Typer = cli.app) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

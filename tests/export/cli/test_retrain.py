@@ -12,8 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
-from tests.export.cli.test_cli import run
+from tests.export.cli.commands import run, same, weights
 from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once
 
@@ -63,16 +62,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluation(place: Path) -> list[Any]:
     return ["--eval-text", place / "words.txt", "--eval-context", 16, "--max-tokens", 64]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    program = Program.load(folder)
-    return dict(program.named_parameters()) | {s.mask: program.tensor(s.mask) for s in program.sparse.values() if s.mask}
-
-
-def same(a: Path, b: Path) -> bool:
-    found, other = weights(a), weights(b)
-    return found.keys() == other.keys() and all(torch.equal(found[name], other[name]) for name in found)
 
 
 def test_the_output_is_a_trained_program_with_its_evidence(place: Path) -> None:

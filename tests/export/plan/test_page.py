@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.export.plan.test_plan import TINY, saved_config
+from tests.export.plan.configs import TINY, saved_config
 from typer.testing import CliRunner, Result
 
 from sparsepass import Program, parse_pipeline

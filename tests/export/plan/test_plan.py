@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tests.export.plan.configs import TINY, saved_config
 from torch import nn
 
 from sparsepass import Program, SparsepassError, apply_passes, capture
@@ -22,18 +23,6 @@ from sparsepass.export.plan.model import Extent, model_shape
 from sparsepass.export.plan.phases import Workload, cache_bytes, layer_tokens
 from sparsepass.export.plan.result import Plan
 from sparsepass.graph import capture_without_weights
-
-TINY: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
-
-
-def saved_config(folder: Path, kind: str, config: dict[str, Any], architecture: str) -> Path:
-    made = hf.AutoConfig.for_model(kind, **config)
-    made.architectures = [architecture]
-    made.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +232,8 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     return Families(tmp_path_factory)
 
 
-SLOW = ("gemma3", "mamba")
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in sorted(FAMILIES)])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_families(families: Families, name: str) -> None:
     found = plan(families[name], gpu="l40s", runtime="ideal", batches=(2,), seqs=() if name in ("vit", "whisper") else (100,))
     point = found.points[0]
@@ -307,14 +293,12 @@ def test_experts_are_read_as_they_are_picked(families: Families) -> None:
     assert "model.layers.*.mlp.experts.gate_up_proj" in refused.ignore
 
 
-@pytest.mark.slow
 def test_sliding_attention_bounds_the_cache(families: Families) -> None:
     shape = model_shape(families["gemma3"])
     assert (shape.window, shape.window_share) == (32, 1.0)
     assert cache_bytes(shape, Workload(batch=1, seq=400, new_tokens=0)) == 32 * 2 * 2 * 16 * 2
 
 
-@pytest.mark.slow
 def test_an_unrolled_graph_says_so(families: Families) -> None:
     found = plan(families["mamba"], gpu="a100", runtime="ideal", seqs=(100,))
     assert "one fixed length" in " ".join(found.notes)
@@ -359,7 +343,6 @@ def test_plan_of_a_plain_module_on_a_small_type() -> None:
     assert found.points[0].load == Workload(batch=4, seq=1, new_tokens=0)
 
 
-@pytest.mark.slow
 def test_a_gguf_file_is_planned() -> None:
     """Its header alone is read, and nothing in it marks the model as quantized."""
     try:
@@ -430,7 +413,6 @@ def test_wrong_sources(tmp_path: Path) -> None:
         load_for_plan(tmp_path)
 
 
-@pytest.mark.slow
 def test_an_8b_model_takes_little_time_and_memory(tmp_path: Path) -> None:
     config = TINY | {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -48,7 +48,6 @@ def test_rows_without_a_model_are_as_committed(script: dict[str, Any]) -> None:
     assert f"pytorch/pytorch issue 111339 | 0.111x {torch_row}" in RESULT.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_the_script_prints_what_is_committed(script: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     script["main"]()
     assert capsys.readouterr().out.strip() in RESULT.read_text(encoding="utf-8")

@@ -5,41 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.export.report.reports import lines, record
 
 from sparsepass.export.report.curves import NUM_POINTS, curve, retraining_run
 from sparsepass.export.report.document import check_report, new_report, write_report
 from sparsepass.export.report.figures import drawn_figures, figure_names
 from sparsepass.export.report.retraining import retraining_part, training_facts
 from sparsepass.graph import SparsepassError
-
-
-def lines(count: int, **changes: Any) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl as a run writes them."""
-    return [
-        {
-            "step": step, "tokens": 64 * step, "loss": 4 - step / count, "kl": 1.0, "ce": 3.0, "grad_norm": 0.5, "lr": 1e-3,
-            "decay": 0.0, "flip_rate": 0.01 if step % 10 == 0 else 0.0, "flips_since_first": step / 10_000, "seconds": 0.1,
-            "tokens_per_second": 640.0, "memory_bytes": 1 << 20,
-        } | changes
-        for step in range(1, count + 1)
-    ]  # fmt: skip
-
-
-def record(count: int = 40, **changes: Any) -> dict[str, Any]:
-    """A run's entry of `Program.retraining`."""
-    found = [{"step": s, "nll": 3.0, "perplexity": 20.0 - s / 10, "kl": 1.0 - s / 100, "num_tokens": 9} for s in (0, 20, 40)]
-    return {
-        "settings": {"method": "ast", "lr": 1e-3},
-        "num_steps": count,
-        "num_tokens": 64 * count,
-        "seconds": 4.0,
-        "step_of_weights": 20,
-        "teacher": {"kind": "model", "class": "Llama", "source": "some/model"},
-        "data": {"train": {"source": "a.txt", "epochs": 1.5}, "validation": None},
-        "validations": found,
-        "flips_since_first": 0.004,
-        "flips_since_first_by_layer": {f"layers.{i}.{kind}.weight": 0.001 * i for i in range(3) for kind in ("up", "down")},
-    } | changes
 
 
 @pytest.mark.parametrize("count", [1, 7, 199, 200, 201, 1234])

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.export.cli.test_cli import run
+from tests.export.cli.commands import run
 from tests.export.report.browser import SIZES_OF_PICTURES, Browser, browser
-from tests.export.report.test_curves import lines, record
-from tests.export.report.test_report import full_report
+from tests.export.report.reports import full_report, lines, record
 from tests.export.tiny import save_tiny_llama
 
 from sparsepass.export.report.answers import summary

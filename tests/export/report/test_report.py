@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.export.report.reports import full_report
 from tests.export.tiny import save_tiny_llama
 
 from sparsepass.export.report.document import (
@@ -19,10 +20,8 @@ from sparsepass.export.report.document import (
     SECTIONS,
     check_report,
     find_report,
-    new_report,
     plain_json,
     read_report,
-    run_record,
     write_report,
 )
 from sparsepass.export.report.html import page as report_html
@@ -31,87 +30,6 @@ from sparsepass.export.stages.preparing import Calibration, prepare, write_progr
 from sparsepass.graph import SparsepassError
 
 _DOCUMENTATION = Path(__file__).parents[3] / "docs" / "report.md"
-
-
-def full_report() -> dict[str, Any]:
-    outcomes = [
-        {"site": "a", "weight": "a.weight", "shape": [4, 8], "action": "rewritten", "reason": "", "facts": {"x": 0.25}},
-        {"site": "b", "weight": "b.weight", "shape": [4, 7], "action": "skipped", "reason": "7 | 4", "facts": {}},
-    ]
-    record = {
-        "text": "nm_sparsify{pattern=2:4}",
-        "promise": "approximate",
-        "outcomes": outcomes,
-        "validation": {"against": "x", "inputs": "example inputs", "max_error": 1.0, "relative_error": 0.5, "kl": 0.1},
-        "calibration": {"source": "text.txt", "num_sequences": 4, "num_tokens": 128},
-        "seconds": 1.5,
-    }
-    figures = {"nll_mean": 1.0, "num_tokens": 99, "context": 8, "stride": 8, "bos": False, "dtype": "float32"}
-    return new_report() | {
-        "recipe": "nm_sparsify{pattern=2:4}",
-        "runs": [run_record("export", command="sparse-export m", seconds=3.0)],
-        "model": {
-            "source": "m",
-            "kind": "folder",
-            "class": "C",
-            "dtype": "float32",
-            "num_parameters": 60,
-            "notes": ["n"],
-        },
-        "passes": {"num_sites": 2, "num_sparse": 1, "skipped": {"b": "7 | 4"}, "passes": [record]},
-        "accuracy": {
-            "text": "eval.txt",
-            "measurements": [
-                {"name": "dense", "perplexity": 10.0, "seconds": 1.0, **figures},
-                {"name": "2:4", "perplexity": 15.0, "seconds": 1.0, **figures},
-            ],
-        },
-        "artifact": {
-            "target": "onnx",
-            "dtype": "float32",
-            "files": {"model.onnx": 1234567},
-            "size_bytes": 1234567,
-            "expected_sparse": {"model.onnx": {"a.weight": "2:4"}},
-            "notes": [],
-            "details": {},
-        },
-        "sparsity": {
-            "runtime": "tensorrt",
-            "runtime_version": "11.4",
-            "gpus": ["L40S (SM89)"],
-            "engines": [
-                {
-                    "name": "decode",
-                    "file": "decode.engine",
-                    "targets": [89],
-                    "size_bytes": 1000,
-                    "flag_requested": True,
-                    "num_eligible": 1,
-                    "num_chosen": None,
-                }
-            ],
-            "layers": [
-                dict.fromkeys(("conforms", "flag_requested", "eligible", "chosen", "ran_sparse"), "yes")
-                | {"engine": "decode", "layer": "n", "weight": "a.weight", "shape": [4, 8], "reason": "a sparse tactic"}
-            ],
-            "counts": {"total": {}, "engines": {"decode": {"chosen": {"yes": 1, "no": 0, "unknown": 2}}}},
-            "measured": {
-                "decode": {
-                    "points": [{"batch": 1, "sequence": 64, "past": 0, "dense_ms": 3.0, "sparse_ms": 2.0}],
-                    "break_even": "sparse is faster everywhere",
-                }
-            },
-        },
-        "verification": {
-            "held": False,
-            "checks": [
-                {"name": "pattern", "held": True, "summary": "2:4 holds", "details": {}},
-                {"name": "outputs", "held": False, "summary": "they differ", "details": {}},
-                {"name": "other", "held": None, "summary": "cannot be run here", "details": {}},
-            ],
-        },
-        "samples": {"file": "s.safetensors", "inputs": {"x": {"shape": [2, 8], "dtype": "float32"}}, "outputs": {}},
-    }
 
 
 def test_a_full_report_round_trips_through_its_file(tmp_path: Path) -> None:

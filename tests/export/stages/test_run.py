@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.export.cli.test_cli import run
-from tests.export.cli.test_retrain import same
+from tests.export.cli.commands import run, same
 from tests.export.report.browser import SIZES_OF_PICTURES, browser
 from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once
@@ -249,7 +248,6 @@ def test_the_example_and_the_recipes_are_printed() -> None:
     assert run("run").exit_code == 2
 
 
-@pytest.mark.slow
 def test_two_processes_share_a_recipe(place: Path, tmp_path: Path) -> None:
     """`accelerate launch`: one prunes and exports, both train; killed in between, and started again."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.graph.load.packages import package_folder
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -25,14 +25,6 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 64,
 }
-
-
-def package_folder(name: str) -> Path:
-    """Where an installed package lies, without importing it."""
-    spec = util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"package {name} is not installed")
-    return Path(spec.submodule_search_locations[0])
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sparsepass.graph import PassError, Program, capture
 from sparsepass.graph.rewrite import attach_mask, finish
 from sparsepass.passes import NMSparsify, apply_passes
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions
-from sparsepass.passes.engine.calibration import site_groups
+from sparsepass.passes.engine import site_groups
 from sparsepass.passes.maths.pattern import NMPattern
 from sparsepass.passes.maths.statistics import InputStatistics
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tests.passes.data.test_calibration import make_tokenizer, words
+from tests.passes.data.number_words import make_tokenizer, words
 from torch import Tensor
 
 from sparsepass.graph.support.errors import SparsepassError

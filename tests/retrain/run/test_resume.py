@@ -10,48 +10,18 @@ import pytest
 import torch
 from tests.families import captured
 from tests.retrain.loop_processes import launch
-from tests.retrain.runs import data, digest, run, settings, sparse, steps, train
+from tests.retrain.runs import assert_same, assert_whole, data, digest, run, settings, sparse, steps, stopping_at, train, whole
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.retrain import loop
-from sparsepass.retrain.data.training import TrainingData
 from sparsepass.retrain.loop import TrainingStoppedError
 from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.run import checkpoint
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS, Checkpoints
 from sparsepass.retrain.run.diagnose import NonFiniteLossError
-from sparsepass.retrain.run.metrics import METRICS, read_metrics
+from sparsepass.retrain.run.metrics import METRICS
 from sparsepass.retrain.schedule import learning_rate
 from sparsepass.retrain.trainee import make_trainee
-
-
-def stopping_at(step: int, number: int = signal.SIGTERM) -> TrainingData:
-    """Data that sends a signal while a step is being computed."""
-    found = data()
-    take, taken = found.train.take, iter(range(1, 100))
-
-    def signalled(*args: Any, **kwargs: Any) -> Any:
-        if next(taken) == step:
-            signal.raise_signal(number)
-        return take(*args, **kwargs)
-
-    found.train.take = signalled  # type: ignore[method-assign]
-    return found
-
-
-def assert_same(first: Program, second: Program) -> None:
-    assert digest(first.tensors()) == digest(second.tensors())
-    for key in ("validations", "flips_since_first", "flips_since_first_by_layer", "step_of_weights", "num_tokens"):
-        assert first.retraining[0][key] == second.retraining[0][key], key
-
-
-def assert_whole(folder: Path, num_steps: int = 8) -> None:
-    """Each step and each validation stands once in the file of metrics."""
-    lines = read_metrics(folder / METRICS)
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, num_steps + 1))
-    validated = [line["step"] for line in lines if "validation" in line]
-    assert validated == sorted(set(validated)) == [0, *range(4, num_steps + 1, 4)]
-
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
 
@@ -68,7 +38,7 @@ def test_a_signal_saves_and_the_run_goes_on(step: int, number: signal.Signals, t
         assert (tmp_path / CHECKPOINTS / f"step-{step:08d}").is_dir()
         assert steps(tmp_path)[-1]["step"] == step
     resumed = act() if step == 8 else train(sparse(), captured("llama"), settings(), run_folder=tmp_path)
-    assert_same(resumed, run(folder=tmp_path / "whole"))
+    assert_same(resumed, whole())
     assert_whole(tmp_path)
     again = run(folder=tmp_path)  # it is over: nothing is left to do
     assert_same(again, resumed)
@@ -84,7 +54,7 @@ def test_every_method_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
             train(sparse(), captured("llama"), settings(**options), data=stopping_at(step), run_folder=tmp_path)
     assert steps(tmp_path)[-1]["step"] == 6
     resumed = run(folder=tmp_path, **options)
-    assert_same(resumed, run(folder=tmp_path / "whole", **options))
+    assert_same(resumed, whole(**options))
     assert_whole(tmp_path)
 
 
@@ -108,7 +78,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Ca
     assert f"{newest.name}" in said
     assert "it was passed over" in said
     assert "going on from step 6 (step-00000006)" in said
-    assert_same(resumed, run(folder=tmp_path / "whole", **options))
+    assert_same(resumed, whole(**options))
     assert_whole(tmp_path)
 
 
@@ -119,7 +89,7 @@ def test_changed_bytes_are_passed_over_too(tmp_path: Path) -> None:
     content = bytearray(largest.read_bytes())
     content[-1] ^= 1
     largest.write_bytes(content)
-    assert_same(run(folder=tmp_path, checkpoint_every=2), run(folder=tmp_path / "whole", checkpoint_every=2))
+    assert_same(run(folder=tmp_path, checkpoint_every=2), whole(checkpoint_every=2))
     assert_whole(tmp_path)
 
 
@@ -129,7 +99,7 @@ def test_a_run_that_breaks_keeps_its_last_good_checkpoint(tmp_path: Path, monkey
         run(folder=tmp_path)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000004"]
-    assert_same(run(folder=tmp_path), run(folder=tmp_path / "whole"))
+    assert_same(run(folder=tmp_path), whole())
     assert_whole(tmp_path)
 
 
@@ -143,7 +113,7 @@ def test_a_validation_that_breaks_keeps_its_last_good_checkpoint(tmp_path: Path,
         run(folder=tmp_path)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000004"]
-    assert_same(run(folder=tmp_path), run(folder=tmp_path / "whole"))
+    assert_same(run(folder=tmp_path), whole())
 
 
 def test_a_broken_mask_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch
         run(folder=tmp_path)
     monkeypatch.undo()
     assert Checkpoints(tmp_path / CHECKPOINTS).newest() is None
-    assert_same(run(folder=tmp_path), run(folder=tmp_path / "whole"))
+    assert_same(run(folder=tmp_path), whole())
 
 
 @pytest.fixture(scope="module")

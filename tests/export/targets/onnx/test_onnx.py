@@ -16,10 +16,8 @@ from sparsepass.export.targets.onnx.lower import OnnxArtifact, generate_greedy, 
 from sparsepass.graph.program import Program
 from sparsepass.passes import apply_passes
 
-# Each is exported once, masks and SLoRB on it. The others are of the same make and run with `-m slow`.
-QUICK = ("llama", "gemma3", "gpt2", "mixtral", "bert", "vit", "convnet", "whisper")
-SLOW = tuple(name for name in BY_NAME if name not in QUICK)
-EVERY = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+# Each is exported once, masks and SLoRB on it.
+EVERY = tuple(BY_NAME)
 PLAIN = ("bert", "vit", "convnet")
 
 
@@ -160,9 +158,7 @@ def test_no_trace_of_the_machine_is_left(exported: Exporter) -> None:
     assert ir.load(exported("bert").folder / "model.onnx").metadata_props["sparsepass.recipe"].startswith("nm_sparsify")
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma3", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "opt"))]
-)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mistral", "opt"])
 def test_generates_what_the_model_generates(exported: Exporter, name: str) -> None:
     """Beyond the sliding window of 8, too, and with a padded prompt in the batch."""
     one = exported(name)
@@ -177,7 +173,7 @@ def test_generates_what_the_model_generates(exported: Exporter, name: str) -> No
     assert bool((got.margins >= 0).all())
 
 
-@pytest.mark.parametrize("name", ["whisper", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["whisper", "t5"])
 def test_encoder_decoders_generate_what_the_model_generates(exported: Exporter, name: str) -> None:
     one = exported(name)
     inputs = BY_NAME[name].inputs(2, 7)

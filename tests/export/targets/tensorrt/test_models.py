@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.graph.load.test_load import package_folder
+from tests.graph.load.packages import package_folder
 
 from sparsepass.export.cli.demo import smollm2
 from sparsepass.export.stages.preparing import prepare

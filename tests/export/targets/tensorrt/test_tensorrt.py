@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.targets.tensorrt.test_build import FAKE
+from tests.export.targets.tensorrt.fake import FAKE
 from tests.families import BY_NAME
 from torch import Tensor, nn
 
@@ -113,7 +113,6 @@ def test_notes_tell_what_was_not_shown(llama: tuple[Path, TensorrtArtifact]) -> 
     assert 'pip install "sparsepass[tensorrt]"' in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whisper", "gpt2"])
 def test_other_families(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]

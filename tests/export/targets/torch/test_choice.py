@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tests.export.targets.torch.torch_cpu import TIMINGS
+from tests.export.targets.torch.torch_cpu import TIMINGS, layer
 
 from sparsepass.export.targets.torch.choice import MIN_GAIN, Timing, decide
 from sparsepass.export.targets.torch.layer import choose
-from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord, read_timings
+from sparsepass.export.targets.torch.record import read_timings
 
 LLAMA_8B = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
 SMOLLM2 = {"q_proj": (576, 576), "k_proj": (192, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}
@@ -21,13 +21,6 @@ POINTS = st.builds(
     dense_ms=MS,
     sparse_ms=st.dictionaries(st.sampled_from(["cutlass", "cusparselt"]), MS, max_size=2),
 )
-
-
-def layer(name: str, shape: tuple[int, ...], *, bias: bool = False, eligible: bool = True) -> LayerRecord:
-    waiting = LayerRecord(
-        layer=name, shape=shape, bias=bias, sparse=True, eligible=True, state="to be measured", reason=TO_BE_MEASURED
-    )
-    return waiting if eligible else replace(waiting, eligible=False, state="dense", reason="shape rule")
 
 
 def timings(**gains: float) -> list[Timing]:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.targets.torch.test_choice import layer
-from tests.export.targets.torch.torch_cpu import CPU, GPU, emulated_kernels
+from tests.export.targets.torch.torch_cpu import CPU, GPU, emulated_kernels, layer
 from torch import nn
 
 from sparsepass.export.targets.torch import measure as torch_measure

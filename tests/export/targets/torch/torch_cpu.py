@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from sparsepass.export.targets.torch import lower as target, measure as torch_measure
+from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord
 from sparsepass.export.targets.torch.rules import Device
 from sparsepass.graph import Program, capture
 from sparsepass.passes import apply_passes
@@ -109,3 +111,10 @@ def two_four(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     kept = torch.rand(weight.shape).topk(2, -1).indices
     weight = torch.zeros_like(weight).scatter(-1, kept, weight.gather(-1, kept))
     return (weight * (torch.rand(weight.shape) > 0.1)).flatten(-2).to(dtype)
+
+
+def layer(name: str, shape: tuple[int, ...], *, bias: bool = False, eligible: bool = True) -> LayerRecord:
+    waiting = LayerRecord(
+        layer=name, shape=shape, bias=bias, sparse=True, eligible=True, state="to be measured", reason=TO_BE_MEASURED
+    )
+    return waiting if eligible else replace(waiting, eligible=False, state="dense", reason="shape rule")
