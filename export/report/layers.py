@@ -86,6 +86,8 @@ def layer_sparsity(program: "Program") -> dict[str, dict[str, Any]]:
     """
     import torch
 
+    from sparsepass.graph.states import masked_weight
+
     counted: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
     for site in program.sites():
@@ -93,9 +95,7 @@ def layer_sparsity(program: "Program") -> dict[str, dict[str, Any]]:
         if state is None:
             continue
         if site.weight not in counted:
-            weight = program.tensor(site.weight).detach()
-            if state.mask is not None:
-                weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
+            weight = masked_weight(program, site.weight)
             counted[site.weight] = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         found[site.name] = {"pattern": str(state.pattern), "zeros": counted[site.weight]}
         if state.branch is not None:

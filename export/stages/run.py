@@ -11,7 +11,6 @@ Rules:
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from sparsepass.export.stages.retraining import (
 )
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.program import PROGRAM_FILE
-from sparsepass.graph.support import check_free, replaced_folder
+from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
@@ -374,6 +373,4 @@ def _forget(out: Path, name: str) -> None:
 
 def _store(out: Path, records: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{STAGES_FILE}.partial"
-    beside.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, out / STAGES_FILE)
+    write_text(out / STAGES_FILE, json.dumps(records, indent=1) + "\n")

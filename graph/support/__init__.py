@@ -6,7 +6,8 @@ from sparsepass.graph.support.memory import give_back_freed_memory
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.precision import fast_low_precision
 from sparsepass.graph.support.progress import item_progress, shows_progress
-from sparsepass.graph.support.words import nearest
+from sparsepass.graph.support.quiet import quiet_export, quiet_loading
+from sparsepass.graph.support.words import closest, first_line, nearest
 
 __all__ = [
     "CaptureError",
@@ -16,12 +17,16 @@ __all__ = [
     "SparsepassError",
     "build",
     "check_free",
+    "closest",
     "fast_low_precision",
+    "first_line",
     "give_back_freed_memory",
     "item_progress",
     "item_to_text",
     "nearest",
     "parse_items",
+    "quiet_export",
+    "quiet_loading",
     "replaced_file",
     "replaced_folder",
     "shows_progress",

@@ -3,7 +3,6 @@
 Shape legend: B sequences, T tokens of a sequence.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, final
@@ -12,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data.sources import first_line
+from sparsepass.graph.support import SparsepassError, closest, first_line
 
 Row: TypeAlias = dict[str, Tensor]
 
@@ -86,10 +84,10 @@ class ModelInputs:
             if name not in self.names and name != MASK:
                 if name in _IGNORED or (name == "token_type_ids" and not _as_tensor(name, value, where).any()):
                     continue
-                near = difflib.get_close_matches(str(name), self.names, n=1)
+                near = closest(name, self.names)
                 raise SparsepassError(
                     f"calibration {where} has {name!r}, which is not an input of the program; its inputs are "
-                    f"{', '.join(self.names)}{f'; did you mean {near[0]!r}?' if near else ''}"
+                    f"{', '.join(self.names)}{f'; did you mean {near!r}?' if near else ''}"
                 )
             batch[name] = self._checked_tensor(name, _as_tensor(name, value, where), where)
         if not batch:

@@ -8,8 +8,7 @@ from typing import IO, Any, TypeAlias
 
 import torch
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data.sources import first_line
+from sparsepass.graph.support import SparsepassError, first_line
 
 Record: TypeAlias = dict[str, Any]
 

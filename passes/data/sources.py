@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,8 +157,3 @@ def special_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list
         if full[start : start + len(body)] == body:
             return full[:start], full[start + len(body) :]
     return [], []
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

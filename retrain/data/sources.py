@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.data import (
     PYTHON_DOCS,
     TEXT_SUFFIXES,
@@ -16,7 +16,6 @@ from sparsepass.passes.data import (
     arrow_schema,
     check_one_split,
     data_set_name,
-    first_line,
     load_data_set,
     locate,
     path_kind,

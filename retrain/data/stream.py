@@ -13,8 +13,8 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data import RecordError, first_line
+from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.passes.data import RecordError
 from sparsepass.retrain.data.order import permutation
 from sparsepass.retrain.data.sequences import Reading, Sequences
 from sparsepass.retrain.data.tokens import IDS, MASK, Columns, Part, hash_columns

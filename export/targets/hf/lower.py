@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
-from sparsepass.export.targets.hf.disk import auto_class, quiet, stored_weights
+from sparsepass.export.targets.hf.disk import auto_class, stored_weights
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,7 @@ def lower_hf(
             "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
         )
     branches = branched(program)
-    with quiet():
+    with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
         _settle_config(model, None if dtype is None else parse_dtype(dtype))
         _save(model, folder)
@@ -166,15 +166,7 @@ def _without_branches(program: Program) -> Program:
     bare = {
         weight: SparseState(pattern=state.pattern, axis=state.axis, mask=state.mask) for weight, state in program.sparse.items()
     }
-    return Program(
-        program.graph_module,
-        output_structure=program.output_structure,
-        example_inputs=program.example_inputs,
-        dynamic_axes=program.dynamic_axes,
-        aliases=program.aliases,
-        origin=program.origin,
-        sparse=bare,
-    )
+    return program.sharing(sparse=bare)
 
 
 def _settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:

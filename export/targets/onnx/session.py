@@ -11,7 +11,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, first_line
 
 Array = npt.NDArray[Any]
 Session = Any  # onnxruntime.InferenceSession; the package has no types
@@ -53,7 +53,7 @@ def open_session(path: str | Path) -> Session:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its extension module, which have no common base
-        raise SparsepassError(f"onnxruntime cannot run {path}: {first_line(error)}") from error
+        raise SparsepassError(f"onnxruntime cannot run {path}: {first_line(error)[:300]}") from error
 
 
 def generate_greedy(
@@ -175,7 +175,7 @@ def run_session(session: Session, feed: Mapping[str, Array]) -> dict[str, Array]
         outputs = session.run(None, given)
     except Exception as error:  # see open_session
         shapes = {name: array.shape for name, array in given.items()}
-        raise SparsepassError(f"onnxruntime failed on inputs of shapes {shapes}: {first_line(error)}") from error
+        raise SparsepassError(f"onnxruntime failed on inputs of shapes {shapes}: {first_line(error)[:300]}") from error
     return {value.name: output for value, output in zip(session.get_outputs(), outputs, strict=True)}
 
 
@@ -189,8 +189,3 @@ def _as(array: Array, kind: str) -> Array:
 def to_numpy(value: "Tensor | Array") -> Array:
     """A tensor of any device as an array."""
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error that says something."""
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

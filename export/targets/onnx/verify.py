@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
-from sparsepass.export.targets.onnx.session import NO_BFLOAT16, Array, Runner, first_line, open_session, run_session, to_numpy
+from sparsepass.export.targets.onnx.session import NO_BFLOAT16, Array, Runner, open_session, run_session, to_numpy
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.states import masked_weight
+from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.maths import canonical_zeros
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -73,7 +74,7 @@ def _check_file(path: Path) -> str:
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        return first_line(error)
+        return first_line(error)[:300]
     return "ok"
 
 
@@ -94,10 +95,7 @@ def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> d
     wanted = _DTYPES[artifact.dtype]
     differing, num_converted = [], 0
     for name, found in artifact.weights.items():
-        weight = program.tensor(name).detach().cpu()
-        state = program.sparse.get(name)
-        if state is not None and state.mask is not None:
-            weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask).cpu())
+        weight = masked_weight(program, name).cpu()
         for stored in found:
             value = models[stored.file].graph.initializers.get(stored.initializer)
             tensor = value.const_value if value is not None else None

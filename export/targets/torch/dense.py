@@ -4,15 +4,15 @@ from pathlib import Path
 
 from torch import nn
 
-from sparsepass.export.targets.hf import ADAPTER_FOLDER, load_plain, quiet, read_adapter
+from sparsepass.export.targets.hf import ADAPTER_FOLDER, load_plain, read_adapter
 from sparsepass.export.targets.torch.record import Record
 from sparsepass.graph.model import SLoRBLinear
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 
 
 def load_dense(folder: Path, record: Record) -> nn.Module:
     """The model as transformers loads it, with its SLoRB branches beside the layers."""
-    with quiet():
+    with quiet_loading():
         model: nn.Module = load_plain(folder)
     branches = {layer.layer: layer for layer in record.layers if layer.k}
     tensors = read_adapter(folder / ADAPTER_FOLDER) if branches else {}

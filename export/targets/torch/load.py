@@ -10,10 +10,11 @@ from torch import nn
 
 from sparsepass.export.targets.torch.dense import load_dense
 from sparsepass.export.targets.torch.layer import apply_record, choose
-from sparsepass.export.targets.torch.measure import default_shapes, measure_layers, position_limit, probe
+from sparsepass.export.targets.torch.measure import default_shapes, measure_layers, probe
 from sparsepass.export.targets.torch.record import ChoiceRules, Measured, Record, read_record, write_record
 from sparsepass.export.targets.torch.rules import check_device, check_dtype
 from sparsepass.export.targets.torch.target import SemiStructured
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError
 
 
@@ -60,7 +61,7 @@ def load_torch(
         rules = record.options
         if options is not None:
             rules = ChoiceRules(shapes=options.shapes, sparse_only=options.sparse_only, compiled=options.compiled)
-        shapes = rules.shapes or default_shapes(position_limit(model.config.to_dict()))  # type: ignore[union-attr, operator]
+        shapes = rules.shapes or default_shapes(position_limit(model.config))  # type: ignore[arg-type]
         measured = measure_layers(record.layers, shapes, dtype, place, compiled=rules.compiled)
         layers = choose(record.layers, measured, sparse_only=rules.sparse_only)
         record = replace(record, layers=layers, options=rules, measured=measured)

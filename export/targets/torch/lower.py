@@ -19,7 +19,7 @@ from sparsepass.export.targets.evidence import Known, LayerEvidence, counts
 from sparsepass.export.targets.hf import HfArtifact, lower_hf
 from sparsepass.export.targets.timing import break_even
 from sparsepass.export.targets.torch.layer import choose, survey
-from sparsepass.export.targets.torch.measure import default_shapes, measure_layers, position_limit
+from sparsepass.export.targets.torch.measure import default_shapes, measure_layers
 from sparsepass.export.targets.torch.record import (
     RECORD_FILE,
     ChoiceRules,
@@ -30,6 +30,7 @@ from sparsepass.export.targets.torch.record import (
     write_record,
 )
 from sparsepass.export.targets.torch.rules import check_device, check_dtype, check_patterns, gpu_is_here, short
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError

@@ -19,6 +19,7 @@ from sparsepass.export.targets.torch.options import Shapes
 from sparsepass.export.targets.torch.packing import convert
 from sparsepass.export.targets.torch.record import LayerRecord, Measured, Times
 from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, short
+from sparsepass.graph.support import first_line
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
@@ -26,7 +27,6 @@ Timer = Callable[[Call], float]
 
 _SHAPES: Final = ((1, 1), (8, 1), (1, 16), (1, 128), (1, 512), (1, 2048), (1, 4096), (8, 512), (8, 2048))
 ROUNDS: Final = 3
-_LIMITS: Final = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 _SECONDS: Final = 0.05
 
 
@@ -38,13 +38,6 @@ def default_shapes(limit: int | None) -> Shapes:
         ((1, 1), (8, 1), (1, 16), (1, 128))
     """
     return tuple(shape for shape in _SHAPES if limit is None or shape[1] <= limit)
-
-
-def position_limit(config: Mapping[str, Any] | None) -> int | None:
-    """Positions that a model knows, by its configuration."""
-    parts = [config or {}, *(part for part in (config or {}).values() if isinstance(part, Mapping))]
-    limits = [part.get(name) for part in parts for name in _LIMITS]
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def measure_layers(
@@ -109,7 +102,7 @@ def probe(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
             got = nn.functional.linear(x_TI, convert(weight_OI, name))
             is_right = torch.allclose(got, nn.functional.linear(x_TI, weight_OI), rtol=1e-2)  # waits for errors on the GPU
         except RuntimeError as error:
-            found[name] = (str(error) or type(error).__name__).splitlines()[0]
+            found[name] = first_line(error)
         else:
             found[name] = "" if is_right else "it computes a wrong product"
     return found

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import HTML_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
 from sparsepass.export.stages.exporting import SAMPLES_FILE, export, read_samples
-from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare, without_branches
+from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare
 from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.states import without_branches
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
 EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}
