@@ -2,7 +2,7 @@
 
 from sparsepass.passes.data.calibration import CalibrationBatch, CalibrationData, calibration_batches
 from sparsepass.passes.data.python_docs import default_text
-from sparsepass.passes.data.records import RecordError, arrow_schema, records
+from sparsepass.passes.data.reading import RecordError, arrow_schema, records
 from sparsepass.passes.data.sources import (
     TEXT_SUFFIXES,
     check_one_split,

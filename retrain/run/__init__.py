@@ -7,7 +7,7 @@ from sparsepass.retrain.run.parallel import checkpoint_activations, make_acceler
 from sparsepass.retrain.run.pieces import local_box
 from sparsepass.retrain.run.processes import any_process, is_first_process, leave_processes, together
 from sparsepass.retrain.run.progress import ProgressLine, memory_bytes
-from sparsepass.retrain.run.random_states import random_states, set_random_states
+from sparsepass.retrain.run.seeds import random_states, set_random_states
 from sparsepass.retrain.run.signals import StopSignals
 from sparsepass.retrain.run.trackers import tracking
 
