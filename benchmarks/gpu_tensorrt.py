@@ -22,21 +22,18 @@ import torch
 from sparsepass.export.cli import smollm2
 from sparsepass.export.report import read_report
 from sparsepass.export.stages import SAMPLES_FILE, export
-from sparsepass.export.targets.tensorrt import PROVIDER, EngineOptions, open_tensorrt_session, read_configuration
+from sparsepass.export.targets.tensorrt import PROVIDER, TensorRT, open_tensorrt_session, read_configuration
 from sparsepass.graph.equivalence import OnnxFile, default_rtol, difference, output_name
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def engines(arguments: argparse.Namespace) -> bool:
-    options = EngineOptions(runtime=arguments.runtime)
     result = export(
         arguments.model or smollm2(),
-        "tensorrt",
+        TensorRT(runtime=arguments.runtime, dtype=arguments.dtype),
         arguments.out,
         passes="nm_sparsify",
-        dtype=arguments.dtype,
-        engine=options,
         force=True,
         tell=print,
     )

@@ -29,8 +29,8 @@ from sparsepass.export.targets.torch import (
     TO_BE_MEASURED,
     LayerRecord,
     Measured,
+    SemiStructured,
     SemiStructuredLinear,
-    SemiStructuredOptions,
     Timing,
     check_device,
     choose,
@@ -153,12 +153,10 @@ def whole_model(name: str, dtype: str, num_layers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         result = export(
             model,
-            "torch",
+            SemiStructured(shapes=SIZES, dtype=dtype),
             Path(place) / "out",
             passes="nm_sparsify",
-            dtype=dtype,
             validate=False,
-            semi_structured=SemiStructuredOptions(shapes=SIZES),
         )
         lowered = load_torch(result.folder, device=DEVICE)
         dense = load_dense(result.folder, read_record(result.folder)).eval().to(DEVICE)

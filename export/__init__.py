@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport as PatternReport, check_pattern as check_pattern
     from sparsepass.export.report import read_report as read_report
-    from sparsepass.export.stages import TARGETS as TARGETS, ExportResult as ExportResult, Target as Target, export as export
+    from sparsepass.export.stages import ExportResult as ExportResult, export as export
+    from sparsepass.export.targets import (
+        TARGETS as TARGETS,
+        HuggingFace as HuggingFace,
+        Onnx as Onnx,
+        SemiStructured as SemiStructured,
+        Target as Target,
+        TensorRT as TensorRT,
+    )
     from sparsepass.graph.load import LoadedModel as LoadedModel, load_model as load_model
     from sparsepass.graph.perplexity import Perplexity as Perplexity, perplexity as perplexity
 else:

@@ -5,7 +5,6 @@ import copy
 import gc
 import inspect
 import json
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from sparsepass.graph import structure
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
-from sparsepass.graph.support import CaptureError
+from sparsepass.graph.support import CaptureError, first_line, quiet_export
 
 # Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
 _EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS = 2, 8, 224
@@ -247,7 +246,7 @@ def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tu
             return torch.export.export(model, (), kwargs=dict(named), dynamic_shapes=_by_signature(model, shapes), strict=False)
     except Exception as error:  # torch.export raises anything the model's own code raises
         raise CaptureError(
-            f"{type(model).__name__} cannot be captured{_where(error)}: {type(error).__name__}: {_first_line(error)}. "
+            f"{type(model).__name__} cannot be captured{_where(error)}: {type(error).__name__}: {first_line(error)}. "
             "Common causes: control flow that depends on tensor values (use torch.where or torch.cond), .item() or .numpy() "
             "in forward, inputs that the model does not take. Try other example_inputs, fixed sizes "
             "(dynamic_axes={}), or capture a submodule"
@@ -263,7 +262,7 @@ def _export_pretrained(
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
     config = DynamoConfig(dynamic=True, dynamic_shapes=dict(shapes))
-    with _quiet_transformers(), _without_cache(model), _without_leftovers(model):
+    with quiet_export("transformers"), _without_cache(model), _without_leftovers(model):
         return run_exporter(DynamoExporter(), model, named, config)  # type: ignore[no-any-return]
 
 
@@ -313,18 +312,6 @@ def _without_leftovers(model: nn.Module) -> Iterator[None]:
     finally:
         for module in plain:
             vars(module).pop("forward", None)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """The exporter warns about each torch version that is not the one it was tried with; our tests try the ones we take."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _to_program(
@@ -479,7 +466,3 @@ def _where(error: BaseException) -> str:
             place = f" (at {file}, line {traceback.tb_lineno}, in {traceback.tb_frame.f_code.co_name})"
         traceback = traceback.tb_next
     return place
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

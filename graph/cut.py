@@ -113,16 +113,7 @@ def _body(program: Program, result: fx.Node) -> Program:
             module.graph.erase_node(node)
     module.delete_all_unused_submodules()
     module.recompile()
-    return Program(
-        module,
-        output_structure="tensor",
-        example_inputs=program.example_inputs,
-        dynamic_axes=program.dynamic_axes,
-        aliases=program.aliases,
-        origin=program.origin,
-        sparse=program.sparse,
-        history=program.history,
-    )
+    return program.sharing(graph_module=module, output_structure="tensor")
 
 
 def _head(program: Program, inside: set[fx.Node], entry: fx.Node, logits: fx.Node) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.program import Program
+from sparsepass.graph.states import masked_weight
 from sparsepass.graph.support import CaptureError
 
 
@@ -81,14 +82,7 @@ def to_model(program: Program) -> nn.Module:
     Exactness: bitwise the program's outputs without SLoRB; with it, up to the rounding of the last addition.
     """
     model = skeleton(program)
-    masks = {weight: state.mask for weight, state in program.sparse.items() if state.mask is not None}
-    state = {}
-    for name in dict(model.state_dict()):
-        tensor = program.tensor(name)
-        mask = masks.get(program.aliases.get(name, name))
-        if mask is not None:
-            tensor = torch.ops.sparsepass.masked_weight(tensor.detach(), program.tensor(mask))
-        state[name] = tensor.detach().clone()
+    state = {name: masked_weight(program, name).clone() for name in dict(model.state_dict())}
     model.load_state_dict(state, assign=True)
     _share_ties(model, program)
     for name, _ in list(model.named_buffers()):  # rotary frequencies and other state that is never saved

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # its name everywhere
 from torch import Tensor, nn
 
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
@@ -171,7 +172,7 @@ def perplexity(
                 progress(num_done, len(windows))
     nll_mean = nll_sum / num_scored
     return Perplexity(
-        value=math.exp(nll_mean) if nll_mean < 700 else math.inf,
+        value=perplexity_of(nll_mean),
         nll_mean=nll_mean,
         num_tokens=num_scored,
         context=context,
@@ -180,6 +181,16 @@ def perplexity(
         dtype=arithmetic,
         seconds=time.perf_counter() - started,
     )
+
+
+def perplexity_of(nll_mean: float) -> float:
+    """Return the perplexity that a mean loss of so many nats per token is; infinite where a float does not hold it.
+
+    Example:
+        >>> perplexity_of(0.0), perplexity_of(800.0)
+        (1.0, inf)
+    """
+    return math.exp(nll_mean) if nll_mean < 700 else math.inf
 
 
 def _windows(ids_T: Tensor, *, num_text: int, step: int, bos_id: int | None) -> Iterator[_Window]:
@@ -339,12 +350,9 @@ def _check_settings(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise SparsepassError(f"{name} has to be at least 1, and is {value}")
-    for name in ("max_position_embeddings", "n_positions"):
-        limit = config.get(name)
-        if isinstance(limit, int) and limit > 0 and context > limit:
-            raise SparsepassError(
-                f"context of {context} tokens is more than the model's {limit} positions ({name}); choose {limit} or less"
-            )
+    limit = position_limit(config)
+    if limit is not None and context > limit:
+        raise SparsepassError(f"context of {context} tokens is more than the model's {limit} positions; choose {limit} or less")
 
 
 def _check_ids(ids_T: Tensor, config: Mapping[str, Any], *, with_bos: bool) -> None:
@@ -363,10 +371,7 @@ def _config(model: "CausalLM | nn.Module") -> Mapping[str, Any]:
 
     config: object = model.origin.config if isinstance(model, Program) else getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):
-        # Attribute names are common to all models where dict keys are not (GPT-2's n_positions).
-        text = config.get_text_config()
-        names = ("vocab_size", "max_position_embeddings", "bos_token_id")
-        return {name: getattr(text, name, None) for name in names} | {"is_encoder_decoder": config.is_encoder_decoder}
+        return config.get_text_config().to_dict() | {"is_encoder_decoder": config.is_encoder_decoder}
     if isinstance(config, Mapping):
         nested = config.get("text_config")
         return {**config, **nested} if isinstance(nested, Mapping) else config

@@ -1,6 +1,7 @@
 """Program: a captured model as a flat graph, with everything that is known about it."""
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -337,6 +338,11 @@ class Program(nn.Module):
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
 
+    def sharing(self, **changes: Any) -> "Program":
+        """A program with the same tensors and facts, but for the fields given, such as ``sparse``."""
+        fields = {name: getattr(self, name) for name in inspect.signature(Program.__init__).parameters if name != "self"}
+        return Program(**(fields | changes)).train(self.training)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_state, self._state()
 
@@ -440,11 +446,6 @@ def _write(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tens
         if t.numel() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
             plain[name] = t.clone()
     safetensors.torch.save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
-
-
-def with_record(program: Program, record: PassRecord) -> None:
-    """Append a pass to the history."""
-    program.history = (*program.history, record)
 
 
 def with_sparse(program: Program, weight: str, **changes: Any) -> None:

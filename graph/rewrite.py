@@ -11,6 +11,7 @@ from sparsepass.graph.program import Program, with_sparse
 from sparsepass.graph.records import BranchState, LearnedState, SparseState
 from sparsepass.graph.sites import Site
 from sparsepass.graph.soft_masks import candidate_masks, hard_mask
+from sparsepass.graph.states import masked_weight
 
 _aten = torch.ops.aten
 _MASKED = torch.ops.sparsepass.masked_weight.default
@@ -110,8 +111,7 @@ def fold_mask(program: Program, weight: str, *, inplace: bool = False) -> None:
     if state.learned is not None:
         detach_logits(program, weight)
     graph = program.graph_module.graph
-    mask = program.tensor(state.mask)
-    folded = torch.ops.sparsepass.masked_weight(program.tensor(weight).detach(), mask)
+    folded = masked_weight(program, weight)
     if inplace:
         program.write_tensor(weight, folded)
     else:

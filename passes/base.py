@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site
+from sparsepass.graph.support import nearest
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import BlockRun, SiteGroup
 from sparsepass.passes.maths import InputStatistics
@@ -204,14 +205,3 @@ def matches(pattern: str, site: Site) -> bool:
     if pattern == site.module_type:
         return True
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint such as ``; did you mean 'wanda'?``, or the known words if none is near."""
-    import difflib
-
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    shown = ", ".join(map(repr, sorted(set(known))[:8]))
-    return f"; known: {shown}{', ...' if len(set(known)) > 8 else ''}" if shown else ""

@@ -1,9 +1,8 @@
 """Running a pipeline: check the order, run each pass, validate its result, and record what it did."""
 
-import contextlib
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
+from sparsepass.graph.limits import default_context
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
+from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED)
-_DEFAULT_CONTEXT = 2048
 _VALIDATION_SEQUENCES = 2
 
 
@@ -103,7 +103,7 @@ def apply_passes(
             tokenizer=tokenizer,
             input_names=program.input_names,
             num_sequences=num_sequences,
-            context=context or _context(program),
+            context=context or default_context(program.origin.config),
             batch_size=min([batch_size, *(p.block_work.batch_size for p in pipeline if p.block_work is not None)]),
             seed=seed,
             vocab_size=_vocabulary(program),
@@ -223,7 +223,8 @@ class _Run:
                 _require_work(item, list(facts[item.name]), reasons[item.name])
             # Each pass of a sweep is measured as if the later ones had not run: their branches are switched off. Training of
             # whole blocks cannot be switched off, so the passes before it have no measurement of their own.
-            with _muted_branches(self.program, facts, items[index + 1 :]):
+            touched = {name for later in items[index + 1 :] for name in facts[later.name]}
+            with without_branches(self.program, {site.weight for site in self.program.sites() if site.name in touched}):
                 measured = None if any(later in by_block for later in items[index + 1 :]) else self._measure(item)
             self._record(item, facts[item.name], reasons[item.name], seconds, measured)
 
@@ -329,30 +330,6 @@ def _require_work(item: Pass, chosen: Sequence[Any], skipped: Mapping[str, str])
     reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])
     more = f" and {len(skipped) - 6} more" if len(skipped) > 6 else ""
     raise PassError(item.name, "program", f"no layer can be rewritten ({reasons or 'the model has no linear layers'}{more})")
-
-
-@contextlib.contextmanager
-def _muted_branches(program: Program, facts: Mapping[str, Mapping[str, Facts]], later: Sequence[Pass]) -> Iterator[None]:
-    """Switch off the branches that later passes of a sweep have added, while an earlier pass is measured."""
-    touched = {name for item in later for name in facts[item.name]}
-    branches = [
-        state.branch.weight
-        for site in program.sites()
-        if site.name in touched and (state := program.sparse[site.weight]).branch is not None
-    ]
-    old = {name: program.tensor(name) for name in branches}
-    for name, tensor in old.items():
-        program.set_tensor(name, torch.zeros_like(tensor))
-    try:
-        yield
-    finally:
-        for name, tensor in old.items():
-            program.set_tensor(name, tensor)
-
-
-def _context(program: Program) -> int:
-    limit = (program.origin.config or {}).get("max_position_embeddings")
-    return min(_DEFAULT_CONTEXT, limit) if isinstance(limit, int) and limit > 0 else _DEFAULT_CONTEXT
 
 
 def _vocabulary(program: Program) -> int | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_mask
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, nearest
+from sparsepass.graph.support import nearest
+from sparsepass.passes.base import Facts, GroupContext, Needs, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, refine
 from sparsepass.passes.engine import SiteGroup

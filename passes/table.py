@@ -1,8 +1,6 @@
 """The one table of passes."""
 
-from importlib.metadata import entry_points
-
-from sparsepass.graph import SparsepassError
+from sparsepass._plugins import extended
 from sparsepass.passes.base import Pass
 from sparsepass.passes.fold import Fold
 from sparsepass.passes.learn_masks import LearnMasks
@@ -20,12 +18,4 @@ def passes_table() -> dict[str, type[Pass]]:
     Raises:
         SparsepassError: If an entry point is no pass, or takes a name that is taken.
     """
-    table = dict(PASSES)
-    for entry in entry_points(group="sparsepass.passes"):
-        kind = entry.load()
-        if not (isinstance(kind, type) and issubclass(kind, Pass)):
-            raise SparsepassError(f"the entry point {entry.name} ({entry.value}) is no Pass class; mend or remove its package")
-        if kind.name in table:
-            raise SparsepassError(f"the entry point {entry.value} takes the name {kind.name!r}, which is taken")
-        table[kind.name] = kind
-    return table
+    return extended(PASSES, "sparsepass.passes", Pass)  # type: ignore[type-abstract]

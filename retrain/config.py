@@ -1,7 +1,6 @@
 """The settings of a training run: plain fields, checked when they are made, readable from a recipe file."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -9,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import torch
 
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.support import fast_low_precision
+from sparsepass.graph.support import closest, fast_low_precision
 
 Method = Literal["ast", "cast", "fixed", "maskllm"]
 Settings = TypeVar("Settings")
@@ -21,6 +20,8 @@ _BY_METHOD: dict[str, dict[str, Any]] = {
     "decay": {"cast": 4e-7, "": 1e-4},
 }
 """Defaults that depend on the method; the last one is that of all others."""
+FREE_SETTINGS = ("keep_checkpoints", "log_every", "trackers", "validate_every", "checkpoint_every", "compile")
+"""Settings that a resumed run may change: they say how a run is watched, not what it computes."""
 
 
 def _by_method() -> Any:
@@ -235,8 +236,8 @@ def _check_trackers(names: tuple[str, ...]) -> None:
     there = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            near = closest(name, known)
+            hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
             raise SparsepassError(f"trackers: accelerate knows no {name!r}; {hint}")
         if name not in there:
             raise SparsepassError(f"trackers: {name} is not installed; install it, or leave it out")
@@ -262,9 +263,9 @@ def read_settings(kind: type[Settings], settings: Mapping[str, Any], *, where: s
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in settings:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, 1)
+            near = closest(name, names)
             raise SparsepassError(
-                f"{where}: there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f" (there are {names})")
+                f"{where}: there is no setting {name!r}" + (f"; did you mean {near!r}?" if near else f" (there are {names})")
             )
     try:
         return TypeAdapter(kind).validate_python(dict(settings))

@@ -1,52 +1,46 @@
-"""The training loop: a rewritten program, its dense teacher, data, and settings in; the retrained program out.
-
-Tensor shape legend: B sequences of one process, T tokens.
-"""
+"""The training loop: a rewritten program, its dense teacher, data, and settings in; the retrained program out."""
 
 import contextlib
 import copy
 import gc
 import hashlib
-import math
+import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
-from sparsepass.retrain.config import RetrainConfig, steps_of
-from sparsepass.retrain.data import Batch, TrainingData
-from sparsepass.retrain.loss import IGNORED, Distillation, next_token_targets
+from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, steps_of
+from sparsepass.retrain.data import TrainingData
+from sparsepass.retrain.learner import StepLoss, make_learner, shares
 from sparsepass.retrain.run import (
     CHECKPOINTS,
-    GO_ON,
     METRICS,
     Checkpoints,
     MetricsFile,
-    NonFiniteLossError,
     ProgressLine,
     StopSignals,
     any_process,
-    first_not_finite,
+    make_accelerator,
     memory_bytes,
-    parallel,
     random_states,
     set_random_states,
     together,
+    total,
     tracking,
 )
 from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
-from sparsepass.retrain.teacher import OnlineParts, Teacher, online_teacher
-from sparsepass.retrain.trainee import Trainee, make_trainee
+from sparsepass.retrain.state import TrainingState
+from sparsepass.retrain.teacher import Teacher, online_teacher
+from sparsepass.retrain.trainee import make_trainee
 
-FREE_SETTINGS = ("keep_checkpoints", "log_every", "trackers", "validate_every", "checkpoint_every", "compile")
-"""Settings that a resumed run may change: they say how a run is watched, not what it computes."""
+_LOG = logging.getLogger(__name__)
 
 
 class TrainingStoppedError(SparsepassError):
@@ -79,7 +73,8 @@ def retrain(
             returned.
         resume: ``auto`` goes on from the newest checkpoint of the folder, if it has one; ``never`` refuses a folder that has.
         inplace: Whether the program itself is trained. One that was interrupted is half trained: to go on, load it anew.
-        progress: Whether a line shows loss, KL, flip rate, speed, memory and the time left.
+        progress: Whether a line shows loss, KL, flip rate, speed, memory and the time left. News stand above it; where a
+            logger ``sparsepass.retrain`` is listened to at level INFO, they go there instead.
 
     Returns:
         The retrained program: of its checkpoints the one with the best validation, or else the last weights (without
@@ -95,437 +90,321 @@ def retrain(
 
     Exactness: a run that was interrupted and resumed is bit-equal to one that was not, on the same number of processes.
     """
-    folder = None if run_folder is None else Path(run_folder)
-    accelerator = parallel.make_accelerator(config.trackers, None if folder is None else str(folder))
-    config = config.resolve(accelerator.device)
-    num_steps = config.num_steps(data.train.shape.context)
-    plan = _plan(config, accelerator.num_processes, num_steps)
     program = program if inplace else copy.deepcopy(program)
-    torch.manual_seed(config.seed)
-    this_run = _this_run(program, config, num_steps)
-    trainee = make_trainee(program, config, accelerator, unpadded=data.unpadded)
-    guide = online_teacher(teacher, config, accelerator, unpadded=data.unpadded)
-    guide.check(trainee.student)
-    this_run["teacher"] = guide.about.get("fingerprint")
-    checkpoints = _checkpoints(folder, config)
-    state = _State(started=time.time())
-    gc.collect()  # what capture left behind lies in cycles
-    give_back_freed_memory()
-    notes = _resume(checkpoints, resume, trainee, data, state, this_run)
-    show = progress and accelerator.is_main_process
-    main = accelerator.is_main_process and folder is not None
-
-    def metrics_file() -> Any:
-        if folder is None:
-            return contextlib.nullcontext()
-        return MetricsFile(folder / METRICS, resumed_at=state.step or None, enabled=accelerator.is_main_process)
-
-    with (
-        StopSignals() as stop,
-        ProgressLine(num_steps, start=state.step, enabled=show) as line,
-        tracking(accelerator, "retrain", asdict(config), resumed_at=state.step or None) as track,
-        metrics_file() as metrics,
-    ):
-        for note in (*data.notes, *config.notes(num_steps), *notes):
-            line.print(note)
-
-        def write(values: dict[str, Any]) -> None:
-            if main:
-                metrics.write(values)
-            track(values)
-
-        def save() -> None:
-            if checkpoints is not None:
-                together(trainee.masks.check)
-                states, tensors = random_states()
-                saved = {**this_run, **state.to_json(), "data": data.train.state()}
-                checkpoints.save(
-                    state.step,
-                    trainee.tensors(),
-                    saved,
-                    metric=state.last_validation,
-                    local_tensors=tensors,
-                    local_state=states,
-                )
-
-        def due() -> bool:
-            known = bool(state.validations) and state.validations[-1]["step"] == state.step
-            return (
-                data.validation is not None and not known and (state.step == num_steps or state.step % plan.validate_every == 0)
-            )
-
-        def measure() -> None:
-            assert data.validation is not None
-            with line.pause("validating"):
-                found = validate(trainee, guide, data.validation, config, accelerator)
-                if not math.isfinite(found["nll"] or 0.0):
-                    raise _bad_validation(trainee, guide, data.validation[slice(plan.micro)], state.step, config, accelerator)
-            state.validations.append({"step": state.step, **found})
-            state.last_validation = found["nll"]
-            write({"step": state.step, "validation": found, "flips_by_layer": state.flips_by_layer})
-            line.print(f"step {state.step}: validation perplexity {found['perplexity']:.3f}")
-
-        if due():  # before the first step, and where a signal came before a validation that was due
-            measure()
-            if state.step:
-                save()
-        while state.step < num_steps:
-            step = state.step
-            began = time.perf_counter()
-            lr = _set_schedule(trainee, config, step, num_steps)
-            if config.method == "cast" and step % config.mask_interval == 0 and step:
-                _refresh(trainee, state, accelerator, config, num_steps)
-            batch = data.train.take(config.batch_size, rows=plan.rows(accelerator.process_index))
-            sums = _gradients(trainee, guide, batch, plan, config, accelerator)
-            trainee.learned.reward_norm(straight(step, num_steps=num_steps, start=config.mask_norm, end=0.0))
-            norm = _check(trainee, guide, batch, sums, step, config, accelerator)
-            trainee.optimizer.step()
-            trainee.optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.num_tokens += plan.num_tokens(data.train.shape.context)
-            moves = config.method == "ast" and state.step % config.mask_interval == 0
-            if moves or (config.method == "maskllm" and plan.looks(state.step, num_steps, config)):
-                _refresh(trainee, state, accelerator, config, num_steps)
-            seconds = time.perf_counter() - began
-            state.seconds += seconds
-            values = {
-                "step": state.step, "tokens": state.num_tokens, **sums.means(), "grad_norm": norm, "lr": lr,
-                "decay": trainee.optimizer.param_groups[0].get("decay", 0.0), "flip_rate": state.flip_rate,
-                "flips_since_first": state.flips_since_first, **state.settled(), "seconds": seconds,
-                "tokens_per_second": plan.num_tokens(data.train.shape.context) / seconds, "memory_bytes": memory_bytes(),
-            }  # fmt: skip
-            if state.step % config.log_every == 0 or state.step == num_steps:
-                write(values)
-            line.update(
-                state.step,
-                tokens=plan.num_tokens(data.train.shape.context),
-                loss=values["loss"],
-                kl=values["kl"],
-                flip_rate=state.flip_rate,
-                lr=lr,
-            )
-            stopping = any_process(stop.requested, accelerator.device)
-            last = state.step == num_steps
-            state.last_validation = None
-            if due() and (last or not stopping):
-                measure()
-            if last or stopping or state.step % plan.checkpoint_every == 0 or state.is_best:
-                with line.pause("saving"):
-                    save()
-            if stopping and not last:
-                kept = "nothing was saved: no checkpoints were asked for" if checkpoints is None else f"saved in {folder}"
-                raise TrainingStoppedError(
-                    f"stopped after step {state.step} of {num_steps} by {stop.name or 'a signal to another process'}; {kept}. "
-                    "Start the same command again to go on"
-                )
-        best, passed_over = _best(checkpoints, trainee, state)
-        for note in passed_over:
-            line.print(note)
-        together(trainee.masks.check)
-    trained = trainee.give_back()
-    trained.retraining = (*trained.retraining, _record(config, data, guide, state, best, num_steps))
-    return trained
+    training = Training(program, teacher, data, config, None if run_folder is None else Path(run_folder))
+    notes = training.resume(resume)
+    with StopSignals() as stop, training.watched(progress=progress):
+        for note in (*data.notes, *notes):
+            training.tell(note)
+        if training.validation_is_due:  # before the first step, and where a signal came before a validation that was due
+            training.validate()
+            if training.state.step:
+                training.save()
+        while not training.is_over:
+            values = training.step()
+            training.log(values)
+            stopping = any_process(stop.requested, training.device)
+            if training.validation_is_due and (training.is_over or not stopping):
+                training.validate()
+            if training.is_over or stopping or training.save_is_due:
+                training.save()
+            if stopping and not training.is_over:
+                raise training.stopped_by(stop.name)
+        best = training.go_back_to_best()
+    return training.finish(best)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """How a step is shared out: over processes, then over micro-batches."""
+@final
+class Training:
+    """A training that stands between two steps.
 
-    batch_size: int
-    share: int
-    micro: int
-    validate_every: int
-    checkpoint_every: int
+    Args:
+        program: It is trained in place.
+        teacher: See `retrain`.
+        data: See `retrain`.
+        config: See `retrain`.
+        folder: The run folder.
+    """
 
-    def looks(self, step: int, num_steps: int, config: RetrainConfig) -> bool:
-        """Whether learned masks are refreshed after this step: nothing in training reads them."""
-        return step % config.mask_interval == 0 or step % self.validate_every == 0 or step == num_steps
-
-    def rows(self, rank: int) -> slice:
-        return slice(rank * self.share, (rank + 1) * self.share)
-
-    def micro_batches(self, batch: Batch) -> list[Batch]:
-        return [batch[slice(start, start + self.micro)] for start in range(0, len(batch), self.micro)]
-
-    def num_tokens(self, context: int) -> int:
-        return self.batch_size * context
-
-
-def _plan(config: RetrainConfig, num_processes: int, num_steps: int) -> _Plan:
-    if config.batch_size % num_processes:
-        raise SparsepassError(
-            f"batch_size {config.batch_size} is not a multiple of {num_processes} processes; choose one that is"
-        )
-    share = config.batch_size // num_processes
-    micro = config.micro_batch_size or share
-    if share % micro:
-        raise SparsepassError(
-            f"micro_batch_size {micro} does not divide the {share} sequences of each process (batch_size {config.batch_size} "
-            f"over {num_processes} processes)"
-        )
-    validate_every = config.validate_every or max(1, num_steps // 10)
-    return _Plan(
-        batch_size=config.batch_size,
-        share=share,
-        micro=micro,
-        validate_every=validate_every,
-        checkpoint_every=config.checkpoint_every or validate_every,
-    )
-
-
-@dataclass(kw_only=True)
-class _State:
-    """Where a run stands."""
-
-    started: float
-    step: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    flip_rate: float = 0.0
-    flips_since_first: float = 0.0
-    last_validation: float | None = None
-    decided: float | None = None
-    kept_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        self.flips_by_layer: dict[str, float] = {}
-        self.since_first_by_layer: dict[str, float] = {}
-        self.validations: list[dict[str, float | None]] = []
-
-    _SAVED = ("step", "num_tokens", "seconds", "flip_rate", "flips_since_first", "flips_by_layer", "since_first_by_layer",
-              "validations", "decided", "kept_norm")  # fmt: skip
+    def __init__(
+        self,
+        program: Program,
+        teacher: nn.Module | Teacher | None,
+        data: TrainingData,
+        config: RetrainConfig,
+        folder: Path | None,
+    ) -> None:
+        self.accelerator = make_accelerator(config.trackers, None if folder is None else str(folder))
+        self.device = self.accelerator.device
+        self.config = config = config.resolve(self.device)
+        self.data, self.folder = data, folder
+        self.num_steps = config.num_steps(data.train.shape.context)
+        shares(config, self.accelerator.num_processes)  # a mistake shows before anything expensive starts
+        self._validate_every = config.validate_every or max(1, self.num_steps // 10)
+        self._checkpoint_every = config.checkpoint_every or self._validate_every
+        torch.manual_seed(config.seed)
+        self._identity = _identity(program, config, self.num_steps)
+        self.trainee = make_trainee(program, config, self.accelerator, unpadded=data.unpadded)
+        self.guide = online_teacher(teacher, config, self.accelerator, unpadded=data.unpadded)
+        self.guide.check(self.trainee.student)
+        self._identity["teacher"] = self.guide.about.get("fingerprint")
+        self.learner = make_learner(self.trainee, self.guide, config, self.accelerator)
+        self._checkpoints = _checkpoints(folder, config)
+        self.state = TrainingState()
+        gc.collect()  # what capture left behind lies in cycles
+        give_back_freed_memory()
 
     @property
-    def is_best(self) -> bool:
-        """Whether this step was validated and no earlier one was better."""
-        known = [found["nll"] for found in self.validations if found["step"] and found["nll"] is not None]
-        return self.last_validation is not None and self.last_validation < min(known[:-1], default=math.inf)
+    def is_over(self) -> bool:
+        """Whether the last step was taken."""
+        return self.state.step >= self.num_steps
 
-    def settled(self) -> dict[str, float]:
-        """What is known of learned masks."""
-        known = {"decided": self.decided, "kept_norm": self.kept_norm}
-        return {name: value for name, value in known.items() if value is not None}
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether this step is to be validated and was not yet."""
+        due = self.is_over or self.state.step % self._validate_every == 0
+        return self.data.validation is not None and due and not self.state.is_validated
 
-    def to_json(self) -> dict[str, Any]:
-        return {"state": {name: getattr(self, name) for name in self._SAVED}}
+    @property
+    def save_is_due(self) -> bool:
+        """Whether this step is to be saved, other than as the last one."""
+        return self.state.step % self._checkpoint_every == 0 or self.state.is_best
 
-    def read(self, saved: Mapping[str, Any]) -> None:
-        for name in self._SAVED:
-            setattr(self, name, saved["state"].get(name, getattr(self, name)))
+    def resume(self, how: str) -> list[str]:
+        """Go to where the newest checkpoint was written, if there is one; return what to tell the user."""
+        notes = self.config.notes(self.num_steps)
+        if self._checkpoints is None or self._checkpoints.newest() is None:
+            return notes
+        if how == "never":
+            raise SparsepassError("the run folder holds checkpoints of an earlier run; resume it, or give another folder")
+        found = self._checkpoints.restore("newest", self.trainee.tensors(), expected=self._identity)
+        self.state = TrainingState.from_json(found.state["state"])
+        self.data.train.restore(found.state["data"])
+        if found.local_state is not None:
+            set_random_states(found.local_state, found.local_tensors)
+        return [*notes, *found.notes, f"going on from step {self.state.step} ({found.path.name})"]
+
+    @contextlib.contextmanager
+    def watched(self, *, progress: bool) -> Iterator[None]:
+        """Show the progress line, and open the metrics file and the trackers."""
+        first = self.accelerator.is_main_process
+        resumed_at = self.state.step or None
+        with contextlib.ExitStack() as stack:
+            line = ProgressLine(self.num_steps, start=self.state.step, enabled=progress and first)
+            self._line = stack.enter_context(line)
+            settings = asdict(self.config)
+            self._track = stack.enter_context(tracking(self.accelerator, "retrain", settings, resumed_at=resumed_at))
+            self._metrics: MetricsFile | None = None
+            if self.folder is not None:
+                metrics = MetricsFile(self.folder / METRICS, resumed_at=resumed_at, enabled=first)
+                self._metrics = stack.enter_context(metrics)
+            yield
+
+    def tell(self, news: str) -> None:
+        """Say something to the log, where it is listened to, and else above the progress line."""
+        if not _LOG.isEnabledFor(logging.INFO):
+            self._line.print(news)
+        elif self.accelerator.is_main_process:
+            _LOG.info(news)
+
+    def step(self) -> dict[str, Any]:
+        """Take one optimizer step; return what it measured."""
+        config, state, trainee = self.config, self.state, self.trainee
+        began = time.perf_counter()
+        lr = self._set_schedule()
+        if config.method == "cast" and state.step and state.step % config.mask_interval == 0:
+            self._refresh_masks()
+        batch = self.data.train.take(config.batch_size, rows=self.learner.rows())
+        found = self.learner.gradients(batch)
+        trainee.learned.reward_norm(straight(state.step, num_steps=self.num_steps, start=config.mask_norm, end=0.0))
+        norm = self.learner.clip(batch, found, state.step)
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.num_tokens += self._step_tokens
+        if self._masks_move():
+            self._refresh_masks()
+        seconds = time.perf_counter() - began
+        state.seconds += seconds
+        state.last_validation = None
+        return self._measured(found, norm, lr, seconds)
+
+    def _measured(self, found: StepLoss, norm: float, lr: float, seconds: float) -> dict[str, Any]:
+        state = self.state
+        return {
+            "step": state.step,
+            "tokens": state.num_tokens,
+            **asdict(found),
+            "grad_norm": norm,
+            "lr": lr,
+            "decay": self.trainee.optimizer.param_groups[0].get("decay", 0.0),
+            "flip_rate": state.flip_rate,
+            "flips_since_first": state.flips_since_first,
+            **state.settled(),
+            "seconds": seconds,
+            "tokens_per_second": self._step_tokens / seconds,
+            "memory_bytes": memory_bytes(),
+        }
+
+    @property
+    def _step_tokens(self) -> int:
+        return self.config.batch_size * self.data.train.shape.context
+
+    def _set_schedule(self) -> float:
+        """Set the rates of the next step; return its learning rate."""
+        config, step, num_steps = self.config, self.state.step, self.num_steps
+        lr = learning_rate(
+            step,
+            num_steps=num_steps,
+            peak=config.lr,
+            floor=config.min_lr,
+            warmup_steps=steps_of(config.warmup, num_steps),
+            final_steps=steps_of(config.final_linear, num_steps) if config.final_linear < 1 else num_steps,
+            shape=config.lr_shape,
+        )
+        for group in self.trainee.optimizer.param_groups:
+            group["lr"] = lr
+            if config.method == "ast":
+                group["decay"] = annealed_decay(step, decay=config.decay, decay_steps=steps_of(config.decay_warmup, num_steps))
+            if config.method == "cast":
+                group["progress"] = step / num_steps
+        (scale, last_scale), (temperature, last_temperature) = config.mask_scale, config.mask_temperature
+        self.trainee.learned.draw(
+            step,
+            scale=straight(step, num_steps=num_steps, start=scale, end=last_scale),
+            temperature=straight(step, num_steps=num_steps, start=temperature, end=last_temperature),
+        )
+        return lr
+
+    def _masks_move(self) -> bool:
+        """Whether the masks are refreshed after this step. Learned ones are only looked at: nothing in training reads them."""
+        at_interval = self.state.step % self.config.mask_interval == 0
+        if self.config.method == "maskllm":
+            return at_interval or self.state.step % self._validate_every == 0 or self.is_over
+        return self.config.method == "ast" and at_interval
+
+    def _refresh_masks(self) -> None:
+        """Choose the masks anew, and count what changed."""
+        state, trainee = self.state, self.trainee
+        if state.step > self.config.freeze_masks_after * self.num_steps:
+            state.flip_rate = 0.0
+            return
+        flips = trainee.masks.refresh()
+        sums = iter(self._over_processes(n for known in flips.values() for n in known.counts()))
+        last = first = entries = 0.0
+        for name in flips:
+            of_last, of_first, of_all = next(sums), next(sums), next(sums)
+            state.flips_by_layer[name], state.since_first_by_layer[name] = of_last / of_all, of_first / of_all
+            last, first, entries = last + of_last, first + of_first, entries + of_all
+        state.flip_rate, state.flips_since_first = last / entries, first / entries
+        if known := trainee.learned.settled():
+            fields = ("num_decided", "num_groups", "kept", "whole")
+            decided, groups, kept, everything = self._over_processes(
+                sum(getattr(one, name) for one in known) for name in fields
+            )
+            state.decided, state.kept_norm = decided / groups, kept / everything
+
+    def _over_processes(self, numbers: Iterator[float]) -> list[float]:
+        """Sums over the processes where each has a shard of the masks; where each has all of them, the numbers themselves."""
+        return total(self.accelerator, *numbers) if self.trainee.masks.are_sharded else list(numbers)
+
+    def validate(self) -> None:
+        """Measure the sparse student on the validation data."""
+        assert self.data.validation is not None
+        state = self.state
+        with self._line.pause("validating"):
+            found = self.learner.validate(self.data.validation, state.step)
+        state.validations.append({"step": state.step, **found})
+        state.last_validation = found["nll"]
+        self._write({"step": state.step, "validation": found, "flips_by_layer": state.flips_by_layer})
+        self.tell(f"step {state.step}: validation perplexity {found['perplexity']:.3f}")
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Write what a step measured, and show it."""
+        if values["step"] % self.config.log_every == 0 or self.is_over:
+            self._write(values)
+        shown = {name: values[name] for name in ("loss", "kl", "flip_rate", "lr")}
+        self._line.update(values["step"], tokens=self._step_tokens, **shown)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(values)
+        self._track(values)
+
+    def save(self) -> None:
+        """Write a checkpoint, where there is a run folder."""
+        if self._checkpoints is None:
+            return
+        with self._line.pause("saving"):
+            together(self.trainee.masks.check)
+            states, tensors = random_states()
+            self._checkpoints.save(
+                self.state.step,
+                self.trainee.tensors(),
+                {**self._identity, "state": self.state.to_json(), "data": self.data.train.state()},
+                metric=self.state.last_validation,
+                local_tensors=tensors,
+                local_state=states,
+            )
+
+    def stopped_by(self, name: str) -> TrainingStoppedError:
+        """The error of a training that a signal ended."""
+        kept = "nothing was saved: no checkpoints were asked for" if self._checkpoints is None else f"saved in {self.folder}"
+        return TrainingStoppedError(
+            f"stopped after step {self.state.step} of {self.num_steps} by {name or 'a signal to another process'}; {kept}. "
+            "Start the same command again to go on"
+        )
+
+    def go_back_to_best(self) -> TrainingState:
+        """Go back to the checkpoint with the best validation, if there is a better one than the last.
+
+        Returns:
+            The state that the weights belong to.
+        """
+        state = self.state
+        best = None if self._checkpoints is None else self._checkpoints.best()
+        if self._checkpoints is not None and best is not None and best.step != state.step:
+            found = self._checkpoints.restore("best", self.trainee.tensors())
+            state = TrainingState.from_json(found.state["state"])
+            for note in found.notes:
+                self.tell(note)
+        together(self.trainee.masks.check)
+        return state
+
+    def finish(self, best: TrainingState) -> Program:
+        """Give the trained weights to the program, with a record of the training; ``best`` is the state they belong to."""
+        program = self.trainee.give_back()
+        record = {
+            "settings": asdict(self.config),
+            "num_steps": self.num_steps,
+            "num_tokens": self.state.num_tokens,
+            "seconds": self.state.seconds,
+            "step_of_weights": best.step,
+            "teacher": self.guide.about,
+            "data": self.data.describe(),
+            "validations": self.state.validations,
+            "flips_since_first": best.flips_since_first,
+            "flips_since_first_by_layer": best.since_first_by_layer,
+            **best.settled(),
+        }
+        program.retraining = (*program.retraining, record)
+        return program
 
 
-@dataclass(kw_only=True)
-class _Sums:
-    """Sums of a step over all micro-batches and processes, per counted token once they are means."""
-
-    loss: float
-    kl: float
-    ce: float
-    num_counted: float
-
-    def means(self) -> dict[str, float]:
-        count = max(self.num_counted, 1)
-        return {"loss": self.loss, "kl": self.kl / count, "ce": self.ce / count}
-
-
-def _set_schedule(trainee: Trainee, config: RetrainConfig, step: int, num_steps: int) -> float:
-    lr = learning_rate(
-        step,
-        num_steps=num_steps,
-        peak=config.lr,
-        floor=config.min_lr,
-        warmup_steps=steps_of(config.warmup, num_steps),
-        final_steps=steps_of(config.final_linear, num_steps) if config.final_linear < 1 else num_steps,
-        shape=config.lr_shape,
-    )
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = lr
-        if config.method == "ast":
-            group["decay"] = annealed_decay(step, decay=config.decay, decay_steps=steps_of(config.decay_warmup, num_steps))
-        if config.method == "cast":
-            group["progress"] = step / num_steps
-    trainee.learned.draw(
-        step,
-        scale=straight(step, num_steps=num_steps, start=config.mask_scale[0], end=config.mask_scale[1]),
-        temperature=straight(step, num_steps=num_steps, start=config.mask_temperature[0], end=config.mask_temperature[1]),
-    )
-    return lr
-
-
-def _gradients(
-    trainee: Trainee, guide: OnlineParts, batch: Batch, plan: _Plan, config: RetrainConfig, accelerator: Accelerator
-) -> _Sums:
-    """Run forward and backward over this process's share of a step."""
-    batch = batch.to(accelerator.device)
-    targets_BT = _targets(batch)
-    (num_counted,) = parallel.total(accelerator, float((targets_BT != IGNORED).sum()))
-    loss = kl = ce = 0.0
-    micros = plan.micro_batches(batch)
-    for index, micro in enumerate(micros):
-        rows = slice(index * plan.micro, (index + 1) * plan.micro)
-        with _synchronised(trainee, accelerator, last=index == len(micros) - 1):
-            # Processes average their gradients, so each divides by its share of the tokens.
-            found = _forward(trainee, guide, micro, targets_BT[rows], num_counted / accelerator.num_processes, config)
-            found.loss.backward()
-        loss += float(found.loss.detach()) / accelerator.num_processes
-        kl += float(found.kl_sum)
-        ce += float(found.ce_sum)
-    loss, kl, ce = parallel.total(accelerator, loss, kl, ce)
-    if config.method == "fixed":
-        trainee.drop_masked_gradients()
-    return _Sums(loss=loss, kl=kl, ce=ce, num_counted=num_counted)
-
-
-def _forward(
-    trainee: Trainee, guide: OnlineParts, batch: Batch, targets_BT: Tensor, num_tokens: float, config: RetrainConfig
-) -> Distillation:
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        targets, states = guide.look(batch)
-        found: Distillation = trainee.model(batch.input_ids, batch.attention_mask, targets_BT, targets, states, num_tokens)
-    return found
-
-
-def _synchronised(trainee: Trainee, accelerator: Accelerator, *, last: bool) -> Any:
-    """Let DDP exchange gradients with the last micro-batch only.
-
-    Sharded gradients are exchanged each time: to keep them whole in between would take the memory that sharding saves.
-    """
-    return contextlib.nullcontext() if last or trainee.model is trainee.student else accelerator.no_sync(trainee.model)
-
-
-def _targets(batch: Batch) -> Tensor:
-    return next_token_targets(batch.input_ids, batch.attention_mask, batch.labels)
-
-
-def _check(
-    trainee: Trainee,
-    guide: OnlineParts,
-    batch: Batch,
-    sums: _Sums,
-    step: int,
-    config: RetrainConfig,
-    accelerator: Accelerator,
-) -> float:
-    """Scale the gradients to the largest norm that is allowed, and make sure that all is finite; return their norm."""
-    limit = config.clip_grad_norm or math.inf
-    norm = float(parallel.whole(nn.utils.clip_grad_norm_(list(trainee.trained.values()), limit)))
-    if math.isfinite(sums.loss) and math.isfinite(norm):
-        return norm
-    micro = batch.to(accelerator.device)[slice(0, config.micro_batch_size or len(batch))]
-    where = first_not_finite(trainee.student, lambda: _forward(trainee, guide, micro, _targets(micro), 1.0, config))
-    raise NonFiniteLossError.at(step + 1, sums.loss, norm, where, trainee.trained, config)
-
-
-def _bad_validation(
-    trainee: Trainee, guide: OnlineParts, rows: Batch, step: int, config: RetrainConfig, accelerator: Accelerator
-) -> NonFiniteLossError:
-    rows = rows.to(accelerator.device)
-    where = first_not_finite(trainee.student, lambda: _forward(trainee, guide, rows, _targets(rows), 1.0, config))
-    return NonFiniteLossError(
-        f"after step {step} the validation loss is not finite, first in {f'the output of {where}' if where else 'later rows'}. "
-        f"Earlier checkpoints are intact. Lower lr (it is {config.lr:g}) or make warmup longer, {GO_ON}; at step 0, check the "
-        "model and the validation data, and try dtype: float32"
-    )
-
-
-def _refresh(trainee: Trainee, state: _State, accelerator: Accelerator, config: RetrainConfig, num_steps: int) -> None:
-    if state.step > config.freeze_masks_after * num_steps:
-        state.flip_rate = 0.0
-        return
-    flips = trainee.masks.refresh()
-    numbers = [float(n) for known in flips.values() for n in (known.since_last, known.since_first, known.num_entries)]
-    sums = iter(parallel.total(accelerator, *numbers)) if not _replicated(trainee) else iter(numbers)
-    last = first = entries = 0.0
-    for name in flips:
-        of_last, of_first, of_all = next(sums), next(sums), next(sums)
-        state.flips_by_layer[name], state.since_first_by_layer[name] = of_last / of_all, of_first / of_all
-        last, first, entries = last + of_last, first + of_first, entries + of_all
-    state.flip_rate, state.flips_since_first = last / entries, first / entries
-    if known := trainee.learned.settled():
-        numbers = [sum(getattr(one, name) for one in known) for name in ("num_decided", "num_groups", "kept", "whole")]
-        decided, groups, kept, whole = parallel.total(accelerator, *numbers) if not _replicated(trainee) else numbers
-        state.decided, state.kept_norm = decided / groups, kept / whole
-
-
-def _replicated(trainee: Trainee) -> bool:
-    return not any(hasattr(known.mask, "full_tensor") for known in trainee.masks.sites.values())
-
-
-@torch.no_grad()
-def validate(
-    trainee: Trainee, guide: OnlineParts, sequences: Batch, config: RetrainConfig, accelerator: Accelerator
-) -> dict[str, float | None]:
-    """Measure the sparse student on the validation sequences, shared out over the processes.
-
-    Returns:
-        ``nll``, nats per token; ``perplexity``, its exponential: that of `sparsepass.graph.perplexity.perplexity` over the same
-        windows; ``kl`` to the teacher at the training temperature, None where no teacher is in memory; ``num_tokens``.
-    """
-    guide = guide.without_cache()
-    share = config.micro_batch_size or max(1, config.batch_size // accelerator.num_processes)
-    kl = ce = counted = 0.0
-    with trainee.sparse_forward():
-        for start in range(0, len(sequences), share * accelerator.num_processes):
-            first = start + accelerator.process_index * share
-            rows = sequences[slice(first, first + share)]
-            # Sharded processes call the model together: one without rows of its own runs some that do not count.
-            batch = (rows if len(rows) else sequences[slice(0, 1)]).to(accelerator.device)
-            targets_BT = _targets(batch) if len(rows) else torch.full_like(batch.input_ids, IGNORED)
-            found = _forward(trainee, guide, batch, targets_BT, 1.0, config)
-            kl, ce, counted = kl + float(found.kl_sum), ce + float(found.ce_sum), counted + found.num_counted
-    kl, ce, counted = parallel.total(accelerator, kl, ce, counted)
-    if not counted:
-        raise SparsepassError("the validation data has no token that counts; check its labels and attention mask")
-    nll = ce / counted
-    return {
-        "nll": nll,
-        "perplexity": math.exp(min(nll, 700.0)),
-        "kl": kl / counted if guide.teacher else None,
-        "num_tokens": counted,
-    }
-
-
-def _this_run(program: Program, config: RetrainConfig, num_steps: int) -> dict[str, Any]:
+def _identity(program: Program, config: RetrainConfig, num_steps: int) -> dict[str, Any]:
     """What tells this run from another one."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
-    weights = {name: list(program.tensor(name).shape) for name in program.sparse}
-    return {
-        "settings": settings,
-        "num_steps": num_steps,
-        "recipe": program.recipe,
-        "sparse_weights": weights,
-        "program": _digest(program),
-    }
-
-
-def _digest(program: Program) -> str:
-    """A hash of every tensor by name, all values: a checkpoint does not hold what is not trained."""
+    # All values of all tensors: a checkpoint does not hold what is not trained.
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(program.tensors().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _resume(
-    checkpoints: Checkpoints | None,
-    resume: str,
-    trainee: Trainee,
-    data: TrainingData,
-    state: _State,
-    this_run: Mapping[str, Any],
-) -> list[str]:
-    """Go to where the newest checkpoint was written, if there is one; return what to tell the user."""
-    if checkpoints is None or checkpoints.newest() is None:
-        return []
-    if resume == "never":
-        raise SparsepassError("the run folder holds checkpoints of an earlier run; resume it, or give another folder")
-    found = checkpoints.restore("newest", trainee.tensors(), expected=this_run)
-    state.read(found.state)
-    data.train.restore(found.state["data"])
-    if found.local_state is not None:
-        set_random_states(found.local_state, found.local_tensors)
-    return [*found.notes, f"going on from step {state.step} ({found.path.name})"]
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS},
+        "num_steps": num_steps,
+        "recipe": program.recipe,
+        "sparse_weights": {name: list(program.tensor(name).shape) for name in program.sparse},
+        "program": digest.hexdigest(),
+    }
 
 
 def _checkpoints(folder: Path | None, config: RetrainConfig) -> Checkpoints | None:
@@ -539,37 +418,3 @@ def _checkpoints(folder: Path | None, config: RetrainConfig) -> Checkpoints | No
             "or remove that setting"
         )
     return None
-
-
-def _best(checkpoints: Checkpoints | None, trainee: Trainee, state: _State) -> tuple[_State, tuple[str, ...]]:
-    """Go back to the checkpoint with the best validation, if there is a better one than the last.
-
-    Returns:
-        The state that the weights belong to, and what to tell the user.
-    """
-    best = None if checkpoints is None else checkpoints.best()
-    if checkpoints is None or best is None or best.step == state.step:
-        return state, ()
-    found = checkpoints.restore("best", trainee.tensors())
-    earlier = _State(started=state.started)
-    earlier.read(found.state)
-    return earlier, found.notes
-
-
-def _record(
-    config: RetrainConfig, data: TrainingData, guide: OnlineParts, state: _State, best: _State, num_steps: int
-) -> dict[str, Any]:
-    """What the program tells of its training: ``state`` is that of the end, ``best`` that of the returned weights."""
-    return {
-        "settings": asdict(config),
-        "num_steps": num_steps,
-        "num_tokens": state.num_tokens,
-        "seconds": state.seconds,
-        "step_of_weights": best.step,
-        "teacher": guide.about,
-        "data": data.describe(),
-        "validations": state.validations,
-        "flips_since_first": best.flips_since_first,
-        "flips_since_first_by_layer": best.since_first_by_layer,
-        **best.settled(),
-    }

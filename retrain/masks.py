@@ -55,6 +55,10 @@ class Flips:
     since_first: int
     num_entries: int
 
+    def counts(self) -> tuple[int, int, int]:
+        """All three, as processes add them up."""
+        return self.since_last, self.since_first, self.num_entries
+
 
 class MovingMasks:
     """The masks of all sites, refreshed together. Final.
@@ -68,6 +72,11 @@ class MovingMasks:
     def __init__(self, sites: Mapping[str, MaskedSite]) -> None:
         self.sites = dict(sites)
         self.first: dict[str, Tensor] = {name: pack(local(known.mask)) for name, known in self.sites.items()}
+
+    @property
+    def are_sharded(self) -> bool:
+        """Whether each process holds a part of the masks only."""
+        return any(isinstance(known.mask, DTensor) for known in self.sites.values())
 
     @torch.no_grad()
     def refresh(self) -> dict[str, Flips]:

@@ -10,7 +10,7 @@ their memory is bounded.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -105,6 +105,22 @@ class MaskedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+class AdamOptions(TypedDict, total=False):
+    """What both forms of Adam take.
+
+    Attributes:
+        lr: Learning rate; 2e-4 if not given.
+        betas: Decay rates of the two moments; 0.9 and 0.95 if not given.
+        eps: Added to the denominator; 1e-8 if not given.
+        weight_decay: Decoupled decay of all weights; none if not given.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
 class ASTAdamW(MaskedOptimizer):
     """AdamW with annealed SR-STE: decay on masked weights, outside the first moment and inside the second.
 
@@ -118,11 +134,8 @@ class ASTAdamW(MaskedOptimizer):
     Args:
         params: Parameters, or groups of them, as for torch's optimizers.
         masks: Parameter -> bool mask of its shape, True where a weight is kept. Read at every step.
-        lr: Learning rate.
-        betas: Decay rates of the two moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled decay of all weights.
         decay: ``lambda``, the decay of masked weights; set it in the groups as the schedule goes.
+        adam: See `AdamOptions`.
 
     Raises:
         SparsepassError: An option is out of range, or a mask is not bool or does not fit its parameter.
@@ -141,18 +154,8 @@ class ASTAdamW(MaskedOptimizer):
 
     _moments = ("exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        params: Any,
-        masks: Masks,
-        *,
-        lr: float = 2e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, masks, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay})
+    def __init__(self, params: Any, masks: Masks, *, decay: float = 0.0, **adam: Unpack[AdamOptions]) -> None:
+        super().__init__(params, masks, {**_adam_options(adam), "decay": decay})
 
     def _update(
         self, weight: Tensor, grad: Tensor, moments: list[Tensor], mask: Tensor | None, step: int, group: Mapping[str, Any]
@@ -241,12 +244,9 @@ class AdamS(MaskedOptimizer):
     Args:
         params: Parameters, or groups of them, as for torch's optimizers.
         masks: Parameter -> bool mask of its shape, True where a weight is kept. Read at every step.
-        lr: Learning rate.
-        betas: Decay rates of the two moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled decay of all weights.
         decay: ``lambda``, the size of the L1 term.
         progress: Share of the run that is over, 0 to 1; set it in the groups as the schedule goes.
+        adam: See `AdamOptions`.
 
     Raises:
         SparsepassError: An option is out of range, a mask is not bool or does not fit, or a masked parameter is not fp32
@@ -266,19 +266,9 @@ class AdamS(MaskedOptimizer):
     _moments = ("exp_avg", "exp_avg_sq")
 
     def __init__(
-        self,
-        params: Any,
-        masks: Masks,
-        *,
-        lr: float = 2e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decay: float = 4e-7,
-        progress: float = 0.0,
+        self, params: Any, masks: Masks, *, decay: float = 4e-7, progress: float = 0.0, **adam: Unpack[AdamOptions]
     ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay, "progress": progress}
-        super().__init__(params, masks, options)
+        super().__init__(params, masks, {**_adam_options(adam), "decay": decay, "progress": progress})
         if low := {p.dtype for p in masks if p.dtype not in (torch.float32, torch.float64)}:
             raise SparsepassError(f"AdamS needs fp32 master weights, got {sorted(map(str, low))}; its decay vanishes in them")
 
@@ -315,6 +305,13 @@ def _fused_adamw(
     for tensor, copy in zip(given, whole, strict=True):
         if copy is not tensor and tensor is not grad:
             tensor.copy_(copy)
+
+
+def _adam_options(given: AdamOptions) -> AdamOptions:
+    defaults: AdamOptions = {"lr": 2e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    if unknown := given.keys() - defaults.keys():
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}; expected {', '.join(defaults)}")
+    return {**defaults, **given}
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.learned_masks import LearnedMasks, LearnedSite, check_method
 from sparsepass.retrain.masks import MaskedSite, MovingMasks, local
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW, MaskedOptimizer
-from sparsepass.retrain.run import parallel
+from sparsepass.retrain.run import checkpoint_activations, replicate, shard, whole
 from sparsepass.retrain.student import Slots, Student, choose_trained, halves, masked_sites, set_behind
 
 
@@ -84,11 +84,11 @@ class Trainee:
         for name in self.slots:
             if name in left:
                 continue
-            self.program.set_tensor(name, _like(self.program.tensor(name), parallel.whole(self.slots[name])))
+            self.program.set_tensor(name, _like(self.program.tensor(name), whole(self.slots[name])))
         for name, known in self.masks.sites.items():
             mask = self.program.sparse[name].mask
             assert mask is not None
-            self.program.set_tensor(mask, parallel.whole(known.mask).detach().clone())
+            self.program.set_tensor(mask, whole(known.mask).detach().clone())
         for name in self.learned.sites:
             detach_logits(self.program, name)
         finish(self.program)
@@ -127,16 +127,16 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     student = Student(parts, config)
     slots = Slots(program, (student,))
     if config.activation_checkpointing:
-        parallel.checkpoint_activations(parts.blocks)
+        checkpoint_activations(parts.blocks)
     model: nn.Module = student
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         # A buffer would stay whole on every process.
         for _, _, mask in sites.values():
             slots.make_parameter(mask)
         axes = {id(slots[key]): 1 for name, (site, _, mask) in sites.items() if site.nm_axis == 0 for key in (name, mask)}
-        parallel.shard(student, parts.blocks, axes, accelerator.device)
+        shard(student, parts.blocks, axes, accelerator.device)
     elif accelerator.num_processes > 1:
-        model = parallel.replicate(student, accelerator)
+        model = replicate(student, accelerator)
     if config.compile:
         for block in parts.blocks:
             block.compile()

@@ -12,17 +12,29 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from sparsepass.export.stages import Calibration, Evaluation
 
 HELD, FAILED, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: what was asked about holds; it does not; it cannot be read or is wrongly asked; Ctrl-C."""
 
 EXIT_CODES = "Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input."
 
+DEFAULT_PASSES = "nm_sparsify"
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder, hub id, .gguf file, or folder written by `sparsepass prune`.", show_default=False
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
 Passes = Annotated[
     str,
     typer.Option(
@@ -194,3 +206,33 @@ class _quiet:  # noqa: N801  # used as a context manager only
 
     def __exit__(self, *error: object) -> None:
         self._catch.__exit__(*error)  # type: ignore[arg-type]
+
+
+def calibration_of(
+    data: str | None, num_sequences: int, context: int | None, batch_size: int, seed: int, compute: Compute
+) -> "Calibration":
+    """The options of calibration, brought together."""
+    from sparsepass.export.stages import Calibration
+
+    return Calibration(
+        data=data,
+        num_sequences=num_sequences,
+        context=context,
+        batch_size=batch_size,
+        seed=seed,
+        compute=compute.value,
+    )
+
+
+def evaluation_of(text: str | None, context: int, max_tokens: int | None) -> "Evaluation | None":
+    """The options of evaluation, brought together; None without a text."""
+    from sparsepass.export.stages import Evaluation
+
+    return None if text is None else Evaluation(text=text, context=context, max_tokens=max_tokens)
+
+
+def show_report(document: Any, out: Path) -> None:
+    """Print what a report says, in short."""
+    from sparsepass.export.cli.show import summary
+
+    stdout().print(summary(document, str(out)))

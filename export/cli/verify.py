@@ -187,10 +187,9 @@ def _of_file(
 
 def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -> "PatternReport":
     """Check a saved program: what its graph reads is the weight with its mask, and no file holds that."""
-    import torch
-
     from sparsepass.export.pattern import check_pattern
     from sparsepass.graph import Program, SparsepassError
+    from sparsepass.graph.states import masked_weight
 
     program = Program.load(folder)
     if not program.sparse:
@@ -199,10 +198,7 @@ def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -
     weights = {site.weight: stored[site.weight] for site in program.sites() if site.weight in stored}
     axes = {}
     for name, state in program.sparse.items():
-        weight = program.tensor(name).detach()
-        if state.mask is not None:
-            weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
-        weights[name], axes[name] = weight, state.axis
+        weights[name], axes[name] = masked_weight(program, name), state.axis
     patterns = {name: pattern or state.pattern for name, state in program.sparse.items()}
     found = check_pattern(weights, ignore=ignore, expected_sparse=patterns, axes=axes)
     found = dataclasses.replace(found, source=str(folder), pattern="/".join(sorted(set(patterns.values()))))

@@ -1,11 +1,10 @@
 """Public figures of GPUs that have sparse tensor cores, and the older ones that have none."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, closest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,8 @@ def find_device(name: str) -> Device:
                 f"GPU {name} is of the {_OLDER[candidate]} architecture, and 2:4 sparsity needs tensor cores of Ampere or "
                 f"newer (compute capability 8.0): no runtime can gain from it there. Known GPUs: {', '.join(DEVICES)}"
             )
-    near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.5)
-    hint = f"; did you mean {by_name[near[0]]!r}?" if near else "; take the known one that is nearest to it."
+    near = closest(wanted, by_name, cutoff=0.5)
+    hint = f"; did you mean {by_name[near]!r}?" if near else "; take the known one that is nearest to it."
     raise SparsepassError(f"GPU {name!r} is not in the table of public figures{hint} Known: {', '.join(DEVICES)}")
 
 

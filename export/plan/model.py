@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsepass.graph import Program, Site
 from sparsepass.graph.attention import ATTENTION
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.records import SparseState
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
@@ -189,7 +190,7 @@ def model_shape(program: Program) -> ModelShape:
         products=tuple(products),
         window=window,
         window_share=share,
-        max_tokens=_positive(getattr(config, "max_position_embeddings", None)),
+        max_tokens=position_limit(program.origin.config),
         takes_tokens=bool(fixed) or any(which == "source" for _, _, which in lengths),
         is_unrolled=bool(fixed),
         num_parameters=sum(t.numel() for t in _weights(program)),

@@ -1,13 +1,12 @@
 """What fraction of a GPU's peak a runtime's kernels reach, and which layers its sparse kernels take."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from sparsepass.export.plan.devices import Device
 from sparsepass.export.plan.roofline import Machine
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, closest
 
 Dtype = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp16", "fp8", "int8", "int4")
@@ -133,8 +132,8 @@ def find_runtime(name: str) -> Runtime:
     """
     if name in RUNTIMES:
         return RUNTIMES[name]
-    near = difflib.get_close_matches(name, RUNTIMES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    near = closest(name, RUNTIMES)
+    hint = f"; did you mean {near!r}?" if near else "."
     raise SparsepassError(f"runtime {name!r} is not known{hint} Known: {', '.join(RUNTIMES)}")
 
 

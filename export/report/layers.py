@@ -91,6 +91,8 @@ def layer_sparsity(program: "Program") -> dict[str, LayerEntry]:
     """
     import torch
 
+    from sparsepass.graph.states import masked_weight
+
     counted: dict[str, float] = {}
     found: dict[str, LayerEntry] = {}
     for site in program.sites():
@@ -98,9 +100,7 @@ def layer_sparsity(program: "Program") -> dict[str, LayerEntry]:
         if state is None:
             continue
         if site.weight not in counted:
-            weight = program.tensor(site.weight).detach()
-            if state.mask is not None:
-                weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
+            weight = masked_weight(program, site.weight)
             counted[site.weight] = 1 - int(torch.count_nonzero(weight)) / weight.numel()
         entry = LayerEntry(pattern=str(state.pattern), zeros=counted[site.weight])
         found[site.name] = entry if state.branch is None else entry.model_copy(update={"branch_k": state.branch.k})

@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     )
     from sparsepass.export.stages.exporting import (
         SAMPLES_FILE as SAMPLES_FILE,
-        TARGETS as TARGETS,
         ExportResult as ExportResult,
-        Target as Target,
         export as export,
         read_samples as read_samples,
+        refuse_option as refuse_option,
     )
     from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
     from sparsepass.export.stages.preparing import (

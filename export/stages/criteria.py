@@ -20,8 +20,7 @@ from typing import Any
 from sparsepass.export.report import markdown_table
 from sparsepass.export.stages.preparing import PYTHON_DOCS, Evaluation, Tell, silent
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.support import write_text
-from sparsepass.passes.base import nearest
+from sparsepass.graph.support import nearest, write_text
 from sparsepass.passes.criteria import CRITERIA
 from sparsepass.passes.maths import NMPattern
 from sparsepass.passes.text import parse_pipeline, pipeline_to_text

@@ -1,8 +1,7 @@
 """From what a user names to a rewritten program and the report so far: what `prune` and `export` have in common."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sparsepass.export.report import (
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
 from sparsepass.graph.perplexity import Perplexity, perplexity
+from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
 from sparsepass.passes.data import default_text
@@ -279,20 +279,6 @@ def stage_name(program: Program) -> str:
 def patterns(program: Program) -> str:
     """The patterns of a program's weights, such as ``2:4``; ``dense`` if there are none."""
     return "/".join(sorted({state.pattern for state in program.sparse.values()})) or "dense"
-
-
-@contextlib.contextmanager
-def without_branches(program: Program) -> Iterator[None]:
-    """Switch the SLoRB branches of a program off for as long as the block runs, to measure the sparse weights alone."""
-    names = [state.branch.weight for state in program.sparse.values() if state.branch is not None]
-    old = {name: program.tensor(name) for name in names}
-    try:
-        for name, tensor in old.items():
-            program.set_tensor(name, torch.zeros_like(tensor))
-        yield
-    finally:
-        for name, tensor in old.items():
-            program.set_tensor(name, tensor)
 
 
 def _earlier(loaded: LoadedModel) -> dict[str, Any] | None:

@@ -1,8 +1,7 @@
 """A recipe: one file for the whole way of a model, checked as a whole before anything runs.
 
 Its sections are the stages, in the order in which they run: ``prune``, ``retrain``, ``eval``, ``export``. Each section is a
-dataclass here or one of the library's own (``train``, ``data``, ``engine``, ``semi_structured``), so that a setting has one
-name everywhere.
+dataclass here or one of the library's own (``train``, ``data``, a target), so that a setting has one name everywhere.
 """
 
 import dataclasses
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from sparsepass.export.stages.exporting import TARGETS
+from sparsepass.export.stages.exporting import OLD_GROUPS, refuse_option
 from sparsepass.export.stages.preparing import PYTHON_DOCS, Evaluation
 from sparsepass.export.stages.settings import override, parse_settings, read_recipe_text, refuse_unknown
-from sparsepass.export.targets.tensorrt import EngineOptions
-from sparsepass.export.targets.torch import SemiStructuredOptions
+from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError
@@ -128,23 +126,26 @@ class EvalSection:
 class ExportSection:
     """What `sparsepass export` does; several, as a list, write several targets.
 
+    In a recipe ``target`` is a target as text, and its options may stand beside it: ``{target: onnx, opset: 18}``. Those of
+    engines may stand together below ``engine``, those of the target torch below ``semi_structured``.
+
     Attributes:
-        target: What to write: a name from `TARGETS`.
-        dtype: Type of the written weights.
-        opset: ONNX operator set.
-        task: What the model is for.
-        engine: How engines are built (target tensorrt).
-        semi_structured: How layers are chosen (target torch).
+        target: What to write.
         verify: Whether what was written is opened and compared.
     """
 
-    target: str
-    dtype: str | None = None
-    opset: int | None = None
-    task: str | None = None
-    engine: EngineOptions | None = None
-    semi_structured: SemiStructuredOptions | None = None
+    target: Target
     verify: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The section as ``stages.json`` holds it, in the form that earlier versions wrote."""
+        own = dataclasses.asdict(self.target)
+        plain = {name: own.pop(name, None) for name in ("dtype", "opset", "task")}
+        group = next((group for group, name in OLD_GROUPS.items() if name == self.target.name), "options")
+        changed = any(own[each.name] != each.default for each in dataclasses.fields(self.target) if each.name in own)
+        groups = dict.fromkeys(OLD_GROUPS) | ({group: own} if changed else {})
+        return {"target": self.target.name, **plain, **groups, "verify": self.verify}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,15 +270,25 @@ def read_retrain_section(
 
 
 def _export_section(settings: Any, where: str) -> ExportSection:
-    _mapping(settings, where)
-    refuse_unknown(settings, [field.name for field in dataclasses.fields(ExportSection)], where)
-    kinds: Mapping[str, type[Any]] = {"engine": EngineOptions, "semi_structured": SemiStructuredOptions}
-    options = {
-        name: _section(kind, settings[name], f"{where}.{name}")
-        for name, kind in kinds.items()
-        if settings.get(name) is not None
-    }
-    return _section(ExportSection, {**settings, **options}, where)
+    given = dict(_mapping(settings, where))
+    named, verify = str(given.pop("target", "")), given.pop("verify", True)
+    table = targets_table()
+    refuse_unknown([named.partition("{")[0].strip()], table, f"{where}.target")
+    try:
+        base = parse_target(named)
+        refuse_unknown(given, {name for kind in table.values() for name in kind.options()} | {*OLD_GROUPS, "verify"}, where)
+        options = {each.name: value for each in dataclasses.fields(base) if (value := getattr(base, each.name)) != each.default}
+        for name, value in given.items():
+            if OLD_GROUPS.get(name) == base.name and value is not None:
+                refuse_unknown(_mapping(value, f"{where}.{name}"), base.options(), f"{where}.{name}")
+                options |= value
+            elif value is not None:
+                refuse_option(base, name)
+                options[name] = value
+    except SparsepassError as error:
+        raise error if str(error).startswith(where) else SparsepassError(f"{where}: {error}") from error
+    target = read_settings(type(base), options, where=where)
+    return _section(ExportSection, {"target": target, "verify": verify}, where)
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -321,17 +332,10 @@ def _check_retrain(section: RetrainSection, where: str) -> None:
 
 
 def _check_exports(recipe: Recipe, where: str) -> None:
-    targets = [one.target for one in recipe.export]
-    for one in recipe.export:
-        refuse_unknown([one.target], TARGETS, f"{where}: export.target")
-        if targets.count(one.target) > 1:
-            raise SparsepassError(f"{where}: export: the target {one.target} is there twice; each has one folder")
-        if one.dtype is not None:
-            parse_dtype(one.dtype)
-        given = {"opset": one.opset, "task": one.task, "engine": one.engine, "semi_structured": one.semi_structured}
-        for option, value in given.items():
-            if value is not None and option not in TARGETS[one.target].options:
-                raise SparsepassError(f"{where}: export: the target {one.target} has no option {option}; leave it out")
+    names = [one.target.name for one in recipe.export]
+    for name in names:
+        if names.count(name) > 1:
+            raise SparsepassError(f"{where}: export: the target {name} is there twice; each has one folder")
 
 
 def _optional(kind: type[Kind], settings: Mapping[str, Any], name: str, where: str) -> Kind | None:

@@ -27,6 +27,7 @@ from sparsepass.export.report import (
 from sparsepass.export.stages.preparing import Evaluation, Tell, silent, stage_name
 from sparsepass.export.stages.recipe import RetrainSection
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
 from sparsepass.graph.program import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
@@ -415,5 +416,5 @@ def _check_origin(run_folder: Path, source: Path, teacher: str | None) -> None:
 
 def _data(section: RetrainSection, loaded: LoadedModel, program: Program) -> TrainingData:
     config = program.origin.config or {}
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    return open_data(section.data, loaded.tokenizer, vocab_size=config.get("vocab_size"), max_context=limit)
+    vocab_size = config.get("vocab_size")
+    return open_data(section.data, loaded.tokenizer, vocab_size=vocab_size, max_context=position_limit(config))

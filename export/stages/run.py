@@ -11,7 +11,6 @@ Rules:
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,8 +31,8 @@ from sparsepass.export.stages.retraining import (
 )
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.program import PROGRAM_FILE
-from sparsepass.graph.support import check_free, replaced_folder
-from sparsepass.retrain.loop import FREE_SETTINGS
+from sparsepass.graph.support import check_free, replaced_folder, write_text
+from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
 STAGES_FILE: Final = "stages.json"
@@ -229,9 +228,9 @@ class _Stages:
             after = stage.fingerprint
         for section in recipe.export:
             yield Stage(
-                name=f"export.{section.target}",
-                folder=recipe.out / section.target,
-                settings=plain_json(asdict(section)),
+                name=f"export.{section.target.name}",
+                folder=recipe.out / section.target.name,
+                settings=plain_json(section.settings),
                 after=after,
                 run=lambda section=section: self._export(section),  # type: ignore[misc]
             )
@@ -294,12 +293,7 @@ class _Stages:
         return export(
             str(self._programs[-1]),
             section.target,
-            self._recipe.out / section.target,
-            dtype=section.dtype,
-            opset=section.opset,
-            task=section.task,
-            engine=section.engine,
-            semi_structured=section.semi_structured,
+            self._recipe.out / section.target.name,
             verify=section.verify,
             force=True,
             trust_remote_code=self._trust,
@@ -379,6 +373,4 @@ def _forget(out: Path, name: str) -> None:
 
 def _store(out: Path, records: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{STAGES_FILE}.partial"
-    beside.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, out / STAGES_FILE)
+    write_text(out / STAGES_FILE, json.dumps(records, indent=1) + "\n")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sparsepass.export.plan import ignore_patterns, pipeline_text
 from sparsepass.graph import Program, Site, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
+from sparsepass.graph.limits import default_context
+from sparsepass.graph.states import masked_weight
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes import NMSparsify, apply_passes
 from sparsepass.passes.data import calibration_batches
@@ -162,7 +164,7 @@ def auto_ignore(
         tokenizer=tokenizer,
         input_names=dense.input_names,
         num_sequences=num_sequences,
-        context=context or _context(dense),
+        context=context or default_context(dense.origin.config),
         batch_size=1,
         seed=seed,
         vocab_size=(dense.origin.config or {}).get("vocab_size"),
@@ -279,16 +281,8 @@ def _pruned_weights(dense: Program, pruned: Program, sites: Sequence[Site]) -> I
     old = {site.weight: dense.tensor(site.weight) for site in sites}
     try:
         for name in old:
-            mask = pruned.sparse[name].mask
-            assert mask is not None
-            folded = torch.ops.sparsepass.masked_weight(pruned.tensor(name).detach(), pruned.tensor(mask))
-            dense.set_tensor(name, nn.Parameter(folded, requires_grad=False))
+            dense.set_tensor(name, nn.Parameter(masked_weight(pruned, name), requires_grad=False))
         yield
     finally:
         for name, tensor in old.items():
             dense.set_tensor(name, tensor)
-
-
-def _context(program: Program) -> int:
-    limit = (program.origin.config or {}).get("max_position_embeddings")
-    return min(2048, limit) if isinstance(limit, int) and limit > 0 else 2048

@@ -1,6 +1,5 @@
 """Settings as files: YAML read strictly, single values set from the command line, and the recipes that come along."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -9,7 +8,7 @@ from typing import Any, Final
 
 import yaml
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, closest
 
 SUFFIX: Final = ".yaml"
 EXAMPLE_FILE: Final = "example.yaml"
@@ -77,8 +76,8 @@ def read_recipe_text(name: str | Path) -> str:
     known = recipe_names()
     if str(name).removesuffix(SUFFIX) in known:
         return (_recipes() / f"{str(name).removesuffix(SUFFIX)}{SUFFIX}").read_text(encoding="utf-8")
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = closest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
     raise SparsepassError(f"there is no file {name}, and no recipe of that name; {hint}Recipes are {', '.join(known)}")
 
 
@@ -132,8 +131,8 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
     expected = list(known)
     for name in names:
         if name not in expected:
-            near = difflib.get_close_matches(str(name), expected, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (there are {', '.join(expected)})"
+            near = closest(name, expected)
+            hint = f"; did you mean {near!r}?" if near else f" (there are {', '.join(expected)})"
             raise SparsepassError(f"{where}: there is no {name!r}{hint}")
 
 

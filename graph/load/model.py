@@ -1,6 +1,5 @@
 """Loading what a user names: a folder, a hub id, a GGUF file, a saved program, or a model in memory."""
 
-import difflib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsepass.graph.program import PROGRAM_FILE, Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, closest, first_line, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -155,9 +154,9 @@ def load_model(
         ('memory', torch.bfloat16)
     """
     if task is not None and task not in _TASKS:
-        near = difflib.get_close_matches(task, _TASKS, n=1)
+        near = closest(task, _TASKS)
         raise SparsepassError(
-            f"task {task!r} is not known{f'; did you mean {near[0]!r}?' if near else ''}; known are {', '.join(_TASKS)}"
+            f"task {task!r} is not known{f'; did you mean {near!r}?' if near else ''}; known are {', '.join(_TASKS)}"
         )
     wanted = None if dtype is None else parse_dtype(dtype)
     place = None if device is None else _device(device)
@@ -264,7 +263,7 @@ def _from_folder(
     config = _read_config(folder, name, trust_remote_code=trust_remote_code)
     weights = _check_weights(folder, name)
     model_class = _model_class(config, task, name, trust_remote_code=trust_remote_code)
-    with _quiet(), _explained(name):
+    with quiet_loading(), _explained(name):
         model, info = model_class.from_pretrained(
             folder,
             config=config,
@@ -304,7 +303,7 @@ def _from_gguf(
     if magic != b"GGUF":
         raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
     with (
-        _quiet(),
+        quiet_loading(),
         _explained(name, f"{path}: the file may be truncated, or of an architecture transformers cannot read"),
     ):
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
@@ -373,7 +372,7 @@ def _read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretra
         raise SparsepassError(
             f"model {name} brings its own code ({document['auto_map']}); if you trust it, pass trust_remote_code"
         )
-    with _quiet(), _explained(name):
+    with quiet_loading(), _explained(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
@@ -500,7 +499,7 @@ def _companions(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[An
     tokenizer = processor = None
     notes: list[str] = []
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _quiet(), _explained(name, "its tokenizer or processor files"):
+    with quiet_loading(), _explained(name, "its tokenizer or processor files"):
         if any((folder / file).is_file() for file in _TOKENIZER_FILES):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
@@ -509,7 +508,7 @@ def _companions(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[An
                 processor = getattr(transformers, kind).from_pretrained(folder, **options)
             except ImportError as error:
                 # Images need Pillow, which neither capture nor pruning does.
-                notes.append(f"its processor was not loaded: {_first_line(error)}")
+                notes.append(f"its processor was not loaded: {first_line(error)}")
     return tokenizer, processor, notes
 
 
@@ -561,7 +560,7 @@ def _download(
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise SparsepassError(
             f"model {name} is no folder here, and could not be downloaded from the hub: {type(error).__name__}: "
-            f"{_first_line(error)}. Check the spelling, the revision and, for gated models, the token"
+            f"{first_line(error)}. Check the spelling, the revision and, for gated models, the token"
         ) from error
     return Path(folder), Path(folder).name
 
@@ -571,7 +570,7 @@ def _device(device: "torch.device | str") -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise SparsepassError(f"device {device} cannot be used here ({_first_line(error)}); try device='cpu'") from error
+        raise SparsepassError(f"device {device} cannot be used here ({first_line(error)}); try device='cpu'") from error
     return place
 
 
@@ -615,25 +614,5 @@ def _explained(name: str, what: str = "") -> Iterator[None]:
         safetensors.SafetensorError,
     ) as error:
         raise SparsepassError(
-            f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {_first_line(error)}"
+            f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' bars and reports: what they tell is checked here and raised or noted."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

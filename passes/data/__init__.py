@@ -1,17 +1,34 @@
 """Where text and samples come from, and how they become calibration batches."""
 
-from sparsepass.passes.data.calibration import CalibrationBatch, CalibrationData, calibration_batches, default_text
-from sparsepass.passes.data.sources import TEXT_SUFFIXES, first_line, load_data_set, locate, path_kind, special_frame
+from sparsepass.passes.data.calibration import CalibrationBatch, CalibrationData, calibration_batches
+from sparsepass.passes.data.python_docs import default_text
+from sparsepass.passes.data.reading import RecordError, arrow_schema, records
+from sparsepass.passes.data.sources import (
+    TEXT_SUFFIXES,
+    check_one_split,
+    data_set_name,
+    load_data_set,
+    locate,
+    path_kind,
+    special_frame,
+)
+from sparsepass.passes.data.texts import PYTHON_DOCS, text_pieces
 
 __all__ = [
+    "PYTHON_DOCS",
     "TEXT_SUFFIXES",
     "CalibrationBatch",
     "CalibrationData",
+    "RecordError",
+    "arrow_schema",
     "calibration_batches",
+    "check_one_split",
+    "data_set_name",
     "default_text",
-    "first_line",
     "load_data_set",
     "locate",
     "path_kind",
+    "records",
     "special_frame",
+    "text_pieces",
 ]

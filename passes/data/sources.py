@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,36 @@ def locate(name: str, *, what: str, forms: str) -> Path | None:
             "'name:config' or 'name:config:split'); a text itself is given as a list of strings"
         )
     return None
+
+
+def data_set_name(name: str) -> tuple[str, str | None, str]:
+    """Take ``name``, ``name:config`` or ``name:config:split`` apart.
+
+    Returns:
+        The name of the hub, or the path of a folder that exists; the config; and the split, "train" if not said.
+
+    Example:
+        >>> data_set_name("wikitext:wikitext-2-raw-v1"), data_set_name("wikitext::test")
+        (('wikitext', 'wikitext-2-raw-v1', 'train'), ('wikitext', None, 'test'))
+    """
+    place, *rest = name.split(":")
+    config, split = ([part or None for part in rest] + [None, None])[:2]
+    folder = Path(place).expanduser()
+    return str(folder) if folder.is_dir() else place, config, split or "train"
+
+
+def check_one_split(data: Any, what: str) -> None:
+    """Make sure that a data set is one, and not a mapping of several splits.
+
+    Raises:
+        SparsepassError: If it is a ``datasets.DatasetDict`` or ``IterableDatasetDict``.
+    """
+    import datasets
+
+    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise SparsepassError(
+            f"{what} is a data set with the splits {', '.join(data)}: choose one, such as data[{next(iter(data), 'train')!r}]"
+        )
 
 
 def path_kind(path: Path, name: str, *, what: str, forms: str) -> Kind:
@@ -104,22 +134,18 @@ def load_data_set(name: str, *, what: str, streaming: bool) -> Any:
     """
     import datasets
 
-    name_only, *rest = name.split(":")
-    config, split = ([part or None for part in rest] + [None, None])[:2]
-    folder = Path(name_only).expanduser()
+    place, config, split = data_set_name(name)
+    folder = Path(place)
     try:
         if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-            return datasets.load_from_disk(str(folder))
-        return datasets.load_dataset(
-            str(folder) if folder.is_dir() else name_only, config, split=split or "train", streaming=streaming
-        )
+            return datasets.load_from_disk(place)
+        return datasets.load_dataset(place, config, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         kind = "folder" if folder.is_dir() else "hub data set"
         raise SparsepassError(
-            f"{what} {name!r} could not be loaded as a {kind} (config {config or 'default'}, split "
-            f"{split or 'train'}): {type(error).__name__}: {first_line(error)}. Check the spelling "
-            "('name:config:split') and, for a hub name, the network and HF_HUB_OFFLINE; or pass the path of a "
-            ".txt, .jsonl or .parquet file"
+            f"{what} {name!r} could not be loaded as a {kind} (config {config or 'default'}, split {split}): "
+            f"{type(error).__name__}: {first_line(error)}. Check the spelling ('name:config:split') and, for a hub name, the "
+            "network and HF_HUB_OFFLINE; or pass the path of a .txt, .jsonl or .parquet file"
         ) from error
 
 
@@ -131,8 +157,3 @@ def special_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list
         if full[start : start + len(body)] == body:
             return full[:start], full[start + len(body) :]
     return [], []
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from sparsepass.graph.support import SparsepassError
+from sparsepass.passes.data import text_pieces
 from sparsepass.retrain.data.sequences import Shape
-from sparsepass.retrain.data.sources import Source, piece_rows
+from sparsepass.retrain.data.sources import Source
 from sparsepass.retrain.data.stream import Encode, Place, TokenStream, readable
 from sparsepass.retrain.data.tokens import (
     IDS,
@@ -124,7 +125,7 @@ def prepare(
     if source.texts and streaming:
         # One shard for each file.
         data = datasets.IterableDataset.from_generator(
-            piece_rows, gen_kwargs={"files": list(source.texts), "what": what}, features=_piece_features()
+            text_pieces, gen_kwargs={"files": list(source.texts), "what": what}, features=_piece_features()
         )
     if isinstance(data, datasets.IterableDataset):
         return _stream(source, data, settings)
@@ -199,7 +200,7 @@ def _finished(parts: Iterator[Part], settings: _Settings) -> Iterator[Part]:
 
 def _text_parts(files: Sequence[str], encoder: Encoder, settings: _Settings) -> Iterator[Part]:
     rows: list[Mapping[str, Any]] = []
-    for row in piece_rows(files, settings.what):
+    for row in text_pieces(files, settings.what):
         rows.append(row)
         if len(rows) == _PIECES:
             yield _text_part(rows, encoder, settings, "text", pieces=True)

@@ -111,21 +111,37 @@ def batch_of(sequences: Sequence[Columns], names: Sequence[str], context: int, i
     )
 
 
-class Sequences(ABC):
-    """An endless row of sequences, epoch after epoch, at a position that can be saved and restored.
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a source is read as sequences.
 
     Args:
         shape: How tokens become sequences.
         names: The columns of a sequence.
         settings: What has to be the same when a position is restored.
+        seed: Chooses the orders; None keeps that of the source.
         what: For messages.
     """
 
-    def __init__(self, shape: Shape, names: Sequence[str], settings: Mapping[str, object], what: str) -> None:
-        self.shape = shape
-        self._names = tuple(names)
-        self._settings = dict(settings)
-        self._what = what
+    shape: Shape
+    names: tuple[str, ...]
+    settings: Mapping[str, object]
+    seed: int | None
+    what: str
+
+
+class Sequences(ABC):
+    """An endless row of sequences, epoch after epoch, at a position that can be saved and restored.
+
+    Args:
+        reading: How the source is read.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self.shape = reading.shape
+        self._names, self._settings = reading.names, dict(reading.settings)
+        self._seed, self._what = reading.seed, reading.what
         self._position = self._num_tokens = 0
 
     @property
@@ -235,26 +251,12 @@ class TableSequences(Sequences):
     Args:
         table: The tokens.
         places: Which of the table's sequences these are.
-        seed: Chooses the orders; None keeps that of the table.
-        shape: As for `Sequences`.
-        names: As for `Sequences`.
-        settings: As for `Sequences`.
-        what: As for `Sequences`.
+        reading: See `Reading`.
     """
 
-    def __init__(
-        self,
-        table: TokenTable,
-        places: Any,
-        seed: int | None,
-        *,
-        shape: Shape,
-        names: Sequence[str],
-        settings: Mapping[str, object],
-        what: str,
-    ) -> None:
-        super().__init__(shape, names, settings, what)
-        self._table, self._places, self._seed = table, places, seed
+    def __init__(self, table: TokenTable, places: Any, reading: Reading) -> None:
+        super().__init__(reading)
+        self._table, self._places = table, places
         self._row_ends = np.cumsum(table.lengths)
         self._order: tuple[int, Any] | None = None
 

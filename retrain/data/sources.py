@@ -1,25 +1,33 @@
 """What a user may train on: names, files, folders and Python objects, each found and opened."""
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, final
+from typing import Any, final
 
 import numpy as np
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data import TEXT_SUFFIXES, default_text, first_line, load_data_set, locate, path_kind
+from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.passes.data import (
+    PYTHON_DOCS,
+    TEXT_SUFFIXES,
+    RecordError,
+    arrow_schema,
+    check_one_split,
+    data_set_name,
+    load_data_set,
+    locate,
+    path_kind,
+    records,
+)
+from sparsepass.retrain.data.tokens import IDS, LABELS, MASK
 
-PYTHON_DOCS = "python-docs"
 FORMS = (
     f"the path of a .txt, .jsonl or .parquet file, several of one kind, a folder, the name of a hub data set ('name', "
     f"'name:config' or 'name:config:split'), {PYTHON_DOCS!r}, a datasets.Dataset or IterableDataset, a list of texts or of "
     "rows, or a tensor of token ids"
 )
-# Characters read at a time from a text file, and how many may pass without a place to cut.
-_PIECE, _LONGEST_PIECE = 1 << 16, 1 << 20
 
 
 @final
@@ -42,13 +50,14 @@ class Source:
     data: Any = None
 
 
-def open_source(given: object, *, what: str, streaming: bool) -> Source:
+def open_source(given: object, *, what: str, streaming: bool, text_column: str) -> Source:
     """Find and open what the user names or brings.
 
     Args:
         given: One of the forms in ``FORMS``.
         what: "training data" or "validation data", for messages.
         streaming: Whether hub data sets, folders and files are streamed.
+        text_column: The column that holds text.
 
     Raises:
         SparsepassError: If it is of no known form, missing, empty, or cannot be read.
@@ -56,11 +65,8 @@ def open_source(given: object, *, what: str, streaming: bool) -> Source:
     import datasets
 
     if isinstance(given, (str, Path)):
-        return _from_name(str(given), what, streaming)
-    if isinstance(given, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise SparsepassError(
-            f"{what} is a data set with the splits {', '.join(given)}: choose one, such as data[{next(iter(given), 'train')!r}]"
-        )
+        return _from_name(str(given), what, streaming, text_column)
+    check_one_split(given, what)
     keys = frozenset({f"object {id(given)}"})
     if isinstance(given, datasets.IterableDataset):
         return Source(name="IterableDataset", kind="streamed data set", keys=keys, data=given)
@@ -71,7 +77,7 @@ def open_source(given: object, *, what: str, streaming: bool) -> Source:
     if isinstance(given, Sequence) and not given:
         raise SparsepassError(f"{what} is empty; expected {FORMS}")
     if isinstance(given, tuple) or (isinstance(given, list) and isinstance(given[0], Path)):
-        return _from_files([str(name) for name in given], what, streaming)
+        return _from_files([str(name) for name in given], what, streaming, text_column)
     if isinstance(given, list):
         return _from_list(given, what, keys)
     raise SparsepassError(
@@ -105,22 +111,20 @@ def _from_list(items: list[Any], what: str, keys: frozenset[str]) -> Source:
     return Source(name=f"{len(items)} rows", kind="rows", keys=keys, data=datasets.Dataset.from_list(items))
 
 
-def _from_name(name: str, what: str, streaming: bool) -> Source:
+def _from_name(name: str, what: str, streaming: bool, text_column: str) -> Source:
     if name == PYTHON_DOCS:
         return Source(name=name, kind="text", keys=frozenset({name}), texts=(name,))
     path = locate(name, what=what, forms=FORMS)
     if path is not None and not path.is_dir():
-        return _from_files([name], what, streaming)
+        return _from_files([name], what, streaming, text_column)
     if path is not None and (texts := _texts_in(path)):
         keys = frozenset(texts)
         return Source(name=name, kind=f"folder of {len(texts)} text files", keys=keys, texts=tuple(texts))
     data = load_data_set(name, what=what, streaming=streaming)
-    folder, *rest = name.split(":")
-    place = str(Path(folder).expanduser().resolve()) if Path(folder).expanduser().is_dir() else folder
-    config, split = ([*rest, "", ""])[:2]
-    return Source(
-        name=name, kind=_kind_of(data), keys=frozenset({f"{place}:{config or 'default'}:{split or 'train'}"}), data=data
-    )
+    place, config, split = data_set_name(name)
+    place = str(Path(place).resolve()) if Path(place).is_dir() else place
+    keys = frozenset({f"{place}:{config or 'default'}:{split}"})
+    return Source(name=name, kind=_kind_of(data), keys=keys, data=data)
 
 
 def _texts_in(folder: Path) -> list[str]:
@@ -131,9 +135,7 @@ def _texts_in(folder: Path) -> list[str]:
     return [str(path.resolve()) for path in files if path.suffix in TEXT_SUFFIXES[1:] and path.stat().st_size]
 
 
-def _from_files(names: list[str], what: str, streaming: bool) -> Source:
-    import datasets
-
+def _from_files(names: list[str], what: str, streaming: bool, text_column: str) -> Source:
     paths = [Path(name).expanduser().resolve() for name in names]
     kinds = {path_kind(path, name, what=what, forms=FORMS) for path, name in zip(paths, names, strict=True)}
     if len(kinds) > 1 or "folder" in kinds:
@@ -149,75 +151,58 @@ def _from_files(names: list[str], what: str, streaming: bool) -> Source:
     if kind == "text":
         return Source(name=label, kind="text files", keys=frozenset(files), texts=tuple(files))
     try:
-        data = datasets.load_dataset("json" if kind == "jsonl" else kind, data_files=files, split="train", streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise SparsepassError(
-            f"{what} {label} could not be read as {kind}: {type(cause).__name__}: {first_line(cause)}"
-        ) from error
+        data = _rows_of_files(files, streaming, text_column)
+    except RecordError as error:
+        raise SparsepassError(f"{what} {label} could not be read as {kind}: {error}") from error
     return Source(name=label, kind=f"{kind} files", keys=frozenset(files), data=data)
+
+
+def _rows_of_files(files: list[str], streaming: bool, text_column: str) -> Any:
+    """Open .jsonl or .parquet files as a data set; of their columns the ones that training reads, if there are any.
+
+    Raises:
+        RecordError: If a file is damaged, or files have other columns than the first one.
+    """
+    import datasets
+
+    wanted = (text_column, IDS, LABELS, MASK)
+    found = [next(records(file), None) for file in files]
+    columns: tuple[str, ...] = ()
+    for file, row in zip(files, found, strict=True):
+        if row is None:
+            continue
+        here = tuple(name for name in row if name in wanted) or tuple(row)
+        columns = columns or here
+        if set(here) != set(columns):
+            raise RecordError(f"file {file} has the columns {', '.join(here)}, and files before it {', '.join(columns)}")
+    if not columns:
+        return datasets.Dataset.from_dict({})
+    # What tells that a file changed: the tokens of the same one are found again in the cache.
+    stamps = [(Path(file).stat().st_mtime_ns, Path(file).stat().st_size) for file in files]
+    absent = tuple(name for name in wanted if name not in columns)
+    # One shard for each file.
+    options: dict[str, Any] = {"files": files, "stamps": stamps, "columns": columns, "absent": absent}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_file_rows, gen_kwargs=options)
+    schema = arrow_schema(files[0], columns)
+    features = None if schema is None else datasets.Features.from_arrow_schema(schema)
+    try:
+        return datasets.Dataset.from_generator(_file_rows, features=features, gen_kwargs=options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise (
+            cause if isinstance(cause, RecordError) else RecordError(f"{type(cause).__name__}: {first_line(cause)}")
+        ) from error
+
+
+def _file_rows(
+    files: list[str], stamps: list[Any], columns: tuple[str, ...], absent: tuple[str, ...]
+) -> Iterator[Mapping[str, Any]]:
+    for file in files:
+        yield from records(file, columns=columns, absent=absent)
 
 
 def _kind_of(data: Any) -> str:
     import datasets
 
     return "streamed data set" if isinstance(data, datasets.IterableDataset) else "data set"
-
-
-def piece_rows(files: Sequence[str], what: str = "training data") -> Iterator[dict[str, Any]]:
-    """Read text files in pieces, so that a file of any size is tokenized in little memory.
-
-    A piece ends behind a line break that stands between two characters which are no white space: the tokenizers of
-    GPT-2, Llama and their kin never make a token across it, so that the ids are those of the whole text.
-
-    Args:
-        files: Paths, or "python-docs" for the calibration part of Python's documentation topics.
-        what: For messages.
-
-    Returns:
-        Rows of ``text``, ``begins`` and ``ends``: whether the file, and so the document, begins and ends with it.
-
-    Raises:
-        SparsepassError: If a file is missing or not UTF-8.
-
-    Example:
-        >>> [len(row["text"]) > 60_000 for row in piece_rows(["python-docs"])][:2]
-        [True, True]
-    """
-    for file in files:
-        try:
-            with _open(file) as text:
-                yield from _pieces(text)
-        except UnicodeDecodeError as error:
-            raise SparsepassError(
-                f"{what} {file} is not UTF-8 ({error.reason}); convert it, for example with `iconv -t UTF-8`"
-            ) from error
-        except OSError as error:
-            raise SparsepassError(f"{what} {file} cannot be read: {error}") from error
-
-
-def _open(file: str) -> IO[str]:
-    if file == PYTHON_DOCS:
-        return io.StringIO(default_text("calibration"))
-    return Path(file).open(encoding="utf-8-sig")
-
-
-def _pieces(text: IO[str]) -> Iterator[dict[str, Any]]:
-    held, begins = "", True
-    while new := text.read(_PIECE):
-        held += new
-        cut = _last_cut(held)
-        if cut is None and len(held) >= _LONGEST_PIECE:
-            cut = held.rfind("\n", 0, len(held) - 1) + 1 or len(held) - 1
-        if cut:
-            yield {"text": held[:cut], "begins": begins, "ends": False}
-            held, begins = held[cut:], False
-    yield {"text": held, "begins": begins, "ends": True}
-
-
-def _last_cut(text: str) -> int | None:
-    at = len(text) - 1
-    while (at := text.rfind("\n", 1, at)) > 0:
-        if not text[at - 1].isspace() and not text[at + 1].isspace():
-            return at + 1
-    return None

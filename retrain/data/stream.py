@@ -13,10 +13,10 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.data import first_line
+from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.passes.data import RecordError
 from sparsepass.retrain.data.order import permutation
-from sparsepass.retrain.data.sequences import Sequences, Shape
+from sparsepass.retrain.data.sequences import Reading, Sequences
 from sparsepass.retrain.data.tokens import IDS, MASK, Columns, Part, hash_columns
 
 Encode: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Part]
@@ -62,12 +62,11 @@ def readable(rows: Iterable[Mapping[str, Any]], what: str) -> Iterator[Mapping[s
         for place, row in enumerate(rows, start=1):  # noqa: B007
             yield row
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, SparsepassError):
+        if isinstance(error, SparsepassError) and not isinstance(error, RecordError):
             raise
         cause = error.__cause__ or error
-        raise SparsepassError(
-            f"{what} could not be read on after {place} rows: {type(cause).__name__}: {first_line(cause)}; is a file cut off?"
-        ) from error
+        reason = str(error) if isinstance(error, RecordError) else f"{type(cause).__name__}: {first_line(cause)}"
+        raise SparsepassError(f"{what} could not be read on after {place} rows: {reason}; is a file cut off?") from error
 
 
 @final
@@ -84,6 +83,8 @@ class TokenStream:
     def __init__(self, data: Any, encode: Encode, place: Place, what: str = "the data") -> None:
         # A copy: where it stands is the user's own affair.
         self._data = copy.copy(data)
+        if not _has_form(self._data.state_dict(), place.source):
+            place = dataclasses.replace(place, source=None, skip=place.passed)
         self._data.load_state_dict(place.source)
         self._rows: Iterator[Mapping[str, Any]] = readable(self._data, what)
         self._encode = encode
@@ -159,11 +160,7 @@ class StreamedSequences(Sequences):
         check: Hash of the sequence that begins there.
         block: Sequences of a block.
         limit: Sequences of an epoch at most.
-        seed: Chooses the orders; None keeps that of the stream.
-        shape: As for `Sequences`.
-        names: As for `Sequences`.
-        settings: As for `Sequences`.
-        what: As for `Sequences`.
+        reading: See `Reading`.
     """
 
     def __init__(
@@ -176,15 +173,11 @@ class StreamedSequences(Sequences):
         check: str,
         block: int,
         limit: int | None,
-        seed: int | None,
-        shape: Shape,
-        names: Sequence[str],
-        settings: Mapping[str, object],
-        what: str,
+        reading: Reading,
     ) -> None:
-        super().__init__(shape, names, settings, what)
+        super().__init__(reading)
         self._data, self._encode = data, encode
-        self._block_size, self._limit, self._seed = block, limit, seed
+        self._block_size, self._limit = block, limit
         self._start = _Block(epoch=0, first=first, place=start, check=check)
         self._known_length: int | None = None
         self._block, self._offset = self._start, 0
@@ -280,3 +273,11 @@ class StreamedSequences(Sequences):
 
 def _is_checked(loaded: Sequence[Columns], check: str) -> bool:
     return bool(loaded) and hash_columns(loaded[0]) == check
+
+
+def _has_form(own: Any, saved: Any) -> bool:
+    """Whether a data set can take up a saved state: one of another reader has other fields."""
+    if saved is None or not isinstance(own, dict):
+        return True
+    same = isinstance(saved, dict) and own.keys() == saved.keys() and own.get("type") == saved.get("type")
+    return same and all(_has_form(own[name], saved[name]) for name in own)

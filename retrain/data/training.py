@@ -20,7 +20,7 @@ import numpy as np
 from sparsepass.graph.support import SparsepassError
 from sparsepass.retrain.data.order import spread
 from sparsepass.retrain.data.prepare import Prepared, prepare, sequences_of
-from sparsepass.retrain.data.sequences import Batch, Sequences, TableSequences, batch_of, table_sequence
+from sparsepass.retrain.data.sequences import Batch, Reading, Sequences, TableSequences, batch_of, table_sequence
 from sparsepass.retrain.data.sources import FORMS, Source, open_source
 from sparsepass.retrain.data.stream import Place, StreamedSequences
 from sparsepass.retrain.data.tokens import IDS, Columns, hash_columns
@@ -221,7 +221,7 @@ def open_data(
     held_out = config.validation if validation is None else validation
 
     def opened(given: object, what: str) -> Source:
-        return open_source(given, what=what, streaming=config.streaming)
+        return open_source(given, what=what, streaming=config.streaming, text_column=config.text_column)
 
     def prepared(found: Source, what: str) -> Prepared:
         return prepare(
@@ -294,6 +294,11 @@ def _settings(data: Prepared, config: DataConfig, num_held_out: int) -> dict[str
     }
 
 
+def _reading(data: Prepared, config: DataConfig, settings: Mapping[str, object]) -> Reading:
+    seed = config.seed if config.shuffle else None
+    return Reading(shape=data.shape, names=data.names, settings=settings, seed=seed, what=_TRAINING)
+
+
 def _limit(config: DataConfig) -> int | None:
     if config.max_tokens is None:
         return None
@@ -332,15 +337,7 @@ def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None, 
         facts["mixed_in"] = {"source": beside.source.name, "kind": beside.source.kind, "num_sequences": theirs, **beside.facts}
     elif limit is not None and limit < len(places):
         places = places[spread(limit, len(places))]
-    train = TableSequences(
-        table,
-        places,
-        config.seed if config.shuffle else None,
-        shape=data.shape,
-        names=data.names,
-        settings=settings,
-        what=_TRAINING,
-    )
+    train = TableSequences(table, places, _reading(data, config, settings))
     if not number:
         return TrainingData(train, None, facts, {})
     validation = _batch(data, _rows_of_table(data, held), held.tolist())
@@ -383,11 +380,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
         check=hash_columns(first),
         block=config.shuffle_buffer,
         limit=_limit(config),
-        seed=config.seed if config.shuffle else None,
-        shape=data.shape,
-        names=data.names,
-        settings=_settings(data, config, number),
-        what=_TRAINING,
+        reading=_reading(data, config, _settings(data, config, number)),
     )
     facts = _facts(data, config)
     if not number:

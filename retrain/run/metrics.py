@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, write_text
 
 JSON = Any
 
@@ -51,9 +51,7 @@ class MetricsFile:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resumed_at is None else [line for line in read_metrics(self._path) if line["step"] <= resumed_at]
-        beside = self._path.with_name(f".{self._path.name}.partial")
-        beside.write_text("".join(map(_to_line, kept)), encoding="utf-8")
-        os.replace(beside, self._path)
+        write_text(self._path, "".join(map(_to_line, kept)))
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, values: Mapping[str, JSON]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparsepass.graph.support import SparsepassError
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData
-from sparsepass.retrain.run import parallel
+from sparsepass.retrain.run import make_accelerator
 from sparsepass.retrain.teacher.cache import write_teacher_cache
 from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CachedTeacher, CacheManifest
 from sparsepass.retrain.teacher.contract import OnlineTeacher
@@ -48,7 +48,7 @@ def offline_teacher(
         raise SparsepassError("hidden_weight needs a teacher in memory: a cache holds its logits only")
     needed = config.num_steps(data.train.shape.context) * config.batch_size
     if not _is_there(Path(folder), needed, config.temperature, k, about):
-        accelerator = parallel.make_accelerator((), None)
+        accelerator = make_accelerator((), None)
         if accelerator.num_processes > 1:
             raise SparsepassError(
                 f"{folder} does not hold the teacher's logits for the {needed} sequences of this run, and one process has to "

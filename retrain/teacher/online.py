@@ -13,7 +13,7 @@ from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import Batch
 from sparsepass.retrain.loss import TeacherTargets
-from sparsepass.retrain.run import parallel
+from sparsepass.retrain.run import shard
 from sparsepass.retrain.student import Halves, States, Student, halves, recording
 from sparsepass.retrain.teacher.contract import OnlineTeacher, Teacher
 
@@ -108,7 +108,7 @@ def online_teacher(
     online = OnlineTeacher(parts.body, parts.head)
     about = {"kind": "model", "class": teacher.origin.model_class, "dtype": config.dtype, "fingerprint": online.fingerprint()}
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
-        parallel.shard(parts.body, parts.blocks, {}, accelerator.device, whole=True)
+        shard(parts.body, parts.blocks, {}, accelerator.device, whole=True)
     return OnlineParts(teacher=online, states=states, about=about, parts=parts)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
 from sparsepass.graph.support import SparsepassError, item_progress
 from sparsepass.retrain.teacher.contract import fingerprint
@@ -94,8 +95,8 @@ def sample(model: nn.Module, prompts_BP: Tensor, length: int, *, temperature: fl
             f"sequences of {length} tokens from prompts of {prompts_BP.shape[1]}, at temperature {temperature}: the length has "
             "to be above the prompt's, and the temperature above 0"
         )
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
+    limit = position_limit(getattr(model, "config", None))
+    if limit is not None and length > limit:
         raise SparsepassError(f"sequences of {length} tokens are longer than the model's context of {limit}; shorten them")
     inputs = prompts_BP.to(next(model.parameters()).device)
     settings = GenerationConfig(

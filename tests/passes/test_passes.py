@@ -11,6 +11,7 @@ import torch
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import nn
 
+from sparsepass import _plugins
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
 from sparsepass.passes import (
     PASSES,
@@ -25,7 +26,6 @@ from sparsepass.passes import (
     apply_passes,
     parse_pipeline,
     pipeline_to_text,
-    table as table_module,
 )
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 
@@ -369,7 +369,7 @@ def test_passes_of_other_packages_join_the_table(monkeypatch: pytest.MonkeyPatch
         def load(self) -> type[Pass]:
             return _Liar
 
-    monkeypatch.setattr(table_module, "entry_points", lambda group: [Entry()])
+    monkeypatch.setattr(_plugins, "entry_points", lambda group: [Entry()])
     assert parse_pipeline("liar") == (_Liar(),)
     monkeypatch.setattr(_Liar, "name", "fold")
     with pytest.raises(SparsepassError, match="taken"):

@@ -21,9 +21,9 @@ from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data.training import DataConfig, open_data
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.masks import MovingMasks
-from sparsepass.retrain.run import parallel
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS
 from sparsepass.retrain.run.diagnose import NonFiniteLossError
+from sparsepass.retrain.run.parallel import checkpoint_activations
 from sparsepass.retrain.student import masked_sites
 
 PATTERN = NMPattern(2, 4)
@@ -137,7 +137,7 @@ def test_masks_are_refreshed_between_steps_only(monkeypatch: pytest.MonkeyPatch)
         return refreshed(self)
 
     monkeypatch.setattr(MovingMasks, "refresh", refresh)
-    made = parallel.checkpoint_activations
+    made = checkpoint_activations
 
     def watched(block: nn.Module) -> Callable[..., Any]:
         inner = block.forward
@@ -156,7 +156,7 @@ def test_masks_are_refreshed_between_steps_only(monkeypatch: pytest.MonkeyPatch)
             block.forward = watched(block)
         made(found)
 
-    monkeypatch.setattr(parallel, "checkpoint_activations", watch)
+    monkeypatch.setattr("sparsepass.retrain.trainee.checkpoint_activations", watch)
     options: dict[str, Any] = {"activation_checkpointing": True, "validate_every": 8}
     trained = run(micro_batch_size=2, **options)
     # 8 steps of 4 micro-batches through 2 blocks, each once more in the backward pass.

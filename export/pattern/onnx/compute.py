@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from sparsepass.export.pattern.onnx.data import OnnxData
+from sparsepass.graph.support import first_line
 
 __all__ = ["ConstantValues", "NotComputableError"]
 
@@ -97,7 +98,7 @@ class ConstantValues:
             with np.errstate(all="ignore"):
                 found = next(iter(ReferenceEvaluator(model).run(None, feeds)))
         except _FAILURES as error:
-            raise NotComputableError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+            raise NotComputableError(f"{type(error).__name__}: {first_line(error)}") from error
         if not isinstance(found, np.ndarray | np.generic):
             raise NotComputableError("it is no tensor")
         return np.asarray(found)

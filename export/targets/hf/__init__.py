@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER as ADAPTER_FOLDER, read_adapter as read_adapter
-    from sparsepass.export.targets.hf.disk import quiet as quiet
     from sparsepass.export.targets.hf.lower import HfArtifact as HfArtifact, lower_hf as lower_hf
+    from sparsepass.export.targets.hf.target import HuggingFace as HuggingFace
     from sparsepass.export.targets.hf.verify import load_plain as load_plain, verify_hf as verify_hf
 else:
     from sparsepass._lazy import face

@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sparsepass.export.targets.hf.disk import package_version, quiet
+from sparsepass.export.targets.hf.disk import package_version
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def with_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
         return model, "the definition of LoRA, because peft is not installed"
     from peft import PeftModel
 
-    with quiet(), warnings.catch_warnings():
+    with quiet_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 calls what transformers 5.23 has renamed
         return PeftModel.from_pretrained(model, folder).eval(), f"peft {package_version('peft')}"
 

@@ -1,9 +1,8 @@
 """What transformers makes of a model on its way to the disk and back: names, axes, and the class that loads it."""
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.graph.program import Program
 
-__all__ = ["StoredWeights", "auto_class", "package_version", "quiet", "stored_weights"]
+__all__ = ["StoredWeights", "auto_class", "package_version", "stored_weights"]
 
 # The Auto classes a user would think of first; a model that is in none of these may be in another one of transformers'.
 _AUTO_CLASSES = (
@@ -138,22 +137,6 @@ def _on_disk(program: Program, weight: str, model: Any, sizes: Mapping[str, int]
 
 def _fiber(tensor: Tensor, axis: int) -> tuple[int | slice, ...]:
     return tuple(slice(None) if i == axis else 0 for i in range(tensor.dim()))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the bars and reports of transformers: what they tell is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def package_version(package: str) -> str | None:

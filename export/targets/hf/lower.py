@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
-from sparsepass.export.targets.hf.disk import auto_class, quiet, stored_weights
-from sparsepass.export.targets.hf.verify import verify_hf
+from sparsepass.export.targets.hf.disk import auto_class, stored_weights
+from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["ADAPTER_FOLDER", "HfArtifact", "lower_hf", "verify_hf"]
 
 _MAX_SHARD = "5GB"
 # peft wraps these in classes of its own; for others its plain wrapper passes every argument through.
@@ -71,6 +69,12 @@ class HfArtifact:
     axes: Mapping[str, int]
     files: Mapping[str, int]
 
+    @property
+    def adapter_note(self) -> str:
+        """What a reader should know of the adapter."""
+        assert self.adapter is not None
+        return f"the SLoRB branches of {self.num_branches} layers are the PEFT adapter in {self.adapter.name}/"
+
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON; paths are relative to the folder."""
         return {
@@ -88,7 +92,7 @@ def lower_hf(
     program: Program,
     folder: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: "torch.dtype | str | None" = None,
     tokenizer: Any = None,
     processor: Any = None,
     base_name: str | None = None,
@@ -128,9 +132,9 @@ def lower_hf(
             "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
         )
     branches = branched(program)
-    with quiet():
+    with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
-        _settle_config(model, dtype)
+        _settle_config(model, None if dtype is None else parse_dtype(dtype))
         _save(model, folder)
         for companion in (tokenizer, processor):
             if companion is not None:
@@ -162,15 +166,7 @@ def _without_branches(program: Program) -> Program:
     bare = {
         weight: SparseState(pattern=state.pattern, axis=state.axis, mask=state.mask) for weight, state in program.sparse.items()
     }
-    return Program(
-        program.graph_module,
-        output_structure=program.output_structure,
-        example_inputs=program.example_inputs,
-        dynamic_axes=program.dynamic_axes,
-        aliases=program.aliases,
-        origin=program.origin,
-        sparse=bare,
-    )
+    return program.sharing(sparse=bare)
 
 
 def _settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:

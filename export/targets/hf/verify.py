@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
-from sparsepass.export.targets.hf.disk import auto_class, package_version, quiet, stored_weights
+from sparsepass.export.targets.hf.disk import auto_class, package_version, stored_weights
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.program import Program
+from sparsepass.graph.states import masked_weight
+from sparsepass.graph.support import quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
 
 __all__ = ["load_plain", "verify_hf"]
@@ -45,7 +47,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         Findings as JSON: ``holds``, ``failures`` (one sentence each), and the figures behind them.
     """
     given = {name: t.to(program.device) for name, t in (inputs or program.example_inputs).items()}
-    with quiet():
+    with quiet_loading():
         model = load_plain(folder).to(program.device)
     dtype, loaded_by = model.dtype, auto_class(type(model), model.config)
     failures: list[str] = []
@@ -104,13 +106,10 @@ def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(program: Program, model: nn.Module) -> dict[str, Any]:
-    masks = {weight: state.mask for weight, state in program.sparse.items() if state.mask is not None}
     failures, num_equal, violations = [], 0, 0
     for name, loaded in model.named_parameters():
         own = program.aliases.get(name, name)
-        expected = program.tensor(own).detach()
-        if own in masks:
-            expected = torch.ops.sparsepass.masked_weight(expected, program.tensor(masks[own]))
+        expected = masked_weight(program, own)
         if torch.equal(loaded.detach(), expected.to(loaded.dtype)):
             num_equal += 1
         else:

@@ -11,9 +11,7 @@ not at every step), and the decoder, which takes them as inputs.
 import contextlib
 import inspect
 import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.export.targets.onnx.artifact import Role
 from sparsepass.graph.capture import run_exporter
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, first_line
 
 Axes = tuple[str | None, ...]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -335,22 +333,6 @@ def _cache_pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries below: torch.onnx logs operators that torchvision would bring, transformers its versions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def _one_trace() -> Iterator[None]:
     """Spare torch.onnx the second trace of the whole graph, which takes as long as the first, where nothing needs it.
 
@@ -444,7 +426,5 @@ def _reason(error: BaseException) -> str:
     told = next((each for each in chain if str(each).startswith("Error when translating")), error)
     lines = [line.strip() for line in str(told).splitlines() if line.strip()] or ["no message"]
     root = chain[-1] if told is not chain[-1] and type(chain[-1]) is not type(told) else None
-    because = (
-        f" ({type(root).__name__}: {str(root).strip().splitlines()[0][:200]})" if root is not None and str(root).strip() else ""
-    )
+    because = f" ({type(root).__name__}: {first_line(root)[:200]})" if root is not None and str(root).strip() else ""
     return f"{type(told).__name__}: {_ANSI.sub('', lines[0])[:400]}{because}"

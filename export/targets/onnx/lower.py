@@ -7,7 +7,6 @@
 """
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -19,16 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from sparsepass.export.targets.onnx.artifact import (
-    DECODER_FILE,
-    ENCODER_FILE,
-    MODEL_FILE,
-    Kind,
-    OnnxArtifact,
-    OnnxGraph,
-    OnnxValue,
-    StoredWeight,
-)
+from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, Kind, OnnxArtifact, StoredWeight
 from sparsepass.export.targets.onnx.capture import (
     Axes,
     CacheUnsupportedError,
@@ -36,29 +26,15 @@ from sparsepass.export.targets.onnx.capture import (
     decoder_piece,
     encoder_decoder_pieces,
     plain_piece,
-    quiet,
     to_ir,
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
-from sparsepass.export.targets.onnx.verify import Greedy, generate_greedy, open_session, verify_onnx
 from sparsepass.graph import capture
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import finish, fold_mask
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, closest, quiet_export
 from sparsepass.passes.maths import canonical_zeros
-
-__all__ = [
-    "Greedy",
-    "OnnxArtifact",
-    "OnnxGraph",
-    "OnnxValue",
-    "StoredWeight",
-    "generate_greedy",
-    "lower_onnx",
-    "open_session",
-    "verify_onnx",
-]
 
 DEFAULT_OPSET, _LOWEST_OPSET, _HIGHEST_OPSET = 20, 18, 23
 EXTERNAL_DATA_BYTES = 100_000_000
@@ -118,6 +94,7 @@ def lower_onnx(
 
     Example:
         >>> import tempfile
+        >>> from sparsepass.export.targets.onnx import verify_onnx
         >>> program = capture(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.randn(2, 8))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     artifact = lower_onnx(program, folder)
@@ -138,7 +115,7 @@ def lower_onnx(
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
     if program.device.type != "cpu":
         program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
-    with quiet():
+    with quiet_export("torch.onnx", "transformers", "onnxscript", "onnx_ir"):
         kind, pieces, notes = _pieces(program, wanted, past)
         try:
             return _write(program, out, kind, pieces, number, wanted, notes)
@@ -165,8 +142,8 @@ def _wants_past(program: Program, task: str | None, with_past: bool | None) -> b
     """True: with a cache or an error; None: with a cache if it can be; False: one plain graph."""
     known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
     if task is not None and task not in known:
-        near = difflib.get_close_matches(task, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = closest(task, known)
+        hint = f"; did you mean {near}?" if near else ""
         raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
     if task in _PLAIN_TASKS:
         if with_past:
@@ -287,16 +264,7 @@ def _folded(program: Program) -> Program:
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph_module.graph.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-    shared = Program(
-        fx.GraphModule(program.graph_module, graph),
-        output_structure=program.output_structure,
-        example_inputs=program.example_inputs,
-        dynamic_axes=program.dynamic_axes,
-        aliases=program.aliases,
-        origin=program.origin,
-        sparse=program.sparse,
-        history=program.history,
-    )
+    shared = program.sharing(graph_module=fx.GraphModule(program.graph_module, graph))
     for weight, state in program.sparse.items():
         if state.mask is not None:
             fold_mask(shared, weight)

@@ -1,26 +1,22 @@
-"""Running exported graphs in onnxruntime: sessions, greedy generation, and the verification of what was written."""
+"""Verification of the target `onnx`: the files, the pattern, the weights, and the outputs in onnxruntime."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
+from sparsepass.export.targets.onnx.session import NO_BFLOAT16, Array, Runner, open_session, run_session, to_numpy
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.states import masked_weight
+from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.maths import canonical_zeros
-
-Array = npt.NDArray[Any]
-Session = Any  # onnxruntime.InferenceSession; the package has no types
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest allowed difference of an output, relative to the largest entry of the program's."""
@@ -28,93 +24,7 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 # A float32 difference above the tolerance is rounding if the file is at most this many times further from the float64
 # result than the program is, and nowhere further than the second number. Above the third, float64 takes too much memory.
 _ROUNDING_FACTOR, _LARGEST_ROUNDING, _LARGEST_IN_FLOAT64 = 4.0, 1e-2, 2_000_000_000
-_NO_BFLOAT16 = "onnxruntime's CPU provider has no bfloat16 kernels for MatMul; run the file on a GPU to compare outputs"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Greedy:
-    """Tokens that a graph generated.
-
-    Attributes:
-        tokens: [batch, new tokens], int64.
-        margins: [batch, new tokens]: best logit minus second best. Where it is tiny, another runtime may rightly choose
-            the other token.
-    """
-
-    tokens: Array
-    margins: Array
-
-
-def open_session(path: str | Path) -> Session:
-    """Open an ONNX file in onnxruntime on the CPU.
-
-    Raises:
-        SparsepassError: If the file is missing or onnxruntime cannot run it.
-    """
-    if not Path(path).is_file():
-        raise SparsepassError(f"{path} is no file; give the .onnx file, or the folder that holds {MODEL_FILE}")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises classes of its extension module, which have no common base
-        raise SparsepassError(f"onnxruntime cannot run {path}: {_first_line(error)}") from error
-
-
-def generate_greedy(
-    source: "str | Path | Session",
-    input_ids: "Tensor | Array",
-    num_tokens: int,
-    *,
-    attention_mask: "Tensor | Array | None" = None,
-    encoder_inputs: Mapping[str, "Tensor | Array"] | None = None,
-) -> Greedy:
-    """Generate with a key-value-cache graph in onnxruntime, always taking the best token, past any end token.
-
-    Args:
-        source: An open session, an .onnx file, or a folder that an export wrote.
-        input_ids: Prompts [batch, tokens]; for an encoder-decoder (a folder) the decoder's first tokens.
-        num_tokens: How many to generate.
-        attention_mask: 0 where a prompt is padded, on its left; all ones by default.
-        encoder_inputs: Inputs of the encoder, for an encoder-decoder.
-
-    Returns:
-        The new tokens, and how clear each choice was.
-
-    Raises:
-        SparsepassError: If the graph has no cache, or the inputs do not fit it.
-    """
-    ids = _numpy(input_ids).astype(np.int64)
-    if ids.ndim != 2 or not ids.size or num_tokens < 1:
-        raise SparsepassError(
-            f"expected prompts of shape [batch, tokens] and at least one token to generate, got {ids.shape} and {num_tokens}"
-        )
-    mask = np.ones_like(ids) if attention_mask is None else _numpy(attention_mask).astype(np.int64)
-    if mask.shape != ids.shape or not bool(mask[:, -1].all()):
-        raise SparsepassError(
-            f"the attention mask must be shaped like the prompts {ids.shape} and end in ones (pad on the left), "
-            f"got {mask.shape}"
-        )
-    runner = _open_runner(source, encoder_inputs)
-    tokens, margins = [], []
-    step = ids
-    for _ in range(num_tokens):
-        last = runner.step(step, mask)[:, -1].astype(np.float32)
-        best = last.argmax(-1)
-        two = np.partition(last, -2, axis=-1)[:, -2:]
-        tokens.append(best)
-        margins.append(two[:, 1] - two[:, 0])
-        step = best[:, None].astype(np.int64)
-        mask = np.concatenate([mask, np.ones_like(step)], axis=1)
-    return Greedy(tokens=np.stack(tokens, 1), margins=np.stack(margins, 1))
 
 
 def verify_onnx(
@@ -155,7 +65,7 @@ def verify_onnx(
         and all(found["conforms"] for found in findings["pattern"].values())
         and not findings["weights"]["differing"]
         and all(case["holds"] for case in findings["outputs"]["cases"])
-        and (bool(findings["outputs"]["cases"]) or findings["outputs"]["not_run"] == _NO_BFLOAT16)
+        and (bool(findings["outputs"]["cases"]) or findings["outputs"]["not_run"] == NO_BFLOAT16)
     )
     return findings
 
@@ -164,7 +74,7 @@ def _check_file(path: Path) -> str:
     try:
         onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        return _first_line(error)
+        return first_line(error)[:300]
     return "ok"
 
 
@@ -185,10 +95,7 @@ def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> d
     wanted = _DTYPES[artifact.dtype]
     differing, num_converted = [], 0
     for name, found in artifact.weights.items():
-        weight = program.tensor(name).detach().cpu()
-        state = program.sparse.get(name)
-        if state is not None and state.mask is not None:
-            weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask).cpu())
+        weight = masked_weight(program, name).cpu()
         for stored in found:
             value = models[stored.file].graph.initializers.get(stored.initializer)
             tensor = value.const_value if value is not None else None
@@ -216,7 +123,7 @@ def _compare_outputs(program: Program, place: Path, artifact: OnnxArtifact, limi
             if artifact.dtype == "float32" and not all(case["holds"] for case in found["cases"]):
                 _weigh_by_rounding(mine, list(_exact_cases(program, place, kind)), found["cases"])
     except SparsepassError as error:
-        found["not_run"] = _NO_BFLOAT16 if artifact.dtype == "bfloat16" else str(error)
+        found["not_run"] = NO_BFLOAT16 if artifact.dtype == "bfloat16" else str(error)
         found["cases"] = []
     return found
 
@@ -325,7 +232,7 @@ def _plain_cases(program: Program, place: Path, forward: Forward) -> Cases:
         variants["shorter"] = {n: t[:, :-1] if n in tokens else t for n, t in example.items()}
     for variant, inputs in variants.items():
         expected = forward.outputs(inputs)
-        outputs = _run(session, {name: _numpy(tensor) for name, tensor in inputs.items()})
+        outputs = run_session(session, {name: to_numpy(tensor) for name, tensor in inputs.items()})
         for (name, got), reference in zip(outputs.items(), expected, strict=True):
             yield f"{variant}: {name}", reference, got
 
@@ -338,7 +245,7 @@ def _decoder_cases(program: Program, place: Path, forward: Forward) -> Cases:
     full = forward.logits(ids)
 
     def run(*chunks: Tensor, mask: Tensor | None = None) -> Array:
-        runner = _Runner(session)
+        runner = Runner(session)
         padding = torch.ones(chunks[0].shape[0], sum(chunk.shape[1] for chunk in chunks), dtype=torch.long)
         padding = padding if mask is None else mask
         seen = 0
@@ -371,7 +278,7 @@ def _two_sided_cases(program: Program, place: Path, forward: Forward) -> Cases:
 
     def run(*chunks: Tensor) -> Array:
         rows = chunks[0].shape[0]
-        runner = _Runner(decoder, encoder, {name: tensor[:rows] for name, tensor in given.items()})
+        runner = Runner(decoder, encoder, {name: tensor[:rows] for name, tensor in given.items()})
         seen = 0
         for chunk in chunks:
             seen += chunk.shape[1]
@@ -388,87 +295,6 @@ def _long_enough(ids: Tensor) -> Tensor:
     return ids if ids.shape[1] >= 6 else ids.repeat(1, -(-6 // ids.shape[1]))
 
 
-@final
-class _Runner:
-    """A decoder graph with its cache: feeds tokens, keeps the past."""
-
-    def __init__(
-        self, session: Session, encoder: Session | None = None, encoder_inputs: Mapping[str, "Tensor | Array"] | None = None
-    ) -> None:
-        self.session = session
-        self.inputs = {value.name: value for value in session.get_inputs()}
-        self.outputs = [value.name for value in session.get_outputs()]
-        self.past: dict[str, Array] = {}
-        if not any(name.startswith("past_key_values.") for name in self.inputs):
-            raise SparsepassError(
-                "the graph has no key-value cache, so it cannot generate step by step; export it with --task "
-                "text-generation-with-past"
-            )
-        if encoder is not None:
-            given = {name: _numpy(value) for name, value in (encoder_inputs or {}).items()}
-            names = {value.name for value in encoder.get_inputs()}
-            if "attention_mask" in names and "attention_mask" not in given and "input_ids" in given:
-                given["attention_mask"] = np.ones_like(given["input_ids"])
-            made = _run(encoder, given)
-            self.past = {
-                name.replace("present", "past_key_values"): value for name, value in made.items() if name.startswith("present.")
-            }
-            if "encoder_attention_mask" in self.inputs:
-                self.past["encoder_attention_mask"] = given["attention_mask"]
-
-    def step(self, ids: Array, mask: Array) -> Array:
-        """Feed tokens [batch, sequence] with the mask of all tokens so far; returns their logits."""
-        feed = {"input_ids": ids, **self.past}
-        if "attention_mask" in self.inputs:
-            feed["attention_mask"] = mask
-        if "position_ids" in self.inputs:
-            feed["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-        for name, value in self.inputs.items():
-            if name not in feed and name.startswith("past_key_values."):
-                heads, size = value.shape[1], value.shape[3]
-                feed[name] = np.zeros((ids.shape[0], heads, 0, size), _NUMPY[value.type])
-        found = _run(self.session, feed)
-        self.past |= {
-            name.replace("present", "past_key_values"): value for name, value in found.items() if name.startswith("present.")
-        }
-        return found["logits"]
-
-
-def _open_runner(source: "str | Path | Session", encoder_inputs: Mapping[str, "Tensor | Array"] | None) -> _Runner:
-    if not isinstance(source, str | Path):
-        return _Runner(source)
-    place = Path(source)
-    if (place / DECODER_FILE).is_file():
-        if encoder_inputs is None:
-            raise SparsepassError(f"{place} holds an encoder-decoder: give encoder_inputs, such as its input_ids")
-        return _Runner(open_session(place / DECODER_FILE), open_session(place / ENCODER_FILE), encoder_inputs)
-    return _Runner(open_session(place / MODEL_FILE if place.is_dir() else place))
-
-
-def _run(session: Session, feed: Mapping[str, Array]) -> dict[str, Array]:
-    wanted = {value.name: value for value in session.get_inputs()}
-    if missing := sorted(set(wanted) - set(feed)):
-        raise SparsepassError(f"the graph needs {', '.join(missing)}, which were not given; it takes {', '.join(wanted)}")
-    given = {name: _as(feed[name], value.type) for name, value in wanted.items()}
-    try:
-        outputs = session.run(None, given)
-    except Exception as error:  # see open_session
-        shapes = {name: array.shape for name, array in given.items()}
-        raise SparsepassError(f"onnxruntime failed on inputs of shapes {shapes}: {_first_line(error)}") from error
-    return {value.name: output for value, output in zip(session.get_outputs(), outputs, strict=True)}
-
-
-def _as(array: Array, kind: str) -> Array:
-    wanted = _NUMPY.get(kind)
-    if wanted is None:
-        raise SparsepassError(f"an input of type {kind} cannot be made from numpy arrays; {_NO_BFLOAT16}")
-    return array if array.dtype == wanted else array.astype(wanted)
-
-
-def _numpy(value: "Tensor | Array") -> Array:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
 def _bits(array: Array) -> Array:
     return array.view({1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[array.dtype.itemsize])
 
@@ -480,7 +306,3 @@ def _tensor_bits(tensor: Tensor) -> Array:
 
 def _onnx_name(dtype: torch.dtype) -> str:
     return {"float32": "float", "float64": "double"}.get(name := str(dtype).removeprefix("torch."), name)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

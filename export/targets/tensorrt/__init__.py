@@ -3,20 +3,13 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.targets.tensorrt.evidence import Known as Known, LayerEvidence as LayerEvidence, counts as counts
     from sparsepass.export.targets.tensorrt.lower import lower_tensorrt as lower_tensorrt
-    from sparsepass.export.targets.tensorrt.measure import Point as Point, break_even as break_even
-    from sparsepass.export.targets.tensorrt.options import (
-        DEFAULT_TIMEOUT_S as DEFAULT_TIMEOUT_S,
-        EngineOptions as EngineOptions,
-        parse_sm as parse_sm,
-    )
-    from sparsepass.export.targets.tensorrt.packages import LOWEST_SM as LOWEST_SM
     from sparsepass.export.targets.tensorrt.session import (
         PROVIDER as PROVIDER,
         open_tensorrt_session as open_tensorrt_session,
         read_configuration as read_configuration,
     )
+    from sparsepass.export.targets.tensorrt.target import EngineOptions as EngineOptions, TensorRT as TensorRT
     from sparsepass.export.targets.tensorrt.verify import verify_engines as verify_engines
 else:
     from sparsepass._lazy import face

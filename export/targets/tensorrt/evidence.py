@@ -10,64 +10,17 @@ Whether a layer *ran sparse* follows: yes if one was chosen, no if any state say
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, final
+from typing import Final, final
 
 from sparsepass.export.pattern import PatternEntry
+from sparsepass.export.targets.evidence import Known, LayerEvidence
 from sparsepass.export.targets.tensorrt.graph import Around
 from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, Timing, Told
-
-Known = Literal["yes", "no", "unknown"]
 
 _SPARSE_DTYPES: Final = ("float16", "bfloat16", "int8", "float8e4m3fn")
 """What sparse tensor cores multiply in 2:4. For float32 (TF32) their pattern is 1:2, which 2:4 does not imply."""
 
 _ON_PURPOSE: Final = "left out"
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class LayerEvidence:
-    """What is known of one weight in one engine.
-
-    Attributes:
-        engine: Name of the engine.
-        layer: Node of the graph that multiplies the weight.
-        op: Its operation.
-        weight: Name of the stored weight.
-        shape: Its shape as stored.
-        dtype: Its type.
-        axis: Axis that the product sums over.
-        conforms: Whether the stored weight is 2:4 along that axis; unknown for one that is dense on purpose.
-        flag_requested: Whether the builder was allowed to use sparse tactics.
-        eligible: Whether the builder found the layer fit for them.
-        chosen: Whether it took one.
-        ran_sparse: What follows from these.
-        reason: Why, in words.
-        tactic: Name of the kernel, where the engine inspector tells.
-        dense_ms: Fastest dense tactic that the builder timed.
-        sparse_ms: Fastest sparse one.
-    """
-
-    engine: str
-    layer: str
-    op: str
-    weight: str
-    shape: tuple[int, ...]
-    dtype: str
-    axis: int | None
-    conforms: Known
-    flag_requested: Known
-    eligible: Known
-    chosen: Known
-    ran_sparse: Known
-    reason: str
-    tactic: str = ""
-    dense_ms: float | None = None
-    sparse_ms: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self) | {"shape": list(self.shape)}
 
 
 @final
@@ -103,19 +56,6 @@ def gather(
         seen: What is known of the build.
     """
     return tuple(_judge(entry, around.get((entry.node, entry.weight), Around()), seen) for entry in entries)
-
-
-def counts(layers: Iterable[LayerEvidence]) -> dict[str, Any]:
-    """Count each state, over all layers that are meant to be sparse, and what ran sparse, engine by engine."""
-    meant = [layer for layer in layers if layer.conforms != "unknown"]
-    states = ("conforms", "flag_requested", "eligible", "chosen", "ran_sparse")
-    values: tuple[Known, ...] = ("yes", "no", "unknown")
-
-    def count(part: list[LayerEvidence]) -> dict[str, dict[str, int]]:
-        return {state: {value: sum(getattr(layer, state) == value for layer in part) for value in values} for state in states}
-
-    engines = list(dict.fromkeys(layer.engine for layer in meant))
-    return {"total": count(meant), "engines": {name: count([x for x in meant if x.engine == name]) for name in engines}}
 
 
 def obstacle(entry: PatternEntry, around: Around) -> str:

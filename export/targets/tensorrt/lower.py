@@ -11,27 +11,28 @@ import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 
 from sparsepass.export.pattern import check_pattern
+from sparsepass.export.targets.evidence import LayerEvidence
 from sparsepass.export.targets.onnx import OnnxArtifact, lower_onnx
+from sparsepass.export.targets.tensorrt.artifact import Engine, TensorrtArtifact
 from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine
-from sparsepass.export.targets.tensorrt.evidence import LayerEvidence, Observed, counts, gather
+from sparsepass.export.targets.tensorrt.evidence import Observed, gather
 from sparsepass.export.targets.tensorrt.graph import surroundings
 from sparsepass.export.targets.tensorrt.log import SparsityLog, parse_inspection, parse_log
 from sparsepass.export.targets.tensorrt.measure import measure
-from sparsepass.export.targets.tensorrt.options import EngineOptions, check_sm
+from sparsepass.export.targets.tensorrt.options import EngineTarget, check_sm
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed, abilities, choose, gpus
 from sparsepass.export.targets.tensorrt.profiles import EnginePlan, plan_engines, shapes
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE, session_configuration
 from sparsepass.export.targets.tensorrt.through_torch import build_torch_engine
 from sparsepass.export.targets.tensorrt.verify import engine_files, why_not_run
-from sparsepass.export.targets.torch import check_two_four
+from sparsepass.export.targets.two_four import check_two_four
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
@@ -41,90 +42,10 @@ AHEAD_OF_TIME: Final = (80, 86, 89, 120)
 """What tensorrt-rtx builds for where no GPU is and none is named."""
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """One engine that was built.
-
-    Attributes:
-        name: ``prefill``, ``decode``, ``encoder`` or ``model``; the role of the graph if it has several profiles.
-        file: File with the engine.
-        log: File with the builder's whole log, gzipped.
-        graph: ONNX file that it was built from.
-        profiles: Profile -> axis -> smallest, most common and largest length.
-        targets: Compute capabilities that it runs on, as 86; empty if the runtime does not tell.
-        size_bytes: Size of the engine.
-        num_layers: Layers of the network.
-        seconds: Time the builder took.
-        flag_requested: Whether sparse tactics were allowed.
-        num_eligible: Layers that the builder's log counts as eligible; None if it does not say.
-        num_chosen: Layers that run sparse by the log; None if it does not say.
-    """
-
-    name: str
-    file: str
-    log: str
-    graph: str
-    profiles: Mapping[str, Mapping[str, tuple[int, int, int]]]
-    targets: tuple[int, ...]
-    size_bytes: int
-    num_layers: int
-    seconds: float
-    flag_requested: bool
-    num_eligible: int | None
-    num_chosen: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class TensorrtArtifact:
-    """What `lower_tensorrt` wrote.
-
-    Attributes:
-        onnx: The graphs that the engines were built from.
-        runtime: Name of the package that built them.
-        version: Its version.
-        gpus: GPUs of the machine.
-        engines: The engines.
-        layers: What is known of each weight in each engine.
-        notes: What a reader should know.
-        measured: Profile -> times of the dense and the sparse engine, and the break-even; None if none were taken.
-    """
-
-    onnx: OnnxArtifact
-    runtime: str
-    version: str
-    gpus: tuple[Gpu, ...]
-    engines: tuple[Engine, ...]
-    layers: tuple[LayerEvidence, ...]
-    notes: tuple[str, ...]
-    measured: Mapping[str, Any] | None = None
-
-    def section(self) -> dict[str, Any]:
-        """The section ``sparsity`` of the report."""
-        return {
-            "runtime": self.runtime,
-            "runtime_version": self.version,
-            "gpus": [f"{gpu.name} (SM{gpu.sm})" for gpu in self.gpus],
-            "engines": [engine.to_dict() for engine in self.engines],
-            "layers": [layer.to_dict() for layer in self.layers],
-            "counts": counts(self.layers),
-            "measured": self.measured,
-        }
-
-
 def lower_tensorrt(
     program: Program,
     folder: str | Path,
-    *,
-    options: EngineOptions | None = None,
-    dtype: "str | torch.dtype | None" = None,
-    opset: int | None = None,
-    task: str | None = None,
+    options: EngineTarget,
 ) -> TensorrtArtifact:
     """Write a program as ONNX, and build engines from it.
 
@@ -132,9 +53,6 @@ def lower_tensorrt(
         program: The program; it is not changed.
         folder: An existing folder, to write into.
         options: How the engines are built.
-        dtype: Type of the weights and of the arithmetic; float16 and bfloat16 have sparse kernels, float32 has none.
-        opset: Operator set of the ONNX file.
-        task: As for `lower_onnx`.
 
     Returns:
         What was written, and what is known of each layer.
@@ -144,35 +62,36 @@ def lower_tensorrt(
             lowered, or an engine cannot be built.
 
     Example:
-        >>> options = EngineOptions(runtime="tensorrt-rtx", sm=(86,))
-        >>> lower_tensorrt(program, "out", options=options, dtype="float16").engines  # doctest: +SKIP
+        >>> from sparsepass.export.targets import TensorRT
+        >>> options = TensorRT(runtime="tensorrt-rtx", sm=(86,), dtype="float16")
+        >>> lower_tensorrt(program, "out", options).engines  # doctest: +SKIP
     """
-    settings = options or EngineOptions()
     out = Path(folder)
+    if options.timing_cache is not None:
+        options = replace(options, timing_cache=options.timing_cache.absolute())
     check_patterns(program)
     here = gpus()
-    installed = choose(settings.runtime, here)
-    targets = resolve_targets(settings, installed, here)
-    artifact = lower_onnx(
-        program, out, dtype=dtype, opset=opset, task=_plain_task(task) if installed.runtime.name == "torch-tensorrt" else task
-    )
+    installed = choose(options.runtime, here)
+    targets = resolve_targets(options, installed, here)
+    task = _plain_task(options.task) if installed.runtime.name == "torch-tensorrt" else options.task
+    artifact = lower_onnx(program, out, dtype=options.dtype, opset=options.opset, task=task)
     examples = {name: tuple(tensor.shape) for name, tensor in program.example_inputs.items()}
-    plans = plan_engines(artifact, settings, config=program.origin.config, examples=examples)
+    plans = plan_engines(artifact, options, config=program.origin.config, examples=examples)
     engines: list[Engine] = []
     layers: list[LayerEvidence] = []
     notes = [*artifact.notes, *_notes(installed, artifact, here)]
     version = installed.version
     for plan in plans:
         log = out / f"{plan.name}.log"
-        built = _build(program, artifact, plan, out, log, settings, installed, targets, inspect=bool(here))
+        built = _build(program, artifact, plan, out, log, options, installed, targets, inspect=bool(here))
         version = built.version
         if built.inspection is not None and "error" in built.inspection:
             notes.append(f"the engine inspector could not read {plan.name}.engine: {built.inspection['error']}")
         with log.open(encoding="utf-8", errors="replace") as lines:
             told = parse_log(lines)
         _compress(log)
-        engines.append(_engine(plan, built, told, settings, targets or tuple(gpu.sm for gpu in here[:1])))
-        layers += _evidence(out, artifact, plan, built, told, settings, installed, on_gpu=bool(here))
+        engines.append(_engine(plan, built, told, options, targets or tuple(gpu.sm for gpu in here[:1])))
+        layers += _evidence(out, artifact, plan, built, told, options, installed, on_gpu=bool(here))
     written = TensorrtArtifact(
         onnx=artifact,
         runtime=installed.runtime.name,
@@ -182,13 +101,13 @@ def lower_tensorrt(
         layers=tuple(layers),
         notes=tuple(notes),
     )
-    if settings.measure and settings.sparse and not why_not_run(written):
+    if options.measure and options.sparse and not why_not_run(written):
         try:
-            written = replace(written, measured=_measure(program, plans, out, written, settings, installed, targets))
+            written = replace(written, measured=_measure(program, plans, out, written, options, installed, targets))
         except (SparsepassError, torch.OutOfMemoryError) as error:  # the engines stand, and are not lost for want of times
             written = replace(written, notes=(*written.notes, f"dense and sparse engines were not timed: {error}"))
     _write_json(out / ENGINES_FILE, {"runtime": written.runtime, "engines": [engine.to_dict() for engine in engines]})
-    _write_json(out / CONFIGURATION_FILE, session_configuration(plans, dtype=artifact.dtype, sparse=settings.sparse))
+    _write_json(out / CONFIGURATION_FILE, session_configuration(plans, dtype=artifact.dtype, sparse=options.sparse))
     return written
 
 
@@ -201,7 +120,7 @@ def check_patterns(program: Program) -> None:
     check_two_four({name: str(state.pattern) for name, state in program.sparse.items()}, "TensorRT", "use the onnx target")
 
 
-def resolve_targets(options: EngineOptions, installed: Installed, here: tuple[Gpu, ...]) -> tuple[int, ...]:
+def resolve_targets(options: EngineTarget, installed: Installed, here: tuple[Gpu, ...]) -> tuple[int, ...]:
     """Say which compute capabilities the builder is told; empty to build for the GPU that is there.
 
     Raises:
@@ -228,7 +147,7 @@ def _build(
     plan: EnginePlan,
     out: Path,
     log: Path,
-    options: EngineOptions,
+    options: EngineTarget,
     installed: Installed,
     targets: tuple[int, ...],
     *,
@@ -257,7 +176,7 @@ def _measure(
     plans: tuple[EnginePlan, ...],
     out: Path,
     written: TensorrtArtifact,
-    options: EngineOptions,
+    options: EngineTarget,
     installed: Installed,
     targets: tuple[int, ...],
 ) -> dict[str, Any]:
@@ -281,7 +200,7 @@ def _measure(
     return found
 
 
-def _engine(plan: EnginePlan, built: Built, told: SparsityLog, options: EngineOptions, targets: tuple[int, ...]) -> Engine:
+def _engine(plan: EnginePlan, built: Built, told: SparsityLog, options: EngineTarget, targets: tuple[int, ...]) -> Engine:
     return Engine(
         name=plan.name,
         file=f"{plan.name}.engine",
@@ -304,7 +223,7 @@ def _evidence(
     plan: EnginePlan,
     built: Built,
     told: SparsityLog,
-    options: EngineOptions,
+    options: EngineTarget,
     installed: Installed,
     *,
     on_gpu: bool,

@@ -1,15 +1,15 @@
 """Dense against sparse: the same graph built twice, timed over batch and tokens, and where the sparse engine breaks even."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from sparsepass.export.targets.onnx import OnnxGraph
 from sparsepass.export.targets.tensorrt.profiles import Profile
+from sparsepass.export.targets.timing import Point, break_even
 
 Timer = Callable[[Mapping[str, Tensor]], float]
 """Gives the time of one run on given inputs, in milliseconds."""
@@ -18,35 +18,6 @@ _INTEGERS: Final = {"int64": torch.int64, "int32": torch.int32}
 _FLOATS: Final = {"float": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 _LENGTHS: Final = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Median times of both engines at one size.
-
-    Attributes:
-        batch: Sequences at once.
-        sequence: Tokens of each that are run at once.
-        past: Tokens in the cache before them.
-        dense_ms: Time of the engine without sparse tactics.
-        sparse_ms: Time of the engine with them.
-    """
-
-    batch: int
-    sequence: int
-    past: int = 0
-    dense_ms: float
-    sparse_ms: float
-
-    @property
-    def gain(self) -> float:
-        """How many times faster the sparse engine is."""
-        return self.dense_ms / self.sparse_ms
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
 
 
 def measure(graph: OnnxGraph, profile: Profile, dense: Timer, sparse: Timer) -> dict[str, Any]:
@@ -108,34 +79,6 @@ def inputs_of(graph: OnnxGraph, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         else:
             found[value.name] = torch.randn(shape, generator=generator).mul(0.1).to(_FLOATS[value.dtype])
     return found
-
-
-def break_even(points: Iterable[Point]) -> str:
-    """Say from how many tokens at once (batch times sequence) the sparse engine is never slower.
-
-    Example:
-        >>> slow, fast = (Point(batch=8, sequence=n, dense_ms=3, sparse_ms=ms) for n, ms in ((1, 4), (64, 2)))
-        >>> break_even([slow, fast])
-        'sparse is faster from 512 tokens at once on (1.50x there), and slower below (0.75x at 8)'
-    """
-    sizes: dict[int, float] = {}
-    for point in points:
-        tokens = point.batch * point.sequence
-        sizes[tokens] = min(point.gain, sizes.get(tokens, point.gain))
-    ordered = sorted(sizes)
-    if not ordered:
-        return "nothing was measured"
-    slower = [tokens for tokens in ordered if sizes[tokens] <= 1]
-    if not slower:
-        return f"sparse is faster everywhere in what was measured ({min(sizes.values()):.2f}x to {max(sizes.values()):.2f}x)"
-    if slower[-1] == ordered[-1]:
-        best = max(ordered, key=lambda tokens: sizes[tokens])
-        return f"no break-even in what was measured: at best {sizes[best]:.2f}x, at {best} tokens at once"
-    first = next(tokens for tokens in ordered if tokens > slower[-1])
-    return (
-        f"sparse is faster from {first} tokens at once on ({sizes[first]:.2f}x there), and slower below "
-        f"({sizes[slower[-1]]:.2f}x at {slower[-1]})"
-    )
 
 
 def _length(axis: str, sizes: Mapping[str, int]) -> int:

@@ -13,7 +13,6 @@ from typing import Final, final
 
 from sparsepass.graph.support import SparsepassError
 
-LOWEST_SM: Final = 80
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 

@@ -12,14 +12,14 @@ from typing import Any, Final, final
 
 from sparsepass.export.targets.onnx import OnnxArtifact, OnnxGraph
 from sparsepass.export.targets.tensorrt.build import Shapes
-from sparsepass.export.targets.tensorrt.options import EngineOptions, Range
+from sparsepass.export.targets.tensorrt.options import EngineTarget, Range
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError
 
 MAX_BATCH, MAX_TOKENS = 8, 2048
 """Largest lengths where nothing else is said; the model's own limit is the other bound of the tokens."""
 
 _TOKEN_AXES: Final = ("sequence", "encoder_sequence", "decoder_sequence")
-_LIMITS: Final = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 
 
 @final
@@ -54,7 +54,7 @@ class EnginePlan:
 
 def plan_engines(
     artifact: OnnxArtifact,
-    options: EngineOptions,
+    options: EngineTarget,
     *,
     config: Mapping[str, Any] | None = None,
     examples: Mapping[str, tuple[int, ...]] | None = None,
@@ -92,8 +92,7 @@ def token_limit(config: Mapping[str, Any]) -> int:
         >>> token_limit({"max_position_embeddings": 512}), token_limit({"max_position_embeddings": 131072})
         (512, 2048)
     """
-    own = (config.get(name) for name in _LIMITS)
-    return min([MAX_TOKENS, *(limit for limit in own if isinstance(limit, int) and limit > 0)])
+    return min(MAX_TOKENS, position_limit(config) or MAX_TOKENS)
 
 
 def shapes(graph: OnnxGraph, profile: Profile) -> Shapes:

@@ -14,7 +14,7 @@ import torch
 
 from sparsepass.export.targets.onnx import plain_program
 from sparsepass.export.targets.tensorrt.build import Built, run_child
-from sparsepass.export.targets.tensorrt.options import EngineOptions
+from sparsepass.export.targets.tensorrt.options import EngineTarget
 from sparsepass.export.targets.tensorrt.profiles import EnginePlan, shapes
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
@@ -26,7 +26,7 @@ Lengths = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def build_torch_engine(
-    program: Program, plan: EnginePlan, engine: Path, log: Path, options: EngineOptions, dtype: torch.dtype
+    program: Program, plan: EnginePlan, engine: Path, log: Path, options: EngineTarget, dtype: torch.dtype
 ) -> Built:
     """Build one engine with torch-tensorrt, in a child process.
 
@@ -59,11 +59,12 @@ def build_torch_engine(
         exported.unlink(missing_ok=True)
 
 
-def arguments(options: EngineOptions) -> dict[str, Any]:
+def arguments(options: EngineTarget) -> dict[str, Any]:
     """Keyword arguments for ``torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine``.
 
     Example:
-        >>> arguments(EngineOptions())["sparse_weights"]
+        >>> from sparsepass.export.targets import TensorRT
+        >>> arguments(TensorRT())["sparse_weights"]
         True
     """
     found: dict[str, Any] = {

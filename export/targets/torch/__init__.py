@@ -4,14 +4,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.targets.torch.choice import MIN_GAIN as MIN_GAIN, Timing as Timing
+    from sparsepass.export.targets.torch.dense import load_dense as load_dense
     from sparsepass.export.targets.torch.layer import SemiStructuredLinear as SemiStructuredLinear, choose as choose
-    from sparsepass.export.targets.torch.lower import (
-        load_dense as load_dense,
-        load_torch as load_torch,
-        record_of as record_of,
-        verify_torch as verify_torch,
-        write_torch as write_torch,
-    )
+    from sparsepass.export.targets.torch.load import load_torch as load_torch, record_of as record_of
     from sparsepass.export.targets.torch.measure import (
         dense_layer as dense_layer,
         measure_layers as measure_layers,
@@ -27,14 +22,12 @@ if TYPE_CHECKING:
         LayerRecord as LayerRecord,
         Measured as Measured,
         Record as Record,
-        SemiStructuredOptions as SemiStructuredOptions,
-        parse_shapes as parse_shapes,
         read_record as read_record,
     )
-    from sparsepass.export.targets.torch.rules import (
-        check_device as check_device,
-        check_two_four as check_two_four,
-        refusal as refusal,
+    from sparsepass.export.targets.torch.rules import check_device as check_device, refusal as refusal
+    from sparsepass.export.targets.torch.target import (
+        SemiStructured as SemiStructured,
+        SemiStructuredOptions as SemiStructuredOptions,
     )
 else:
     from sparsepass._lazy import face

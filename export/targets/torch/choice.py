@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from sparsepass.export.targets.tensorrt import Point, break_even
+from sparsepass.export.targets.timing import Point, break_even
 
 MIN_GAIN: Final = 1.02
 """Least gain that counts as faster: the scatter of repeated measurements is below it."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from sparsepass.export.targets.torch.choice import Timing
 from sparsepass.export.targets.torch.layer import SemiStructuredLinear
+from sparsepass.export.targets.torch.options import Shapes
 from sparsepass.export.targets.torch.packing import convert
-from sparsepass.export.targets.torch.record import LayerRecord, Measured, Shapes, Times
+from sparsepass.export.targets.torch.record import LayerRecord, Measured, Times
 from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, short
+from sparsepass.graph.support import first_line
 
 Call = Callable[[], Any]
 Timer = Callable[[Call], float]
@@ -100,7 +102,7 @@ def probe(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
             got = nn.functional.linear(x_TI, convert(weight_OI, name))
             is_right = torch.allclose(got, nn.functional.linear(x_TI, weight_OI), rtol=1e-2)  # waits for errors on the GPU
         except RuntimeError as error:
-            found[name] = (str(error) or type(error).__name__).splitlines()[0]
+            found[name] = first_line(error)
         else:
             found[name] = "" if is_right else "it computes a wrong product"
     return found

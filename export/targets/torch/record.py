@@ -3,12 +3,14 @@
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from sparsepass.export.targets.torch.choice import Timing, Verdict
+from sparsepass.export.targets.torch.options import Shapes, check_shapes
 from sparsepass.export.targets.torch.rules import BACKENDS, Device, check_generation
 from sparsepass.graph.support import SparsepassError
 
@@ -17,68 +19,28 @@ SCHEMA_VERSION: Final = 1
 State = Literal["lowered", "dense", "to be measured"]
 TO_BE_MEASURED: Final = "nothing was measured yet: to be measured on the GPU where the folder is loaded"
 
-Shapes = tuple[tuple[int, int], ...]
-"""Batch and sequence of each size."""
-
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SemiStructuredOptions:
-    """How layers are chosen.
+class ChoiceRules:
+    """How layers are chosen where a folder is loaded.
 
     Attributes:
         shapes: Batch and sequence to measure at; empty for sizes from one token up to the model's limit.
-        sparse_only: Whether a layer is lowered only where its 2:4 kernel is faster at every size, so that no dense weight
-            has to be kept beside the packed one.
-        compiled: Whether layers are measured compiled, for a model that will be.
-        measure: Whether layers are measured; if not, the folder says that they have to be where it is loaded.
-        timings: File (or folder of this target) with times that were recorded before, which are taken instead of measuring.
-
-    Raises:
-        SparsepassError: If a value makes no sense.
+        sparse_only: Whether a layer is lowered only where its 2:4 kernel is faster at every size.
+        compiled: Whether layers are measured compiled.
     """
 
     shapes: Shapes = ()
     sparse_only: bool = False
     compiled: bool = False
-    measure: bool = True
-    timings: Path | None = None
 
     def __post_init__(self) -> None:
-        if any(batch < 1 or sequence < 1 for batch, sequence in self.shapes):
-            raise SparsepassError(f"shapes are pairs of batch and sequence, each at least 1; got {self.shapes}")
-        if self.timings is not None and (self.shapes or self.compiled):
-            raise SparsepassError(
-                "times are taken from a file (timings), so nothing is measured: leave shapes and compiled out, or leave "
-                "timings out"
-            )
+        check_shapes(self.shapes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What matters where the folder is loaded."""
-        shapes = [list(shape) for shape in self.shapes]
-        return {"shapes": shapes, "sparse_only": self.sparse_only, "compiled": self.compiled}
-
-
-def parse_shapes(text: str) -> Shapes:
-    """Read sizes, batch times sequence: ``1x512,8x4096``.
-
-    Raises:
-        SparsepassError: If it cannot be read.
-
-    Example:
-        >>> parse_shapes("1x512, 8x4096")
-        ((1, 512), (8, 4096))
-    """
-    found = []
-    for item in text.split(","):
-        batch, _, sequence = item.strip().lower().partition("x")
-        if not (batch.isdecimal() and sequence.isdecimal()):
-            raise SparsepassError(
-                f"--measure-shapes {item.strip()!r} cannot be read; expected BATCHxSEQUENCE, such as 1x512 or 8x4096, "
-                "separated by commas"
-            )
-        found.append((int(batch), int(sequence)))
-    return tuple(dict.fromkeys(found))
+        """The fields as plain JSON values."""
+        return asdict(self) | {"shapes": [list(shape) for shape in self.shapes]}
 
 
 @final
@@ -183,7 +145,7 @@ class Record:
 
     dtype: str
     layers: tuple[LayerRecord, ...]
-    options: SemiStructuredOptions = SemiStructuredOptions()
+    options: ChoiceRules = ChoiceRules()
     measured: Measured | None = None
 
     def in_state(self, state: State) -> tuple[LayerRecord, ...]:
@@ -199,6 +161,11 @@ class Record:
         """
         lowered, waiting, dense = (len(self.in_state(state)) for state in ("lowered", "to be measured", "dense"))
         return f"{lowered} layers lowered, {waiting} to be measured on a GPU, {dense} dense"
+
+    def commonest_reason(self) -> str:
+        """Why most of the sparse layers are what they are."""
+        reasons = Counter(layer.reason for layer in self.layers if layer.sparse)
+        return reasons.most_common(1)[0][0] if reasons else "no layer is sparse"
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON."""
@@ -242,7 +209,7 @@ def read_record(folder: str | Path) -> Record:
         return Record(
             dtype=document["dtype"],
             layers=tuple(map(_layer, document["layers"])),
-            options=SemiStructuredOptions(**{**options, "shapes": tuple(map(tuple, options["shapes"]))}),
+            options=ChoiceRules(**{**options, "shapes": tuple(map(tuple, options["shapes"]))}),
             measured=None if document["measured"] is None else _measured(document["measured"]),
         )
 

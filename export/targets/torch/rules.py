@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from sparsepass.export.targets.tensorrt import LOWEST_SM
+from sparsepass.export.targets.two_four import LOWEST_SM, check_two_four
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
 
@@ -22,7 +22,6 @@ BACKENDS: Final[Mapping[str, Any]] = {
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
 """Types that both backends multiply in 2:4. For float32 the tensor cores' pattern is 1:2, which 2:4 does not imply."""
-
 
 _OTHERWISE: Final = "the folder's weights run dense on any machine by transformers' from_pretrained"
 
@@ -48,29 +47,6 @@ class Device:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return asdict(self)
-
-
-def check_two_four(patterns: Mapping[str, str], runtime: str, otherwise: str) -> None:
-    """Refuse patterns that sparse tensor cores do not know.
-
-    Args:
-        patterns: Weight -> its pattern.
-        runtime: Whose kernels are meant, for the message.
-        otherwise: What to do instead of pruning again, for the message.
-
-    Raises:
-        SparsepassError: If a weight has another pattern than 2:4.
-
-    Example:
-        >>> check_two_four({"fc.weight": "2:4"}, "torch", "use the target hf")
-    """
-    other = {name: pattern for name, pattern in patterns.items() if pattern != "2:4"}
-    if other:
-        name, pattern = next(iter(other.items()))
-        raise SparsepassError(
-            f"{name} is {pattern}{f', and {len(other) - 1} more are not 2:4' if len(other) > 1 else ''}: {runtime} has sparse "
-            f"kernels for 2:4 only; prune with nm_sparsify{{pattern=2:4}}, or {otherwise}"
-        )
 
 
 def check_patterns(program: Program) -> None:
@@ -103,6 +79,11 @@ def check_dtype(dtype: torch.dtype) -> None:
             f"the weights are {short(dtype)}, and torch has no 2:4 kernels for it: lower them as bfloat16 (or float16), with "
             "--dtype bfloat16 or dtype=torch.bfloat16"
         )
+
+
+def gpu_is_here() -> bool:
+    """Whether torch sees a GPU."""
+    return torch.cuda.is_available()
 
 
 def check_device(device: torch.device) -> Device:

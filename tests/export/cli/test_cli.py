@@ -18,8 +18,7 @@ from tests.export.tiny import WORDS, save_tiny_llama
 
 from sparsepass.export.cli import app as cli, support as cli_support
 from sparsepass.export.report.document import read_report
-from sparsepass.export.stages import exporting as targets
-from sparsepass.export.stages.exporting import TARGETS, Check
+from sparsepass.export.targets import Check, HuggingFace
 from sparsepass.graph import Program
 
 TASKS = Path(__file__).parents[2] / "data"
@@ -87,10 +86,7 @@ def test_passes_none_exports_the_dense_model(place: Path, tmp_path: Path) -> Non
 
 
 def test_a_check_that_fails_gives_exit_code_1(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
-    failing = dataclasses.replace(TARGETS["hf"], verify=lambda *_: (Check(name="outputs", held=False, summary="too far"),))
-    monkeypatch.setattr(targets, "TARGETS", {"hf": failing})
+    monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=False, summary="too far"),))
     result = run("export", place / "pruned", "-t", "hf", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert "outputs: too far" in result.stderr

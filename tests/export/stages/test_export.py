@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import HTML_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
-from sparsepass.export.stages import exporting as targets
-from sparsepass.export.stages.exporting import SAMPLES_FILE, TARGETS, Check, export, read_samples
-from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare, without_branches
+from sparsepass.export.stages.exporting import SAMPLES_FILE, export, read_samples
+from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare
+from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.states import without_branches
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
 EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}
@@ -48,12 +49,11 @@ def test_a_folder_goes_through_passes_lowering_and_verification(target: str, fol
     out = tmp_path / "out"
     result = export(
         folder,
-        target,
+        "torch{dtype=bfloat16}" if target == "torch" else target,
         out,
         passes="nm_sparsify{criterion=wanda},slorb{k=16}",
         calibration=Calibration(data=str(text), num_sequences=2, context=16),
         evaluation=Evaluation(text=text, context=16, max_tokens=64),
-        dtype="bfloat16" if target == "torch" else None,
         command="sparse-export tiny",
     )
     assert result.held is True
@@ -139,7 +139,8 @@ def test_without_verification_the_report_says_so(program: Program, tmp_path: Pat
 
 
 def broken_target(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    monkeypatch.setattr(targets, "TARGETS", {"hf": dataclasses.replace(TARGETS["hf"], **changes)})
+    for name, method in changes.items():
+        monkeypatch.setattr(HuggingFace, name, method)
 
 
 def test_a_failed_check_is_reported_and_the_artifact_written(
@@ -166,11 +167,11 @@ def test_what_cannot_be_checked_is_no_failure(program: Program, tmp_path: Path, 
 def test_planted_damage_between_writing_and_verification_is_caught(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = TARGETS["hf"]
+    write = HuggingFace.lower
 
     def lower(*args: Any) -> Any:
-        lowered = row.lower(*args)
-        path = args[1] / "model.safetensors"
+        lowered = write(*args)
+        path = args[2] / "model.safetensors"
         tensors = safetensors.torch.load_file(path)
         tensors["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
@@ -208,11 +209,13 @@ def never(*_: Any, **__: Any) -> Any:
     ("change", "said"),
     [
         ({"target": "onx"}, "did you mean 'onnx'"),
-        ({"target": "coreml"}, "known are onnx, hf, tensorrt"),
-        ({"target": "hf", "opset": 18}, "has no option opset"),
+        ({"target": "coreml"}, "known: 'hf', 'onnx', 'tensorrt', 'torch'"),
+        ({"target": "hf{opset=18}"}, "has no option 'opset'"),
+        ({"target": "onnx{opset=new}"}, "opset expects int or none"),
+        ({"target": "onnx,hf"}, "expected one target"),
+        ({"target": "onnx{dtype=int3}"}, "int3"),
         ({"passes": "nm_sparsfy"}, "nm_sparsify"),
         ({"passes": "nm_sparsify{pattern=4:2}"}, "4:2"),
-        ({"dtype": "int3"}, "int3"),
         ({"out": "full"}, "not empty"),
         ({"evaluation": Evaluation(text="nowhere.txt")}, "nowhere.txt does not exist"),
     ],
@@ -285,4 +288,6 @@ def test_every_target_is_complete() -> None:
         assert row.description
         assert callable(row.lower)
         assert callable(row.verify)
-        assert row.options <= {field.name for field in dataclasses.fields(targets.Lowering)}
+        assert issubclass(row, Target)
+        assert row.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert all(field.kw_only and field.metadata["help"] for field in dataclasses.fields(row))

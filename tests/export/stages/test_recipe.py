@@ -209,7 +209,7 @@ def test_single_values_are_set_over_a_file() -> None:
     recipe = recipe_of(found, "r.yaml")
     assert recipe.retrain is not None
     assert recipe.retrain.train.lr == 1e-3
-    assert [one.target for one in recipe.export] == ["hf", "onnx"]
+    assert [one.target.name for one in recipe.export] == ["hf", "onnx"]
     assert plain()["retrain"]["train"] == {"max_steps": 2, "batch_size": 4}
     with pytest.raises(SparsepassError, match="expected name=value"):
         override(plain(), ["retrain.train.lr"])

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.passes.data.calibration import _spread_order, calibration_batches, default_text
+from sparsepass.passes.data.calibration import calibration_batches
+from sparsepass.passes.data.python_docs import default_text
+from sparsepass.passes.data.reading import spread_order
 
 BOTH = ("input_ids", "attention_mask")
 
@@ -301,7 +303,7 @@ def test_default_text_has_two_disjoint_parts() -> None:
 @given(count=st.integers(0, 300), seed=st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_spread_order_visits_each_once(count: int, seed: int) -> None:
-    order = list(_spread_order(count, seed))
+    order = list(spread_order(count, seed))
     assert sorted(order) == list(range(count))
     if count >= 100:  # the first twenty leave no gap wider than a fifth
         first = sorted(order[:20])

@@ -17,9 +17,9 @@ from tests.passes.data.number_words import make_tokenizer, words
 from torch import Tensor
 
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.passes.data.calibration import default_text
+from sparsepass.passes.data.python_docs import default_text
+from sparsepass.passes.data.texts import text_pieces
 from sparsepass.retrain.data.order import permutation, spread
-from sparsepass.retrain.data.sources import piece_rows
 from sparsepass.retrain.data.stream import Place, TokenStream
 from sparsepass.retrain.data.tokens import Part, TokenTable, part_of_rows
 from sparsepass.retrain.data.training import DataConfig, TrainingData, open_data
@@ -119,8 +119,8 @@ def test_a_text_file_in_pieces_gives_the_ids_of_the_whole(
     text = default_text("calibration")[:60_000] + "\n\n\nfox  \n jumps.\n\tover\r\nthe \u4e16\u754c lazy\ndog"
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    monkeypatch.setattr("sparsepass.retrain.data.sources._PIECE", 377)
-    pieces = [row["text"] for row in piece_rows([str(path)])]
+    monkeypatch.setattr("sparsepass.passes.data.texts._PIECE", 377)
+    pieces = [row["text"] for row in text_pieces([str(path)])]
     assert len(pieces) > 50
     assert "".join(pieces) == text.replace("\r\n", "\n")
     whole = byte_tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"]
@@ -138,12 +138,12 @@ def test_a_text_file_in_pieces_gives_the_ids_of_the_whole(
 
 
 def test_text_without_a_line_break_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsepass.retrain.data.sources._PIECE", 10)
-    monkeypatch.setattr("sparsepass.retrain.data.sources._LONGEST_PIECE", 20)
+    monkeypatch.setattr("sparsepass.passes.data.texts._PIECE", 10)
+    monkeypatch.setattr("sparsepass.passes.data.texts._LONGEST_PIECE", 20)
     for text in ("a" * 20, "a" * 77, "aaa\n" * 30, " \n" * 20, "\n" * 40):
         path = tmp_path / "text.txt"
         path.write_text(text)
-        rows = list(piece_rows([str(path)]))
+        rows = list(text_pieces([str(path)]))
         assert "".join(row["text"] for row in rows) == text
         assert [row["ends"] for row in rows] == [False] * (len(rows) - 1) + [True]
         assert rows[-1]["text"]  # so that the document's end is not lost
@@ -304,6 +304,50 @@ def test_a_stream_is_resumed_without_reading_it_from_the_beginning() -> None:
     num_encoded = type(tokenizer).num_characters - before
     assert same(resumed.train.take(20), data.train.take(20))
     assert 50 < num_encoded < 1000  # texts of 3000: those of one block, and of the rows that are tokenized together
+
+
+def test_a_place_in_a_file_that_another_reader_left_is_found_again(tmp_path: Path) -> None:
+    """Checkpoints of before hold the state of datasets' own reader of JSON lines."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": words(4 + index, 12 + index)}) + "\n" for index in range(200)))
+
+    def fresh() -> TrainingData:
+        config = DataConfig(source=str(path), context=10, validation=None, streaming=True, shuffle_buffer=8)
+        return open_data(config, make_tokenizer())
+
+    data = fresh()
+    data.train.take(100)
+    state = json.loads(json.dumps(data.train.state()))
+    rows = {"shard_idx": 0, "shard_example_idx": 200, "type": "ArrowExamplesIterable"}
+    chunks = {"batch_idx": 128, "num_chunks_since_previous_state": 128, "cropped_chunk_length": 0}
+    before = {"examples_iterable": rows, "previous_state": rows | {"shard_example_idx": 0}, **chunks}
+    state["place"]["block"]["place"]["source"] = {
+        "examples_iterable": before | {"type": "RebatchedArrowExamplesIterable"},
+        "epoch": 0,
+    }
+    resumed = fresh()
+    resumed.train.restore(state)
+    assert same(resumed.train.take(50), data.train.take(50))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_cannot_be_read_is_named_by_file_and_line(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    config = DataConfig(source=str(path), context=4, validation=None, streaming=streaming)
+    good = json.dumps({"text": words(4, 40)})
+    for line, message in (
+        ('{"text": ', "line 3 is not JSON"),
+        ("[1, 2]", "line 3 holds a list"),
+        ('{"text": "a", "labels": [1]}', "line 3 has the column labels, which rows before it lack"),
+    ):
+        path.write_text(f"{good}\n\n{line}\n")
+        with pytest.raises(SparsepassError, match=re.escape(f"file {path}, {message}")):
+            open_data(config, make_tokenizer()).train.take(20)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"body": "a"}\n')
+    path.write_text(good)
+    with pytest.raises(SparsepassError, match=r"other\.jsonl has the columns body, and files before it text"):
+        open_data(config, make_tokenizer(), source=(str(path), str(other)))
 
 
 def test_a_changed_source_or_setting_is_refused() -> None:

@@ -13,9 +13,16 @@ import transformers
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import Tensor, nn
 
-from sparsepass.export.targets.hf import disk as hf_disk, lower as hf, verify as hf_verify
+from sparsepass.export.targets.hf import (
+    ADAPTER_FOLDER,
+    HfArtifact,
+    disk as hf_disk,
+    lower as hf,
+    lower_hf,
+    verify as hf_verify,
+    verify_hf,
+)
 from sparsepass.export.targets.hf.adapter import adapter_config
-from sparsepass.export.targets.hf.lower import ADAPTER_FOLDER, HfArtifact, lower_hf, verify_hf
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import SLoRB, apply_passes
 from sparsepass.passes.maths.pattern import NMPattern, is_nm

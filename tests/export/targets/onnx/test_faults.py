@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import sparsepass.export.targets.onnx.lower as target
-from sparsepass.export.targets.onnx.lower import OnnxArtifact, generate_greedy, lower_onnx, open_session, verify_onnx
+from sparsepass.export.targets.onnx import OnnxArtifact, generate_greedy, lower_onnx, open_session, verify_onnx
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.families import BY_NAME
 
-from sparsepass.export.targets.onnx.lower import OnnxArtifact, generate_greedy, lower_onnx, verify_onnx
+from sparsepass.export.targets.onnx import OnnxArtifact, generate_greedy, lower_onnx, verify_onnx
 from sparsepass.graph.program import Program
 from sparsepass.passes import apply_passes
 

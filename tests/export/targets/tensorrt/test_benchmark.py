@@ -18,10 +18,10 @@ from torch import nn
 
 from sparsepass.export.stages.exporting import export, write_samples
 from sparsepass.export.targets.tensorrt import lower as tensorrt
-from sparsepass.export.targets.tensorrt.options import EngineOptions
 from sparsepass.export.targets.tensorrt.packages import find
 from sparsepass.export.targets.tensorrt.profiles import plan_engines
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE, session_configuration
+from sparsepass.export.targets.tensorrt.target import TensorRT
 
 SCRIPTS = Path(__file__).parents[4] / "benchmarks"
 
@@ -64,7 +64,7 @@ def test_sessions_run_the_prompt_and_time_dense_against_sparse(
     family = BY_NAME["llama"]
     program = capture(family.model(), family.inputs(2, 8))
     artifact = lower_onnx(program, tmp_path, dtype="float16")
-    plans = plan_engines(artifact, EngineOptions(), config=program.origin.config)
+    plans = plan_engines(artifact, TensorRT(), config=program.origin.config)
     (tmp_path / CONFIGURATION_FILE).write_text(json.dumps(session_configuration(plans, dtype="float16")))
     (tmp_path / "prefill.engine").touch()
     write_samples(program, tmp_path / script.SAMPLES_FILE)
@@ -86,9 +86,9 @@ def test_the_summary_tells_of_each_route_also_of_those_that_failed(
 ) -> None:
     monkeypatch.setattr(tensorrt, "gpus", lambda: ())
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).half()
-    options = EngineOptions(runtime="tensorrt-rtx", sm=(86,))
+    options = TensorRT(runtime="tensorrt-rtx", sm=(86,))
     example = torch.randn(2, 16).half()
-    export(model, "tensorrt", tmp_path / "tensorrt", passes="nm_sparsify", example_inputs=example, engine=options)
+    export(model, options, tmp_path / "tensorrt", passes="nm_sparsify", example_inputs=example)
     (tmp_path / "gpu.txt").write_text("RTX A5000, 8.6, 999\n")
     capsys.readouterr()
     assert script.summary(argparse.Namespace(out=tmp_path))

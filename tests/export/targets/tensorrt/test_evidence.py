@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
 from sparsepass.export.pattern.check import PatternEntry, check_pattern
-from sparsepass.export.targets.tensorrt.evidence import LayerEvidence, Observed, counts, gather, obstacle
+from sparsepass.export.targets.evidence import LayerEvidence, counts
+from sparsepass.export.targets.tensorrt.evidence import Observed, gather, obstacle
 from sparsepass.export.targets.tensorrt.graph import Around, surroundings
 from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, Timing, Told
 

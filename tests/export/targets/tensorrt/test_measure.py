@@ -13,10 +13,11 @@ from sparsepass.export.targets.onnx.artifact import OnnxGraph, OnnxValue
 from sparsepass.export.targets.tensorrt import lower as tensorrt, verify as tensorrt_verify
 from sparsepass.export.targets.tensorrt.build import Built
 from sparsepass.export.targets.tensorrt.engines import DecoderEngines, EngineFile
-from sparsepass.export.targets.tensorrt.measure import Point, break_even, grid, inputs_of, measure
-from sparsepass.export.targets.tensorrt.options import EngineOptions
+from sparsepass.export.targets.tensorrt.measure import grid, inputs_of, measure
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed
 from sparsepass.export.targets.tensorrt.profiles import Profile
+from sparsepass.export.targets.tensorrt.target import TensorRT
+from sparsepass.export.targets.timing import Point, break_even
 from sparsepass.graph import EquivalenceError
 from sparsepass.graph.equivalence.artifact import open_artifact
 from sparsepass.graph.equivalence.comparison import assert_equivalent
@@ -139,7 +140,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def written(out: Path, *sm: int) -> Any:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    found = export(model, "tensorrt", out, passes="nm_sparsify", example_inputs=torch.randn(2, 16), engine=EngineOptions(sm=sm))
+    found = export(model, TensorRT(sm=sm), out, passes="nm_sparsify", example_inputs=torch.randn(2, 16))
     assert (out / "model.engine").read_bytes() == b"engine", "engines are not lost when they cannot be opened"
     checks = {check["name"]: check for check in found.report["verification"]["checks"]}
     return found, checks["engine outputs"], "\n".join(found.report["artifact"]["notes"])
@@ -182,11 +183,10 @@ def test_engines_run_and_are_timed_on_a_gpu(runtime: str, tmp_path: Path) -> Non
     model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
     result = export(
         model,
-        "tensorrt",
+        TensorRT(runtime=runtime),
         tmp_path / "out",
         passes="nm_sparsify",
         example_inputs=torch.randn(2, 512),
-        engine=EngineOptions(runtime=runtime),
     )
     checks = {check["name"]: check for check in result.report["verification"]["checks"]}
     assert checks["engine outputs"]["held"] is True, checks["engine outputs"]["summary"]

@@ -12,9 +12,10 @@ from tests.graph.load.packages import package_folder
 from sparsepass.export.cli.demo import smollm2
 from sparsepass.export.stages.preparing import prepare
 from sparsepass.export.targets.tensorrt import lower as tensorrt
-from sparsepass.export.targets.tensorrt.lower import TensorrtArtifact, lower_tensorrt
-from sparsepass.export.targets.tensorrt.options import EngineOptions
+from sparsepass.export.targets.tensorrt.artifact import TensorrtArtifact
+from sparsepass.export.targets.tensorrt.lower import lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import find
+from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.passes import NMSparsify
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +36,7 @@ def _no_gpu() -> Iterator[None]:
 def built(model: Path, folder: Path) -> TensorrtArtifact:
     program = prepare(model, passes=(NMSparsify(),), validate=False).program
     gc.collect()
-    return lower_tensorrt(program, folder, options=EngineOptions(runtime="tensorrt-rtx", sm=TARGETS), dtype="float16")
+    return lower_tensorrt(program, folder, TensorRT(runtime="tensorrt-rtx", sm=TARGETS, dtype="float16"))
 
 
 def check(artifact: TensorrtArtifact, folder: Path, names: list[str], num_weights: int) -> None:

@@ -13,8 +13,8 @@ from tests.export.targets.tensorrt.record_signatures import CALLS, DATA, members
 from sparsepass.export.targets.tensorrt import packages as tensorrt_packages
 from sparsepass.export.targets.tensorrt.build import CHILD
 from sparsepass.export.targets.tensorrt.lower import AHEAD_OF_TIME, resolve_targets
-from sparsepass.export.targets.tensorrt.options import EngineOptions
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed, abilities, choose, find, gpus
+from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.graph import SparsepassError
 
 ADA = (Gpu(name="GeForce RTX 4090", sm=89),)
@@ -90,15 +90,15 @@ def installed(name: str) -> Installed:
 
 def test_targets_of_each_package() -> None:
     rtx, standard = installed("tensorrt-rtx"), installed("tensorrt")
-    assert resolve_targets(EngineOptions(), rtx, ()) == AHEAD_OF_TIME
-    assert resolve_targets(EngineOptions(), rtx, ADA) == (89,)
-    assert resolve_targets(EngineOptions(sm=(86,)), rtx, ADA) == (86,)
-    assert resolve_targets(EngineOptions(sm=(89,)), standard, ADA) == ()
+    assert resolve_targets(TensorRT(), rtx, ()) == AHEAD_OF_TIME
+    assert resolve_targets(TensorRT(), rtx, ADA) == (89,)
+    assert resolve_targets(TensorRT(sm=(86,)), rtx, ADA) == (86,)
+    assert resolve_targets(TensorRT(sm=(89,)), standard, ADA) == ()
     with pytest.raises(SparsepassError, match="GeForce RTX 4090 \\(SM89\\), and --sm asks for SM86"):
-        resolve_targets(EngineOptions(sm=(86,)), standard, ADA)
+        resolve_targets(TensorRT(sm=(86,)), standard, ADA)
     for package in (rtx, standard):
         with pytest.raises(SparsepassError, match="SM75 \\(Turing\\) has no 2:4 kernels"):
-            resolve_targets(EngineOptions(), package, TURING)
+            resolve_targets(TensorRT(), package, TURING)
 
 
 def test_every_extra_is_there() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from sparsepass.export.targets.onnx.artifact import OnnxArtifact, OnnxGraph, OnnxValue
-from sparsepass.export.targets.tensorrt.options import EngineOptions, parse_sm
+from sparsepass.export.targets.tensorrt.options import parse_sm
 from sparsepass.export.targets.tensorrt.profiles import Profile, plan_engines, shapes
+from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.graph import SparsepassError
 
 
@@ -41,7 +42,7 @@ CONFIG = {"max_position_embeddings": 256}
 
 
 def test_a_decoder_is_prefill_and_decode() -> None:
-    prefill, decode = plan_engines(DECODER, EngineOptions(), config=CONFIG)
+    prefill, decode = plan_engines(DECODER, TensorRT(), config=CONFIG)
     assert (prefill.name, decode.name) == ("prefill", "decode")
     assert shapes(prefill.graph, prefill.profiles[0]).shapes == {
         "input_ids": ((1, 1), (1, 64), (8, 256)),
@@ -56,36 +57,36 @@ def test_a_decoder_is_prefill_and_decode() -> None:
 
 
 def test_or_one_engine_with_two_profiles() -> None:
-    (plan,) = plan_engines(DECODER, EngineOptions(one_engine=True), config=CONFIG)
+    (plan,) = plan_engines(DECODER, TensorRT(one_engine=True), config=CONFIG)
     assert (plan.name, [profile.name for profile in plan.profiles]) == ("model", ["prefill", "decode"])
 
 
 def test_an_encoder_is_one_engine() -> None:
-    (plan,) = plan_engines(ENCODER, EngineOptions(), config=CONFIG)
+    (plan,) = plan_engines(ENCODER, TensorRT(), config=CONFIG)
     assert (plan.name, dict(plan.profiles[0].ranges)) == ("model", {"batch": (1, 1, 8), "sequence": (1, 64, 256)})
 
 
 def test_an_encoder_decoder_is_three() -> None:
-    plans = plan_engines(TWO, EngineOptions(), config={})
+    plans = plan_engines(TWO, TensorRT(), config={})
     assert [plan.name for plan in plans] == ["encoder", "prefill", "decode"]
     assert plans[0].profiles[0].ranges["encoder_sequence"] == (1, 512, 2048)
-    together = plan_engines(TWO, EngineOptions(one_engine=True), config={})
+    together = plan_engines(TWO, TensorRT(one_engine=True), config={})
     assert [plan.name for plan in together] == ["encoder", "decoder"]
 
 
 def test_lengths_from_the_command_line_go_first() -> None:
-    options = EngineOptions(profiles=("batch=4,sequence=1:32:128", "decode.past_sequence=16:64:512"))
+    options = TensorRT(profiles=("batch=4,sequence=1:32:128", "decode.past_sequence=16:64:512"))
     prefill, decode = plan_engines(DECODER, options, config=CONFIG)
     assert prefill.profiles[0].ranges == {"batch": (4, 4, 4), "sequence": (1, 32, 128), "past_sequence": (0, 0, 0)}
     assert decode.profiles[0].ranges["past_sequence"] == (16, 64, 512)
 
 
 def test_an_axis_that_nothing_bounds_takes_the_example_or_is_asked_for() -> None:
-    (plan,) = plan_engines(IMAGES, EngineOptions(), examples={"images": (2, 3, 224, 160)})
+    (plan,) = plan_engines(IMAGES, TensorRT(), examples={"images": (2, 3, 224, 160)})
     assert plan.profiles[0].ranges == {"batch": (1, 1, 8), "height": (224, 224, 224), "width": (160, 160, 160)}
     with pytest.raises(SparsepassError, match="give --profile height=MIN:COMMON:MAX"):
-        plan_engines(IMAGES, EngineOptions())
-    (plan,) = plan_engines(IMAGES, EngineOptions(profiles=("height=32:64:128", "width=64")))
+        plan_engines(IMAGES, TensorRT())
+    (plan,) = plan_engines(IMAGES, TensorRT(profiles=("height=32:64:128", "width=64")))
     assert plan.profiles[0].ranges["height"] == (32, 64, 128)
 
 
@@ -98,15 +99,15 @@ def test_an_axis_that_nothing_bounds_takes_the_example_or_is_asked_for() -> None
 )
 def test_lengths_for_what_is_not_there_are_refused(text: str, said: str) -> None:
     with pytest.raises(SparsepassError, match=said):
-        plan_engines(DECODER, EngineOptions(profiles=(text,)), config=CONFIG)
+        plan_engines(DECODER, TensorRT(profiles=(text,)), config=CONFIG)
 
 
 @pytest.mark.parametrize("text", ["batch", "batch=", "batch=1:2", "batch=a:b:c", "batch=1:2:3:4", "a.b.c=1"])
 def test_lengths_that_cannot_be_read_are_refused(text: str) -> None:
     with pytest.raises(SparsepassError, match="cannot be read; expected AXIS=N or AXIS=MIN:COMMON:MAX"):
-        EngineOptions(profiles=(text,))
+        TensorRT(profiles=(text,))
     with pytest.raises(SparsepassError, match="MIN <= COMMON <= MAX"):
-        EngineOptions(profiles=("batch=4:2:8",))
+        TensorRT(profiles=("batch=4:2:8",))
 
 
 def test_an_axis_may_be_a_sum() -> None:
@@ -132,14 +133,14 @@ def test_targets() -> None:
 )
 def test_other_options_that_cannot_be_used(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(SparsepassError, match=said):
-        EngineOptions(**changes)
+        TensorRT(**changes)
 
 
-def test_the_command_line_gives_no_options_where_none_were_asked_for() -> None:
-    from sparsepass.export.cli.tensorrt import engine_options
+def test_the_command_line_sets_what_was_given() -> None:
+    from sparsepass.export.cli.target_options import chosen
 
     nothing: dict[str, Any] = dict.fromkeys(("runtime", "sm", "profiles", "timeout_s", "timing_cache"))
-    nothing |= {"hardware_compatible": False, "one_engine": False, "sparse": True, "measure": True}
-    assert engine_options(**nothing) is None
-    found = engine_options(**nothing | {"sm": "86", "timing_cache": Path("cache")})
-    assert found == EngineOptions(sm=(86,), timing_cache=Path("cache").absolute())
+    nothing |= dict.fromkeys(("hardware_compatible", "one_engine", "sparse", "measure"), False)
+    assert chosen("tensorrt", nothing) == TensorRT()
+    found = chosen("tensorrt{one_engine=true}", nothing | {"sm": "86", "timing_cache": "cache", "sparse": True})
+    assert found == TensorRT(sm=(86,), timing_cache=Path("cache"), one_engine=True, sparse=False)

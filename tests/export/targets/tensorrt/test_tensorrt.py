@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.exporting import export
 from sparsepass.export.targets.tensorrt import child as tensorrt_child, lower as tensorrt
+from sparsepass.export.targets.tensorrt.artifact import TensorrtArtifact
 from sparsepass.export.targets.tensorrt.build import BuildError
-from sparsepass.export.targets.tensorrt.lower import ENGINES_FILE, TensorrtArtifact, check_patterns, lower_tensorrt
-from sparsepass.export.targets.tensorrt.options import EngineOptions
+from sparsepass.export.targets.tensorrt.lower import ENGINES_FILE, check_patterns, lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Installed, find
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE
+from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
 
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.skipif(
     find("tensorrt-rtx") is None and (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="tensorrt-rtx is to be had for x86-64 only",
 )
-RTX = EngineOptions(runtime="tensorrt-rtx", sm=(86,))
+RTX = TensorRT(runtime="tensorrt-rtx", sm=(86,))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +60,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TensorrtArtif
     family = BY_NAME["llama"]
     program = apply_passes(family.model(), ["nm_sparsify"], example_inputs=family.inputs(2, 8), validate=False)
     folder = tmp_path_factory.mktemp("llama")
-    return folder, lower_tensorrt(program, folder, options=EngineOptions(runtime="tensorrt-rtx"), dtype="float16")
+    return folder, lower_tensorrt(program, folder, TensorRT(runtime="tensorrt-rtx", dtype="float16"))
 
 
 def test_a_language_model_is_two_engines_for_every_target(llama: tuple[Path, TensorrtArtifact]) -> None:
@@ -117,18 +119,18 @@ def test_notes_tell_what_was_not_shown(llama: tuple[Path, TensorrtArtifact]) -> 
 def test_other_families(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     program = apply_passes(family.model(), ["nm_sparsify", "slorb{k=8}"], example_inputs=family.inputs(2, 8), validate=False)
-    artifact = lower_tensorrt(program, tmp_path, options=RTX, dtype="float16")
+    artifact = lower_tensorrt(program, tmp_path, replace(RTX, dtype="float16"))
     names = ["encoder", "prefill", "decode"] if name == "whisper" else ["prefill", "decode"]
     assert [engine.name for engine in artifact.engines] == names
-    together = EngineOptions(runtime="tensorrt-rtx", sm=(86,), one_engine=True)
+    together = TensorRT(runtime="tensorrt-rtx", sm=(86,), one_engine=True, dtype="float16")
     (tmp_path / "one").mkdir()
-    artifact = lower_tensorrt(program, tmp_path / "one", options=together, dtype="float16")
+    artifact = lower_tensorrt(program, tmp_path / "one", together)
     assert set(artifact.engines[-1].profiles) == {"prefill", "decode"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_precision_is_the_models(dtype: torch.dtype, tmp_path: Path) -> None:
-    artifact = lower_tensorrt(two_layers(dtype), tmp_path, options=RTX)
+    artifact = lower_tensorrt(two_layers(dtype), tmp_path, RTX)
     assert artifact.onnx.dtype == str(dtype).removeprefix("torch.")
     kind = {torch.bfloat16: "BF16", torch.float32: "FLOAT"}[dtype]
     log = gzip.decompress((tmp_path / "model.log.gz").read_bytes()).decode()
@@ -142,7 +144,7 @@ def test_precision_is_the_models(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_the_flag_the_timing_cache_and_hardware_compatibility(program: Program, tmp_path: Path) -> None:
     cache = tmp_path / "times.cache"
-    options = EngineOptions(
+    options = TensorRT(
         runtime="tensorrt-rtx",
         sm=(80, 120),
         timing_cache=cache,
@@ -152,7 +154,7 @@ def test_the_flag_the_timing_cache_and_hardware_compatibility(program: Program, 
     )
     out = tmp_path / "out"
     out.mkdir()
-    artifact = lower_tensorrt(program, out, options=options)
+    artifact = lower_tensorrt(program, out, options)
     assert cache.stat().st_size > 0
     (engine,) = artifact.engines
     assert (engine.targets, dict(engine.profiles), engine.flag_requested) == (
@@ -161,12 +163,12 @@ def test_the_flag_the_timing_cache_and_hardware_compatibility(program: Program, 
         False,
     )
     assert {layer.ran_sparse for layer in artifact.layers} == {"no"}
-    lower_tensorrt(program, out, options=options)
+    lower_tensorrt(program, out, options)
 
 
 def test_a_target_that_the_builder_does_not_know(program: Program, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"cannot build ahead for SM90; it knows .*SM86"):
-        lower_tensorrt(program, tmp_path, options=EngineOptions(runtime="tensorrt-rtx", sm=(90,)))
+        lower_tensorrt(program, tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(90,)))
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "4:8"])
@@ -189,7 +191,7 @@ class Determinants(nn.Module):
 def test_an_operator_that_tensorrt_does_not_have_is_named(tmp_path: Path) -> None:
     program = apply_passes(Determinants(), ["nm_sparsify"], example_inputs=torch.randn(2, 8, 8), validate=False)
     with pytest.raises(BuildError, match=r"does not take the operator Det at node \w+ .*use the onnx target") as caught:
-        export(program, "tensorrt", tmp_path / "out", engine=RTX)
+        export(program, RTX, tmp_path / "out")
     assert "The log ends with:" in str(caught.value)
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
@@ -219,12 +221,12 @@ def test_a_crash_leaves_nothing_half_written(program: Program, tmp_path: Path, m
     monkeypatch.setattr(tensorrt, "choose", lambda name, gpus: fake)
     monkeypatch.setattr(tensorrt, "resolve_targets", lambda *_: ())
     with pytest.raises(BuildError, match="crashed with SIGSEGV"):
-        export(program, "tensorrt", tmp_path / "out", engine=RTX)
+        export(program, RTX, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["fake"]
 
 
 def test_export_verifies_and_reports(program: Program, tmp_path: Path) -> None:
-    result = export(program, "tensorrt", tmp_path / "out", engine=RTX)
+    result = export(program, RTX, tmp_path / "out")
     assert result.held
     checks = {check["name"]: check for check in result.report["verification"]["checks"]}
     assert checks["engines"]["held"] is True
@@ -249,7 +251,7 @@ def test_an_engine_that_was_cut_off_does_not_hold(program: Program, tmp_path: Pa
         return artifact
 
     monkeypatch.setattr(tensorrt, "lower_tensorrt", cut)
-    result = export(program, "tensorrt", tmp_path / "out", engine=RTX)
+    result = export(program, RTX, tmp_path / "out")
     assert result.held is False
     assert result.failures == ("engines: missing or cut off: model.engine",)
 

@@ -14,9 +14,9 @@ from torch import nn
 from sparsepass.export.targets.onnx.lower import lower_onnx
 from sparsepass.export.targets.tensorrt.build import BuildError
 from sparsepass.export.targets.tensorrt.lower import lower_tensorrt
-from sparsepass.export.targets.tensorrt.options import EngineOptions
 from sparsepass.export.targets.tensorrt.packages import Gpu
 from sparsepass.export.targets.tensorrt.profiles import EnginePlan, plan_engines
+from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.export.targets.tensorrt.through_torch import arguments, build_torch_engine, exported_program
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
@@ -85,19 +85,19 @@ def bert() -> Program:
 @pytest.fixture(scope="module")
 def plan(bert: Program, tmp_path_factory: pytest.TempPathFactory) -> EnginePlan:
     artifact = lower_onnx(bert, tmp_path_factory.mktemp("onnx"))
-    return plan_engines(artifact, EngineOptions(), config=bert.origin.config)[0]
+    return plan_engines(artifact, TensorRT(), config=bert.origin.config)[0]
 
 
 def test_the_flag_is_asked_for() -> None:
-    assert arguments(EngineOptions())["sparse_weights"] is True
-    assert arguments(EngineOptions(sparse=False))["sparse_weights"] is False
-    assert arguments(EngineOptions(timing_cache=Path("x")))["timing_cache_path"] == "x"
-    assert "enabled_precisions" not in arguments(EngineOptions()), "gone since 2.13: the model's dtypes decide"
+    assert arguments(TensorRT())["sparse_weights"] is True
+    assert arguments(TensorRT(sparse=False))["sparse_weights"] is False
+    assert arguments(TensorRT(timing_cache=Path("x")))["timing_cache_path"] == "x"
+    assert "enabled_precisions" not in arguments(TensorRT()), "gone since 2.13: the model's dtypes decide"
 
 
 def test_arguments_are_those_of_the_library() -> None:
     recorded = json.loads(DATA.read_text(encoding="utf-8"))["torch-tensorrt 2.13.0"]
-    everything = EngineOptions(timing_cache=Path("x"), hardware_compatible=True)
+    everything = TensorRT(timing_cache=Path("x"), hardware_compatible=True)
     assert {"arg_inputs", *arguments(everything)} <= set(recorded["convert"])
     defined = {node.name: node for node in ast.walk(ast.parse(FAKE)) if isinstance(node, ast.FunctionDef)}
     for name, known in (("convert", recorded["convert"]), ("__init__", ["self", *recorded["Input"]])):
@@ -107,7 +107,7 @@ def test_arguments_are_those_of_the_library() -> None:
 
 def test_an_engine_is_built_from_the_program_itself(fake: Path, bert: Program, plan: EnginePlan) -> None:
     engine = fake / "model.engine"
-    built = build_torch_engine(bert, plan, engine, fake / "model.log", EngineOptions(), torch.float32)
+    built = build_torch_engine(bert, plan, engine, fake / "model.log", TensorRT(), torch.float32)
     assert (built.version, built.size_bytes) == ("2.13.0", engine.stat().st_size)
     text = engine.read_text()
     assert '"sparse": true' in text
@@ -122,7 +122,7 @@ def test_an_engine_is_built_from_the_program_itself(fake: Path, bert: Program, p
 def test_the_target_takes_it(fake: Path, bert: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsepass.export.targets.tensorrt.lower.gpus", lambda: (Gpu(name="L40S", sm=89),))
     monkeypatch.setattr("sparsepass.export.targets.tensorrt.packages._is_there", lambda module: module == "torch_tensorrt")
-    found = lower_tensorrt(bert, fake, options=EngineOptions(runtime="torch-tensorrt"))
+    found = lower_tensorrt(bert, fake, TensorRT(runtime="torch-tensorrt"))
     assert [engine.name for engine in found.engines] == ["model"]
     assert found.engines[0].num_eligible == 4
     assert {layer.ran_sparse for layer in found.layers if layer.conforms == "yes"} == {"no"}, "float32 has no sparse kernels"
@@ -133,7 +133,7 @@ def test_a_library_that_cannot_be_imported_is_an_error_message(fake: Path, bert:
         "raise Exception('make sure tensorrt lib is in the LD_LIBRARY_PATH')"
     )
     with pytest.raises(BuildError, match=r"(?s)exit code 1 .*make sure tensorrt lib is in the LD_LIBRARY_PATH"):
-        build_torch_engine(bert, plan, fake / "model.engine", fake / "log", EngineOptions(), torch.float32)
+        build_torch_engine(bert, plan, fake / "model.engine", fake / "log", TensorRT(), torch.float32)
     assert not (fake / "model.engine").exists()
     assert not (fake / "model.pt2").exists()
 
@@ -149,6 +149,6 @@ def test_a_cache_is_refused(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("sparsepass.export.targets.tensorrt.lower.gpus", lambda: (Gpu(name="L40S", sm=89),))
     monkeypatch.setattr("sparsepass.export.targets.tensorrt.packages._is_there", lambda module: module == "torch_tensorrt")
     program = capture(nn.Sequential(nn.Linear(8, 8)), torch.ones(2, 8))
-    options = EngineOptions(runtime="torch-tensorrt")
+    options = TensorRT(runtime="torch-tensorrt", task="text-generation-with-past")
     with pytest.raises(SparsepassError, match=re.escape("--task text-generation-with-past asks for one")):
-        lower_tensorrt(program, fake, options=options, task="text-generation-with-past")
+        lower_tensorrt(program, fake, options)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.export.targets.torch.torch_cpu import CPU, GPU, emulated_kernels
 
-from sparsepass.export.targets.torch import lower as target
+from sparsepass.export.targets.torch import lower, verify
 from sparsepass.export.targets.torch.record import read_timings
 from sparsepass.graph import SparsepassError
 
@@ -42,9 +42,10 @@ def rehearsal(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[M
     with emulated_kernels():
         whole = torch.compile
         monkeypatch.setattr(torch, "compile", lambda model, **options: whole(model, **{**options, "backend": "eager"}))
-        monkeypatch.setattr(target, "_gpu_is_here", lambda: True)
+        for module in (lower, verify):
+            monkeypatch.setattr(module, "gpu_is_here", lambda: True)
+            monkeypatch.setattr(module, "_GPU", CPU)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "emulated")
-        monkeypatch.setattr(target, "_GPU", CPU)
         monkeypatch.setattr("sparsepass.export.targets.torch.measure.time_ms", clock)
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
         small = {

@@ -9,17 +9,18 @@ import pytest
 import torch
 from tests.export.targets.torch.torch_cpu import TIMINGS
 
+from sparsepass.export.targets.torch.options import parse_shapes
 from sparsepass.export.targets.torch.record import (
     RECORD_FILE,
+    ChoiceRules,
     LayerRecord,
     Record,
-    SemiStructuredOptions,
-    parse_shapes,
     read_record,
     read_timings,
     write_record,
 )
 from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, refusals
+from sparsepass.export.targets.torch.target import SemiStructured
 from sparsepass.graph import SparsepassError
 
 LAYER = LayerRecord(
@@ -38,7 +39,7 @@ LAYER = LayerRecord(
 RECORD = Record(
     dtype="bfloat16",
     layers=(LAYER, replace(LAYER, layer="c", state="dense", backend=None)),
-    options=SemiStructuredOptions(shapes=((1, 1), (8, 512)), sparse_only=True, compiled=True),
+    options=ChoiceRules(shapes=((1, 1), (8, 512)), sparse_only=True, compiled=True),
     measured=read_timings(TIMINGS),
 )
 
@@ -133,9 +134,9 @@ def test_sizes_that_cannot_be_read_are_refused(text: str) -> None:
 
 def test_options_that_make_no_sense_are_refused() -> None:
     with pytest.raises(SparsepassError, match="each at least 1"):
-        SemiStructuredOptions(shapes=parse_shapes("0x4"))
+        SemiStructured(shapes=parse_shapes("0x4"))
     with pytest.raises(SparsepassError, match="leave shapes and compiled out"):
-        SemiStructuredOptions(timings=TIMINGS, compiled=True)
+        SemiStructured(timings=TIMINGS, compiled=True)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -19,10 +19,12 @@ from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.exporting import ExportResult, export
 from sparsepass.export.targets.hf.verify import load_plain
-from sparsepass.export.targets.torch import lower as target
+from sparsepass.export.targets.torch import load, lower, verify
+from sparsepass.export.targets.torch.dense import load_dense
 from sparsepass.export.targets.torch.layer import SemiStructuredLinear
-from sparsepass.export.targets.torch.lower import RECORD_FILE, SemiStructuredOptions, load_torch, record_of
-from sparsepass.export.targets.torch.record import Record, read_record, write_record
+from sparsepass.export.targets.torch.load import load_torch, record_of
+from sparsepass.export.targets.torch.record import RECORD_FILE, Record, read_record, write_record
+from sparsepass.export.targets.torch.target import SemiStructured
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.equivalence.comparison import compare
 
@@ -42,8 +44,7 @@ def timings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(tmp_path_factory: pytest.TempPathFactory, timings: Path) -> ExportResult:
     """By recorded times, with branches."""
     out = tmp_path_factory.mktemp("out") / "llama"
-    options = SemiStructuredOptions(timings=timings)
-    return export(pruned(tiny_llama, PASSES), "torch", out, dtype="bfloat16", semi_structured=options)
+    return export(pruned(tiny_llama, PASSES), SemiStructured(timings=timings, dtype="bfloat16"), out)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     out = tmp_path_factory.mktemp("out") / "llama"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        return export(pruned(tiny_llama), "torch", out, dtype="bfloat16")
+        return export(pruned(tiny_llama), "torch{dtype=bfloat16}", out)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_a_loaded_model_computes_the_same_generates_and_compiles(written: Export
     lowered = [path for path, module in model.named_modules() if isinstance(module, SemiStructuredLinear)]
     assert len(lowered) == 8
     assert record_of(model).summary() == "8 layers lowered, 0 to be measured on a GPU, 7 dense"
-    dense = target.load_dense(written.folder, read_record(written.folder)).eval()
+    dense = load_dense(written.folder, read_record(written.folder)).eval()
     assert not compare(dense, model, {"input_ids": IDS}, layers=False).failures()
     assert not torch.allclose(load_plain(written.folder)(IDS).logits, model(IDS).logits), "the branches are there"
     assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape == (1, 15)  # type: ignore[operator]
@@ -190,7 +191,7 @@ def test_what_waits_is_measured_on_loading_and_remembered(
         return 2.0 if len(order) % 2 else 1.0
 
     monkeypatch.setattr("sparsepass.export.targets.torch.measure.time_ms", faster)
-    options = SemiStructuredOptions(shapes=((1, 4),))
+    options = SemiStructured(shapes=((1, 4),))
     model = load_torch(folder, device=CPU, options=options, remember=True)
     assert len(order) == 2 * 3 * 4, "dense and sparse, three rounds, four shapes"
     assert len(record_of(model).in_state("lowered")) == 14
@@ -204,11 +205,11 @@ def test_what_waits_is_measured_on_loading_and_remembered(
 def test_another_gpu_and_a_missing_library_are_told(
     written: ExportResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "check_device", lambda _: replace(GPU, name="another"))
+    monkeypatch.setattr(load, "check_device", lambda _: replace(GPU, name="another"))
     with pytest.warns(UserWarning, match=r"measured on emulated \(SM80\).* and this is another .*measure=True"):
         load_torch(written.folder, device=CPU)
-    monkeypatch.setattr(target, "check_device", lambda _: GPU)
-    monkeypatch.setattr(target, "probe", lambda *_: {"cutlass": "no kernel image", "cusparselt": ""})
+    monkeypatch.setattr(load, "check_device", lambda _: GPU)
+    monkeypatch.setattr(load, "probe", lambda *_: {"cutlass": "no kernel image", "cusparselt": ""})
     with pytest.raises(SparsepassError, match=r"measured with cutlass, which cannot be used here \(no kernel image\)"):
         load_torch(written.folder, device=CPU)
 
@@ -257,9 +258,10 @@ def test_eval_and_compare_take_the_folder_as_plain_transformers_does(waiting: Ex
 @pytest.mark.usefixtures("_kernels")
 def test_on_a_gpu_the_kernels_are_measured_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU passes for the GPU, and CUTLASS's emulated kernels for faster ones."""
-    monkeypatch.setattr(target, "_gpu_is_here", lambda: True)
+    for module in (lower, verify):
+        monkeypatch.setattr(module, "gpu_is_here", lambda: True)
+        monkeypatch.setattr(module, "_GPU", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "emulated")
-    monkeypatch.setattr(target, "_GPU", CPU)
     turn: list[int] = []
 
     def faster(_: Any) -> float:
@@ -268,22 +270,22 @@ def test_on_a_gpu_the_kernels_are_measured_and_compared(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("sparsepass.export.targets.torch.measure.time_ms", faster)
     program = pruned(tiny_gpt2)
-    artifact = target.write_torch(program, tmp_path, dtype=torch.bfloat16)
+    artifact = lower.write_torch(program, tmp_path, dtype=torch.bfloat16)
     assert artifact.record.measured is not None
     assert {point.sequence for point in artifact.record.measured.times[0].points} <= {1, 16}, "within 32 positions"
     assert len(artifact.record.in_state("lowered")) == len(program.sparse) > 0
     assert "cusparselt was not tried: cuSPARSELt is not there: this build of torch comes without it" in artifact.notes
-    packing, kernels = target.verify_torch(program, tmp_path, artifact)
-    assert packing["held"] is kernels["held"] is True
-    assert kernels["summary"].startswith("4 lowered layers on emulated: relative error ")
+    packing, kernels = verify.verify_torch(program, tmp_path, artifact.record)
+    assert packing.held is kernels.held is True
+    assert kernels.summary.startswith("4 lowered layers on emulated: relative error ")
 
     monkeypatch.setattr(SemiStructuredLinear, "forward", lambda self, x: x.new_ones((*x.shape[:-1], self.out_features)))
-    assert target.verify_torch(program, tmp_path, artifact)[1]["held"] is False, "other outputs are seen"
+    assert verify.verify_torch(program, tmp_path, artifact.record)[1].held is False, "other outputs are seen"
 
 
 def refused(program: Program, tmp_path: Path, said: str, **options: Any) -> None:
     with pytest.raises(SparsepassError, match=said):
-        export(program, "torch", tmp_path / "out", **options)
+        export(program, SemiStructured(**options), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*")), "nothing is left"
 
@@ -293,8 +295,7 @@ def test_what_has_no_kernels_is_refused_by_name(tmp_path: Path, timings: Path, m
     refused(program, tmp_path, "the weights are float32, and torch has no 2:4 kernels for it: lower them as bfloat16")
     other = pruned(tiny_gpt2, "nm_sparsify{pattern=4:8}")
     refused(other, tmp_path, r"is 4:8, and 3 more are not 2:4: torch has sparse kernels for 2:4 only", dtype="bfloat16")
-    half = SemiStructuredOptions(timings=timings)
-    refused(program, tmp_path, "are for bfloat16, and the weights are float16", dtype="float16", semi_structured=half)
+    refused(program, tmp_path, "are for bfloat16, and the weights are float16", dtype="float16", timings=timings)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
@@ -310,10 +311,10 @@ def test_a_dense_program_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target_name", "option", "said"),
     [
-        ("onnx", "--sparse-only", "the target onnx has no option semi_structured"),
-        ("torch", "--one-engine", "the target torch has no option engine"),
+        ("onnx", "--sparse-only", "the target onnx has no option sparse_only"),
+        ("torch", "--one-engine", "the target torch has no option one_engine"),
         ("torch", "--measure-shapes=5", "expected BATCHxSEQUENCE"),
-        ("tensorrt", "--compiled", "the target tensorrt has no option semi_structured"),
+        ("tensorrt", "--compiled", "the target tensorrt has no option compiled"),
     ],
 )
 def test_options_of_one_target_are_refused_by_others(target_name: str, option: str, said: str, tmp_path: Path) -> None:
@@ -343,7 +344,7 @@ def test_a_recipe_takes_the_options(tmp_path: Path) -> None:
     text = "model: m\nout: o\nprune: {}\nexport: {target: %s, semi_structured: {shapes: [[1, 512]], timings: %s}}\n"
     path.write_text(text % ("torch", "null"))
     (section,) = read_recipe(path).export
-    assert section.semi_structured == SemiStructuredOptions(shapes=((1, 512),))
+    assert section.target == SemiStructured(shapes=((1, 512),))
     path.write_text(text % ("hf", "null"))
     with pytest.raises(SparsepassError, match="the target hf has no option semi_structured"):
         read_recipe(path)
@@ -353,7 +354,7 @@ def test_a_recipe_takes_the_options(tmp_path: Path) -> None:
 def test_real_kernels_compute_the_same(tmp_path: Path) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs an NVIDIA GPU from Ampere on")
-    result = export(pruned(tiny_llama, PASSES), "torch", tmp_path / "out", dtype="bfloat16")
+    result = export(pruned(tiny_llama, PASSES), "torch{dtype=bfloat16}", tmp_path / "out")
     assert result.held is True
     record = read_record(tmp_path / "out")
     assert record.measured is not None
@@ -362,5 +363,5 @@ def test_real_kernels_compute_the_same(tmp_path: Path) -> None:
         record, layers=tuple(replace(e, state="lowered", backend=backend) if e.eligible else e for e in record.layers)
     )
     write_record(always, tmp_path / "out")
-    dense = target.load_dense(tmp_path / "out", record).eval().cuda()
+    dense = load_dense(tmp_path / "out", record).eval().cuda()
     assert not compare(dense, load_torch(tmp_path / "out"), {"input_ids": IDS}, layers=False).failures()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
-from sparsepass.export.targets.torch import lower as target, measure as torch_measure
+from sparsepass.export.targets.torch import load, lower, measure as torch_measure
 from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord
 from sparsepass.export.targets.torch.rules import Device
 from sparsepass.graph import Program, capture
@@ -45,7 +45,7 @@ def emulated_kernels() -> Iterator[None]:
             patch.setattr(
                 SparseSemiStructuredTensorCUTLASS, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None)
             )
-            for module in (target, torch_measure):
+            for module in (load, lower, torch_measure):
                 patch.setattr(module, "check_device", lambda device: GPU)
             yield
     finally:

@@ -1,0 +1,133 @@
+"""What a target is: a form in which a program leaves.
+
+1. A target is a frozen, keyword-only dataclass. Its fields are its options, in Python, as text, in a recipe, and on the
+   command line.
+2. `Target.lower` writes files into a folder. `Target.verify` opens them again and compares them with the program.
+3. The file of a target imports torch, onnx and the like inside its methods only: the command line reads the fields of every
+   target for its help, which comes at once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from sparsepass.graph import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweringContext:
+    """What comes with a program.
+
+    Attributes:
+        tokenizer: The model's tokenizer, if it has one.
+        processor: Its processor, if it has one.
+    """
+
+    tokenizer: Any = None
+    processor: Any = None
+
+    def save_companions(self, folder: Path) -> None:
+        """Write tokenizer and processor into a folder."""
+        for companion in (self.processor, self.tokenizer):
+            if companion is not None:
+                companion.save_pretrained(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """What a target wrote.
+
+    Attributes:
+        dtype: Type of the written weights.
+        expected_sparse: File (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose.
+        axes: File -> stored weight -> axis along which the pattern runs, where the file itself does not tell.
+        notes: What a reader should know of the files.
+        details: The target's own record as JSON.
+        artifact: The target's own record, for its verification.
+        sections: Sections of the report that the target knows.
+    """
+
+    dtype: str
+    expected_sparse: Mapping[str, Mapping[str, str]]
+    axes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    artifact: Any = None
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was verified in the written files.
+
+    Attributes:
+        name: Such as ``pattern`` or ``outputs``.
+        held: Whether it held; None if it cannot be checked here, and the summary says why.
+        summary: One line for people.
+        details: Everything for machines.
+    """
+
+    name: str
+    held: bool | None
+    summary: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def option(default: Any, help: str, *, flag: str | None = None, parse: Callable[[str], Any] | None = None) -> Any:
+    """A field of a target, with what the command line says of it.
+
+    Args:
+        default: Its default.
+        help: What it means, for ``--help``.
+        flag: Its name on the command line; by default the field's. A field that is True by default has ``no-`` before it.
+        parse: Reads it from text; by default its type tells.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "parse": parse})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(ABC):
+    """A form in which a program leaves. Its fields are its options; each field is made by `option`.
+
+    Args:
+        dtype: Type of the written weights; None for the program's own.
+
+    Raises:
+        SparsepassError: If an option cannot be used.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+
+    dtype: str | None = option(None, "Write the weights as float32, bfloat16 or float16; by default as they are.")
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            from sparsepass.graph.load import parse_dtype
+
+            object.__setattr__(self, "dtype", str(parse_dtype(self.dtype)).removeprefix("torch."))
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Names of the options."""
+        return tuple(each.name for each in fields(cls))
+
+    @property
+    def model_task(self) -> str | None:
+        """What the model is for, if an option says so; it is loaded as that."""
+        return None
+
+    @abstractmethod
+    def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
+        """Write the files into an existing, empty folder. The program is not changed.
+
+        Raises:
+            SparsepassError: If the program cannot be written in this form.
+        """
+
+    @abstractmethod
+    def verify(self, program: "Program", folder: Path, lowered: Lowered, context: LoweringContext) -> tuple[Check, ...]:
+        """Open what `lower` wrote, and compare it with the program."""

@@ -1,0 +1,74 @@
+"""The target `hf` and its options."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, final
+
+from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target
+from sparsepass.export.targets.evidence import pattern_summary
+
+if TYPE_CHECKING:
+    from sparsepass.graph import Program
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace(Target):
+    """A folder that plain transformers loads; SLoRB branches lie beside the model as a PEFT adapter.
+
+    Args:
+        dtype: Type of the written weights; None for the program's own.
+    """
+
+    name: ClassVar[str] = "hf"
+    description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
+
+    def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
+        """Write the model, its adapter, tokenizer and processor."""
+        from sparsepass.export.targets.hf.lower import lower_hf
+
+        artifact = lower_hf(program, folder, dtype=self.dtype, tokenizer=context.tokenizer, processor=context.processor)
+        notes = [f"loaded by {artifact.auto_class}.from_pretrained"]
+        if artifact.adapter is not None:
+            notes.append(artifact.adapter_note)
+        return Lowered(
+            dtype=artifact.dtype,
+            expected_sparse={"": artifact.expected_sparse},
+            axes={"": artifact.axes},
+            notes=tuple(notes),
+            details=artifact.to_dict(),
+            artifact=artifact,
+        )
+
+    def verify(self, program: "Program", folder: Path, lowered: Lowered, context: LoweringContext) -> tuple[Check, ...]:
+        """Load the folder with plain transformers; check its pattern, its weights and its outputs."""
+        from sparsepass.export.targets.hf.verify import verify_hf
+
+        del lowered, context
+        found = verify_hf(program, folder)
+        pattern, weights, outputs = found["pattern"], found["weights"], found["outputs"]
+        wrong = [failure for failure in found["failures"] if failure.startswith("the loaded weight")]
+        rest = [failure for failure in found["failures"] if failure not in wrong and not failure.startswith("the N:M pattern")]
+        by = f", adapter read by {found['adapter_read_by']}" if found["adapter_read_by"] else ""
+        return (
+            Check(
+                name="pattern",
+                held=pattern["conforms"],
+                summary=pattern_summary("files", pattern | {"num_sparse": pattern["num_checked"]}),
+                details=pattern,
+            ),
+            Check(
+                name="weights",
+                held=not wrong,
+                summary="; ".join(wrong[:5]) or f"{weights['num_equal']} loaded weights are bit for bit the program's",
+                details=weights,
+            ),
+            Check(
+                name="outputs",
+                held=not rest,
+                summary="; ".join(rest)
+                or f"loaded by {found['loaded_by']}{by}: relative error {outputs['relative_error']:.2g} (allowed "
+                f"{outputs['tolerance']:g})",
+                details={**outputs, "versions": found["versions"]},
+            ),
+        )

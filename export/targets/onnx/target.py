@@ -1,0 +1,102 @@
+"""The target `onnx` and its options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
+from sparsepass.export.targets.evidence import pattern_summary
+
+if TYPE_CHECKING:
+    from sparsepass.graph import Program
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Onnx(Target):
+    """ONNX files, with a key-value cache for models that generate.
+
+    Args:
+        dtype: Type of the written weights; None for the program's own.
+        opset: ONNX operator set; None for the newest that is tried.
+        task: What the model is for, such as ``text-generation``; None to tell from its class.
+
+    Example:
+        >>> Onnx(opset=18, dtype="fp16")
+        Onnx(dtype='float16', opset=18, task=None)
+    """
+
+    name: ClassVar[str] = "onnx"
+    description: ClassVar[str] = "ONNX for onnxruntime, TensorRT and others, with a key-value cache where the model generates"
+
+    opset: int | None = option(None, "ONNX operator set; by default the newest that is tried.")
+    task: str | None = option(None, "What the model is for, such as text-generation; by default its configuration tells.")
+
+    @property
+    def model_task(self) -> str | None:
+        """The option `task`."""
+        return self.task
+
+    def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
+        """Write the graphs, tokenizer and processor."""
+        from sparsepass.export.targets.onnx.lower import lower_onnx
+
+        artifact = lower_onnx(program, folder, dtype=self.dtype, opset=self.opset, task=self.task)
+        context.save_companions(folder)
+        return Lowered(
+            dtype=artifact.dtype,
+            expected_sparse=artifact.expected_sparse,
+            notes=artifact.notes,
+            details=artifact.to_dict(),
+            artifact=artifact,
+        )
+
+    def verify(self, program: "Program", folder: Path, lowered: Lowered, context: LoweringContext) -> tuple[Check, ...]:
+        """Check the graphs by onnx.checker, their pattern, their weights, and their outputs in onnxruntime."""
+        from sparsepass.export.targets.onnx.verify import verify_onnx
+
+        del context
+        found = verify_onnx(program, folder, lowered.artifact)
+        broken = {file: said for file, said in found["files"].items() if said != "ok"}
+        patterns = found["pattern"]
+        return (
+            Check(
+                name="files",
+                held=not broken,
+                summary="; ".join(f"{file}: {said}" for file, said in broken.items()) or "onnx.checker accepts each graph",
+                details=found["files"],
+            ),
+            Check(
+                name="pattern",
+                held=all(one["conforms"] for one in patterns.values()),
+                summary="; ".join(pattern_summary(file, one) for file, one in patterns.items()),
+                details=patterns,
+            ),
+            _weights(found["weights"], lowered.dtype),
+            _outputs(found["outputs"], lowered.dtype),
+        )
+
+
+def _weights(found: Mapping[str, Any], dtype: str) -> Check:
+    differing = found["differing"]
+    converted = f", after conversion to {dtype}" if found["num_converted"] else ""
+    said = f"{found['num_checked']} stored weights are bit for bit the program's{converted}"
+    if differing:
+        said = f"{len(differing)} stored weights are not the program's: {', '.join(differing[:5])}"
+    return Check(name="weights", held=not differing, summary=said, details=found)
+
+
+def _outputs(found: Mapping[str, Any], dtype: str) -> Check:
+    cases = found["cases"]
+    # A bfloat16 file cannot be run here at all; whatever else kept it from running is a failure.
+    not_run = None if dtype == "bfloat16" else False
+    worst = max((case.get("max_relative", float("inf")) for case in cases), default=0.0)
+    rounding = ", beyond that only what is shown to be rounding" if worst > found["tolerance"] else ""
+    ran = f"{len(cases)} cases in onnxruntime, largest relative error {worst:.2g} (allowed {found['tolerance']:g}{rounding})"
+    return Check(
+        name="outputs",
+        held=all(case["holds"] for case in cases) if cases else not_run,
+        summary=str(found["not_run"]) if found["not_run"] else ran,
+        details=found,
+    )

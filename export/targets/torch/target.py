@@ -1,0 +1,103 @@
+"""The target `torch` and its options."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, final
+
+from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
+from sparsepass.export.targets.hf import HuggingFace
+from sparsepass.export.targets.torch.options import Shapes, check_shapes, parse_shapes
+
+if TYPE_CHECKING:
+    from sparsepass.graph import Program
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SemiStructured(Target):
+    """The folder of the target hf, and which of its layers torch's semi-structured kernels run.
+
+    Args:
+        dtype: Type of the written weights, bfloat16 or float16; None for the program's own.
+        timings: File (or folder of this target) with times that were recorded before, which are taken instead of measuring.
+        shapes: Batch and sequence to measure at; empty for sizes from one token up to the model's limit.
+        compiled: Whether layers are measured compiled, for a model that will be.
+        sparse_only: Whether a layer is lowered only where its 2:4 kernel is faster at every size, so that no dense weight
+            has to be kept beside the packed one.
+        measure: Whether layers are measured; if not, the folder says that they have to be where it is loaded.
+
+    Raises:
+        SparsepassError: If a value makes no sense.
+    """
+
+    name: ClassVar[str] = "torch"
+    description: ClassVar[str] = (
+        "a Hugging Face folder whose layers torch's 2:4 kernels run, where that is measured to be faster"
+    )
+
+    timings: Path | None = option(
+        None,
+        "Times recorded before, for the target torch: a torch_semi_structured.json, its folder, or a result of "
+        "benchmarks/gpu_torch.py. By default they are measured on this machine's GPU, or where the folder is loaded.",
+    )
+    shapes: Shapes = option(
+        (),
+        "Sizes at which the target torch measures, BATCHxSEQUENCE: 1x1,1x512,8x2048. By default from one token to 16384.",
+        flag="measure-shapes",
+        parse=parse_shapes,
+    )
+    compiled: bool = option(False, "The target torch measures compiled layers, for a model that torch.compile will run.")
+    sparse_only: bool = option(
+        False,
+        "The target torch lowers a layer only if 2:4 is faster at every size, so that no dense weight is kept beside it.",
+    )
+    measure: bool = option(True, "On a GPU, do not time dense against sparse.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shapes(self.shapes)
+        if self.timings is not None and (self.shapes or self.compiled):
+            from sparsepass.graph.support import SparsepassError
+
+            raise SparsepassError(
+                "times are taken from a file (timings), so nothing is measured: leave shapes and compiled out, or leave "
+                "timings out"
+            )
+
+    def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
+        """Write the folder, and the record of its layers."""
+        from sparsepass.export.targets.torch.lower import write_torch
+        from sparsepass.export.targets.torch.record import ChoiceRules
+
+        artifact = write_torch(
+            program,
+            folder,
+            rules=ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled),
+            timings=self.timings,
+            measure=self.measure,
+            dtype=self.dtype,
+            tokenizer=context.tokenizer,
+            processor=context.processor,
+        )
+        return Lowered(
+            dtype=artifact.hf.dtype,
+            expected_sparse={"": artifact.hf.expected_sparse},
+            axes={"": artifact.hf.axes},
+            notes=artifact.notes,
+            details=artifact.to_dict(),
+            artifact=artifact,
+            sections={"sparsity": artifact.section()},
+        )
+
+    def verify(self, program: "Program", folder: Path, lowered: Lowered, context: LoweringContext) -> tuple[Check, ...]:
+        """Check the folder as the target hf does, then torch's packing and, on a GPU, its kernels."""
+        from sparsepass.export.targets.torch.verify import verify_torch
+
+        return (
+            *HuggingFace().verify(program, folder, lowered, context),
+            *verify_torch(program, folder, lowered.artifact.record),
+        )
+
+
+SemiStructuredOptions = SemiStructured
+"""Another name of `SemiStructured`, from when its options had a class of their own."""

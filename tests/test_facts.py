@@ -1,0 +1,33 @@
+"""Each fact has one home: patterns that would be a second one, and the files in which they may stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CODE = sorted(path for folder in ("graph", "passes", "retrain", "export") for path in (ROOT / folder).rglob("*.py"))
+
+FACTS: dict[str, tuple[str, set[str]]] = {
+    "position limit": (r"max_position_embeddings|n_positions|max_target_positions", {"graph/limits.py"}),
+    "nearest name": (r"get_close_matches", {"graph/support/words.py"}),
+    "first line of an error": (r"def _?first_line|splitlines\(\)\[0\](?!$)", {"graph/support/words.py"}),
+    "quieting transformers": (r"set_verbosity_error|disable_progress_bar\(", {"graph/support/quiet.py"}),
+    "masked weight of a site": (
+        r"masked_weight\([^()]*program\.tensor|torch\.ops\.sparsepass\.masked_weight\(\w+\.detach\(\)",
+        {"graph/states.py"},
+    ),
+    "switching branches off": (r"def _?\w*(without|muted|mute)_branches\(program: Program[,)].*Iterator", {"graph/states.py"}),
+    "copying a program": (r"(?<![\w`\"])Program\($", {"graph/program.py", "graph/capture.py"}),
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_each_fact_has_one_home(fact: str) -> None:
+    pattern, homes = FACTS[fact]
+    found = {
+        str(path.relative_to(ROOT))
+        for path in CODE
+        if any(re.search(pattern, line) for line in path.read_text(encoding="utf-8").splitlines() if ">>>" not in line)
+    }
+    assert found == homes
