@@ -7,7 +7,8 @@ from torch import nn
 
 from sparsepass.graph.equivalence.artifact import Artifact, ModuleArtifact, ProgramArtifact
 from sparsepass.graph.equivalence.onnx_file import OnnxFile
-from sparsepass.graph.program import PROGRAM_FILE, Program
+from sparsepass.graph.program import Program
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import EquivalenceError
 
 

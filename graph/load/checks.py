@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, first_line, quiet_loading
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from sparsepass.graph.load.companions import companions_in
 from sparsepass.graph.load.gguf import from_gguf, lone_gguf
 from sparsepass.graph.load.hub import download, is_hub_id
 from sparsepass.graph.load.loaded import Kind, LoadedModel, origin_of
-from sparsepass.graph.program import PROGRAM_FILE, Program
+from sparsepass.graph.program import Program
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, closest, first_line, quiet_loading
 
 _DTYPES = {
