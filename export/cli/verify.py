@@ -134,7 +134,7 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
     from sparsepass.export.pattern import check_pattern
     from sparsepass.export.report import find_report
     from sparsepass.graph import SparsepassError
-    from sparsepass.graph.program import PROGRAM_FILE
+    from sparsepass.graph.saved import PROGRAM_FILE
 
     if not path.exists():
         raise SparsepassError(f"{path} does not exist; name a folder, an .onnx file or a .safetensors file")
@@ -189,7 +189,7 @@ def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -
     """Check a saved program: what its graph reads is the weight with its mask, and no file holds that."""
     from sparsepass.export.pattern import check_pattern
     from sparsepass.graph import Program, SparsepassError
-    from sparsepass.graph.states import masked_weight
+    from sparsepass.graph.program import masked_weight
 
     program = Program.load(folder)
     if not program.sparse:

@@ -91,7 +91,7 @@ def layer_sparsity(program: "Program") -> dict[str, LayerEntry]:
     """
     import torch
 
-    from sparsepass.graph.states import masked_weight
+    from sparsepass.graph.program import masked_weight
 
     counted: dict[str, float] = {}
     found: dict[str, LayerEntry] = {}

@@ -29,7 +29,7 @@ from sparsepass.export.stages.recipe import RetrainSection
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data

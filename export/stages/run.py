@@ -30,7 +30,7 @@ from sparsepass.export.stages.retraining import (
     retrain_program,
 )
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process

@@ -14,8 +14,7 @@ from sparsepass.export.targets.torch.packing import check_packing
 from sparsepass.export.targets.torch.record import Record, read_record
 from sparsepass.export.targets.torch.rules import gpu_is_here
 from sparsepass.graph.equivalence import compare
-from sparsepass.graph.program import Program
-from sparsepass.graph.states import masked_weight
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError
 
 _GPU: Final = torch.device("cuda")
