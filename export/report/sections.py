@@ -25,7 +25,7 @@ def _number(value: object) -> object:
 
 
 Number = Annotated[
-    float | str,
+    int | float | str,
     PlainValidator(_number),
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "enum": list(_TEXTS)}]}),
 ]
@@ -35,7 +35,7 @@ Number = Annotated[
 class Part(BaseModel):
     """A section of a report, or an entry of one. It keeps the fields that it does not know. Abstract."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
 
 
 class ModelSection(Part):
@@ -197,6 +197,11 @@ class MeasurementEntry(Part):
     bos: bool = Field(description="whether each window begins with the BOS token")
     dtype: str = Field(description="type that was computed in")
     seconds: Number | None = Field(None, description="wall time")
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What has to be the same for two perplexities to stand side by side."""
+        return self.num_tokens, self.context, self.stride, self.bos, self.dtype
 
 
 class AccuracySection(Part):
