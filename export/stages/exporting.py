@@ -216,7 +216,7 @@ def _write(
             files=files,
             size_bytes=sum(files.values()),
             expected_sparse=dict(lowered.expected_sparse),
-            axes=lowered.axes and dict(lowered.axes),
+            axes=dict(lowered.axes),
             notes=list(lowered.notes),
             details=dict(lowered.details),
         )
