@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparsepass.export.report.sections import (
         AccuracySection as AccuracySection,
         MeasurementEntry as MeasurementEntry,
+        PassEntry as PassEntry,
         PassesSection as PassesSection,
         TrainingEntry as TrainingEntry,
     )

@@ -54,13 +54,7 @@ def read_report(place: str | Path) -> dict[str, Any]:
     """
     path = Path(place)
     path = path / REPORT_FILE if path.is_dir() else path
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote") from error
-    except (OSError, ValueError) as error:
-        raise SparsepassError(f"{path} cannot be read as JSON ({error}); write the folder again") from error
-    return check_report(document, str(path))
+    return check_report(_json_of(path), str(path))
 
 
 def find_report(folder: str | Path) -> dict[str, Any] | None:
@@ -72,13 +66,9 @@ def find_report(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / REPORT_FILE
     if not path.is_file():
         return None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return read_report(path)
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        return None
-    return check_report(document, str(path))
+    document = _json_of(path)
+    is_ours = isinstance(document, dict) and document.get("schema") == SCHEMA
+    return check_report(document, str(path)) if is_ours else None
 
 
 def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,10 +80,8 @@ def write_report(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SparsepassError: If the document breaks the schema.
     """
-    plain = check_report(plain_json(document), "the report to be written")
-    write_pages(folder, plain)
+    plain = _write(folder, document)
     _replace_text(folder / RECIPE_FILE, plain["recipe"] + "\n")
-    _replace_text(folder / REPORT_FILE, _text_of(plain))
     return plain
 
 
@@ -141,12 +129,7 @@ def add_to_report(
             )
         document = new_report()
     run = run_record(stage, command=command, seconds=seconds)
-    document = {**document, **sections, "runs": [*document["runs"], run]}
-    plain = check_report(plain_json(document), "the report to be written")
-    place.mkdir(parents=True, exist_ok=True)
-    write_pages(place, plain)
-    _replace_text(place / REPORT_FILE, _text_of(plain))
-    return plain
+    return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
 
 
 def plain_json(value: Any) -> Any:
@@ -171,12 +154,25 @@ def plain_json(value: Any) -> Any:
     raise TypeError(f"a report holds plain values, got {type(value).__name__} ({value!r})")
 
 
+def _json_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote") from error
+    except (OSError, ValueError) as error:
+        raise SparsepassError(f"{path} cannot be read as JSON ({error}); write the folder again") from error
+
+
+def _write(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    plain = check_report(plain_json(document), "the report to be written")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pages(folder, plain)
+    _replace_text(folder / REPORT_FILE, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return plain
+
+
 def _replace_text(path: Path, text: str) -> None:
     """Write a file beside its place, and move it over what stands there. What UTF-8 cannot hold is written as an escape."""
     path.parent.mkdir(exist_ok=True)
     with replaced_file(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _text_of(plain: Mapping[str, Any]) -> str:
-    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

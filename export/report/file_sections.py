@@ -17,7 +17,7 @@ class ArtifactSection(Part):
         description="file (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose"
     )
     axes: dict[str, Any] | None = Field(
-        None, description="file -> stored weight -> axis along which the pattern runs, where the file does not tell"
+        default=None, description="file -> stored weight -> axis along which the pattern runs, where the file does not tell"
     )
     dtype: str = Field(description="type of the written weights")
     notes: list[str] = Field(description="what a reader should know of the files")
@@ -33,7 +33,7 @@ class CheckEntry(Part):
     """A check of the written files."""
 
     name: str = Field(description="what was checked")
-    held: bool | None = Field(None, description="whether it held; null if it could not be checked")
+    held: bool | None = Field(default=None, description="whether it held; null if it could not be checked")
     summary: str = Field(description="what was found")
     details: dict[str, Any] = Field(description="the figures")
 
@@ -41,15 +41,15 @@ class CheckEntry(Part):
 class VerificationSection(Part):
     """What was found when the written files were opened again."""
 
-    held: bool | None = Field(None, description="whether every check held; null if verification was switched off")
+    held: bool | None = Field(default=None, description="whether every check held; null if verification was switched off")
     checks: list[CheckEntry] = Field(description="one entry a check")
 
 
 class TensorEntry(Part):
     """A tensor of the samples."""
 
-    shape: list[int] = Field([], description="its shape")
-    dtype: str = Field("", description="its type")
+    shape: list[int] = Field(default=[], description="its shape")
+    dtype: str = Field(default="", description="its type")
 
 
 class SamplesSection(Part):
@@ -65,11 +65,11 @@ class EngineEntry(Part):
 
     name: str = Field(description="its name")
     file: str = Field(description="its file")
-    targets: list[int] = Field([], description="compute capabilities that it runs on")
+    targets: list[int] = Field(default=[], description="compute capabilities that it runs on")
     size_bytes: int = Field(description="size of the file")
     flag_requested: bool = Field(description="whether the builder was allowed to use sparse kernels")
-    num_eligible: int | None = Field(None, description="layers that the log calls eligible")
-    num_chosen: int | None = Field(None, description="layers that the log says run a sparse kernel")
+    num_eligible: int | None = Field(default=None, description="layers that the log calls eligible")
+    num_chosen: int | None = Field(default=None, description="layers that the log says run a sparse kernel")
 
 
 class EvidenceEntry(Part):
@@ -78,15 +78,15 @@ class EvidenceEntry(Part):
     engine: str = Field(description="name of the engine")
     layer: str = Field(description="name of the layer in the engine")
     weight: str = Field(description="name of the weight")
-    shape: list[int] = Field([], description="its shape")
+    shape: list[int] = Field(default=[], description="its shape")
     conforms: str = Field(description="whether the stored weight is sparse; `unknown` if it is dense on purpose")
     flag_requested: str = Field(description="whether the builder was allowed to use sparse kernels")
     eligible: str = Field(description="whether the builder found the layer fit for one")
     chosen: str = Field(description="whether the builder took one")
     ran_sparse: str = Field(description="what follows from the four states")
     reason: str = Field(description="why")
-    dense_ms: Number | None = Field(None, description="measured time of a dense kernel")
-    sparse_ms: Number | None = Field(None, description="measured time of a sparse kernel")
+    dense_ms: Number | None = Field(default=None, description="measured time of a dense kernel")
+    sparse_ms: Number | None = Field(default=None, description="measured time of a sparse kernel")
 
 
 class TimesEntry(Part):
@@ -124,7 +124,7 @@ class SparsitySection(Part):
         description="one entry for each weight in each engine; also `op`, `dtype`, `axis` and `tactic`"
     )
     counts: dict[str, Any] = Field(description="how often each state has each value, in `total` and engine by engine")
-    measured: dict[str, MeasuredEntry] | None = Field(None, description="engine -> what was measured of it on a GPU")
+    measured: dict[str, MeasuredEntry] | None = Field(default=None, description="engine -> what was measured of it on a GPU")
 
     @property
     def meant(self) -> list[EvidenceEntry]:
@@ -135,22 +135,22 @@ class SparsitySection(Part):
 class StoredEntry(Part):
     """A stored weight that was looked at."""
 
-    weight: str = Field("", description="name under which it is stored")
-    verdict: str = Field("", description="such as `conforms`, `violates` or `left out`")
-    reason: str = Field("", description="why")
-    shape: list[int] = Field([], description="shape as stored")
-    axis: int | None = Field(None, description="axis along which groups were counted")
-    required: bool = Field(False, description="whether it has to conform")
-    num_groups: int = Field(0, description="groups along the axis")
-    num_violations: int = Field(0, description="groups with too many entries that are not zero")
-    num_nonzeros: int = Field(0, description="entries that are not zero")
+    weight: str = Field(default="", description="name under which it is stored")
+    verdict: str = Field(default="", description="such as `conforms`, `violates` or `left out`")
+    reason: str = Field(default="", description="why")
+    shape: list[int] = Field(default=[], description="shape as stored")
+    axis: int | None = Field(default=None, description="axis along which groups were counted")
+    required: bool = Field(default=False, description="whether it has to conform")
+    num_groups: int = Field(default=0, description="groups along the axis")
+    num_violations: int = Field(default=0, description="groups with too many entries that are not zero")
+    num_nonzeros: int = Field(default=0, description="entries that are not zero")
 
 
 class CauseEntry(Part):
     """What probably happened to weights that violate."""
 
-    text: str = Field("", description="the cause")
-    advice: str = Field("", description="what to do")
+    text: str = Field(default="", description="the cause")
+    advice: str = Field(default="", description="what to do")
 
 
 class StoredFileEntry(Part):
@@ -160,7 +160,7 @@ class StoredFileEntry(Part):
     pattern: str = Field(description="the pattern asked for")
     conforms: bool = Field(description="whether it holds")
     counts: dict[str, int] = Field(description="verdict -> weights")
-    causes: list[CauseEntry] = Field([], description="likely causes of what was found")
+    causes: list[CauseEntry] = Field(default=[], description="likely causes of what was found")
     entries: list[StoredEntry] = Field(
         description="weight by weight; also `file`, `node`, `op`, `parameter`, `dtype`, and more of what was counted"
     )
@@ -181,8 +181,8 @@ class PatternSection(Part):
 class PhaseEntry(Part):
     """Predicted times of prefill, or of decoding one token, in seconds."""
 
-    dense_s: Number | None = Field(None, description="with dense weights")
-    planned_s: Number | None = Field(None, description="as recommended")
+    dense_s: Number | None = Field(default=None, description="with dense weights")
+    planned_s: Number | None = Field(default=None, description="as recommended")
     speedup: float = Field(description="dense time over planned time")
 
 
@@ -192,14 +192,16 @@ class WorkloadEntry(Part):
     batch: int = Field(description="sequences at once")
     seq: int = Field(description="tokens of the prompt")
     prefill: PhaseEntry = Field(description="times of the prompt")
-    decode: PhaseEntry | None = Field(None, description="times of one more token; null for a model that does not decode")
+    decode: PhaseEntry | None = Field(
+        default=None, description="times of one more token; null for a model that does not decode"
+    )
 
 
 class LayerTimesEntry(Part):
     """Predicted times of a layer, in seconds."""
 
-    dense_s: Number | None = Field(None, description="with a dense weight")
-    sparse_s: Number | None = Field(None, description="with a 2:4 weight; null if no kernel takes it")
+    dense_s: Number | None = Field(default=None, description="with a dense weight")
+    sparse_s: Number | None = Field(default=None, description="with a 2:4 weight; null if no kernel takes it")
 
     @property
     def gain(self) -> float | None:
@@ -213,23 +215,23 @@ class LayerPlanEntry(Part):
     """What is recommended for a layer."""
 
     name: str = Field(description="module path")
-    weight: str | None = Field(None, description="name of its weight")
+    weight: str | None = Field(default=None, description="name of its weight")
     out_features: int = Field(description="rows of the weight")
     in_features: int = Field(description="columns of the weight")
-    num_experts: int = Field(1, description="matrices of this shape in the weight")
+    num_experts: int = Field(default=1, description="matrices of this shape in the weight")
     decision: str = Field(description="`2:4` or `dense`")
     reason: str = Field(description="why")
-    prefill: LayerTimesEntry | None = Field(None, description="times in prefill")
-    decode: LayerTimesEntry | None = Field(None, description="times in decoding")
+    prefill: LayerTimesEntry | None = Field(default=None, description="times in prefill")
+    decode: LayerTimesEntry | None = Field(default=None, description="times in decoding")
 
 
 class MemoryEntry(Part):
     """Bytes of all linear layers' weights in one type."""
 
-    dtype: str = Field("", description="the type")
-    dense_bytes: Number = Field(0, description="all dense")
-    planned_bytes: Number = Field(0, description="as recommended")
-    everything_bytes: Number = Field(0, description="all 2:4")
+    dtype: str = Field(default="", description="the type")
+    dense_bytes: Number = Field(default=0, description="all dense")
+    planned_bytes: Number = Field(default=0, description="as recommended")
+    everything_bytes: Number = Field(default=0, description="all 2:4")
 
 
 class PlanSection(Part):
@@ -246,5 +248,5 @@ class PlanSection(Part):
     memory: list[MemoryEntry] = Field(description="one entry a type of the weights")
     layers: list[LayerPlanEntry] = Field(description="one entry a layer; also intensities, and `pays_at`")
     ignore: list[str] = Field(description="layers to leave dense, as patterns for the passes")
-    passes: str | None = Field(None, description="recommended passes; null if none pays")
+    passes: str | None = Field(default=None, description="recommended passes; null if none pays")
     notes: list[str] = Field(description="what is not covered, and what was assumed")

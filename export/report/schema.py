@@ -36,12 +36,12 @@ _KINDS: Final = {
 class MachineEntry(Part):
     """The machine of a run; nothing names it or its user."""
 
-    system: str | None = Field(None, description="operating system and architecture")
-    processor: str = Field("", description="the processor's model")
-    cores: int | None = Field(None, description="logical cores")
-    threads: int | None = Field(None, description="threads that torch computed with")
-    memory_bytes: int | None = Field(None, description="main memory")
-    accelerators: list[str] = Field([], description="names of the GPUs")
+    system: str | None = Field(default=None, description="operating system and architecture")
+    processor: str = Field(default="", description="the processor's model")
+    cores: int | None = Field(default=None, description="logical cores")
+    threads: int | None = Field(default=None, description="threads that torch computed with")
+    memory_bytes: int | None = Field(default=None, description="main memory")
+    accelerators: list[str] = Field(default=[], description="names of the GPUs")
 
 
 @final
@@ -60,8 +60,8 @@ class RunEntry(Part):
 class ReportDocument(Part):
     """A whole report."""
 
-    schema_: str = Field(SCHEMA, alias="schema", description=f"always `{SCHEMA}`")
-    schema_version: int = Field(SCHEMA_VERSION, description=f"{SCHEMA_VERSION} today")
+    schema_: str = Field(default=SCHEMA, alias="schema", description=f"always `{SCHEMA}`")
+    schema_version: int = Field(default=SCHEMA_VERSION, description=f"{SCHEMA_VERSION} today")
     recipe: str = Field(description="the passes as one line of text, which `--passes` takes; empty if none ran")
     runs: list[RunEntry] = Field(description="one entry for each command that added to the report, in order")
     model: ModelSection | None = None

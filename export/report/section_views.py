@@ -130,9 +130,9 @@ def artifact_view(section: ArtifactSection, report: ReportDocument) -> Iterator[
     if rest := ordered[_MOST_FILES:]:
         sizes.append((f"{len(rest)} smaller files", sum(count for _, count in rest), "n"))
     files = {} if report.model is None else report.model.files or {}
-    weights = [count for name, count in files.items() if name.endswith((".safetensors", ".gguf")) and is_number(count)]
-    if sum(weights):
-        sizes.append(("for comparison: weights of the model it came from", sum(weights), "n"))
+    dense = sum(int(count) for name, count in files.items() if name.endswith((".safetensors", ".gguf")) and is_number(count))
+    if dense:
+        sizes.append(("for comparison: weights of the model it came from", dense, "n"))
     bars = [Bar(label=name, parts=((float(count), tone),), text=size(count)) for name, count, tone in sizes]
     if bars:
         yield Drawings((Drawing(bar_chart("Sizes on disk", bars)),))

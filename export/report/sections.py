@@ -25,7 +25,7 @@ def _number(value: object) -> object:
 
 
 Number = Annotated[
-    float | str,
+    int | float | str,
     PlainValidator(_number),
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "enum": list(_TEXTS)}]}),
 ]
@@ -35,7 +35,7 @@ Number = Annotated[
 class Part(BaseModel):
     """A section of a report, or an entry of one. It keeps the fields that it does not know. Abstract."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
 
 
 class ModelSection(Part):
@@ -43,41 +43,43 @@ class ModelSection(Part):
 
     source: str = Field(description="what the user named: folder, hub id, file")
     kind: str = Field(description="`folder`, `hub`, `gguf`, `program` or `memory`")
-    class_: str | None = Field(None, alias="class", description="the model's class")
+    class_: str | None = Field(default=None, alias="class", description="the model's class")
     dtype: str = Field(description="type of the weights as loaded")
     num_parameters: int = Field(description="parameters, tied ones counted once")
-    revision: str | None = Field(None, description="of a model from the hub, as the user named it")
-    commit: str | None = Field(None, description="the commit that this was")
-    gguf_file: str | None = Field(None, description="name of the GGUF file in the folder or repository")
-    files: dict[str, Any] | None = Field(None, description="file of weights -> bytes")
-    notes: list[str] | None = Field(None, description="what a reader should know of the loading")
+    revision: str | None = Field(default=None, description="of a model from the hub, as the user named it")
+    commit: str | None = Field(default=None, description="the commit that this was")
+    gguf_file: str | None = Field(default=None, description="name of the GGUF file in the folder or repository")
+    files: dict[str, Any] | None = Field(default=None, description="file of weights -> bytes")
+    notes: list[str] | None = Field(default=None, description="what a reader should know of the loading")
 
 
 class OutcomeEntry(Part):
     """What a pass did at a layer."""
 
-    site: str = Field("", description="module path of the layer")
-    weight: str = Field("", description="name of its weight")
-    shape: list[int] = Field([], description="shape of the weight as stored")
-    action: str = Field("", description="`rewritten` or `skipped`")
-    reason: str = Field("", description="why it was skipped")
-    facts: dict[str, Any] = Field({}, description="what the pass measured")
+    site: str = Field(default="", description="module path of the layer")
+    weight: str = Field(default="", description="name of its weight")
+    shape: list[int] = Field(default=[], description="shape of the weight as stored")
+    action: str = Field(default="", description="`rewritten` or `skipped`")
+    reason: str = Field(default="", description="why it was skipped")
+    facts: dict[str, Any] = Field(default={}, description="what the pass measured")
 
 
 class CalibrationEntry(Part):
     """What a pass was calibrated on."""
 
-    source: str = Field("", description="name of the text or data set")
-    num_sequences: Number | None = Field(None, description="sequences used")
-    num_tokens: Number | None = Field(None, description="tokens used")
+    source: str = Field(default="", description="name of the text or data set")
+    num_sequences: Number | None = Field(default=None, description="sequences used")
+    num_tokens: Number | None = Field(default=None, description="tokens used")
 
 
 class OutputsEntry(Part):
     """How far a pass moved the model's outputs."""
 
-    inputs: str | None = Field(None, description="what the model was run on")
-    relative_error: Number | None = Field(None, description="error of the outputs, relative to the outputs before the pass")
-    kl: Number | None = Field(None, description="Kullback-Leibler divergence of the next-token probabilities")
+    inputs: str | None = Field(default=None, description="what the model was run on")
+    relative_error: Number | None = Field(
+        default=None, description="error of the outputs, relative to the outputs before the pass"
+    )
+    kl: Number | None = Field(default=None, description="Kullback-Leibler divergence of the next-token probabilities")
 
 
 class PassEntry(Part):
@@ -86,8 +88,8 @@ class PassEntry(Part):
     text: str = Field(description="the pass with all its options")
     promise: str = Field(description="`exact` or `approximate`")
     outcomes: list[OutcomeEntry] = Field(description="layer by layer: what was done, why not, measured facts")
-    validation: OutputsEntry | None = Field(None, description="how far the outputs moved")
-    calibration: CalibrationEntry | None = Field(None, description="the text or tensors that were used")
+    validation: OutputsEntry | None = Field(default=None, description="how far the outputs moved")
+    calibration: CalibrationEntry | None = Field(default=None, description="the text or tensors that were used")
     seconds: Number = Field(description="wall time, without validation")
 
     @property
@@ -104,9 +106,9 @@ class PassEntry(Part):
 class LayerEntry(Part):
     """A sparse layer."""
 
-    pattern: str = Field("", description="such as `2:4`")
-    zeros: Number | None = Field(None, description="counted share of zeros, from 0 to 1, as the passes left it")
-    branch_k: int | None = Field(None, description="k of its SLoRB branch, if it has one")
+    pattern: str = Field(default="", description="such as `2:4`")
+    zeros: Number | None = Field(default=None, description="counted share of zeros, from 0 to 1, as the passes left it")
+    branch_k: int | None = Field(default=None, description="k of its SLoRB branch, if it has one")
 
 
 class PassesSection(Part):
@@ -116,40 +118,40 @@ class PassesSection(Part):
     num_sparse: int = Field(description="of these, how many are N:M sparse now")
     skipped: dict[str, str] = Field(description="layer -> why it is not sparse; every layer that is not is in it")
     passes: list[PassEntry] = Field(description="one entry a pass, in the order they ran")
-    layers: dict[str, LayerEntry] | None = Field(None, description="sparse layer -> its pattern and zeros")
+    layers: dict[str, LayerEntry] | None = Field(default=None, description="sparse layer -> its pattern and zeros")
 
 
 class TeacherEntry(Part):
     """What a program was trained to follow."""
 
-    kind: str = Field("", description="`model`, `CachedTeacher` or `none`")
-    source: str | None = Field(None, description="what the user named")
-    class_: str | None = Field(None, alias="class", description="class of a model")
-    fingerprint: Any = Field(None, description="what tells a model from others")
+    kind: str = Field(default="", description="`model`, `CachedTeacher` or `none`")
+    source: str | None = Field(default=None, description="what the user named")
+    class_: str | None = Field(default=None, alias="class", description="class of a model")
+    fingerprint: Any = Field(default=None, description="what tells a model from others")
 
 
 class TextEntry(Part):
     """A text that was trained or validated on."""
 
-    source: str | None = Field(None, description="what the user named")
-    epochs: Number | None = Field(None, description="how often the training read it")
+    source: str | None = Field(default=None, description="what the user named")
+    epochs: Number | None = Field(default=None, description="how often the training read it")
 
 
 class TrainingTextsEntry(Part):
     """The texts of a training."""
 
-    train: TextEntry | None = Field(None, description="what it learned from")
-    validation: TextEntry | None = Field(None, description="what it was measured on")
+    train: TextEntry | None = Field(default=None, description="what it learned from")
+    validation: TextEntry | None = Field(default=None, description="what it was measured on")
 
 
 class ValidationEntry(Part):
     """A measurement on held-out text during a training; the first one is that of step 0."""
 
-    step: int = Field(0, description="steps done")
-    nll: Number | None = Field(None, description="mean negative log-likelihood of a token, in nats")
-    perplexity: Number = Field("nan", description="its exponential")
-    kl: Number | None = Field(None, description="divergence from the teacher; null without one in memory")
-    num_tokens: Number | None = Field(None, description="tokens scored")
+    step: int = Field(default=0, description="steps done")
+    nll: Number | None = Field(default=None, description="mean negative log-likelihood of a token, in nats")
+    perplexity: Number = Field(default="nan", description="its exponential")
+    kl: Number | None = Field(default=None, description="divergence from the teacher; null without one in memory")
+    num_tokens: Number | None = Field(default=None, description="tokens scored")
 
 
 class TrainingEntry(Part):
@@ -167,8 +169,10 @@ class TrainingEntry(Part):
     validations: list[ValidationEntry] = Field(description="measurements on held-out text")
     flips_since_first: Number = Field(description="share of all mask entries of these weights that differ from the first mask")
     flips_by_layer: dict[str, Number] = Field(description="the same, weight by weight")
-    decided: Number | None = Field(None, description="of learned masks: share of groups with a probability above 0.99")
-    kept_norm: Number | None = Field(None, description="of learned masks: share of the weights' squared norm that is kept")
+    decided: Number | None = Field(default=None, description="of learned masks: share of groups with a probability above 0.99")
+    kept_norm: Number | None = Field(
+        default=None, description="of learned masks: share of the weights' squared norm that is kept"
+    )
     curve: dict[str, list[Any]] = Field(
         description="column -> at most 200 values: `step`, `tokens`, `lr`, `decay`, `flips_since_first` and `memory_bytes` as "
         "they stood at the end of each piece of the run; `loss`, `kl`, `ce`, `grad_norm`, `flip_rate` and `tokens_per_second` "
@@ -190,13 +194,18 @@ class MeasurementEntry(Part):
 
     name: str = Field(description="`dense`, `2:4`, ...")
     perplexity: Number = Field(description="exponential of `nll_mean`")
-    nll_mean: Number | None = Field(None, description="mean negative log-likelihood of a token, in nats")
+    nll_mean: Number | None = Field(default=None, description="mean negative log-likelihood of a token, in nats")
     num_tokens: int = Field(description="tokens scored")
     context: int = Field(description="tokens in a window")
     stride: int = Field(description="tokens between the beginnings of two windows")
     bos: bool = Field(description="whether each window begins with the BOS token")
     dtype: str = Field(description="type that was computed in")
-    seconds: Number | None = Field(None, description="wall time")
+    seconds: Number | None = Field(default=None, description="wall time")
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What has to be the same for two perplexities to stand side by side."""
+        return self.num_tokens, self.context, self.stride, self.bos, self.dtype
 
 
 class AccuracySection(Part):

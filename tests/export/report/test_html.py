@@ -14,9 +14,9 @@ from tests.export.report.reports import answers, full_report, html_page, lines, 
 from tests.export.tiny import save_tiny_llama
 
 from sparsepass.export.report.curves import retraining_run
-from sparsepass.export.report.document import check_report, new_report, plain_json, read_report, write_report
+from sparsepass.export.report.document import new_report, plain_json, read_report, write_report
 from sparsepass.export.report.layers import LayerFacts, joined_names, layer_facts
-from sparsepass.export.report.schema import ReportDocument
+from sparsepass.export.report.schema import ReportDocument, check_report
 
 EVIL = "</style></title></script><script>document.title='broken'</script><img src=x onerror=alert(1)>\"'&\x00"
 KINDS = (

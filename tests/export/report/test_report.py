@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import create_model
 from tests.export.cli.commands import run
 from tests.export.report import documentation
 from tests.export.report.reports import full_report, html_page, markdown_page
 from tests.export.tiny import save_tiny_llama
 
+from sparsepass.export.report import view
+from sparsepass.export.report.blocks import EVERYWHERE, Block, Sentence
 from sparsepass.export.report.document import (
     HTML_FILE,
     PAGE_FILE,
@@ -22,7 +26,10 @@ from sparsepass.export.report.document import (
     read_report,
     write_report,
 )
-from sparsepass.export.report.schema import SCHEMA_VERSION, SECTIONS, check_report, json_schema
+from sparsepass.export.report.html import render_html
+from sparsepass.export.report.markdown import render_markdown
+from sparsepass.export.report.schema import SCHEMA_VERSION, SECTIONS, ReportDocument, check_report, json_schema
+from sparsepass.export.report.sections import Part
 from sparsepass.export.report.view import VIEWS
 from sparsepass.export.report.words import size
 from sparsepass.export.stages.preparing import Calibration, prepare, write_program
@@ -145,3 +152,19 @@ def test_sizes() -> None:
         "538.0 MB",
         "7000.0 GB",
     ]
+
+
+def test_a_section_is_a_model_a_field_and_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LatencySection(Part):
+        tokens_per_second: float
+
+    def latency_view(section: LatencySection, report: ReportDocument) -> Iterator[Block]:
+        yield Sentence(f"`{report.recipe}` runs at {section.tokens_per_second} tokens a second.", on=EVERYWHERE)
+
+    extended = create_model("Extended", __base__=ReportDocument, latency=(LatencySection | None, None))
+    monkeypatch.setattr(view, "VIEWS", {**VIEWS, "latency": ("Latency", latency_view)})
+    found = view.report_view(extended.parse(full_report() | {"latency": {"tokens_per_second": 9.5}}))
+    assert "## Latency\n\n`nm_sparsify{pattern=2:4}` runs at 9.5 tokens a second." in render_markdown(found)
+    assert "<p><code>nm_sparsify{pattern=2:4}</code> runs at 9.5 tokens a second.</p>" in render_html(found)
+    with pytest.raises(SparsepassError, match="latency: field 'tokens_per_second' is 'many', expected number"):
+        extended.parse(full_report() | {"latency": {"tokens_per_second": "many"}})
