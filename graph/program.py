@@ -24,6 +24,7 @@ from sparsepass.graph.report import Report
 from sparsepass.graph.saved import FORMAT_VERSION, PROGRAM_FILE, read_state, write_state
 from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
 from sparsepass.graph.sites import Site, find_sites
+from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 
 _EXAMPLE_PREFIX = "example_inputs/"
@@ -386,18 +387,12 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], grap
             if weight in program.sparse:
                 with_sparse(program, weight, changed_by=told)
     graph = graph if graph is not None else graph_from_json(document["graph"])
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            program.tensor(str(node.target))  # a KeyError here means that the tensor file is another program's
+    check_program(program, graph)
     program.graph_module = fx.GraphModule(program.graph_module, graph)
     for name, tensor in tensors.items():  # GraphModule keeps only what the graph reads
         if not name.startswith(_EXAMPLE_PREFIX) and name not in program.tensors():
             requires_grad = document["parameters"].get(name)
             program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
-    if len(program.output_names) != len(graph.output_node().args[0]):  # type: ignore[arg-type]
-        raise ProgramFormatError("a saved program's outputs are not those of its graph; save the program again")
-    if missing := [name for name in program.input_names if name not in program.example_inputs]:
-        raise ProgramFormatError(f"a saved program lacks the example inputs {missing}; save the program again")
     program.training = document["training"]
     return program
 

@@ -1,7 +1,5 @@
 """What a pass is, and which sites it rewrites."""
 
-import fnmatch
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +7,8 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
-from sparsepass.graph import PassError, Program, Site
-from sparsepass.graph.support import nearest
+from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.support import name_matches, nearest
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import BlockRun, SiteGroup
 from sparsepass.passes.maths import InputStatistics
@@ -84,11 +82,10 @@ class Pass(ABC):
             for pattern in patterns:
                 if not isinstance(pattern, str) or not pattern:
                     raise PassError(self.name, which, f"a pattern is text that is not empty, got {pattern!r}")
-                if pattern.startswith("re:"):
-                    try:
-                        re.compile(pattern[3:])
-                    except re.error as error:
-                        raise PassError(self.name, which, f"{pattern!r} is no regular expression: {error}") from error
+                try:
+                    name_matches(pattern, ())
+                except SparsepassError as error:
+                    raise PassError(self.name, which, str(error)) from error
             object.__setattr__(self, which, patterns)
 
     def resolve(self, *, has_calibration: bool) -> Self:
@@ -198,10 +195,6 @@ def not_sparse(site: Site) -> str:
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """Whether a name pattern means a site: by path, weight name, tied name, glob, ``re:`` or module class."""
+    """Whether a pattern means a site, by its path, weight name or tied names (see `name_matches`), or by its module class."""
     names = [site.name, site.weight, *site.ties, *(tie.removesuffix(".weight") for tie in site.ties)]
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], name) for name in names)
-    if pattern == site.module_type:
-        return True
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    return pattern == site.module_type or name_matches(pattern, names)

@@ -16,6 +16,7 @@ from sparsepass.graph.limits import default_context
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish
+from sparsepass.graph.spec import violations
 from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
@@ -151,7 +152,7 @@ class _Run:
             for group in site_groups(chosen):
                 facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
                 advance(group.sites[0].name)
-        finish(self.program)
+        _finish(self.program, item.name)
         self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
 
     def _sweep(self, items: tuple[Pass, ...]) -> None:
@@ -216,7 +217,7 @@ class _Run:
                 rewrite_block=rewrite_block,
                 advance=advance,
             )
-        finish(self.program)
+        _finish(self.program, title)
         seconds = time.perf_counter() - started
         for index, item in enumerate(items):
             if index:
@@ -322,6 +323,17 @@ def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupConte
         if not torch.equal(program.tensor(site.weight), context.originals[site.weight]):
             with_sparse(program, site.weight, changed_by=pass_to_text(item))
     return facts
+
+
+def _finish(program: Program, names: str) -> None:
+    """Check the program against the rules that every program keeps, and compile it.
+
+    Raises:
+        PassError: If the passes have broken a rule.
+    """
+    for where, reason in violations(program, program.graph_module.graph):
+        raise PassError(names, where, f"{reason}; this is a defect of the pass")
+    finish(program)
 
 
 def _require_work(item: Pass, chosen: Sequence[Any], skipped: Mapping[str, str]) -> None:

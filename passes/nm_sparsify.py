@@ -20,7 +20,7 @@ from sparsepass.passes.conditions import Condition
 from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, refine
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.masks import MaskPack, PackedMask
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, num_violations
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
 
 _DEFAULT_REFINE = 10
 
@@ -196,13 +196,6 @@ class NMSparsify(Pass):
             pattern = self.pattern if self.masks is None else self._pack.masks[site.weight].pattern
             attach_mask(program, site, mask, pattern)
         return facts
-
-    def ensures(self, site: Site, program: Program) -> str | None:
-        """What the operations read is N:M along its axis."""
-        state = program.sparse[site.weight]
-        assert state.mask is not None
-        broken = num_violations(program.tensor(state.mask), NMPattern.parse(state.pattern), state.axis)
-        return f"{broken} groups of the weight are not {state.pattern}" if broken else None
 
     @staticmethod
     def _take(known: PackedMask, weight_OI: Tensor) -> Pruned:

@@ -70,8 +70,8 @@ class RetrainConfig:
         kd_weight: Weight of the KL divergence to the teacher; the rest is cross-entropy with the text.
         temperature: Of the distillation.
         hidden_weight: Weight of the log of 1 + the relative squared error of each block's output to the teacher's; 0 is off.
-        frozen: Parameters that are not trained: names or globs. Embeddings are named like ``*embed_tokens*``. The mask of a
-            weight that is not trained stays.
+        frozen: Parameters that are not trained: names, globs or 're:...'. Embeddings are named like
+            ``*embed_tokens*``. The mask of a weight that is not trained stays.
         dtype: ``bfloat16`` computes under autocast with float32 weights; ``float32``; ``auto``: bfloat16 where the device
             is fast in it, else float32.
         chunk_tokens: Tokens whose logits are held at once; None chooses.

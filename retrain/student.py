@@ -5,7 +5,6 @@ The loss is computed inside the module's forward, so that DDP and FSDP2, which w
 Tensor shape legend: B batch, T tokens, H hidden features.
 """
 
-import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import drop_causal_masks, share_heads
 from sparsepass.graph.cut import cut_head
 from sparsepass.graph.hierarchy import Hierarchy, blocks
+from sparsepass.graph.support import name_matches
 from sparsepass.passes.maths import NMPattern
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.lean import make_lean
@@ -255,7 +255,7 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
 
     Args:
         program: Its parameters are told.
-        frozen: Names or globs.
+        frozen: Name patterns, see `name_matches`.
         only: If given, all others are frozen too.
 
     Returns:
@@ -269,7 +269,8 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
     for pattern in patterns:
         if not any(_named(name, pattern, program) for name in parameters):
             raise SparsepassError(
-                f"frozen: no parameter is named {pattern!r}; names look like {next(iter(parameters), '')!r}, and globs work"
+                f"frozen: no parameter is named {pattern!r}; names look like {next(iter(parameters), '')!r}; "
+                "globs and 're:...' work"
             )
     trained = []
     for name, parameter in parameters.items():
@@ -290,4 +291,4 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
 
 def _named(name: str, pattern: str, program: Program) -> bool:
     names = [name, *(alias for alias, target in program.aliases.items() if target == name)]
-    return any(fnmatch.fnmatchcase(known, pattern) for known in names)
+    return name_matches(pattern, names)

@@ -11,6 +11,7 @@ CODE = sorted(path for folder in ("graph", "passes", "retrain", "export") for pa
 FACTS: dict[str, tuple[str, set[str]]] = {
     "position limit": (r"max_position_embeddings|n_positions|max_target_positions", {"graph/limits.py"}),
     "nearest name": (r"get_close_matches", {"graph/support/words.py"}),
+    "name patterns": (r"\bfnmatch|startswith\(\"re:\"\)", {"graph/support/names.py"}),
     "first line of an error": (r"def _?first_line|splitlines\(\)\[0\](?!$)", {"graph/support/words.py"}),
     "quieting transformers": (r"set_verbosity_error|disable_progress_bar\(", {"graph/support/quiet.py"}),
     "masked weight of a site": (

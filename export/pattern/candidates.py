@@ -1,15 +1,13 @@
 """What the readers of the pattern checker hand to it: one candidate per weight and use."""
 
-import fnmatch
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import final
 
 from sparsepass.export.pattern.bits import BitView
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import is_open, name_matches
 
-__all__ = ["Candidate", "NamePatterns", "name_matches"]
+__all__ = ["Candidate", "NamePatterns"]
 
 
 @final
@@ -61,39 +59,12 @@ class Candidate:
         return tuple(dict.fromkeys((*named, *(name.removesuffix(".weight") for name in named))))
 
 
-def name_matches(pattern: str, names: Iterable[str]) -> bool:
-    r"""Tell whether a name pattern means one of the names: exact, with globs, or a regular expression after "re:".
-
-    Args:
-        pattern: The name pattern; a regular expression has to match from the start of a name.
-        names: The names.
-
-    Returns:
-        Whether one of them is meant.
-
-    Raises:
-        SparsepassError: The regular expression is not valid.
-
-    >>> name_matches("*.q_proj", ["layers.0.q_proj"]), name_matches("re:layers\\.[12]", ["layers.0.q_proj"])
-    (True, False)
-    """
-    if pattern.startswith("re:"):
-        try:
-            compiled = re.compile(pattern[3:])
-        except re.error as error:
-            raise SparsepassError(
-                f"{pattern!r} is not a valid name pattern: after 're:' it is no regular expression ({error})."
-            ) from error
-        return any(compiled.match(name) for name in names)
-    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
 @final
 class NamePatterns:
     """Name patterns that are asked for many weights: exact ones are looked up, so that thousands of names cost nothing.
 
     Args:
-        patterns: The patterns, as `name_matches` takes them.
+        patterns: The patterns, as `sparsepass.graph.support.name_matches` takes them.
 
     >>> NamePatterns(["a", "b.*", "c"]).matching(["b.x", "c"])
     ['b.*', 'c']
@@ -101,7 +72,7 @@ class NamePatterns:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._order = {pattern: i for i, pattern in enumerate(patterns)}
-        self._open = [p for p in self._order if p.startswith("re:") or any(char in p for char in "*?[")]
+        self._open = [pattern for pattern in self._order if is_open(pattern)]
         self._met: set[str] = set()
 
     def matching(self, names: Iterable[str]) -> list[str]:

@@ -60,7 +60,7 @@ def check_pattern(
             are checked. Or tensors by name, such as a state dict, which are taken as a checkpoint's.
         pattern: The pattern asked for: at most N nonzeros in M consecutive entries along K.
         ignore: Weights to leave out, by name of weight, module or node: exact, with globs, or a regular expression
-            after "re:".
+            of the whole name after "re:".
         expected_sparse: Weights that must be sparse, named in the same way; all others are then dense on purpose. A
             mapping gives each its own pattern. A name that no weight matches is reported as missing.
         expected_dense: Weights that are dense on purpose.

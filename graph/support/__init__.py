@@ -3,6 +3,7 @@
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder, write_text
 from sparsepass.graph.support.memory import give_back_freed_memory
+from sparsepass.graph.support.names import is_open, name_matches
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.precision import fast_low_precision
 from sparsepass.graph.support.progress import item_progress, shows_progress
@@ -21,8 +22,10 @@ __all__ = [
     "fast_low_precision",
     "first_line",
     "give_back_freed_memory",
+    "is_open",
     "item_progress",
     "item_to_text",
+    "name_matches",
     "nearest",
     "parse_items",
     "quiet_export",

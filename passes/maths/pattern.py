@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsepass.graph.spec import num_broken_groups
 from sparsepass.graph.support import SparsepassError
 
 # Up to this M, comparing every pair of a group beats a stable sort by far (about 20 times at M = 4).
@@ -95,7 +96,7 @@ def nm_mask(score_OI: Tensor, pattern: NMPattern) -> Tensor:
     >>> nm_mask(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), NMPattern(2, 4))
     tensor([[False,  True,  True, False]])
     """
-    _num_groups(score_OI, pattern, -1)  # refuses what does not divide
+    _check_groups(score_OI, pattern, -1)  # refuses what does not divide
     if score_OI.is_floating_point() and score_OI.numel() and bool(score_OI.amax().isnan()):
         raise SparsepassError(
             f"cannot rank scores for a {pattern} mask: {int(score_OI.isnan().sum())} of {score_OI.numel()} are NaN; "
@@ -217,15 +218,8 @@ def num_violations(weight: Tensor, pattern: NMPattern, axis: int = -1) -> int:
     >>> num_violations(torch.tensor([[1.0, 2.0, 3.0, 0.0], [1.0, 0.0, 0.0, 0.0]]), NMPattern(2, 4))
     1
     """
-    num_groups = _num_groups(weight, pattern, axis)
-    axis %= weight.dim()
-    nonzero = torch.unflatten(weight != 0, axis, (num_groups, pattern.m))
-    # Adding M strided planes is much faster than a reduction over an axis of length M.
-    first, *rest = nonzero.unbind(axis + 1)
-    count = first.to(torch.int8 if pattern.m < 128 else torch.int32)
-    for plane in rest:
-        count += plane
-    return int((count > pattern.n).sum())
+    _check_groups(weight, pattern, axis)
+    return num_broken_groups(weight != 0, pattern.n, pattern.m, axis)
 
 
 def is_nm(weight: Tensor, pattern: NMPattern, axis: int = -1) -> bool:
@@ -250,7 +244,7 @@ def is_nm(weight: Tensor, pattern: NMPattern, axis: int = -1) -> bool:
     return num_violations(weight, pattern, axis) == 0
 
 
-def _num_groups(tensor: Tensor, pattern: NMPattern, axis: int) -> int:
+def _check_groups(tensor: Tensor, pattern: NMPattern, axis: int) -> None:
     if not -tensor.dim() <= axis < tensor.dim():
         raise SparsepassError(f"a tensor of shape {tuple(tensor.shape)} has no axis {axis} for {pattern} to run along")
     size = tensor.shape[axis]
@@ -259,4 +253,3 @@ def _num_groups(tensor: Tensor, pattern: NMPattern, axis: int) -> int:
             f"{size} features along axis {axis} of a tensor of shape {tuple(tensor.shape)} are not a multiple of "
             f"{pattern.m}, which {pattern} needs; leave this weight alone or choose a pattern whose M divides {size}"
         )
-    return size // pattern.m

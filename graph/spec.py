@@ -1,0 +1,152 @@
+"""The rules that every program keeps, as code. They are checked after every pass and whenever a program is read."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from sparsepass.graph.records import BranchState, SparseState
+from sparsepass.graph.support import ProgramFormatError
+
+if TYPE_CHECKING:
+    from sparsepass.graph.program import Program
+
+
+class Violation(NamedTuple):
+    """A rule that a program breaks.
+
+    Attributes:
+        where: Name of the weight, tensor, input or node at which it is broken.
+        reason: What was expected, and what is there.
+    """
+
+    where: str
+    reason: str
+
+
+def check_program(program: "Program", graph: fx.Graph) -> None:
+    """Refuse a program that breaks a rule, while it is read.
+
+    Args:
+        program: Its tensors and facts are checked.
+        graph: Its graph, which need not be compiled yet.
+
+    Raises:
+        ProgramFormatError: If a rule is broken; it names the place and the reason.
+    """
+    for where, reason in violations(program, graph):
+        raise ProgramFormatError(f"a saved program is damaged at {where}: {reason}; save the program again")
+
+
+def violations(program: "Program", graph: fx.Graph) -> Iterator[Violation]:
+    """Check a program against every rule. It may be on the meta device; then the values of masks are not looked at.
+
+    1. Every tensor that the graph reads is there, and so is every tensor that an alias or a sparse state names.
+    2. The graph returns as many tensors as the structure of the output has, and every input has an example.
+    3. A mask is bool, has its weight's shape, keeps N of M along its axis at most, and the graph applies it.
+    4. A mask that is being learned has its logits and its control, and the graph reads them beside it.
+    5. A branch is whole: the graph reads S, shape [out, in/k], and X, shape [in/k, in], if it is trainable.
+
+    Args:
+        program: Not changed.
+        graph: Its graph.
+
+    Yields:
+        What is broken, in the order of the rules; none for a sound program.
+    """
+    module = program.graph_module
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in sorted(read - tensors.keys()):
+        yield Violation(name, "the graph reads this tensor, and the program does not have it")
+    for alias, name in program.aliases.items():
+        if name not in tensors:
+            yield Violation(alias, f"it is another name of {name}, which the program does not have")
+    yield from _ends(program, graph)
+    masking = (torch.ops.sparsepass.masked_weight.default, torch.ops.sparsepass.learned_weight.default)
+    applied = {tuple(str(a.target) for a in n.args[1:4] if isinstance(a, fx.Node)) for n in graph.nodes if n.target in masking}
+    for weight, state in program.sparse.items():
+        if weight not in tensors:
+            yield Violation(weight, "it has a sparse state, and the program has no such tensor")
+            continue
+        yield from _mask(weight, state, tensors, applied)
+        if state.branch is not None:
+            yield from _branch(weight, state, state.branch, tensors, read)
+
+
+def num_broken_groups(kept: Tensor, n: int, m: int, axis: int) -> int:
+    """Count the groups of M entries along an axis, M a divisor of its length, of which more than N are kept.
+
+    Shapes: bool, any.
+
+    >>> num_broken_groups(torch.tensor([[True, True, True, False], [True, False, False, False]]), 2, 4, 1)
+    1
+    """
+    planes = torch.unflatten(kept, axis, (-1, m)).unbind(axis % kept.dim() + 1)
+    # Adding M strided planes is much faster than a reduction over an axis of length M.
+    count = planes[0].to(torch.int8 if m < 128 else torch.int32)
+    for plane in planes[1:]:
+        count += plane
+    return int((count > n).sum())
+
+
+def _ends(program: "Program", graph: fx.Graph) -> Iterator[Violation]:
+    outputs = [node for node in graph.nodes if node.op == "output"]
+    returned = len(outputs[0].args[0]) if len(outputs) == 1 and isinstance(outputs[0].args[0], list | tuple) else 0
+    if len(outputs) != 1 or returned != len(program.output_names):
+        yield Violation("its output", f"the graph returns {returned} tensors, and the output has {len(program.output_names)}")
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target not in program.example_inputs:
+            yield Violation(str(node.target), "this input has no example")
+
+
+def _mask(weight: str, state: SparseState, tensors: dict[str, Tensor], applied: set[tuple[str, ...]]) -> Iterator[Violation]:
+    pattern = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", state.pattern)
+    n, m = (int(pattern[1]), int(pattern[2])) if pattern else (0, 0)
+    if not 0 < n < m:
+        yield Violation(weight, f"its pattern is N:M, such as 2:4, got {state.pattern!r}")
+        return
+    if state.mask is None:
+        if state.learned is not None:
+            yield Violation(weight, "its mask is being learned, and it has none")
+        return
+    beside = () if state.learned is None else (state.learned.logits, state.learned.control)
+    missing = [name for name in (state.mask, *beside) if name not in tensors]
+    if missing:
+        yield Violation(weight, f"its state names {missing[0]}, which the program does not have")
+        return
+    if (state.mask, *beside) not in applied:
+        yield Violation(weight, f"the graph does not apply its mask {', '.join((state.mask, *beside))}")
+    mask, shape = tensors[state.mask], tensors[weight].shape
+    if mask.dtype != torch.bool:
+        yield Violation(weight, f"its mask {state.mask} is bool, got {mask.dtype}")
+    elif mask.shape != shape:
+        yield Violation(weight, f"its mask {state.mask} has the weight's shape {list(shape)}, got {list(mask.shape)}")
+    elif not -mask.dim() <= state.axis < mask.dim() or mask.shape[state.axis] % m:
+        yield Violation(weight, f"{state.pattern} does not run along axis {state.axis} of a weight of shape {list(shape)}")
+    elif not mask.is_meta and (broken := num_broken_groups(mask, n, m, state.axis)):
+        yield Violation(weight, f"{broken} groups of the weight are not {state.pattern}")
+
+
+def _branch(
+    weight: str, state: SparseState, branch: BranchState, tensors: dict[str, Tensor], read: set[str]
+) -> Iterator[Violation]:
+    size = tensors[weight]
+    if size.dim() != 2 or state.axis not in (-2, -1, 0, 1) or branch.k < 1 or size.shape[state.axis] % branch.k:
+        yield Violation(weight, f"a branch with k={branch.k} does not fit a weight of shape {list(size.shape)}")
+        return
+    in_features = size.shape[state.axis]
+    segments, out_features = in_features // branch.k, size.shape[1 - state.axis % 2]
+    parts = {branch.weight: (out_features, segments)}
+    if branch.projection is not None:
+        parts[branch.projection] = (segments, in_features)
+    for name, shape in parts.items():
+        if name not in tensors:
+            yield Violation(weight, f"its branch has no tensor {name}")
+        elif name not in read:
+            yield Violation(weight, f"the graph does not read {name} of its branch")
+        elif tensors[name].shape != shape:
+            yield Violation(weight, f"{name} of its branch has shape {list(shape)}, got {list(tensors[name].shape)}")
