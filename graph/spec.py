@@ -2,16 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from sparsepass.graph.records import BranchState, SparseState
 from sparsepass.graph.support import ProgramFormatError
-
-if TYPE_CHECKING:
-    from sparsepass.graph.program import Program
 
 
 class Violation(NamedTuple):
@@ -26,7 +23,20 @@ class Violation(NamedTuple):
     reason: str
 
 
-def check_program(program: "Program", graph: fx.Graph) -> None:
+class ProgramFacts(Protocol):
+    """What the rules look at: a `Program`, which imports this file."""
+
+    graph_module: fx.GraphModule
+    aliases: dict[str, str]
+    sparse: dict[str, SparseState]
+    example_inputs: dict[str, Tensor]
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the output tensors."""
+
+
+def check_program(program: ProgramFacts, graph: fx.Graph) -> None:
     """Refuse a program that breaks a rule, while it is read.
 
     Args:
@@ -40,7 +50,7 @@ def check_program(program: "Program", graph: fx.Graph) -> None:
         raise ProgramFormatError(f"a saved program is damaged at {where}: {reason}; save the program again")
 
 
-def violations(program: "Program", graph: fx.Graph) -> Iterator[Violation]:
+def violations(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
     """Check a program against every rule. It may be on the meta device; then the values of masks are not looked at.
 
     1. Every tensor that the graph reads is there, and so is every tensor that an alias or a sparse state names.
@@ -93,7 +103,7 @@ def num_broken_groups(kept: Tensor, n: int, m: int, axis: int) -> int:
     return int((count > n).sum())
 
 
-def _ends(program: "Program", graph: fx.Graph) -> Iterator[Violation]:
+def _ends(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
     outputs = [node for node in graph.nodes if node.op == "output"]
     returned = len(outputs[0].args[0]) if len(outputs) == 1 and isinstance(outputs[0].args[0], list | tuple) else 0
     if len(outputs) != 1 or returned != len(program.output_names):

@@ -55,6 +55,7 @@ def run(artifact: Any, inputs: Inputs, *, layers: bool = False) -> Outputs:
         EquivalenceError: If it is none of these, or cannot be run with these inputs.
 
     Example:
+        >>> import torch
         >>> outputs = run(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.ones(2, 8), layers=True)
         >>> {name: tuple(t.shape) for name, t in outputs.items()}, list(outputs.layers)
         ({'output': (2, 4)}, ['0'])
