@@ -27,7 +27,7 @@ from typing import Any
 
 from common import CALIBRATION_CONTEXT, TrainingBench, heading, training_options
 
-from sparsepass.export.report import training_pictures
+from sparsepass.export.report import TrainingEntry, training_pictures
 from sparsepass.export.stages import read_recipe
 from sparsepass.passes import Reconstruct, parse_pipeline, pipeline_to_text
 from sparsepass.passes.maths import NMPattern, num_violations
@@ -224,7 +224,10 @@ def main() -> None:
         if name not in args.only and not (args.work / f"row-{name}.json").is_file():
             continue
         rows.append(bench.row(name))
-        pictures = {f"retrain_accuracy_{key}.svg": drawn for key, drawn in training_pictures(rows[0]["run"]).items()}
+        pictures = {
+            f"retrain_accuracy_{key}.svg": drawn
+            for key, drawn in training_pictures(TrainingEntry.model_validate(rows[0]["run"])).items()
+        }
         report = bench.facts() | {
             "pictures": list(pictures),
             "rows": rows,

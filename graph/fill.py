@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
 from sparsepass.graph.model import skeleton
-from sparsepass.graph.program import Program, retarget_device
+from sparsepass.graph.nodes import retarget_device
+from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError, SparsepassError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

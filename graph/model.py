@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsepass.graph.program import Program
-from sparsepass.graph.states import masked_weight
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import CaptureError
 
 

@@ -2,18 +2,16 @@
 
 import copy
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
+from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
     PassRecord,
     SparseState,
@@ -23,15 +21,12 @@ from sparsepass.graph.records import (
     to_json,
 )
 from sparsepass.graph.report import Report
+from sparsepass.graph.saved import FORMAT_VERSION, PROGRAM_FILE, read_state, write_state
 from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
 from sparsepass.graph.sites import Site, find_sites
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 
-FORMAT_VERSION = 2
-"""Version of the folder format. A reader refuses a newer one."""
-
-PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
 _EXAMPLE_PREFIX = "example_inputs/"
 FLAGS_WITHOUT_EFFECT = {
     "use_cache": False,
@@ -301,11 +296,11 @@ class Program(nn.Module):
         """
         document, tensors = self._state()
         with replaced_folder(folder, force=force) as staging:
-            _write(staging, document, tensors)
+            write_state(staging, document, tensors)
 
     def save_into(self, folder: Path) -> None:
         """Write the program's two files into a folder that the caller fills and moves into place."""
-        _write(folder, *self._state())
+        write_state(folder, *self._state())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Program":
@@ -314,30 +309,13 @@ class Program(nn.Module):
         Raises:
             ProgramFormatError: If the folder holds no program, a truncated one, or one of a newer format.
         """
-        place = Path(folder)
-        if not (place / PROGRAM_FILE).is_file():
-            raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
-        try:
-            document = json.loads((place / PROGRAM_FILE).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error}); save the program again") from error
-        version = document.get("format_version") if isinstance(document, dict) else None
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ProgramFormatError(
-                f"{place} has program format {version}, and this sparsepass reads up to {FORMAT_VERSION}; upgrade sparsepass"
-            )
-        try:
-            tensors = safetensors.torch.load_file(place / TENSORS_FILE)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ProgramFormatError(
-                f"{place / TENSORS_FILE} is missing, truncated or damaged ({error}); copy the folder again"
-            ) from error
+        document, tensors = read_state(Path(folder))
         try:
             return _from_state(document, tensors)
         except ProgramFormatError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-            raise ProgramFormatError(f"{place / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
+            raise ProgramFormatError(f"{Path(folder) / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
 
     def sharing(self, **changes: Any) -> "Program":
         """A program with the same tensors and facts, but for the fields given, such as ``sparse``."""
@@ -372,18 +350,6 @@ class Program(nn.Module):
 
     def _saved_tensors(self) -> dict[str, Tensor]:
         return self.tensors() | {f"{_EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
-
-
-def retarget_device(graph_module: fx.GraphModule, old: torch.device, new: torch.device) -> None:
-    """Replace a device in the arguments of every node (``arange(n, device=cpu)``) by another one."""
-
-    def swap(value: Any) -> Any:
-        return new if isinstance(value, torch.device) and value.type == old.type else value
-
-    for node in graph_module.graph.nodes:
-        node.args = torch.utils._pytree.tree_map(swap, node.args)
-        node.kwargs = torch.utils._pytree.tree_map(swap, node.kwargs)
-    graph_module.recompile()
 
 
 def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], graph: fx.Graph | None = None) -> Program:
@@ -431,18 +397,33 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], grap
     return program
 
 
-def _write(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    if empty := [name for name, t in tensors.items() if t.is_meta]:
-        raise SparsepassError(f"the program has no weights yet ({empty[0]} is on the meta device); fill() it before saving")
-    (folder / PROGRAM_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    seen: dict[int, str] = {}
-    for name, t in plain.items():  # safetensors refuses tensors that share memory
-        if t.numel() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
-            plain[name] = t.clone()
-    safetensors.torch.save_file(plain, folder / TENSORS_FILE, metadata={"format": "pt"})
-
-
 def with_sparse(program: Program, weight: str, **changes: Any) -> None:
     """Change fields of a weight's sparse state, which must exist."""
     program.sparse[weight] = replace(program.sparse[weight], **changes)
+
+
+def masked_weight(program: Program, name: str) -> Tensor:
+    """A weight as the graph uses it: behind its mask, if it has one. A mask that is being learned counts as the hard one.
+
+    Args:
+        program: Not changed.
+        name: Of the weight, or one that it is tied to.
+
+    Returns:
+        The weight without its gradient; the program's own tensor where there is no mask.
+
+    Exactness: bitwise.
+
+    Example:
+        >>> from sparsepass.passes import apply_passes
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+        >>> program = apply_passes(net, "nm_sparsify", example_inputs=torch.randn(2, 8))
+        >>> int(masked_weight(program, "0.weight").count_nonzero())
+        8
+    """
+    weight = program.tensor(name).detach()
+    state = program.sparse.get(program.aliases.get(name, name))
+    if state is None or state.mask is None:
+        return weight
+    found: Tensor = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
+    return found

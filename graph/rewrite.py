@@ -7,11 +7,10 @@ every new node takes the stack of the operation it serves and stands right besid
 import torch
 from torch import Tensor, fx, nn
 
-from sparsepass.graph.program import Program, with_sparse
+from sparsepass.graph.program import Program, masked_weight, with_sparse
 from sparsepass.graph.records import BranchState, LearnedState, SparseState
 from sparsepass.graph.sites import Site
 from sparsepass.graph.soft_masks import candidate_masks, hard_mask
-from sparsepass.graph.states import masked_weight
 
 _aten = torch.ops.aten
 _MASKED = torch.ops.sparsepass.masked_weight.default

@@ -6,12 +6,13 @@ Tensor shape legend: O out features, I in features (of one matmul, along which N
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
 import sparsepass.graph.ops  # noqa: F401  (registers the operator that _MASKED names)
+from sparsepass.graph.nodes import module_path, module_type, op_name, splits_of, tensor_of
 
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
@@ -131,13 +132,13 @@ def find_sites(
     for node in graph_module.graph.nodes:
         matched = _match(node)
         for use in [matched] if matched is not None else _unsupported(node):
-            key = use.weight or f"{_module_path(node) or node.name}"
+            key = use.weight or f"{module_path(node) or node.name}"
             uses.setdefault(key, []).append(use)
             if use.layout == "embedding" and use.weight:
                 embeddings.add(use.weight)
     names: dict[int, list[str]] = {}
     for alias, name in (aliases or {}).items():
-        names.setdefault(id(_tensor(graph_module, name)), []).append(alias)
+        names.setdefault(id(tensor_of(graph_module, name)), []).append(alias)
     heads = {(aliases or {}).get(name, name) for name in output_heads}
     return tuple(
         _site(graph_module, key, found, names=names, heads=heads, embeddings=embeddings) for key, found in uses.items()
@@ -187,12 +188,12 @@ def _match(node: fx.Node) -> _Use | None:
 
 def _unsupported(node: fx.Node) -> list[_Use]:
     """The matrices that an operation multiplies by in a way that is not a site: listed, so that none is skipped in silence."""
-    if node.op != "call_function" or _op_name(node) not in _UNSUPPORTED_NAMES:
+    if node.op != "call_function" or op_name(node) not in _UNSUPPORTED_NAMES:
         return []
     found = []
     for source in dict.fromkeys(map(_stored, node.all_input_nodes)):
         stored = source.op == "get_attr"
-        if stored and _tensor(node.graph.owning_module, str(source.target)).dim() < 2:  # type: ignore[arg-type]
+        if stored and tensor_of(node.graph.owning_module, str(source.target)).dim() < 2:  # type: ignore[arg-type]
             continue  # a bias
         if stored or _comes_from_weights(source):
             weight = str(source.target) if stored else None
@@ -208,7 +209,7 @@ def _comes_from_weights(node: fx.Node) -> bool:
         if current.op == "placeholder":
             return False
         if current.op == "get_attr":
-            tensor = _tensor(node.graph.owning_module, str(current.target))  # type: ignore[arg-type]
+            tensor = tensor_of(node.graph.owning_module, str(current.target))  # type: ignore[arg-type]
             parameters += isinstance(tensor, torch.nn.Parameter)
         new = [source for source in current.all_input_nodes if source not in seen]
         seen.update(new)
@@ -253,7 +254,7 @@ def _weight_use(
     }
     if transposed and layout in swap:
         layout = swap[layout]
-    tensor = _tensor(node.graph.owning_module, str(source.target))  # type: ignore[arg-type]
+    tensor = tensor_of(node.graph.owning_module, str(source.target))  # type: ignore[arg-type]
     if layout in ("linear", "conv1d_hf") and tensor.dim() == 3:
         layout = {"linear": "experts", "conv1d_hf": "experts_transposed"}[layout]
     return _Use(
@@ -283,7 +284,7 @@ def _rank(node: fx.Node) -> int:
     while isinstance(source, fx.Node) and source.op == "call_function":
         source = source.args[0]
     if isinstance(source, fx.Node) and source.op == "get_attr":
-        return _tensor(node.graph.owning_module, str(source.target)).dim()  # type: ignore[arg-type]
+        return tensor_of(node.graph.owning_module, str(source.target)).dim()  # type: ignore[arg-type]
     return 2
 
 
@@ -301,16 +302,16 @@ def _site(
     main = matmuls[0] if matmuls else uses[0]
     of_interest = matmuls or uses
     if main.weight is None or main.layout == "computed":
-        unsupported = f"{_op_name(main.node)} is not an operation that passes can rewrite"
+        unsupported = f"{op_name(main.node)} is not an operation that passes can rewrite"
         return Site(
             name=key.removesuffix(".weight"),
             weight="",
             layout="computed",
-            shape=tuple(_tensor(graph_module, main.weight).shape) if main.weight else (),
+            shape=tuple(tensor_of(graph_module, main.weight).shape) if main.weight else (),
             in_features=0,
             out_features=0,
             nm_axis=-1,
-            module_type=_module_type(main.node),
+            module_type=module_type(main.node),
             inputs=tuple(use.activation.name for use in of_interest),
             nodes=tuple(use.node.name for use in of_interest),
             left_alone=unsupported
@@ -318,7 +319,7 @@ def _site(
             else "its weight is computed in the graph, not stored: there is nothing to mask",
             can_be_named=False,
         )
-    tensor = _tensor(graph_module, main.weight)
+    tensor = tensor_of(graph_module, main.weight)
     shape = tuple(tensor.shape)
     nm_axis = {"linear": 1, "conv1d_hf": 0, "conv1d": 1, "conv2d": 1, "experts": 2, "experts_transposed": 1}.get(main.layout, 1)
     out_axis = {"linear": 0, "conv1d_hf": 1, "experts": 1, "experts_transposed": 2}.get(main.layout, 0)
@@ -334,8 +335,8 @@ def _site(
         groups=main.groups,
         bias=str(main.bias.target) if main.bias is not None and main.bias.op == "get_attr" else None,
         ties=ties,
-        splits=_splits(main.node, shape[out_axis]),
-        module_type=_module_type(main.node),
+        splits=splits_of(main.node, shape[out_axis]),
+        module_type=module_type(main.node),
         inputs=tuple(use.activation.name for use in of_interest),
         nodes=tuple(use.node.name for use in of_interest),
         left_alone=_reason(main, uses, ties, heads, embeddings),
@@ -375,77 +376,9 @@ def _reaches(node: fx.Node, what: Literal["output", "topk"]) -> bool:
             if what == "output":
                 return True
             continue
-        name = _op_name(user)
+        name = op_name(user)
         if what == "topk" and name in ("topk", "sort"):
             return True
         if name in passable:
             stack.extend(user.users)
     return False
-
-
-def _splits(node: fx.Node, width: int) -> tuple[int, ...]:
-    """Sizes of the chunks into which the last axis of a matmul's result is cut at once, if it is."""
-    frontier = [node]
-    for _ in range(2):  # the matmul itself, or the view that restores its batch axes
-        for current in frontier:
-            users = list(current.users)
-            slices = [part for u in users if (part := _slice_of_last(u, width)) is not None]
-            if len(slices) > 1 and len(slices) == len(users):
-                ends = [0, *(end for _, end in sorted(slices))]
-                if [*(start for start, _ in sorted(slices)), width] == ends:
-                    return tuple(end - start for start, end in sorted(slices))
-            for user in users:
-                name = _op_name(user)
-                if name not in ("chunk", "split", "split_with_sizes") or not _axis_is_last(user, 2):
-                    continue
-                asked: Any = user.args[1]
-                if name == "chunk":
-                    return (width // asked,) * asked if width % asked == 0 else ()
-                if isinstance(asked, int):
-                    return tuple(min(asked, width - start) for start in range(0, width, asked))
-                return tuple(int(size) for size in asked)
-        frontier = [u for c in frontier for u in c.users if _op_name(u) in ("view", "reshape", "_unsafe_view", "to")]
-    return ()
-
-
-def _slice_of_last(node: fx.Node, width: int) -> tuple[int, int] | None:
-    """Start and end of a slice with step 1 of the last axis, or None."""
-    if node.target is not _aten.slice.Tensor or not _axis_is_last(node, 1) or len(node.args) != 4:
-        return None
-    start, end = node.args[2] if node.args[2] is not None else 0, node.args[3]
-    if not isinstance(start, int) or not isinstance(end, int):
-        return None
-    first, last, _ = slice(start, end).indices(width)
-    return first, last
-
-
-def _axis_is_last(node: fx.Node, position: int) -> bool:
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    return axis in (-1, 2)
-
-
-def _op_name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1].rstrip("_") or target._schema.name
-    return str(getattr(target, "__name__", target))
-
-
-def _module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def _module_type(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    kind = list(stack.values())[-1][1]
-    return (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1]
-
-
-def _tensor(module: torch.nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    tensor = getattr(module.get_submodule(path), attribute)
-    assert isinstance(tensor, Tensor)
-    return tensor

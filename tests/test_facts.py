@@ -16,7 +16,7 @@ FACTS: dict[str, tuple[str, set[str]]] = {
     "quieting transformers": (r"set_verbosity_error|disable_progress_bar\(", {"graph/support/quiet.py"}),
     "masked weight of a site": (
         r"masked_weight\([^()]*program\.tensor|torch\.ops\.sparsepass\.masked_weight\(\w+\.detach\(\)",
-        {"graph/states.py"},
+        {"graph/program.py"},
     ),
     "switching branches off": (r"def _?\w*(without|muted|mute)_branches\(program: Program[,)].*Iterator", {"graph/states.py"}),
     "copying a program": (r"(?<![\w`\"])Program\($", {"graph/program.py", "graph/capture.py"}),

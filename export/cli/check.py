@@ -163,7 +163,7 @@ def compare_command(
 def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":
     """What `compare` takes for a name, and its tokenizer if it comes with one."""
     from sparsepass.graph.load import load_model
-    from sparsepass.graph.program import PROGRAM_FILE
+    from sparsepass.graph.saved import PROGRAM_FILE
 
     path = Path(name).expanduser()
     is_onnx = path.suffix == ".onnx" or (
@@ -182,7 +182,7 @@ def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) ->
 
     from sparsepass.export.stages import SAMPLES_FILE, read_samples
     from sparsepass.graph import Program, SparsepassError
-    from sparsepass.graph.capture import example_inputs_for
+    from sparsepass.graph.examples import example_inputs_for
 
     if file is not None:
         return read_samples(file)

@@ -93,6 +93,6 @@ def export_command() -> Callable[..., None]:
 
 
 def _is_program(model: str) -> bool:
-    from sparsepass.graph.program import PROGRAM_FILE
+    from sparsepass.graph.saved import PROGRAM_FILE
 
     return (Path(model).expanduser() / PROGRAM_FILE).is_file()

@@ -1,5 +1,6 @@
 """The command `report`, and the option by which other commands add what they found to a report."""
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,14 @@ AddTo = Annotated[
 ]
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from sparsepass.export.report import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=1))
+        raise typer.Exit
+
+
 def report_command(
     place: Annotated[
         Path, typer.Argument(metavar="FOLDER_OR_FILE", help="A report.json, or the folder it lies in.", show_default=False)
@@ -29,6 +38,10 @@ def report_command(
             "--out", "-o", help="Folder for the pages; by default the one that report.json lies in.", show_default=False
         ),
     ] = None,
+    _schema: Annotated[
+        bool,
+        typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of report.json instead."),
+    ] = False,
 ) -> None:
     """Show a report in the terminal, and render its pages anew from report.json alone: report.html and report.md.
 

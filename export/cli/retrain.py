@@ -237,7 +237,7 @@ def _title(name: str) -> str:
 def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
     from rich.table import Table
 
-    from sparsepass.export.cli.show import accuracy_table, training_table
+    from sparsepass.export.cli.show import sections
     from sparsepass.export.report import find_report
 
     table = Table(title="Stages", title_justify="left", show_edge=False)
@@ -247,11 +247,8 @@ def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
     for outcome in outcomes:
         done = f"{outcome.seconds:.0f} s" if outcome.ran else "done before"
         table.add_row(outcome.name, done, said[outcome.held], str(outcome.folder))
-    last = find_report(outcomes[-1].folder) or {}
-    if last.get("retraining"):
-        support.stdout().print(training_table(last["retraining"]["runs"][-1]))
-    if last.get("accuracy", {}).get("measurements"):
-        support.stdout().print(accuracy_table(last["accuracy"]))
+    if (last := find_report(outcomes[-1].folder)) is not None:
+        support.stdout().print(sections(last, "retraining", "accuracy"))
     support.stdout().print(table)
 
 

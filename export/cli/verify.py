@@ -132,23 +132,23 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
         SparsepassError: If it cannot be read.
     """
     from sparsepass.export.pattern import check_pattern
-    from sparsepass.export.report import find_report
+    from sparsepass.export.report import ReportDocument, find_report, new_report
     from sparsepass.graph import SparsepassError
-    from sparsepass.graph.program import PROGRAM_FILE
+    from sparsepass.graph.saved import PROGRAM_FILE
 
     if not path.exists():
         raise SparsepassError(f"{path} does not exist; name a folder, an .onnx file or a .safetensors file")
     if path.is_dir() and (path / PROGRAM_FILE).is_file():
         return (_check_program(path, pattern, ignore),)
     folder = path if path.is_dir() else path.parent
-    document = find_report(folder) or {}
-    artifact = document.get("artifact", {})
-    expected, axes = artifact.get("expected_sparse", {}), artifact.get("axes") or {}
+    report = ReportDocument.parse(find_report(folder) or new_report())
+    artifact = report.artifact
+    expected, axes = ({}, {}) if artifact is None else (artifact.expected_sparse, artifact.axes or {})
     if not path.is_dir():
         expected, axes = _of_file(path, expected, axes)
     if not expected:
         return (check_pattern(path, pattern or "2:4", ignore=ignore),)
-    reasons = document.get("passes", {}).get("skipped", {})
+    reasons = {} if report.passes is None else report.passes.skipped
     return tuple(
         _with_reasons(
             check_pattern(
@@ -189,7 +189,7 @@ def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -
     """Check a saved program: what its graph reads is the weight with its mask, and no file holds that."""
     from sparsepass.export.pattern import check_pattern
     from sparsepass.graph import Program, SparsepassError
-    from sparsepass.graph.states import masked_weight
+    from sparsepass.graph.program import masked_weight
 
     program = Program.load(folder)
     if not program.sparse:

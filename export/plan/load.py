@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.fill import capture_without_weights
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 
 
 def load_for_plan(source: str | Path, *, gguf_file: str | None = None) -> Program:

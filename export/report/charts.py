@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, final
 
+from markupsafe import Markup
+
 from sparsepass.export.report.depth import DepthGrid
-from sparsepass.export.report.html import Html, el, join
+from sparsepass.export.report.svg import el, join
 
 WIDTH: Final = 440
 _LETTER: Final = 6.9
@@ -46,12 +48,12 @@ class Picture:
 
     title: str
     description: str
-    body: Html
+    body: Markup
     width: int
     height: int
     is_fluid: bool = True
 
-    def svg(self) -> Html:
+    def svg(self) -> Markup:
         """The picture inside a page that has `STYLE`."""
         size = {} if self.is_fluid else {"width": self.width, "height": self.height}
         about = el("title", self.title), el("desc", self.description)
@@ -59,7 +61,7 @@ class Picture:
 
     def file(self) -> str:
         """The picture as a file of its own."""
-        inside = join((el("title", self.title), el("desc", self.description), el("style", Html(STYLE)), self.body))
+        inside = join((el("title", self.title), el("desc", self.description), el("style", Markup(STYLE)), self.body))
         size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
         return f'<svg xmlns="http://www.w3.org/2000/svg" {size} class="pic" role="img">{inside}</svg>\n'
 
@@ -143,7 +145,7 @@ def line_chart(
         return left + across.place(value_x) * (right - left), bottom - vertical.place(value_y) * (bottom - top)
 
     parts = [_legend([(line.label, line.tone) for line in lines if line.label], left, 18)]
-    parts.append(el("text", y_label, x=4, y=18) if not any(line.label for line in lines) else Html(""))
+    parts.append(el("text", y_label, x=4, y=18) if not any(line.label for line in lines) else Markup(""))
     for tick in vertical.ticks:
         _, y = at(x[0], tick)
         parts += [el("path", class_="axis", d=f"M{left} {y:.1f}H{right}"), _text(figure(tick), left - 6, y + 4, "end")]
@@ -314,7 +316,7 @@ def figure(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _line(line: Line, points: Sequence[tuple[float, float] | None]) -> list[Html]:
+def _line(line: Line, points: Sequence[tuple[float, float] | None]) -> list[Markup]:
     path, is_open = "", False
     for point in points:
         if point is not None:
@@ -339,7 +341,7 @@ def _told(line: Line, unit: str) -> str:
     return f"{name}: first {figure(known[0])}, last {figure(known[-1])}, least {figure(min(known))}, most {figure(max(known))}"
 
 
-def _legend(entries: Sequence[tuple[str, str]], x: float, y: float) -> Html:
+def _legend(entries: Sequence[tuple[str, str]], x: float, y: float) -> Markup:
     parts = []
     for label, tone in entries:
         parts += [_box(x, y - 9, 10, 10, f"f{tone}"), _text(label, x + 15, y)]
@@ -347,7 +349,7 @@ def _legend(entries: Sequence[tuple[str, str]], x: float, y: float) -> Html:
     return join(parts)
 
 
-def _ramp(x: float, low: float, high: float, tone: str, unit: str) -> Html:
+def _ramp(x: float, low: float, high: float, tone: str, unit: str) -> Markup:
     first = f"{figure(low)}{unit}"
     start = x + _LETTER * len(first) + 6
     boxes = [
@@ -361,11 +363,11 @@ def _shade(value: float, low: float, high: float) -> float:
     return round(0.08 + 0.92 * round(min(max(share, 0.0), 1.0) * _SHADES) / _SHADES, 3)
 
 
-def _box(x: float, y: float, width: float, height: float, tone: str, shade: float | None = None) -> Html:
+def _box(x: float, y: float, width: float, height: float, tone: str, shade: float | None = None) -> Markup:
     return el("rect", x=f"{x:.1f}", y=y, width=f"{width:.1f}", height=height, class_=tone, fill_opacity=shade)
 
 
-def _text(text: str, x: float, y: float, anchor: str | None = None) -> Html:
+def _text(text: str, x: float, y: float, anchor: str | None = None) -> Markup:
     return el("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
 
 

@@ -1,10 +1,12 @@
 """What a report tells of each layer, brought together from all its sections."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
+
+from sparsepass.export.report.schema import ReportDocument
+from sparsepass.export.report.sections import LayerEntry, PassesSection, is_number
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -51,45 +53,48 @@ class LayerFacts:
         return list(self.errors.values())[-1] if self.errors else None
 
 
-def layer_facts(document: Mapping[str, Any]) -> list[LayerFacts]:
-    """Every layer that the report names, in the order of the passes, then of the plan.
-
-    Args:
-        document: A checked report.
-    """
+def layer_facts(report: ReportDocument) -> list[LayerFacts]:
+    """Every layer that the report names, in the order of the passes, then of the plan."""
     found: dict[str, LayerFacts] = {}
-    _add_passes(found, document.get("passes", {}))
-    _add_plan(found, document.get("plan", {}))
+    if report.passes is not None:
+        _add_passes(found, report.passes)
+    for row in report.plan.layers if report.plan is not None else ():
+        experts = (row.num_experts,) if row.num_experts > 1 else ()
+        shape = (*experts, row.out_features, row.in_features)
+        layer = found.get(row.name) or LayerFacts(name=row.name, weight=row.weight or f"{row.name}.weight", shape=shape)
+        times = {"prefill": row.prefill, "decode": row.decode}
+        gains = {phase: each.gain for phase, each in times.items() if each is not None and each.gain is not None}
+        found[row.name] = replace(layer, gains=gains, planned=f"{row.decision}: {row.reason}")
     by_weight = {layer.weight: name for name, layer in found.items()}
-    runs = document.get("retraining", {}).get("runs", ())
-    for weight, value in runs[-1]["flips_by_layer"].items() if runs else ():
+    runs = report.retraining.runs if report.retraining is not None else []
+    for weight, value in runs[-1].flips_by_layer.items() if runs else ():
         if weight in by_weight and is_number(value):
             found[by_weight[weight]] = replace(found[by_weight[weight]], flips=float(value))
-    for row in document.get("sparsity", {}).get("layers", ()):
-        name = by_weight.get(row["weight"])
+    for evidence in report.sparsity.layers if report.sparsity is not None else ():
+        name = by_weight.get(evidence.weight)
         if name is not None:
             ran = found[name].ran
             # A weight that an engine multiplies more than once ran sparse if any of its products did.
-            value = "yes" if ran.get(row["engine"]) == "yes" else row["ran_sparse"]
-            found[name] = replace(found[name], ran={**ran, row["engine"]: value})
+            value = "yes" if ran.get(evidence.engine) == "yes" else evidence.ran_sparse
+            found[name] = replace(found[name], ran={**ran, evidence.engine: value})
     return list(found.values())
 
 
-def layer_sparsity(program: "Program") -> dict[str, dict[str, Any]]:
+def layer_sparsity(program: "Program") -> dict[str, LayerEntry]:
     """Count the zeros of every sparse layer's weight, as the graph multiplies it, for the report's ``passes.layers``.
 
     Args:
         program: With its weights in memory.
 
     Returns:
-        Layer -> ``pattern``, ``zeros`` (their share, from 0 to 1), and ``branch_k`` of one with a SLoRB branch.
+        Layer -> its pattern, zeros, and branch.
     """
     import torch
 
-    from sparsepass.graph.states import masked_weight
+    from sparsepass.graph.program import masked_weight
 
     counted: dict[str, float] = {}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, LayerEntry] = {}
     for site in program.sites():
         state = program.sparse.get(site.weight)
         if state is None:
@@ -97,9 +102,8 @@ def layer_sparsity(program: "Program") -> dict[str, dict[str, Any]]:
         if site.weight not in counted:
             weight = masked_weight(program, site.weight)
             counted[site.weight] = 1 - int(torch.count_nonzero(weight)) / weight.numel()
-        found[site.name] = {"pattern": str(state.pattern), "zeros": counted[site.weight]}
-        if state.branch is not None:
-            found[site.name]["branch_k"] = state.branch.k
+        entry = LayerEntry(pattern=str(state.pattern), zeros=counted[site.weight])
+        found[site.name] = entry if state.branch is None else entry.model_copy(update={"branch_k": state.branch.k})
     return found
 
 
@@ -119,11 +123,6 @@ def joined_names(names: Iterable[str]) -> str:
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
-def is_number(value: Any) -> bool:
-    """Whether a field of a report is a finite figure."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _ranges(numbers: list[int]) -> str:
     parts: list[list[int]] = []
     for number in numbers:
@@ -135,42 +134,25 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(shown[:6]) + ("..." if len(shown) > 6 else "")
 
 
-def _add_passes(found: dict[str, LayerFacts], section: Mapping[str, Any]) -> None:
-    skipped: Mapping[str, str] = section.get("skipped", {})
-    for record in section.get("passes", ()):
-        name = record["text"].partition("{")[0]
-        pattern = re.search(r"\bpattern=(\d+:\d+)", record["text"])
-        for outcome in record["outcomes"]:
-            site = outcome["site"]
-            layer = found.get(site) or LayerFacts(name=site, weight=outcome["weight"], shape=tuple(outcome["shape"]))
-            if outcome["action"] == "rewritten":
-                facts = outcome["facts"]
-                errors = {name: float(facts["relative_error"])} if is_number(facts.get("relative_error")) else {}
+def _add_passes(found: dict[str, LayerFacts], section: PassesSection) -> None:
+    for record in section.passes:
+        pattern = re.search(r"\bpattern=(\d+:\d+)", record.text)
+        for outcome in record.outcomes:
+            site, facts = outcome.site, outcome.facts
+            layer = found.get(site) or LayerFacts(name=site, weight=outcome.weight, shape=tuple(outcome.shape))
+            if outcome.action == "rewritten":
+                error = facts.get("relative_error")
+                errors = {record.name: float(error)} if is_number(error) else {}
                 notes = (str(facts["note"]),) if facts.get("note") else ()
                 layer = replace(layer, errors={**layer.errors, **errors}, notes=(*layer.notes, *notes))
-                if name == "nm_sparsify":
+                if record.name == "nm_sparsify":
                     layer = replace(layer, pattern=pattern[1] if pattern else _DEFAULT_PATTERN)
             found[site] = layer
-    for site, reason in skipped.items():
+    for site, reason in section.skipped.items():
         layer = found.get(site) or LayerFacts(name=site, weight=f"{site}.weight")
         found[site] = replace(layer, pattern="", skipped=reason)
-    for site, facts in (section.get("layers") or {}).items():
-        if site in found and site not in skipped:
-            zeros = float(facts["zeros"]) if is_number(facts.get("zeros")) else None
-            branch = (f"SLoRB k={facts['branch_k']}",) if facts.get("branch_k") else ()
-            notes = (*branch, *found[site].notes)
-            found[site] = replace(found[site], pattern=str(facts.get("pattern", "")), zeros=zeros, notes=notes)
-
-
-def _add_plan(found: dict[str, LayerFacts], section: Mapping[str, Any]) -> None:
-    for row in section.get("layers", ()):
-        shape = (row["out_features"], row["in_features"])
-        experts = (row["num_experts"],) if row.get("num_experts", 1) > 1 else ()
-        name = row["name"]
-        layer = found.get(name) or LayerFacts(name=name, weight=row.get("weight", f"{name}.weight"), shape=(*experts, *shape))
-        gains = {}
-        for phase in ("prefill", "decode"):
-            times = row.get(phase) or {}
-            if is_number(times.get("dense_s")) and is_number(times.get("sparse_s")) and times["sparse_s"] > 0:
-                gains[phase] = times["dense_s"] / times["sparse_s"]
-        found[name] = replace(layer, gains=gains, planned=f"{row['decision']}: {row['reason']}")
+    for site, sparse in (section.layers or {}).items():
+        if site in found and site not in section.skipped:
+            zeros = float(sparse.zeros) if is_number(sparse.zeros) else None
+            branch = (f"SLoRB k={sparse.branch_k}",) if sparse.branch_k else ()
+            found[site] = replace(found[site], pattern=sparse.pattern, zeros=zeros, notes=(*branch, *found[site].notes))

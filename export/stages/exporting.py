@@ -12,7 +12,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sparsepass.export.report import plain_json, run_record, write_report
+from sparsepass.export.report import (
+    ArtifactSection,
+    CheckEntry,
+    SamplesSection,
+    TensorEntry,
+    VerificationSection,
+    plain_json,
+    run_record,
+    write_report,
+)
 from sparsepass.export.stages.preparing import Calibration, Evaluation, Prepared, Tell, prepare, silent
 from sparsepass.export.targets import LoweringContext, SemiStructured, Target, TensorRT, parse_target, target_to_text
 from sparsepass.graph import Program, SparsepassError
@@ -201,27 +210,21 @@ def _write(
             tell("opening what was written, and comparing it with the program")
         checks = target.verify(program, staging, lowered, context) if verify else ()
         held = all(check.held is not False for check in checks) if verify else None
-        document = (
-            prepared.document
-            | dict(lowered.sections)
-            | {
-                "artifact": {
-                    "target": target.name,
-                    "dtype": lowered.dtype,
-                    "files": files,
-                    "size_bytes": sum(files.values()),
-                    "expected_sparse": lowered.expected_sparse,
-                    "axes": lowered.axes,
-                    "notes": lowered.notes,
-                    "details": lowered.details,
-                },
-                "verification": {
-                    "held": held,
-                    "checks": [{"name": c.name, "held": c.held, "summary": c.summary, "details": c.details} for c in checks],
-                },
-                "samples": write_samples(program, staging / SAMPLES_FILE) | {"file": SAMPLES_FILE},
-            }
+        artifact = ArtifactSection(
+            target=target.name,
+            dtype=lowered.dtype,
+            files=files,
+            size_bytes=sum(files.values()),
+            expected_sparse=dict(lowered.expected_sparse),
+            axes=dict(lowered.axes),
+            notes=list(lowered.notes),
+            details=dict(lowered.details),
         )
+        found = [CheckEntry(name=c.name, held=c.held, summary=c.summary, details=dict(c.details)) for c in checks]
+        document = prepared.document | dict(lowered.sections)
+        document["artifact"] = artifact
+        document["verification"] = VerificationSection(held=held, checks=found)
+        document["samples"] = write_samples(program, staging / SAMPLES_FILE)
         seconds = time.perf_counter() - prepared.started
         document["runs"] = [*document["runs"], run_record("export", command=command, seconds=seconds)]
         written = write_report(staging, _moved(plain_json(document), staging, out))
@@ -229,7 +232,7 @@ def _write(
 
 
 @torch.no_grad()
-def write_samples(program: Program, path: Path) -> dict[str, Any]:
+def write_samples(program: Program, path: Path) -> SamplesSection:
     """Write the program's example inputs, and the outputs it gives for them, to a safetensors file.
 
     Returns:
@@ -243,10 +246,11 @@ def write_samples(program: Program, path: Path) -> dict[str, Any]:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({f"{kind}/{name}": t for kind, found in plain.items() for name, t in found.items()}, path)
-    return {
-        kind: {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
+    described = {
+        kind: {name: TensorEntry(shape=list(t.shape), dtype=str(t.dtype).removeprefix("torch.")) for name, t in found.items()}
         for kind, found in plain.items()
     }
+    return SamplesSection(file=SAMPLES_FILE, inputs=described["inputs"], outputs=described["outputs"])
 
 
 def read_samples(path: str | Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """From what a user names to a rewritten program and the report so far: what `prune` and `export` have in common."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from sparsepass.export.report import (
     OF_FILES,
+    AccuracySection,
+    PassEntry,
+    PassesSection,
+    ReportDocument,
     find_report,
     layer_sparsity,
     measurement,
@@ -200,6 +204,7 @@ def prepare(
         loaded = replace(loaded, tokenizer=tokenizer)
     document = _earlier(loaded) or new_report()
     document.setdefault("model", plain_json(loaded.provenance))
+    known = ReportDocument.parse(document).passes
     measured = []
     before = loaded.program
     if evaluation is not None and pipeline:
@@ -228,13 +233,13 @@ def prepare(
     else:
         program = before or capture(loaded.model, example_inputs, inplace=inplace)
     document["recipe"] = program.recipe
-    known = document.get("passes", {}).get("passes", ())
-    document["passes"] = plain_json(program.report().to_dict() | {"layers": layer_sparsity(program)})
-    _keep_names(document["passes"]["passes"], known)
+    section = PassesSection.model_validate(plain_json(program.report().to_dict() | {"layers": layer_sparsity(program)}))
+    _keep_names(section.passes, known.passes if known is not None else ())
     if pipeline:
         document.pop("accuracy", None)
         if uses_python_docs:
-            _name_text(document["passes"]["passes"][-len(pipeline) :])
+            _name_text(section.passes[-len(pipeline) :])
+    document["passes"] = plain_json(section)
     if evaluation is not None:
         tell("measuring perplexity again")
         if any(state.branch is not None for state in program.sparse.values()):
@@ -242,7 +247,7 @@ def prepare(
                 found = evaluation.measure(program, loaded.tokenizer)
             measured.append(measurement(f"{patterns(program)}, SLoRB switched off", found))
         measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
-        document["accuracy"] = plain_json({"text": evaluation.name, "measurements": measured})
+        document["accuracy"] = plain_json(AccuracySection(text=evaluation.name, measurements=measured))
     return Prepared(program=program, loaded=loaded, document=document, started=started)
 
 
@@ -291,14 +296,14 @@ def _earlier(loaded: LoadedModel) -> dict[str, Any] | None:
     return {name: section for name, section in document.items() if name not in OF_FILES}
 
 
-def _keep_names(records: Iterable[Mapping[str, Any]], known: Iterable[Mapping[str, Any]]) -> None:
-    """Call the text of earlier passes what the earlier report called it; a program does not know the name."""
+def _keep_names(records: Iterable[PassEntry], known: Iterable[PassEntry]) -> None:
+    """Give the texts of earlier passes the names from the earlier report; a program does not know them."""
     for record, earlier in zip(records, known, strict=False):
-        if record["text"] == earlier["text"] and record.get("calibration") and earlier.get("calibration"):
-            record["calibration"]["source"] = earlier["calibration"]["source"]
+        if record.text == earlier.text and record.calibration and earlier.calibration:
+            record.calibration.source = earlier.calibration.source
 
 
-def _name_text(records: Iterable[Mapping[str, Any]]) -> None:
+def _name_text(records: Iterable[PassEntry]) -> None:
     for record in records:
-        if record.get("calibration"):
-            record["calibration"]["source"] = "Python's documentation topics (calibration part)"
+        if record.calibration:
+            record.calibration.source = "Python's documentation topics (calibration part)"

@@ -15,7 +15,7 @@ from sparsepass.export.stages.preparing import PYTHON_DOCS, Evaluation
 from sparsepass.export.stages.settings import override, parse_settings, read_recipe_text, refuse_unknown
 from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes import parse_pipeline
 from sparsepass.passes.data import locate

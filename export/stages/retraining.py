@@ -16,10 +16,12 @@ from torch import nn
 
 from sparsepass.export.report import (
     OF_FILES,
+    AccuracySection,
+    MeasurementEntry,
+    ReportDocument,
     find_report,
     measurement,
     new_report,
-    plain_json,
     retraining_run,
     run_record,
     write_report,
@@ -29,7 +31,7 @@ from sparsepass.export.stages.recipe import RetrainSection
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
@@ -42,9 +44,6 @@ ORIGIN_FILE: Final = "origin.json"
 """In a run folder: the program and the teacher that its checkpoints belong to."""
 
 _WAIT_SECONDS: Final = 0.5
-
-_SETTING: Final = ("num_tokens", "context", "stride", "bos", "dtype")
-"""What has to be the same for two perplexities to stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ def accuracy(
     known: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     tell: Tell = silent,
-) -> dict[str, Any]:
+) -> AccuracySection:
     """Measure the perplexity of several models, for the report's section ``accuracy``.
 
     Args:
@@ -296,18 +295,18 @@ def accuracy(
         tell: Called with one line at the beginning of each step.
     """
 
-    def measure(name: str, model: Measured) -> dict[str, Any]:
+    def measure(name: str, model: Measured) -> MeasurementEntry:
         tell(f"measuring perplexity: {name}")
-        found = evaluation.measure(_on_device(model, trust_remote_code), tokenizer)
-        return dict(plain_json(measurement(name, found)))
+        return measurement(name, evaluation.measure(_on_device(model, trust_remote_code), tokenizer))
 
     *earlier, last = entries
     newest = measure(*last)
-    there = [] if known is None or known["text"] != evaluation.name else known["measurements"]
-    there = [entry for entry in there if entry["name"] != last[0] and all(entry[name] == newest[name] for name in _SETTING)]
-    measured = [entry["name"] for entry in there]
+    section = None if known is None else AccuracySection.model_validate(known)
+    there = [] if section is None or section.text != evaluation.name else section.measurements
+    there = [entry for entry in there if entry.name != newest.name and entry.setting == newest.setting]
+    measured = [entry.name for entry in there]
     missing = [measure(name, model) for name, model in earlier if name not in measured]
-    return {"text": evaluation.name, "measurements": [*missing, *there, newest]}
+    return AccuracySection(text=evaluation.name, measurements=[*missing, *there, newest])
 
 
 def _on_device(model: Measured, trust_remote_code: bool) -> nn.Module:
@@ -335,9 +334,9 @@ def _source_of_teacher(section: RetrainSection, document: Mapping[str, Any]) -> 
 def _dense_source(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource:
     if section.teacher is not None:
         return ModelSource(section.teacher)
-    model = document.get("model", {})
-    if model.get("kind") in ("folder", "hub", "gguf"):
-        return ModelSource(str(model["source"]), gguf_file=model.get("gguf_file"), revision=model.get("revision"))
+    model = ReportDocument.parse(document).model
+    if model is not None and model.kind in ("folder", "hub", "gguf"):
+        return ModelSource(model.source, gguf_file=model.gguf_file, revision=model.revision)
     raise SparsepassError(
         "the report beside the program does not tell which dense model it was made from; name it as the teacher (--teacher), "
         "or set kd_weight: 0 and no sample to train on the text alone"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sparsepass.export.report import find_report, new_report, plain_json, run_record, write_report
+from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
 from sparsepass.export.stages.exporting import export
 from sparsepass.export.stages.preparing import Calibration, Tell, prepare, silent, stage_name, write_program
 from sparsepass.export.stages.recipe import ExportSection, Recipe
@@ -30,7 +30,7 @@ from sparsepass.export.stages.retraining import (
     retrain_program,
 )
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.program import PROGRAM_FILE
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
@@ -289,7 +289,7 @@ class _Stages:
     def _export(self, section: ExportSection) -> bool | None:
         sections = {}
         if self._recipe.eval is not None:
-            sections["accuracy"] = (find_report(self._recipe.out / "eval") or {})["accuracy"]
+            sections["accuracy"] = read_report(self._recipe.out / "eval")["accuracy"]
         return export(
             str(self._programs[-1]),
             section.target,

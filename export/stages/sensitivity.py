@@ -13,7 +13,7 @@ from sparsepass.export.plan import ignore_patterns, pipeline_text
 from sparsepass.graph import Program, Site, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
-from sparsepass.graph.states import masked_weight
+from sparsepass.graph.program import masked_weight
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes import NMSparsify, apply_passes
 from sparsepass.passes.data import calibration_batches

@@ -10,16 +10,16 @@ if TYPE_CHECKING:
         Target as Target,
         option as option,
     )
-    from sparsepass.export.targets.hf.target import HuggingFace as HuggingFace
-    from sparsepass.export.targets.onnx.target import Onnx as Onnx
+    from sparsepass.export.targets.hf import HuggingFace as HuggingFace
+    from sparsepass.export.targets.onnx import Onnx as Onnx
     from sparsepass.export.targets.table import (
         TARGETS as TARGETS,
         parse_target as parse_target,
         target_to_text as target_to_text,
         targets_table as targets_table,
     )
-    from sparsepass.export.targets.tensorrt.target import TensorRT as TensorRT
-    from sparsepass.export.targets.torch.target import SemiStructured as SemiStructured
+    from sparsepass.export.targets.tensorrt import TensorRT as TensorRT
+    from sparsepass.export.targets.torch import SemiStructured as SemiStructured
 else:
     from sparsepass._lazy import face
 

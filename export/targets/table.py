@@ -4,10 +4,10 @@ from typing import Final
 
 from sparsepass._plugins import extended
 from sparsepass.export.targets.contract import Target
-from sparsepass.export.targets.hf.target import HuggingFace
-from sparsepass.export.targets.onnx.target import Onnx
-from sparsepass.export.targets.tensorrt.target import TensorRT
-from sparsepass.export.targets.torch.target import SemiStructured
+from sparsepass.export.targets.hf import HuggingFace
+from sparsepass.export.targets.onnx import Onnx
+from sparsepass.export.targets.tensorrt import TensorRT
+from sparsepass.export.targets.torch import SemiStructured
 
 TARGETS: Final[dict[str, type[Target]]] = {kind.name: kind for kind in (Onnx, HuggingFace, TensorRT, SemiStructured)}
 """Name -> class. A new target is one folder, one line here, one test file."""

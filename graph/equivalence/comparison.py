@@ -17,22 +17,22 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest, open_artifact
+from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest
 from sparsepass.graph.equivalence.differences import Difference, TensorDifference, difference, tensor_difference
 from sparsepass.graph.equivalence.layers import CallNumbers
-from sparsepass.graph.support import EquivalenceError, SparsepassError
+from sparsepass.graph.equivalence.opening import open_artifact
+from sparsepass.graph.equivalence.running import outputs_of, run
+from sparsepass.graph.support import EquivalenceError
 
 __all__ = [
     "DEFAULT_RTOL",
     "Comparison",
     "Difference",
-    "Outputs",
     "TensorDifference",
     "assert_equivalent",
     "compare",
     "default_rtol",
     "difference",
-    "run",
 ]
 
 DEFAULT_RTOL: Mapping[torch.dtype, float] = {
@@ -49,29 +49,6 @@ _AUXILIARY = re.compile(
     r"(encoder|decoder|cross)_(last_hidden_state|hidden_states|attentions)|loss$"
 )
 _ROWS_SHOWN = 12
-
-
-@dataclass(frozen=True)
-class Outputs(Mapping[str, Tensor]):
-    """What an artifact returned: a mapping of flat output names to tensors. Final.
-
-    Attributes:
-        tensors: The outputs.
-        layers: Module path -> result of that layer, in the order in which layers finish; empty unless asked for. A
-            later call of the same module is named ``path#1``.
-    """
-
-    tensors: Mapping[str, Tensor]
-    layers: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
-
-    def __iter__(self) -> Any:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,40 +189,6 @@ class Comparison:
         return lines
 
 
-def run(artifact: Any, inputs: Inputs, *, layers: bool = False) -> Outputs:
-    """Run a model, a program or an ONNX file, and give its outputs flat names.
-
-    Modules run in evaluation mode without gradients; models of transformers without a cache. Afterwards they are as
-    they were. An ONNX decoder with a cache starts from an empty one. Inputs go to the artifact's device; floating
-    inputs take its dtype.
-
-    Args:
-        artifact: An nn.Module, a Program, a Hierarchy, or the path of an ONNX file, of a folder holding ``model.onnx``
-            (or one ONNX file of another name), or of a saved program.
-        inputs: Name -> tensor; for modules that take positions, a tensor or a tuple will do.
-        layers: Whether the results of layers are kept too (which needs memory for all of them).
-
-    Returns:
-        A mapping of output names, such as ``logits`` (``output`` for a bare tensor), to tensors.
-
-    Raises:
-        EquivalenceError: If it is none of these, or cannot be run with these inputs.
-
-    Example:
-        >>> outputs = run(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.ones(2, 8), layers=True)
-        >>> {name: tuple(t.shape) for name, t in outputs.items()}, list(outputs.layers)
-        ({'output': (2, 4)}, ['0'])
-    """
-    opened = open_artifact(artifact)
-    kept: dict[str, Tensor] = {}
-    numbers = CallNumbers()
-
-    def keep(path: str, value: Tensor) -> None:
-        kept[numbers.name(path)] = value.detach().clone()  # later operators may work in place
-
-    return Outputs(_run(opened, inputs, keep if layers else None), kept)
-
-
 def compare(a: Any, b: Any, inputs: Inputs, *, layers: bool = True, tolerance: float | None = None) -> Comparison:
     """Compare what two artifacts return on the same inputs, layer by layer.
 
@@ -290,7 +233,7 @@ def compare(a: Any, b: Any, inputs: Inputs, *, layers: bool = True, tolerance: f
         else:
             found[name] = tensor_difference(name, expected, value.reshape(expected.shape))
 
-    candidate = _run(second, inputs, measure if layers else None)
+    candidate = outputs_of(second, inputs, measure if layers else None)
     _drop_unequal_calls(found, reference.layers, not_compared)
     for name in reference.layers:
         if name not in found:
@@ -363,25 +306,6 @@ def default_rtol(dtype: torch.dtype) -> float:
     1e-05
     """
     return DEFAULT_RTOL.get(dtype, DEFAULT_RTOL[torch.bfloat16])
-
-
-def _run(artifact: Artifact, inputs: Inputs, observe: Any) -> dict[str, Tensor]:
-    try:
-        outputs = artifact.run(inputs, observe)
-    except SparsepassError:
-        raise
-    except Exception as error:  # the code of any model runs here
-        given = (
-            {name: list(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
-            if isinstance(inputs, Mapping)
-            else "positional"
-        )
-        raise EquivalenceError(
-            f"{artifact.description} cannot be run with these inputs ({given}): {type(error).__name__}: {error}"
-        ) from error
-    if not outputs:
-        raise EquivalenceError(f"{artifact.description} returns no tensors, so there is nothing to compare")
-    return outputs
 
 
 def _matched(

@@ -14,7 +14,7 @@ from tests.families import BY_NAME, captured, tensors_of
 from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, Program, ProgramFormatError, SparsepassError, capture
-from sparsepass.graph.program import FORMAT_VERSION, PROGRAM_FILE, TENSORS_FILE
+from sparsepass.graph.saved import FORMAT_VERSION, PROGRAM_FILE, TENSORS_FILE
 from sparsepass.passes import apply_passes
 
 PIPELINE = ["nm_sparsify", "slorb{k=4}"]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sparsepass.graph import Program
-from sparsepass.graph.program import Origin
-from sparsepass.graph.states import masked_weight, without_branches
+from sparsepass.graph.program import Origin, masked_weight
+from sparsepass.graph.states import without_branches
 from sparsepass.passes import apply_passes
 
 

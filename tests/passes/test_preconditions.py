@@ -13,8 +13,8 @@ import torch
 from tests.families import BY_NAME, captured
 
 from sparsepass.graph import PassError, Program, Site
-from sparsepass.graph.program import PROGRAM_FILE
 from sparsepass.graph.rewrite import attach_mask
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.passes import Condition, Facts, GroupContext, Needs, Pass, SiteGroup, apply_passes, table as table_module
 
 BATCHES = BY_NAME["llama"].inputs(4, 16)

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.report.html.markup import Html as Html, el as el, join as join
     from sparsepass.export.report.html.page import render_html as render_html
 else:
     from sparsepass._lazy import face

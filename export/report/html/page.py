@@ -1,92 +1,66 @@
-"""report.html: the report as one page that needs nothing else, rendered from report.json alone.
+"""report.html: the report as one page that needs nothing else.
 
-It loads nothing, and its content security policy says so to the browser. Pictures are SVG drawn here; a little script sorts
-and filters the tables, and without it the page is whole all the same.
+It loads nothing, and its content security policy says so to the browser. A little script sorts and filters the tables, and
+without it the page is whole all the same.
 """
 
 import base64
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+import re
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
-from sparsepass.export.report.answers import Answer, summary
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
 from sparsepass.export.report.charts import STYLE
-from sparsepass.export.report.document import HEADER
-from sparsepass.export.report.html import parts
-from sparsepass.export.report.html.layers import layers_part
-from sparsepass.export.report.html.markup import Html, el, join
+from sparsepass.export.report.svg import el, escaped, join, printable
+from sparsepass.export.report.view import ReportView
 
-_MAX_UNKNOWN_LETTERS: Final = 4000
+_MARKED: Final = {"yes": "yes", "no": "no", "unknown": "unk", "held": "held", "DID NOT HOLD": "failed", "not checked": "unk"}
+"""Cell -> class of the style."""
 
 
-def render_html(document: Mapping[str, Any]) -> str:
+def render_html(view: ReportView) -> str:
     """Render a report as a page for browsers.
-
-    Args:
-        document: A checked report. Sections that this version does not know are shown as JSON.
 
     Returns:
         A whole HTML document. The same report gives the same text.
 
     Example:
         >>> from sparsepass.export.report.document import new_report
-        >>> render_html(new_report()).splitlines()[0]
+        >>> from sparsepass.export.report.schema import ReportDocument
+        >>> from sparsepass.export.report.view import report_view
+        >>> render_html(report_view(ReportDocument.parse(new_report()))).splitlines()[0]
         '<!doctype html>'
     """
-    style, script = _resource("report.css") + STYLE, _resource("report.js")
-    sections: list[tuple[str, str, Html | None]] = [("summary", "In short", _answers(summary(document)))]
-    for name, (heading, render) in _RENDERERS.items():
-        if name in document:
-            sections.append((name, heading, render(document[name], document)))
-    for name, section in document.items():
-        if name not in _RENDERERS and name not in HEADER:
-            text = json.dumps(section, indent=1, ensure_ascii=False)
-            cut = f"\n... ({len(text):,} characters in report.json)" if len(text) > _MAX_UNKNOWN_LETTERS else ""
-            sections.append((name, name, el("pre", text[:_MAX_UNKNOWN_LETTERS] + cut)))
-    sections.append(("runs", "How it was made", parts.runs_part(document)))
-    shown = [(f"part-{index}", heading, body) for index, (_, heading, body) in enumerate(sections) if body is not None]
-    title = parts.title(document)
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=_policy(script)),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="generator", content="sparsepass"),
-        el("title", f"sparsepass report: {title}"),
-        el("style", Html(style)),
+    script = _resource("report.js")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=_finalized, trim_blocks=True, lstrip_blocks=True
     )
-    body = el(
-        "body",
-        el(
-            "div",
-            el("header", el("h1", title), parts.subtitle(document)),
-            el(
-                "nav",
-                el("ul", (el("li", el("a", heading, href=f"#{id_}")) for id_, heading, _ in shown)),
-                aria_label="Sections",
-            ),
-            el("main", (_section(*each) for each in shown)),
-            class_="page",
-        ),
-        el("script", Html(script)),
+    environment.filters |= {"with_code": _with_code, "breakable": _breakable, "kind": lambda block: type(block).__name__}
+    return environment.from_string(_resource("report.html")).render(
+        view=view,
+        policy=_policy(script),
+        style=Markup(_resource("report.css") + STYLE),
+        script=Markup(script),
+        marked=_MARKED,
     )
-    return f"<!doctype html>\n{el('html', head, chr(10), body, lang='en')}\n"
 
 
-def _section(id_: str, heading: str, body: Html) -> Html:
-    return join(["\n", el("section", el("h2", heading, id=f"{id_}-heading"), body, id=id_, aria_labelledby=f"{id_}-heading")])
+def _finalized(value: object) -> object:
+    """Every value that the template shows goes through here before it is escaped."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _answers(answers: Sequence[Answer]) -> Html:
-    rows = []
-    for answer in answers:
-        asked = el("dt", answer.question, el("b", answer.short[:1].upper() + answer.short[1:]))
-        told = el("dd", (el("p", parts.with_code(sentence)) for sentence in answer.sentences))
-        rows.append(el("div", asked, told, class_=answer.tone))
-    return el("dl", rows, class_="answers")
+def _with_code(text: str) -> Markup:
+    """A sentence in which words between backticks are code."""
+    return join(el("code", part) if index % 2 else part for index, part in enumerate(re.split(r"`([^`]*)`", text)))
+
+
+def _breakable(name: object) -> Markup:
+    """A name that may be broken behind its dots, and nowhere else."""
+    return Markup(".<wbr>").join(map(escaped, str(name).split(".")))
 
 
 def _policy(script: str) -> str:
@@ -97,20 +71,3 @@ def _policy(script: str) -> str:
 
 def _resource(name: str) -> str:
     return resources.files("sparsepass.export.report.html").joinpath(name).read_text(encoding="utf-8")
-
-
-Renderer = Callable[[Mapping[str, Any], Mapping[str, Any]], Html | None]
-
-_RENDERERS: Final[Mapping[str, tuple[str, Renderer]]] = {
-    "accuracy": ("Accuracy", parts.accuracy_part),
-    "passes": ("Layers", layers_part),
-    "retraining": ("Training", parts.retraining_part),
-    "sparsity": ("Was the sparsity used?", parts.sparsity_part),
-    "plan": ("Plan", parts.plan_part),
-    "artifact": ("Files", parts.artifact_part),
-    "verification": ("Verification", parts.verification_part),
-    "pattern": ("Stored weights", parts.pattern_part),
-    "samples": ("Samples", parts.samples_part),
-    "model": ("Model", parts.model_part),
-}
-"""Section -> its heading and what renders it, in the page's order."""

@@ -11,8 +11,7 @@ from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
 from sparsepass.export.targets.hf.disk import auto_class, package_version, stored_weights
 from sparsepass.graph.equivalence import difference
-from sparsepass.graph.program import Program
-from sparsepass.graph.states import masked_weight
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
 from sparsepass.export.targets.onnx.session import NO_BFLOAT16, Array, Runner, open_session, run_session, to_numpy
-from sparsepass.graph.program import Program
-from sparsepass.graph.states import masked_weight
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.maths import canonical_zeros
 

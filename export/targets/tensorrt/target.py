@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
 from sparsepass.export.targets.contract import Check, Lowered, LoweringContext
-from sparsepass.export.targets.onnx.target import Onnx
+from sparsepass.export.targets.onnx import Onnx
 from sparsepass.export.targets.tensorrt.options import EngineTarget
 
 if TYPE_CHECKING:

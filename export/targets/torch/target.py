@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
 from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
-from sparsepass.export.targets.hf.target import HuggingFace
+from sparsepass.export.targets.hf import HuggingFace
 from sparsepass.export.targets.torch.options import Shapes, check_shapes, parse_shapes
 
 if TYPE_CHECKING:

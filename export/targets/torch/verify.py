@@ -14,7 +14,7 @@ from sparsepass.export.targets.torch.packing import check_packing
 from sparsepass.export.targets.torch.record import Record, read_record
 from sparsepass.export.targets.torch.rules import gpu_is_here
 from sparsepass.graph.equivalence import compare
-from sparsepass.graph.program import Program
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError
 
 _GPU: Final = torch.device("cuda")
@@ -42,9 +42,7 @@ def _check_packing(program: Program, record: Record) -> Check:
             continue
         weight = program.aliases.get(f"{layer.layer}.weight", f"{layer.layer}.weight")
         state = program.sparse[weight]
-        stored = program.tensor(weight).detach()
-        if state.mask is not None:
-            stored = torch.ops.sparsepass.masked_weight(stored, program.tensor(state.mask))
+        stored = masked_weight(program, weight)
         matrix_OI = stored.to(dtype) if state.axis % 2 else stored.to(dtype).t()
         try:
             check_packing(weight, matrix_OI.contiguous())

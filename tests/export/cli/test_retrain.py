@@ -124,7 +124,7 @@ def test_a_second_training_adds_a_second_entry(place: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     report = read_report(tmp_path / "again")
     assert [found["num_steps"] for found in report["retraining"]["runs"]] == [6, 2]
-    assert "Training (2 of 2)" in (tmp_path / "again" / "report.md").read_text()
+    assert "### Training 2 of 2" in (tmp_path / "again" / "report.md").read_text()
     assert (tmp_path / "again" / "figures" / "retraining-2-loss.svg").is_file()
 
 

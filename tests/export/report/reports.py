@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from sparsepass.export.report.document import new_report, run_record
+from sparsepass.export.report.answers import Answer, summary
+from sparsepass.export.report.document import new_report, plain_json
+from sparsepass.export.report.environment import run_record
+from sparsepass.export.report.html import render_html
+from sparsepass.export.report.markdown import render_markdown
+from sparsepass.export.report.schema import ReportDocument
+from sparsepass.export.report.view import report_view
 
 
 def full_report() -> dict[str, Any]:
@@ -21,7 +27,7 @@ def full_report() -> dict[str, Any]:
     figures = {"nll_mean": 1.0, "num_tokens": 99, "context": 8, "stride": 8, "bos": False, "dtype": "float32"}
     return new_report() | {
         "recipe": "nm_sparsify{pattern=2:4}",
-        "runs": [run_record("export", command="sparse-export m", seconds=3.0)],
+        "runs": plain_json([run_record("export", command="sparse-export m", seconds=3.0)]),
         "model": {
             "source": "m",
             "kind": "folder",
@@ -113,3 +119,15 @@ def record(count: int = 40, **changes: Any) -> dict[str, Any]:
         "flips_since_first": 0.004,
         "flips_since_first_by_layer": {f"layers.{i}.{kind}.weight": 0.001 * i for i in range(3) for kind in ("up", "down")},
     } | changes
+
+
+def html_page(document: dict[str, Any]) -> str:
+    return render_html(report_view(ReportDocument.parse(document)))
+
+
+def markdown_page(document: dict[str, Any]) -> str:
+    return render_markdown(report_view(ReportDocument.parse(document)))
+
+
+def answers(document: dict[str, Any]) -> list[Answer]:
+    return summary(ReportDocument.parse(document))

@@ -7,10 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
+from markupsafe import Markup
 
 from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, figure, grid_chart, line_chart, value_scale
 from sparsepass.export.report.depth import depth_grid
-from sparsepass.export.report.html.markup import Html, el, escaped
+from sparsepass.export.report.svg import el, escaped
 
 FIGURES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=9)
 
@@ -24,10 +25,10 @@ def shapes(picture: Picture, kind: str) -> list[dict[str, str]]:
 
 
 def test_text_is_escaped_once_and_markup_is_not() -> None:
-    made = el("p", "<b>", el("i", "&"), ["x", None, 1], title='"', data_x=True, hidden=False)
-    assert made == '<p title="&quot;" data-x>&lt;b&gt;<i>&amp;</i>x1</p>'
+    made = el("p", "<b>", el("i", "&"), "x", None, 1, title='"', data_x=2, hidden=None)
+    assert made == '<p title="&#34;" data-x="2">&lt;b&gt;<i>&amp;</i>x1</p>'
     assert escaped(made) is made
-    assert isinstance(made, Html)
+    assert isinstance(made, Markup)
     assert escaped("a\x00b\ud800") == "a\ufffdb\ufffd", "what neither HTML nor UTF-8 can hold"
 
 

@@ -8,10 +8,21 @@ import pytest
 from tests.export.report.reports import lines, record
 
 from sparsepass.export.report.curves import NUM_POINTS, curve, retraining_run
-from sparsepass.export.report.document import check_report, new_report, write_report
-from sparsepass.export.report.figures import drawn_figures, figure_names
-from sparsepass.export.report.retraining import retraining_part, training_facts
+from sparsepass.export.report.document import new_report, write_report
+from sparsepass.export.report.markdown import drawn_figures, render_markdown
+from sparsepass.export.report.schema import ReportDocument, check_report
+from sparsepass.export.report.sections import TrainingEntry
+from sparsepass.export.report.training import training_facts, training_pictures
+from sparsepass.export.report.view import ReportView, report_view
 from sparsepass.graph import SparsepassError
+
+
+def entry(run: dict[str, Any]) -> TrainingEntry:
+    return TrainingEntry.model_validate(run, strict=True)
+
+
+def view_of(run: dict[str, Any]) -> ReportView:
+    return report_view(ReportDocument.parse(new_report() | {"retraining": {"runs": [run]}}))
 
 
 @pytest.mark.parametrize("count", [1, 7, 199, 200, 201, 1234])
@@ -50,12 +61,12 @@ def test_the_page_names_the_pictures_that_are_drawn(tmp_path: Path) -> None:
     run = retraining_run(record(), lines(40))
     write_report(tmp_path, new_report() | {"retraining": {"runs": [run]}})
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.svg")}
-    assert drawn == set(figure_names(1, run).values())
+    assert drawn == {f"figures/retraining-1-{what}.svg" for what in training_pictures(entry(run))}
     assert len(drawn) == 6
     page = (tmp_path / "report.md").read_text()
     assert all(f"]({name})" in page for name in drawn)
     assert "perplexity 20 at step 0, 18 at step 20, whose weights were kept" in page
-    again = drawn_figures({"runs": [run]})
+    again = drawn_figures(view_of(run))
     assert all(again[name] == (tmp_path / name).read_text() for name in drawn), "the same report, the same text"
 
 
@@ -69,14 +80,14 @@ def test_the_page_names_the_pictures_that_are_drawn(tmp_path: Path) -> None:
 )
 def test_what_a_run_did_not_measure_is_not_drawn(changes: dict[str, Any], metrics: int, drawn: set[str]) -> None:
     run = retraining_run(record(**changes), lines(metrics))
-    assert set(figure_names(1, run)) == drawn
-    assert len(drawn_figures({"runs": [run]})) == len(drawn)
-    assert retraining_part({"runs": [run]}).count("![") == len(drawn)
+    assert set(training_pictures(entry(run))) == drawn
+    assert len(drawn_figures(view_of(run))) == len(drawn)
+    assert render_markdown(view_of(run)).count("![") == len(drawn)
 
 
 def test_facts_tell_teacher_and_validation() -> None:
     def facts(**changes: Any) -> dict[str, str]:
-        return dict(training_facts(retraining_run(record(**changes), [])))
+        return dict(training_facts(entry(retraining_run(record(**changes), []))))
 
     assert facts()["teacher"] == "some/model"
     assert facts()["length"] == "40 steps, 2,560 tokens, 1.5 epochs"

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 from tests.export.cli.commands import run
 from tests.export.report.browser import SIZES_OF_PICTURES, Browser, browser
-from tests.export.report.reports import full_report, lines, record
+from tests.export.report.reports import answers, full_report, html_page, lines, markdown_page, record
 from tests.export.tiny import save_tiny_llama
 
-from sparsepass.export.report.answers import summary
 from sparsepass.export.report.curves import retraining_run
-from sparsepass.export.report.document import check_report, new_report, plain_json, read_report, write_report
-from sparsepass.export.report.html.page import render_html
-from sparsepass.export.report.layers import joined_names, layer_facts
-from sparsepass.export.report.page import render_page
+from sparsepass.export.report.document import new_report, plain_json, read_report, write_report
+from sparsepass.export.report.layers import LayerFacts, joined_names, layer_facts
+from sparsepass.export.report.schema import ReportDocument, check_report
 
 EVIL = "</style></title></script><script>document.title='broken'</script><img src=x onerror=alert(1)>\"'&\x00"
 KINDS = (
@@ -95,6 +93,10 @@ def _checked(names: list[str]) -> dict[str, Any]:
     return {"source": "out", "pattern": "2:4", "conforms": True, "counts": {"conforms": len(names)}, "entries": entries}
 
 
+def facts_of(document: dict[str, Any]) -> list[LayerFacts]:
+    return layer_facts(ReportDocument.parse(document))
+
+
 class Structure(HTMLParser):
     """Whether every element is closed where it should be, and which there are."""
 
@@ -126,7 +128,7 @@ def shared() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("page") / "report.html"
-    place.write_text(render_html(large_report(30)), encoding="utf-8")
+    place.write_text(html_page(large_report(30)), encoding="utf-8")
     return place
 
 
@@ -149,16 +151,16 @@ def reports() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("stage", reports())
 def test_every_stage_has_a_page(stage: str) -> None:
     document = reports()[stage]
-    text = render_html(document)
+    text = html_page(document)
     found = Structure(text)
     assert found.open == []
     assert len(set(found.ids)) == len(found.ids)
     assert found.names.count("script") == 1
     assert set(re.findall(r'href="#([^"]+)"', text)) <= set(found.ids)
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL))
-    assert text == render_html(document), "the same report, the same bytes"
-    assert all(answer.sentences and answer.short for answer in summary(document))
-    assert all(answer.question in render_page(document) for answer in summary(document))
+    assert text == html_page(document), "the same report, the same bytes"
+    assert all(answer.sentences and answer.short for answer in answers(document))
+    assert all(answer.question in markdown_page(document) for answer in answers(document))
 
 
 def planted(value: Any) -> Any:
@@ -185,7 +187,7 @@ def evil_report() -> dict[str, Any]:
 
 
 def test_no_text_of_a_report_becomes_markup(tmp_path: Path) -> None:
-    text = render_html(evil_report())
+    text = html_page(evil_report())
     assert "<img" not in text
     assert text.count("<script>") == text.count("</script>") == 1
     assert text.count("</style>") == 1
@@ -195,7 +197,7 @@ def test_no_text_of_a_report_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_a_browser_runs_nothing_that_was_planted(shared: Browser, tmp_path: Path) -> None:
-    (tmp_path / "evil.html").write_text(render_html(evil_report()), encoding="utf-8")
+    (tmp_path / "evil.html").write_text(html_page(evil_report()), encoding="utf-8")
     shared.open(tmp_path / "evil.html")
     assert shared.messages == []
     assert len(shared.requests) == 1
@@ -276,8 +278,8 @@ def test_the_table_of_layers_is_sorted_and_filtered(shared: Browser, page: Path)
 
 def test_a_thousand_layers_stay_small(shared: Browser, tmp_path: Path) -> None:
     document = large_report(143)
-    assert len(layer_facts(document)) == 1002
-    text = render_html(document)
+    assert len(facts_of(document)) == 1002
+    text = html_page(document)
     assert len(text.encode()) < 2_000_000
     (tmp_path / "large.html").write_text(text, encoding="utf-8")
     shared.open(tmp_path / "large.html")
@@ -287,12 +289,12 @@ def test_a_thousand_layers_stay_small(shared: Browser, tmp_path: Path) -> None:
 
 def test_the_answers_follow_the_evidence() -> None:
     def answer(document: dict[str, Any]) -> tuple[str, str]:
-        found = next(each for each in summary(document) if "runtime" in each.question)
+        found = next(each for each in answers(document) if "runtime" in each.question)
         return found.tone, found.short
 
     document = large_report(2)
     assert answer(document) == ("unknown", "unknown")
-    told = next(each for each in summary(document) if "runtime" in each.question).sentences
+    told = next(each for each in answers(document) if "runtime" in each.question).sentences
     assert any(UNKNOWN in sentence for sentence in told)
     assert "sparse-export FOLDER --target tensorrt" in told[-1]
     for layer in document["sparsity"]["layers"][:20]:
@@ -312,25 +314,25 @@ def test_accuracy_is_told_with_what_training_won_back() -> None:
     figures = document["accuracy"]["measurements"][0]
     values = {"dense": 10.0, "2:4": 40.0, "2:4, retrained": 20.0}
     document["accuracy"]["measurements"] = [figures | {"name": name, "perplexity": value} for name, value in values.items()]
-    (found,) = [each for each in summary(document) if "accuracy" in each.question]
+    (found,) = [each for each in answers(document) if "accuracy" in each.question]
     assert found.short == "2.00 times the perplexity of dense"
     assert any("closed 50% of the gap" in sentence for sentence in found.sentences)
     assert any("do NOT compute what the program computes: they differ" in sentence for sentence in found.sentences)
     del document["verification"]
     document["accuracy"]["measurements"][2]["perplexity"] = 80.0
-    (found,) = [each for each in summary(document) if "accuracy" in each.question]
+    (found,) = [each for each in answers(document) if "accuracy" in each.question]
     assert found.tone == "bad"
     assert any("the gap that pruning had opened grew by 50%" in sentence for sentence in found.sentences)
     document["accuracy"]["measurements"][2]["perplexity"] = "inf"
-    (found,) = [each for each in summary(document) if "accuracy" in each.question]
+    (found,) = [each for each in answers(document) if "accuracy" in each.question]
     assert "inf" not in found.short
     del document["accuracy"]
-    (found,) = [each for each in summary(document) if "accuracy" in each.question]
+    (found,) = [each for each in answers(document) if "accuracy" in each.question]
     assert (found.tone, found.short) == ("unknown", "not measured")
 
 
 def test_layers_are_brought_together_from_all_sections() -> None:
-    found = {layer.name: layer for layer in layer_facts(large_report(2))}
+    found = {layer.name: layer for layer in facts_of(large_report(2))}
     layer = found["model.layers.1.mlp.up_proj"]
     assert (layer.pattern, layer.zeros, layer.notes) == ("2:4", 0.5, ("SLoRB k=16",))
     assert list(layer.errors) == ["nm_sparsify", "slorb"]
@@ -355,10 +357,10 @@ def test_the_command_renders_a_page_from_the_json_alone(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "report.html there tells everything" in result.output
     told = " ".join(result.output.split())
-    for answer in summary(written):
+    for answer in answers(written):
         assert answer.question in told
         assert answer.short in told, "the terminal tells in short what the page tells"
-    assert (tmp_path / "alone" / "report.html").read_text() == render_html(written)
+    assert (tmp_path / "alone" / "report.html").read_text() == html_page(written)
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"report.json", "report.html", "report.md", "figures"}
     assert (tmp_path / "alone" / "figures" / "retraining-1-loss.svg").is_file()
     result = run("report", tmp_path / "alone" / "report.json", "-o", tmp_path / "elsewhere")
@@ -387,9 +389,9 @@ def test_a_newer_or_foreign_report_is_refused(content: dict[str, Any] | None, sa
 def test_an_older_report_without_later_fields_has_a_page() -> None:
     document = full_report()
     assert "layers" not in document["passes"]
-    found = {layer.name: layer for layer in layer_facts(document)}
+    found = {layer.name: layer for layer in facts_of(document)}
     assert (found["a"].pattern, found["a"].zeros) == ("2:4", None)
-    assert "1 of 2 linear layers are 2:4 sparse" in render_html(check_report(document))
+    assert "1 of 2 linear layers are 2:4 sparse" in html_page(check_report(document))
 
 
 def test_plan_and_verify_add_to_a_report(tmp_path: Path) -> None:

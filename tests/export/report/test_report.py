@@ -2,46 +2,50 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.export.report.reports import full_report
+from pydantic import create_model
+from tests.export.cli.commands import run
+from tests.export.report import documentation
+from tests.export.report.reports import full_report, html_page, markdown_page
 from tests.export.tiny import save_tiny_llama
 
+from sparsepass.export.report import view
+from sparsepass.export.report.blocks import EVERYWHERE, Block, Sentence
 from sparsepass.export.report.document import (
-    HEADER,
     HTML_FILE,
     PAGE_FILE,
     RECIPE_FILE,
     REPORT_FILE,
-    RUN,
-    SCHEMA_VERSION,
-    SECTIONS,
-    check_report,
     find_report,
+    new_report,
     plain_json,
     read_report,
     write_report,
 )
-from sparsepass.export.report.html import page as report_html
-from sparsepass.export.report.page import _RENDERERS, render_page, size
+from sparsepass.export.report.html import render_html
+from sparsepass.export.report.markdown import render_markdown
+from sparsepass.export.report.schema import SCHEMA_VERSION, SECTIONS, ReportDocument, check_report, json_schema
+from sparsepass.export.report.sections import Part
+from sparsepass.export.report.view import VIEWS
+from sparsepass.export.report.words import size
 from sparsepass.export.stages.preparing import Calibration, prepare, write_program
 from sparsepass.graph import SparsepassError
-
-_DOCUMENTATION = Path(__file__).parents[3] / "docs" / "report.md"
 
 
 def test_a_full_report_round_trips_through_its_file(tmp_path: Path) -> None:
     written = write_report(tmp_path, full_report())
     assert read_report(tmp_path) == read_report(tmp_path / REPORT_FILE) == written
     assert (tmp_path / RECIPE_FILE).read_text() == "nm_sparsify{pattern=2:4}\n"
-    assert (tmp_path / PAGE_FILE).read_text() == render_page(written)
-    assert (tmp_path / HTML_FILE).read_text() == report_html.render_html(written)
+    assert (tmp_path / PAGE_FILE).read_text() == markdown_page(written)
+    assert (tmp_path / HTML_FILE).read_text() == html_page(written)
 
 
 def test_the_page_tells_a_newcomer_what_matters() -> None:
-    page = render_page(check_report(full_report()))
+    page = markdown_page(check_report(full_report()))
     assert "Verification did NOT hold" in page
     assert "| dense | 10 | 1.00x |" in page
     assert "| 2:4 | 15 | 1.50x |" in page
@@ -50,7 +54,7 @@ def test_the_page_tells_a_newcomer_what_matters() -> None:
     assert "| outputs | DID NOT HOLD | they differ |" in page
     assert "| other | not checked |" in page
     assert "| decode | SM89 | 1.0 kB |  |  |  | 1 yes, 2 unknown |  |" in page
-    assert "| yes | a sparse tactic | 1 |" in page
+    assert "| a sparse tactic | yes | 1 |" in page
     assert "| 1 | 64 | 3 | 2 | 1.50x |" in page
     assert "sparse is faster everywhere" in page
 
@@ -58,7 +62,7 @@ def test_the_page_tells_a_newcomer_what_matters() -> None:
 def test_unknown_sections_are_kept_and_shown(tmp_path: Path) -> None:
     written = write_report(tmp_path, full_report() | {"retrain": {"steps": 150}})
     assert read_report(tmp_path)["retrain"] == {"steps": 150}
-    assert "## retrain" in render_page(written)
+    assert "## retrain" in markdown_page(written)
 
 
 def test_infinities_are_written_as_text_that_any_json_reader_takes(tmp_path: Path) -> None:
@@ -111,17 +115,23 @@ def test_a_report_holds_plain_values_only() -> None:
         plain_json({"x": object()})
 
 
-def test_every_section_has_a_renderer() -> None:
-    assert set(_RENDERERS) == set(report_html._RENDERERS) == set(SECTIONS)
+def test_every_section_has_a_view() -> None:
+    assert set(VIEWS) == set(SECTIONS)
 
 
-def test_the_documentation_names_every_field() -> None:
-    text = _DOCUMENTATION.read_text(encoding="utf-8")
-    for section, fields in {"": HEADER, "runs": RUN, **SECTIONS}.items():
-        assert not section or f"`{section}`" in text, section
-        for name, field in fields.items():
-            row = f"| `{name}` | {field.kind}{' or null' if field.optional else ''} | {field.meaning} |"
-            assert row in text, f"docs/report.md lacks: {row}"
+def test_the_documentation_is_made_from_the_models() -> None:
+    text = documentation.FILE.read_text(encoding="utf-8")
+    assert text == documentation.whole(), "docs/report.md is old: python -m tests.export.report.documentation"
+    for name, model in SECTIONS.items():
+        assert f"### `{name}`" in text
+        assert all(field.description for field in model.model_fields.values()), name
+
+
+def test_the_command_prints_the_json_schema() -> None:
+    printed = json.loads(run("report", "--schema").stdout)
+    assert printed == json_schema()
+    assert set(SECTIONS) < set(printed["properties"])
+    assert set(printed["required"]) == set(new_report())
 
 
 def test_a_program_keeps_the_name_that_its_report_gave_the_calibration_text(tmp_path: Path) -> None:
@@ -142,3 +152,19 @@ def test_sizes() -> None:
         "538.0 MB",
         "7000.0 GB",
     ]
+
+
+def test_a_section_is_a_model_a_field_and_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LatencySection(Part):
+        tokens_per_second: float
+
+    def latency_view(section: LatencySection, report: ReportDocument) -> Iterator[Block]:
+        yield Sentence(f"`{report.recipe}` runs at {section.tokens_per_second} tokens a second.", on=EVERYWHERE)
+
+    extended = create_model("Extended", __base__=ReportDocument, latency=(LatencySection | None, None))
+    monkeypatch.setattr(view, "VIEWS", {**VIEWS, "latency": ("Latency", latency_view)})
+    found = view.report_view(extended.parse(full_report() | {"latency": {"tokens_per_second": 9.5}}))
+    assert "## Latency\n\n`nm_sparsify{pattern=2:4}` runs at 9.5 tokens a second." in render_markdown(found)
+    assert "<p><code>nm_sparsify{pattern=2:4}</code> runs at 9.5 tokens a second.</p>" in render_html(found)
+    with pytest.raises(SparsepassError, match="latency: field 'tokens_per_second' is 'many', expected number"):
+        extended.parse(full_report() | {"latency": {"tokens_per_second": "many"}})

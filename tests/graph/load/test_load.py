@@ -15,7 +15,7 @@ from tests.graph.load.packages import package_folder
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from sparsepass.graph.load.model import LoadedModel, load_model, parse_dtype
+from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
 from sparsepass.graph.support.errors import SparsepassError
 
 SMALL: dict[str, Any] = {

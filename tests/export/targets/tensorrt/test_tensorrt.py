@@ -237,8 +237,8 @@ def test_export_verifies_and_reports(program: Program, tmp_path: Path) -> None:
     assert section["runtime"] == "tensorrt-rtx"
     assert section["counts"]["total"]["conforms"] == {"yes": 2, "no": 0, "unknown": 0}
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "## Was the sparsity used? (built by tensorrt-rtx" in page
-    assert "| model | 0.weight | 32x64 | yes | yes | unknown | unknown | unknown | no GPU here" in page
+    assert "## Was the sparsity used?\n\nBuilt by tensorrt-rtx" in page
+    assert "| 0.weight | model | 32x64 | yes | yes | unknown | unknown | unknown | no GPU here" in page
 
 
 def test_an_engine_that_was_cut_off_does_not_hold(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_the_report_tells_of_each_layer_what_it_runs_and_why(written: ExportResu
     assert set(section["measured"]) == {f"{o}x{i}, cutlass" for o, i in GAINS}, "of this model's shapes only"
     assert section["gpus"] == ["emulated (SM80)"]
     page = (written.folder / "report.md").read_text()
-    assert "built by torch" in page
+    assert "Built by torch" in page
     assert "no time of 64x128" in page
 
 

@@ -1,0 +1,89 @@
+"""Running an artifact, and what it returned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sparsepass.graph.equivalence.artifact import Artifact, Inputs
+from sparsepass.graph.equivalence.layers import CallNumbers
+from sparsepass.graph.equivalence.opening import open_artifact
+from sparsepass.graph.support import EquivalenceError, SparsepassError
+
+
+@dataclass(frozen=True)
+class Outputs(Mapping[str, Tensor]):
+    """What an artifact returned: a mapping of flat output names to tensors. Final.
+
+    Attributes:
+        tensors: The outputs.
+        layers: Module path -> result of that layer, in the order in which layers finish; empty unless asked for. A
+            later call of the same module is named ``path#1``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def run(artifact: Any, inputs: Inputs, *, layers: bool = False) -> Outputs:
+    """Run a model, a program or an ONNX file, and give its outputs flat names.
+
+    Modules run in evaluation mode without gradients; models of transformers without a cache. Afterwards they are as
+    they were. An ONNX decoder with a cache starts from an empty one. Inputs go to the artifact's device; floating
+    inputs take its dtype.
+
+    Args:
+        artifact: An nn.Module, a Program, a Hierarchy, or the path of an ONNX file, of a folder holding ``model.onnx``
+            (or one ONNX file of another name), or of a saved program.
+        inputs: Name -> tensor; for modules that take positions, a tensor or a tuple will do.
+        layers: Whether the results of layers are kept too (which needs memory for all of them).
+
+    Returns:
+        A mapping of output names, such as ``logits`` (``output`` for a bare tensor), to tensors.
+
+    Raises:
+        EquivalenceError: If it is none of these, or cannot be run with these inputs.
+
+    Example:
+        >>> outputs = run(torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.ones(2, 8), layers=True)
+        >>> {name: tuple(t.shape) for name, t in outputs.items()}, list(outputs.layers)
+        ({'output': (2, 4)}, ['0'])
+    """
+    opened = open_artifact(artifact)
+    kept: dict[str, Tensor] = {}
+    numbers = CallNumbers()
+
+    def keep(path: str, value: Tensor) -> None:
+        kept[numbers.name(path)] = value.detach().clone()  # later operators may work in place
+
+    return Outputs(outputs_of(opened, inputs, keep if layers else None), kept)
+
+
+def outputs_of(artifact: Artifact, inputs: Inputs, observe: Any) -> dict[str, Tensor]:
+    """Run an opened artifact; errors of its own code are told as ours."""
+    try:
+        outputs = artifact.run(inputs, observe)
+    except SparsepassError:
+        raise
+    except Exception as error:  # the code of any model runs here
+        given = (
+            {name: list(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
+            if isinstance(inputs, Mapping)
+            else "positional"
+        )
+        raise EquivalenceError(
+            f"{artifact.description} cannot be run with these inputs ({given}): {type(error).__name__}: {error}"
+        ) from error
+    if not outputs:
+        raise EquivalenceError(f"{artifact.description} returns no tensors, so there is nothing to compare")
+    return outputs
