@@ -102,7 +102,7 @@ def test_a_check_that_fails_gives_exit_code_1(place: Path, tmp_path: Path, monke
         (["export", "{}/tiny", "-t", "hf", "-o", "{}/x", "--task", "image-classification"], "has no option task"),
         (["prune", "{}/tiny", "-o", "{}/x", "--passes", "nm_sparsify{pattern=0:4}"], "0:4"),
         (["prune", "{}/tiny", "-o", "{}/x", "--passes", "slorb"], "put nm_sparsify before it"),
-        (["prune", "{}/pruned", "-o", "{}/x"], "sparse by nm_sparsify already"),
+        (["prune", "{}/pruned", "-o", "{}/x"], "made sparse already"),
         (["prune", "{}/tiny", "-o", "{}/x", "--passes", "nm_sparsify{criterion=wanda}"], "needs calibration"),
         (["prune", "{}/tiny", "-o", "{}/x", "--calibration", "{}/nowhere.txt"], "nowhere.txt"),
         (["prune", "{}/tiny", "-o", "{}/x", "--eval-text", "{}/nowhere.txt"], "does not exist"),
