@@ -16,6 +16,14 @@ if find_spec("sparsepass.graph") is None:
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport as PatternReport, check_pattern as check_pattern
+    from sparsepass.export.stages import Calibration as Calibration, Evaluation as Evaluation
+    from sparsepass.export.targets import (
+        HuggingFace as HuggingFace,
+        Onnx as Onnx,
+        SemiStructured as SemiStructured,
+        Target as Target,
+        TensorRT as TensorRT,
+    )
     from sparsepass.graph import (
         CaptureError as CaptureError,
         EquivalenceError as EquivalenceError,
@@ -26,18 +34,26 @@ if TYPE_CHECKING:
         SparsepassError as SparsepassError,
     )
     from sparsepass.graph.capture import capture as capture
-    from sparsepass.graph.equivalence import assert_equivalent as assert_equivalent, compare as compare
-    from sparsepass.graph.load import load_model as load_model
+    from sparsepass.graph.equivalence import (
+        Comparison as Comparison,
+        assert_equivalent as assert_equivalent,
+        compare as compare,
+    )
+    from sparsepass.graph.load import LoadedModel as LoadedModel, load_model as load_model
     from sparsepass.graph.perplexity import Perplexity as Perplexity, perplexity as perplexity
     from sparsepass.passes import (
         Fold as Fold,
+        LearnMasks as LearnMasks,
         NMSparsify as NMSparsify,
         Pass as Pass,
+        Reconstruct as Reconstruct,
         SLoRB as SLoRB,
         apply_passes as apply_passes,
         parse_pipeline as parse_pipeline,
         pipeline_to_text as pipeline_to_text,
     )
+    from sparsepass.retrain.config import RetrainConfig as RetrainConfig
+    from sparsepass.retrain.data import DataConfig as DataConfig
 
     __version__: str
 else:
