@@ -12,10 +12,11 @@ import pytest
 import torch
 from tests.families import BY_NAME, captured
 
+from sparsepass import _plugins
 from sparsepass.graph import PassError, Program, Site
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.passes import Condition, Facts, GroupContext, Needs, Pass, SiteGroup, apply_passes, table as table_module
+from sparsepass.passes import Condition, Facts, GroupContext, Needs, Pass, SiteGroup, apply_passes
 
 BATCHES = BY_NAME["llama"].inputs(4, 16)
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -68,7 +69,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> type[Pass]:
             return _EveryOther
 
-    monkeypatch.setattr(table_module, "entry_points", lambda group: [Entry()] if group == "sparsepass.passes" else [])
+    monkeypatch.setattr(_plugins, "entry_points", lambda group: [Entry()] if group == "sparsepass.passes" else [])
 
 
 @pytest.mark.usefixtures("installed")
