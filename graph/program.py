@@ -303,15 +303,19 @@ class Program(nn.Module):
         write_state(folder, *self._state())
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Program":
+    def load(cls, folder: str | Path, *, check_patterns: bool = True) -> "Program":
         """Read a program that `save` wrote. Bit-equal; runs nothing that the folder brings.
+
+        Args:
+            folder: What `save` wrote.
+            check_patterns: Whether masks that are not N:M are refused. The pattern checker reads them, to tell where.
 
         Raises:
             ProgramFormatError: If the folder holds no program, a truncated one, or one of a newer format.
         """
         document, tensors = read_state(Path(folder))
         try:
-            return _from_state(document, tensors)
+            return _from_state(document, tensors, check_patterns=check_patterns)
         except ProgramFormatError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
@@ -352,7 +356,13 @@ class Program(nn.Module):
         return self.tensors() | {f"{_EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
 
 
-def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], graph: fx.Graph | None = None) -> Program:
+def _from_state(
+    document: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    graph: fx.Graph | None = None,
+    *,
+    check_patterns: bool = True,
+) -> Program:
     structure.check(document["output_structure"])
     for name in tensors:
         check_tensor_name(name)
@@ -387,7 +397,7 @@ def _from_state(document: Mapping[str, Any], tensors: Mapping[str, Tensor], grap
             if weight in program.sparse:
                 with_sparse(program, weight, changed_by=told)
     graph = graph if graph is not None else graph_from_json(document["graph"])
-    check_program(program, graph)
+    check_program(program, graph, patterns=check_patterns)
     program.graph_module = fx.GraphModule(program.graph_module, graph)
     for name, tensor in tensors.items():  # GraphModule keeps only what the graph reads
         if not name.startswith(_EXAMPLE_PREFIX) and name not in program.tensors():

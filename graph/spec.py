@@ -36,21 +36,22 @@ class ProgramFacts(Protocol):
         """Names of the output tensors."""
 
 
-def check_program(program: ProgramFacts, graph: fx.Graph) -> None:
+def check_program(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True) -> None:
     """Refuse a program that breaks a rule, while it is read.
 
     Args:
         program: Its tensors and facts are checked.
         graph: Its graph, which need not be compiled yet.
+        patterns: Whether masks are held to N:M.
 
     Raises:
         ProgramFormatError: If a rule is broken; it names the place and the reason.
     """
-    for where, reason in violations(program, graph):
+    for where, reason in violations(program, graph, patterns=patterns):
         raise ProgramFormatError(f"a saved program is damaged at {where}: {reason}; save the program again")
 
 
-def violations(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
+def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True) -> Iterator[Violation]:
     """Check a program against every rule. It may be on the meta device; then the values of masks are not looked at.
 
     1. Every tensor that the graph reads is there, and so is every tensor that an alias or a sparse state names.
@@ -62,6 +63,7 @@ def violations(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
     Args:
         program: Not changed.
         graph: Its graph.
+        patterns: Whether masks are held to N:M.
 
     Yields:
         What is broken, in the order of the rules; none for a sound program.
@@ -82,7 +84,7 @@ def violations(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
         if weight not in tensors:
             yield Violation(weight, "it has a sparse state, and the program has no such tensor")
             continue
-        yield from _mask(weight, state, tensors, applied)
+        yield from _mask(weight, state, tensors, applied, patterns=patterns)
         if state.branch is not None:
             yield from _branch(weight, state, state.branch, tensors, read)
 
@@ -113,7 +115,9 @@ def _ends(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
             yield Violation(str(node.target), "this input has no example")
 
 
-def _mask(weight: str, state: SparseState, tensors: dict[str, Tensor], applied: set[tuple[str, ...]]) -> Iterator[Violation]:
+def _mask(
+    weight: str, state: SparseState, tensors: dict[str, Tensor], applied: set[tuple[str, ...]], *, patterns: bool
+) -> Iterator[Violation]:
     pattern = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", state.pattern)
     n, m = (int(pattern[1]), int(pattern[2])) if pattern else (0, 0)
     if not 0 < n < m:
@@ -137,7 +141,7 @@ def _mask(weight: str, state: SparseState, tensors: dict[str, Tensor], applied: 
         yield Violation(weight, f"its mask {state.mask} has the weight's shape {list(shape)}, got {list(mask.shape)}")
     elif not -mask.dim() <= state.axis < mask.dim() or mask.shape[state.axis] % m:
         yield Violation(weight, f"{state.pattern} does not run along axis {state.axis} of a weight of shape {list(shape)}")
-    elif not mask.is_meta and (broken := num_broken_groups(mask, n, m, state.axis)):
+    elif patterns and not mask.is_meta and (broken := num_broken_groups(mask, n, m, state.axis)):
         yield Violation(weight, f"{broken} groups of the weight are not {state.pattern}")
 
 

@@ -191,7 +191,7 @@ def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -
     from sparsepass.graph import Program, SparsepassError
     from sparsepass.graph.program import masked_weight
 
-    program = Program.load(folder)
+    program = Program.load(folder, check_patterns=False)
     if not program.sparse:
         raise SparsepassError(f"{folder} is a program without sparse weights; apply nm_sparsify first (sparsepass prune)")
     stored = program.tensors()
