@@ -20,6 +20,19 @@ FACTS: dict[str, tuple[str, set[str]]] = {
     ),
     "switching branches off": (r"def _?\w*(without|muted|mute)_branches\(program: Program[,)].*Iterator", {"graph/states.py"}),
     "copying a program": (r"(?<![\w`\"])Program\($", {"graph/program.py", "graph/capture.py"}),
+    "perplexity": (r"def perplexity|exp\((nll|loss|mean_nll)", {"graph/perplexity.py"}),
+    "moving a file over another": (
+        r"os\.replace\(",
+        # Checkpoints and sampled text move when they are done; the builder's children know nothing of this package.
+        {
+            "graph/support/files.py",
+            "retrain/run/checkpoint.py",
+            "retrain/teacher/sample.py",
+            "export/targets/tensorrt/child.py",
+            "export/targets/tensorrt/through_torch_child.py",
+        },
+    ),
+    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"passes/data/reading.py"}),
 }
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 HELD, FAILED, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: what was asked about holds; it does not; it cannot be read or is wrongly asked; Ctrl-C."""
 
-EXIT_CODES = "Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input."
 
 DEFAULT_PASSES = "nm_sparsify"
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, final
 from sparsepass.export.targets.torch.choice import Timing, Verdict
 from sparsepass.export.targets.torch.options import Shapes, check_shapes
 from sparsepass.export.targets.torch.rules import BACKENDS, Device, check_generation
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, write_text
 
 RECORD_FILE: Final = "torch_semi_structured.json"
 SCHEMA_VERSION: Final = 1
@@ -181,9 +181,7 @@ class Record:
 
 def write_record(record: Record, folder: Path) -> None:
     """Write a record into a folder; an interrupted run leaves the old one."""
-    staging = folder / f".{RECORD_FILE}.partial"
-    staging.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
-    staging.replace(folder / RECORD_FILE)
+    write_text(folder / RECORD_FILE, json.dumps(record.to_dict(), indent=1) + "\n")
 
 
 def read_record(folder: str | Path) -> Record:
