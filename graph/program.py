@@ -332,7 +332,8 @@ class Program(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         """Copies the graph itself, so that a program whose operators cannot be saved can still be copied."""
         tensors = {name: copy.deepcopy(t.detach(), memo) for name, t in self._saved_tensors().items()}
-        return _from_state(copy.deepcopy(self._document()), tensors, copy.deepcopy(self.graph_module.graph, {}))
+        graph = copy.deepcopy(self.graph_module.graph, {})
+        return _from_state(copy.deepcopy(self._document()), tensors, graph, check_patterns=False)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The whole program as JSON and tensors; the JSON says which tensors are parameters."""
