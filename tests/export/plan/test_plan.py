@@ -424,8 +424,10 @@ def test_an_8b_model_takes_little_time_and_memory(tmp_path: Path) -> None:
         found = plan({str(tmp_path)!r}, gpu="h100", batches=(1, 8, 64), seqs=(512, 4096))
         assert found.shape.num_parameters == 8030261248
         assert 1.3 < found.points[0].decode.speedup < 16 / 9
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        assert used.ru_utime < 45, used  # seconds of processor time, whatever else the machine does
-        assert used.ru_maxrss < 1e6, used  # kilobytes
+        seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        assert seconds < 45, seconds  # of processor time, whatever else the machine does
+        with open("/proc/self/status") as status:  # ru_maxrss is handed down by the process that started this one
+            peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        assert peak < 1e6, peak  # kilobytes
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=600)
