@@ -16,12 +16,11 @@ import transformers
 
 from sparsepass.export.cli import smollm2
 from sparsepass.export.report import Line, Picture, line_chart, retraining_run
-from sparsepass.export.stages import PYTHON_DOCS, evaluation_text, read_retrain_section
+from sparsepass.export.stages import Evaluation, read_retrain_section
 from sparsepass.graph import Program
 from sparsepass.graph.load import LoadedModel, load_model
-from sparsepass.graph.perplexity import perplexity
 from sparsepass.passes import apply_passes
-from sparsepass.passes.data import default_text
+from sparsepass.passes.data import PYTHON_DOCS, default_text
 from sparsepass.retrain.data import open_data
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.run import METRICS, read_metrics
@@ -92,8 +91,8 @@ class TrainingBench:
 
     def perplexity(self, model: torch.nn.Module, text: str | None = None) -> dict[str, Any]:
         """Of the whole evaluation text (or another one), or of its first tokens where that was asked for."""
-        whole = evaluation_text(text or self.text)
-        found = perplexity(model, whole, self.dense.tokenizer, context=512, max_tokens=self.args.eval_tokens)
+        evaluation = Evaluation(text=text or self.text, context=512, max_tokens=self.args.eval_tokens)
+        found = evaluation.measure(model, self.dense.tokenizer)
         return {"perplexity": found.value, "num_tokens": found.num_tokens}
 
     def dense_perplexity(self) -> dict[str, Any]:

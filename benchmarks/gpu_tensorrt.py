@@ -21,7 +21,7 @@ import torch
 
 from sparsepass.export.cli import smollm2
 from sparsepass.export.report import read_report
-from sparsepass.export.stages import SAMPLES_FILE, export
+from sparsepass.export.stages import SAMPLES_FILE, export, listen
 from sparsepass.export.targets.tensorrt import PROVIDER, TensorRT, open_tensorrt_session, read_configuration
 from sparsepass.graph.equivalence import OnnxFile, default_rtol, difference, output_name
 
@@ -29,14 +29,9 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 def engines(arguments: argparse.Namespace) -> bool:
-    result = export(
-        arguments.model or smollm2(),
-        TensorRT(runtime=arguments.runtime, dtype=arguments.dtype),
-        arguments.out,
-        passes="nm_sparsify",
-        force=True,
-        tell=print,
-    )
+    target = TensorRT(runtime=arguments.runtime, dtype=arguments.dtype)
+    with listen(print):
+        result = export(arguments.model or smollm2(), target, arguments.out, passes="nm_sparsify", force=True)
     for check in result.report["verification"]["checks"]:
         print(f"{check['name']}: {check['held']}: {check['summary']}")
     return result.held is not False

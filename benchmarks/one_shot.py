@@ -15,8 +15,19 @@ from pathlib import Path
 from common import commit, without_folders
 
 from sparsepass.export.cli import smollm2
-from sparsepass.export.stages import PYTHON_DOCS, CriteriaSettings, Job, criteria_page, criteria_table, jobs_of
+from sparsepass.export.stages import (
+    Calibration,
+    CriteriaSettings,
+    Evaluation,
+    Job,
+    ModelSource,
+    criteria_page,
+    criteria_table,
+    jobs_of,
+    listen,
+)
 from sparsepass.graph.support import write_text
+from sparsepass.passes.data import PYTHON_DOCS
 
 JOBS = [
     *jobs_of(),
@@ -44,16 +55,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     settings = CriteriaSettings(
-        model=str(smollm2()),
-        calibration=args.calibration,
-        eval_text=args.eval_text,
-        num_sequences=args.num_sequences,
-        context=args.context,
-        eval_context=args.context,
-        max_tokens=args.max_tokens,
+        model=ModelSource(source=str(smollm2())),
+        calibration=Calibration(data=args.calibration, num_sequences=args.num_sequences, context=args.context),
+        evaluation=Evaluation(text=args.eval_text, context=args.context, max_tokens=args.max_tokens),
     )
     jobs = [job for job in JOBS if args.only is None or job.name in args.only]
-    found = criteria_table(settings, jobs, work=args.work, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    with listen(lambda line: print(line, file=sys.stderr, flush=True)):
+        found = criteria_table(settings, jobs, work=args.work)
     found = without_folders(found) | {"commit": commit()}
     page = f"# One-shot 2:4 pruning of SmolLM2-135M-Instruct\n\nCommit {found['commit']}.\n{criteria_page(found)}"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -47,13 +47,10 @@ def _root(
 def prune_command(
     model: support.Model,
     out: support.Out,
+    *,
     passes: support.Passes = support.DEFAULT_PASSES,
-    calibration: support.CalibrationData = None,
-    num_sequences: support.NumSequences = 128,
-    context: support.Context = None,
-    batch_size: support.BatchSize = 8,
-    seed: support.Seed = 0,
-    compute: support.ComputeOption = support.Compute.auto,
+    calibration: support.CalibrationOptions,
+    evaluation: support.EvaluationOptions,
     targets: Annotated[
         list[str] | None,
         typer.Option("--targets", help="Rewrite only these layers: name, glob, 're:...' or class. May be repeated."),
@@ -61,16 +58,8 @@ def prune_command(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone. Same patterns. May be repeated.")
     ] = None,
-    dtype: support.Dtype = None,
-    task: support.Task = None,
-    eval_text: support.EvalText = None,
-    eval_context: support.EvalContext = 512,
-    max_tokens: support.MaxTokens = None,
     force: support.Force = False,
     no_validate: support.NoValidate = False,
-    gguf_file: support.GgufFile = None,
-    revision: support.Revision = None,
-    trust_remote_code: support.TrustRemoteCode = False,
 ) -> None:
     """Rewrite the linear layers of MODEL with passes, and save the program with its report.
 
@@ -86,19 +75,7 @@ def prune_command(
         for item in parse_pipeline(passes)
     )
     check_free(out, force=force)
-    prepared = prepare(
-        model,
-        passes=pipeline,
-        calibration=support.calibration_of(calibration, num_sequences, context, batch_size, seed, compute),
-        evaluation=support.evaluation_of(eval_text, eval_context, max_tokens),
-        dtype=dtype,
-        task=task,
-        gguf_file=gguf_file,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        validate=not no_validate,
-        tell=support.news(),
-    )
+    prepared = prepare(model, passes=pipeline, calibration=calibration, evaluation=evaluation, validate=not no_validate)
     support.show_report(write_program(prepared, out, command=support.command_line(), force=force), out)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.options import Fields
+from sparsepass.export.stages import Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,76 +19,40 @@ _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def eval_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, hub id, .gguf file, or saved program.", show_default=False)
-    ],
-    text: Annotated[
-        str | None,
-        typer.Option("--text", help="UTF-8 text file, or 'python-docs' for text that is always there.", show_default=False),
-    ] = None,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a window.")] = 512,
-    stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="Tokens by which the window moves on; by default all of it.")
-    ] = None,
-    dtype: support.Dtype = None,
-    bos: Annotated[
-        bool | None,
-        typer.Option("--bos/--no-bos", help="Begin each window with the BOS token; by default as the tokenizer does."),
-    ] = None,
+    model: support.Model,
+    *,
+    evaluation: Annotated[Evaluation | None, Fields(left_out=("batch_size",))],
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Windows (or lm-eval requests) at once: speed only.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the text.")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas. Needs the package lm-eval.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option("--include-path", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many documents of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
-    task: support.Task = None,
-    gguf_file: support.GgufFile = None,
-    revision: support.Revision = None,
-    trust_remote_code: support.TrustRemoteCode = False,
     as_json: support.AsJson = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, or run lm-eval tasks, or both.
 
     Figures compare only at the same text, context, stride, BOS setting and tokenizer, so all of these are printed.
     """
-    from sparsepass.export.stages import Evaluation, evaluation_text, lm_eval_tasks
+    from sparsepass.export.stages import lm_eval_tasks
     from sparsepass.graph import SparsepassError
-    from sparsepass.graph.load import load_model
-    from sparsepass.graph.perplexity import perplexity
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
-    if text is None and not names:
+    if evaluation is None and not names:
         raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
-    if text is not None:
-        Evaluation(text=text).check()
-    loaded = load_model(
-        model,
-        dtype=dtype,
-        task=task,
-        gguf_file=gguf_file,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    _note_adapter(model)
-    document: dict[str, Any] = {"model": model}
-    if text is not None:
-        found = perplexity(
-            loaded.model,
-            evaluation_text(text),
-            loaded.tokenizer,
-            context=context,
-            stride=stride,
-            bos=bos,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-        )
-        document["perplexity"] = dataclasses.asdict(found) | {"text": text}
+    if evaluation is not None:
+        evaluation.check()
+    loaded = model.load()
+    _note_adapter(model.source)
+    document: dict[str, Any] = {"model": model.source}
+    if evaluation is not None:
+        found = dataclasses.replace(evaluation, batch_size=batch_size).measure(loaded.model, loaded.tokenizer)
+        document["perplexity"] = dataclasses.asdict(found) | {"text": evaluation.text}
         if not as_json:
-            support.stdout().print(f"{model}: {found}", highlight=False)
+            support.stdout().print(f"{model.source}: {found}", highlight=False)
     if names:
         document["lm_eval"] = lm_eval_tasks(
             loaded.model,  # type: ignore[arg-type]
@@ -208,11 +174,11 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
     import torch
     from transformers import AutoTokenizer
 
-    from sparsepass.export.stages import Evaluation, evaluation_text
     from sparsepass.graph import SparsepassError
 
-    Evaluation(text=text).check()
-    found = evaluation_text(text)
+    evaluation = Evaluation(text=text)
+    evaluation.check()
+    found = evaluation.content()
     words = found.read_text(encoding="utf-8") if isinstance(found, Path) else found
     tokenizer = next((tokenizer for _, _, tokenizer in sides if tokenizer is not None), None)
     for name, _, _ in sides if tokenizer is None else ():

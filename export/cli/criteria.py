@@ -6,13 +6,19 @@ from typing import Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.options import Fields
+from sparsepass.export.stages import Calibration, Evaluation
 
 
 def criteria_command(
     model: support.DenseModel,
-    calibration: support.CalibrationNeeded,
-    eval_text: Annotated[
-        str, typer.Option("--eval-text", help="Text file, or 'python-docs', to measure perplexity on.", show_default=False)
+    *,
+    calibration: Annotated[
+        Calibration,
+        Fields(flags={"data": "--calibration"}, left_out=("batch_size",), defaults={"data": ...}, help=support.DATA),
+    ],
+    evaluation: Annotated[
+        Evaluation, Fields(flags={"text": "--eval-text", "context": "--eval-context"}, left_out=("stride", "bos", "batch_size"))
     ],
     criteria: Annotated[
         list[str] | None, typer.Option("--criteria", help="Criteria, separated by commas. By default all of them.")
@@ -24,21 +30,12 @@ def criteria_command(
         list[str] | None, typer.Option("--passes", help="One row more: passes in order, as text. May be repeated.")
     ] = None,
     pattern: support.Pattern = "2:4",
-    num_sequences: support.NumSequences = 128,
-    context: support.Context = None,
-    seed: support.Seed = 0,
-    compute: support.ComputeOption = support.Compute.auto,
-    eval_context: support.EvalContext = 512,
-    max_tokens: support.MaxTokens = None,
-    dtype: support.Dtype = None,
     work: Annotated[
         Path | None,
         typer.Option("--work", help="Folder that keeps each finished row: a run that was interrupted goes on from there."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON to this file.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as Markdown to this file.")] = None,
-    gguf_file: support.GgufFile = None,
-    revision: support.Revision = None,
 ) -> None:
     """Compare pruning criteria on MODEL: perplexity, error, time and memory, all on the same calibration.
 
@@ -54,21 +51,9 @@ def criteria_command(
 
     names = [name.strip() for item in criteria or () for name in item.split(",") if name.strip()]
     jobs = jobs_of(names, pattern=pattern, reconstruct=reconstruct, pipelines=passes or ())
-    settings = CriteriaSettings(
-        model=model,
-        calibration=calibration,
-        eval_text=eval_text,
-        num_sequences=num_sequences,
-        context=context,
-        eval_context=eval_context,
-        max_tokens=max_tokens,
-        seed=seed,
-        compute=compute.value,
-        dtype=dtype,
-        gguf_file=gguf_file,
-        revision=revision,
-    )
-    found = criteria_table(settings, jobs, work=work, tell=support.say if sys.stderr.isatty() or work else support.news())
+    settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation)
+    with support.news(work is not None and not sys.stderr.isatty()):
+        found = criteria_table(settings, jobs, work=work)
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1) + "\n")
     if out is not None:

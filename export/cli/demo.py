@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sparsepass.export.cli import support
+from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 if TYPE_CHECKING:
     from sparsepass.export.stages import ExportResult
@@ -73,19 +74,10 @@ def demo(
     """
     from sparsepass.export.cli.show import summary
     from sparsepass.export.report import layer_sparsity
-    from sparsepass.export.stages import (
-        PYTHON_DOCS,
-        Calibration,
-        Evaluation,
-        accuracy,
-        export,
-        prepare,
-        retrain_and_report,
-        stage_name,
-    )
+    from sparsepass.export.stages import accuracy, export, listen, prepare, retrain_and_report, stage_name
     from sparsepass.graph import capture
-    from sparsepass.graph.load import load_model
     from sparsepass.graph.support import check_free
+    from sparsepass.passes.data import PYTHON_DOCS
     from sparsepass.retrain.config import RetrainConfig
     from sparsepass.retrain.data import DataConfig, open_data
 
@@ -95,17 +87,12 @@ def demo(
         console.print(f"[{time.perf_counter() - started:4.0f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
     check_free(out, force=force)
-    tell(f"loading {model}")
-    dense = load_model(model, dtype="float32")
     evaluation = Evaluation(text=PYTHON_DOCS, context=context, max_tokens=eval_tokens)
-    dense = replace(dense, model=capture(dense.model, inplace=True))  # once, for the sparse model and its teacher
-    prepared = prepare(
-        dense,
-        passes=PASSES,
-        calibration=Calibration(data=PYTHON_DOCS, num_sequences=num_sequences, context=context),
-        evaluation=evaluation,
-        tell=tell,
-    )
+    calibration = Calibration(data=PYTHON_DOCS, num_sequences=num_sequences, context=context)
+    with listen(tell):
+        dense = ModelSource(source=str(model), dtype="float32").load()
+        dense = replace(dense, model=capture(dense.model, inplace=True))  # once, for the sparse model and its teacher
+        prepared = prepare(dense, passes=PASSES, calibration=calibration, evaluation=evaluation)
     sequence = min(context, _TRAINING_CONTEXT)
     config = RetrainConfig(
         max_tokens=train_tokens,
@@ -125,20 +112,19 @@ def demo(
         program, document = retrain_and_report(
             prepared.program, dense.model, data, config, prepared.document, teacher_name=str(model), run_folder=run_folder
         )
-    document["accuracy"] = accuracy(
-        [(stage_name(program), program)], evaluation, dense.tokenizer, known=document["accuracy"], tell=tell
-    )
     document["passes"] |= {"layers": layer_sparsity(program)}
-    result = export(
-        program,
-        "onnx",
-        out,
-        tokenizer=dense.tokenizer,
-        force=force,
-        sections=document,
-        command="python -m sparsepass.export.cli.demo",
-        tell=tell,
-    )
+    with listen(tell):
+        entries = [(stage_name(program), program)]
+        document["accuracy"] = accuracy(entries, evaluation, dense.tokenizer, known=document["accuracy"])
+        result = export(
+            program,
+            "onnx",
+            out,
+            tokenizer=dense.tokenizer,
+            force=force,
+            sections=document,
+            command="python -m sparsepass.export.cli.demo",
+        )
     tell("done")
     console.print()
     console.print(summary(result.report, str(out)))

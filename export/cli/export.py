@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from sparsepass.export.cli import support, target_options
+from sparsepass.export.cli.options import Fields
+from sparsepass.export.stages import ModelSource
 
 
 def export(
-    model: support.Model,
+    model: Annotated[ModelSource, Fields(flags={"source": "MODEL"}, left_out=("dtype", "task"))],
     target: Annotated[
         str,
         typer.Option(
@@ -22,6 +24,7 @@ def export(
         ),
     ],
     out: support.Out,
+    *,
     passes: Annotated[
         str | None,
         typer.Option(
@@ -30,21 +33,11 @@ def export(
             show_default=False,
         ),
     ] = None,
-    calibration: support.CalibrationData = None,
-    num_sequences: support.NumSequences = 128,
-    context: support.Context = None,
-    batch_size: support.BatchSize = 8,
-    seed: support.Seed = 0,
-    compute: support.ComputeOption = support.Compute.auto,
-    eval_text: support.EvalText = None,
-    eval_context: support.EvalContext = 512,
-    max_tokens: support.MaxTokens = None,
+    calibration: support.CalibrationOptions,
+    evaluation: support.EvaluationOptions,
     force: support.Force = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and check what was written.")] = False,
     no_validate: support.NoValidate = False,
-    gguf_file: support.GgufFile = None,
-    revision: support.Revision = None,
-    trust_remote_code: support.TrustRemoteCode = False,
     **options: Any,
 ) -> None:
     """Apply passes to MODEL, write it as ONNX, TensorRT engines or a Hugging Face folder, open it, and verify it.
@@ -57,22 +50,18 @@ def export(
 
     chosen = target_options.chosen(target, options)
     if passes is None:
-        passes = "none" if _is_program(model) else support.DEFAULT_PASSES
+        passes = "none" if _is_program(model.source) else support.DEFAULT_PASSES
     result = write(
         model,
         chosen,
         out,
         passes=None if support.no_passes(passes) else passes,
-        calibration=support.calibration_of(calibration, num_sequences, context, batch_size, seed, compute),
-        evaluation=support.evaluation_of(eval_text, eval_context, max_tokens),
+        calibration=calibration,
+        evaluation=evaluation,
         force=force,
         verify=not no_verify,
         validate=not no_validate,
-        gguf_file=gguf_file,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         command=support.command_line(),
-        tell=support.news(),
     )
     support.show_report(result.report, out)
     for failure in result.failures:

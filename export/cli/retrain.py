@@ -1,9 +1,8 @@
 """The commands that train: `retrain`, and `run`, which takes a recipe from the model to the verified export."""
 
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -23,18 +22,12 @@ Set = Annotated[
 Result = TypeVar("Result")
 
 
-class Resume(StrEnum):
-    """What to do where a run folder holds checkpoints."""
-
-    auto = "auto"
-    never = "never"
-
-
 def retrain_command(
     program: Annotated[
         str, typer.Argument(metavar="PROGRAM", help="Folder written by `sparsepass prune`.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    out: support.Out,
+    *,
     config: Annotated[
         str | None,
         typer.Option(
@@ -65,8 +58,9 @@ def retrain_command(
     ] = None,
     assignments: Set = None,
     resume: Annotated[
-        Resume, typer.Option("--resume", help="auto goes on from the run folder's newest checkpoint; never refuses one.")
-    ] = Resume.auto,
+        Literal["auto", "never"],
+        typer.Option("--resume", help="auto goes on from the run folder's newest checkpoint; never refuses one."),
+    ] = "auto",
     run_folder: Annotated[
         Path | None,
         typer.Option("--run-folder", help="Folder for checkpoints and metrics.jsonl; by default OUT.run.", show_default=False),
@@ -91,9 +85,7 @@ def retrain_command(
         ),
     ] = None,
     cache_only: Annotated[bool, typer.Option("--cache-only", help="Write the teacher's logits, and do not train.")] = False,
-    eval_text: support.EvalText = None,
-    eval_context: support.EvalContext = 512,
-    max_tokens: support.MaxTokens = None,
+    evaluation: support.EvaluationOptions,
     force: support.Force = False,
     trust_remote_code: support.TrustRemoteCode = False,
 ) -> None:
@@ -104,13 +96,12 @@ def retrain_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input, 130 stopped by a signal; the run was saved.
     """
-    from sparsepass.export.stages import Evaluation, default_run_folder, retrain_program, write_cache
+    from sparsepass.export.stages import default_run_folder, retrain_program, write_cache
 
     section = _section(config, assignments or (), teacher=teacher, data=data or (), teacher_cache=teacher_cache)
-    tell = first_process(support.news())
     if cache_only:
         place = run_folder or default_run_folder(out)
-        count = write_cache(program, section, place, trust_remote_code=trust_remote_code, tell=tell)
+        count = write_cache(program, section, place, trust_remote_code=trust_remote_code)
         support.stdout().print(f"{section.teacher_cache} holds the teacher's logits for the {count} sequences of the run.")
         return
     document = until_stopped(
@@ -119,13 +110,12 @@ def retrain_command(
             section,
             out,
             run_folder=run_folder,
-            resume=resume.value,
+            resume=resume,
             from_checkpoint=from_checkpoint,
-            evaluation=None if eval_text is None else Evaluation(text=eval_text, context=eval_context, max_tokens=max_tokens),
+            evaluation=evaluation,
             force=force,
             trust_remote_code=trust_remote_code,
             command=support.command_line(),
-            tell=tell,
         )
     )
     show(document, out)
@@ -182,7 +172,6 @@ def run_command(
             force=force,
             trust_remote_code=trust_remote_code,
             command=support.command_line(),
-            tell=first_process(support.news()),
         )
     )
     if not found:
@@ -192,14 +181,6 @@ def run_command(
         if outcome.held is False:
             support.complain(f"{outcome.name}: verification did not hold; {outcome.folder / 'report.html'} says what differs")
     support.finish(all(outcome.held is not False for outcome in found))
-
-
-def first_process(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """News of the first process alone."""
-    from sparsepass.export.stages import silent
-    from sparsepass.retrain.run import is_first_process
-
-    return tell if is_first_process() else silent
 
 
 def until_stopped(train: Callable[[], Result]) -> Result:

@@ -10,6 +10,7 @@ from sparsepass.export.cli import support
 
 def sample_command(
     model: support.DenseModel,
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, ending in .jsonl.", show_default=False)],
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to sample.", show_default=False)],
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a sequence.")] = 512,
@@ -27,10 +28,6 @@ def sample_command(
     device: Annotated[
         str | None, typer.Option("--device", help="Such as cuda; by default the GPU, where there is one.", show_default=False)
     ] = None,
-    dtype: support.Dtype = None,
-    gguf_file: support.GgufFile = None,
-    revision: support.Revision = None,
-    trust_remote_code: support.TrustRemoteCode = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that stands at --out.")] = False,
 ) -> None:
     """Let a model write text itself, for `retrain` to distil from: where there is no text, or none broad enough.
@@ -42,18 +39,14 @@ def sample_command(
     import torch
 
     from sparsepass.graph import SparsepassError
-    from sparsepass.graph.load import load_model
     from sparsepass.retrain.teacher import SampleConfig, check_file, sample_to_file
 
     check_file(out, force=force)
     config = SampleConfig(
         num_tokens=tokens, length=length, start=start, batch_size=batch_size, temperature=temperature, seed=seed
     )
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(
-        model, dtype=dtype, device=place, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code
-    )
+    loaded = model.load(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if loaded.tokenizer is None:
-        raise SparsepassError(f"{model} has no tokenizer, and sampled text is written as text too; give a model with one")
+        raise SparsepassError(f"{model.source} has no tokenizer, and what it samples is written as text; give one that has")
     sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)
     print(f"wrote {out}: train on it with --data {out}")

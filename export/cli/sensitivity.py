@@ -1,57 +1,48 @@
 """The command `sensitivity`."""
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.options import Fields
+from sparsepass.export.stages import Calibration
 
 if TYPE_CHECKING:
     from sparsepass.export.stages import Sensitivity
 
 
-class UnitOption(StrEnum):
-    """What is pruned at a time."""
-
-    layer = "layer"
-    block = "block"
-
-
-class LossOption(StrEnum):
-    """What is measured."""
-
-    kl = "kl"
-    layer_error = "layer-error"
-
-
 def sensitivity_command(
     model: support.DenseModel,
-    calibration: support.CalibrationNeeded,
+    *,
+    calibration: Annotated[
+        Calibration,
+        Fields(
+            flags={"data": "--calibration"},
+            left_out=("batch_size",),
+            defaults={"data": ..., "num_sequences": 32},
+            help=support.DATA,
+        ),
+    ],
     budget: Annotated[
         float, typer.Option("--budget", help="Share of the bytes saved that may be given up for accuracy.")
     ] = 0.05,
-    unit: Annotated[UnitOption, typer.Option("--unit", help="Prune one layer or one block at a time.")] = UnitOption.layer,
+    unit: Annotated[
+        Literal["layer", "block"], typer.Option("--unit", help="Prune one layer or one block at a time.")
+    ] = "layer",
     loss: Annotated[
-        LossOption,
+        Literal["kl", "layer-error"],
         typer.Option("--loss", help="Rank by the divergence of the logits (kl), or by the layers' own errors: much cheaper."),
-    ] = LossOption.kl,
+    ] = "kl",
     criterion: Annotated[str | None, typer.Option("--criterion", help="Of the pruning; by default sparsegpt.")] = None,
     pattern: support.Pattern = "2:4",
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone in any case. May be repeated.")
     ] = None,
-    num_sequences: support.NumSequences = 32,
     loss_sequences: Annotated[
         int, typer.Option("--loss-sequences", min=1, help="The first so many of them are what the divergence is measured on.")
     ] = 4,
-    context: support.Context = None,
-    seed: support.Seed = 0,
-    compute: support.ComputeOption = support.Compute.auto,
-    dtype: support.Dtype = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Rows of the table that are shown.")] = 20,
-    gguf_file: support.GgufFile = None,
-    revision: support.Revision = None,
     as_json: support.AsJson = False,
 ) -> None:
     """Measure which layers of MODEL suffer most from pruning for each byte that it saves, and list those to leave dense.
@@ -62,26 +53,22 @@ def sensitivity_command(
     """
     import json
 
-    from sparsepass.export.stages import PYTHON_DOCS, auto_ignore
-    from sparsepass.graph.load import load_model, parse_dtype
-    from sparsepass.passes.data import default_text
+    from sparsepass.export.stages import auto_ignore
 
-    loaded = load_model(model, dtype=None if dtype is None else parse_dtype(dtype), gguf_file=gguf_file, revision=revision)
+    loaded = model.load()
+    keywords = calibration.keywords()
+    del keywords["batch_size"]
     found = auto_ignore(
         loaded.model,
-        default_text("calibration") if calibration == PYTHON_DOCS else calibration,
         budget=budget,
-        unit=unit.value,
-        loss=loss.value,
+        unit=unit,
+        loss=loss,
         criterion=criterion,
         pattern=pattern,
         ignore=ignore or (),
         tokenizer=loaded.tokenizer,
-        num_sequences=num_sequences,
         loss_sequences=loss_sequences,
-        context=context,
-        seed=seed,
-        compute=compute.value,
+        **keywords,
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))

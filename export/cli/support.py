@@ -9,15 +9,16 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, Final
 
 import typer
+from rich.markup import escape
 
-if TYPE_CHECKING:
-    from sparsepass.export.stages import Calibration, Evaluation
+from sparsepass.export.cli.options import Fields, with_settings
+from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 HELD, FAILED, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: what was asked about holds; it does not; it cannot be read or is wrongly asked; Ctrl-C."""
@@ -25,14 +26,7 @@ HELD, FAILED, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
 
 DEFAULT_PASSES = "nm_sparsify"
 
-Command = TypeVar("Command", bound=Callable[..., None])
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="Folder, hub id, .gguf file, or folder written by `sparsepass prune`.", show_default=False
-    ),
-]
+Model = Annotated[ModelSource, Fields(flags={"source": "MODEL"})]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
 Passes = Annotated[
     str,
@@ -42,70 +36,32 @@ Passes = Annotated[
         show_default=True,
     ),
 ]
-CalibrationData = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text file (.txt, .jsonl, .parquet), data set folder or hub data set name (name:config:split), or "
-        "'python-docs' for text that is always there. nm_sparsify prunes by SparseGPT with it, by magnitude without.",
-    ),
-]
-CalibrationNeeded = Annotated[
-    str,
-    typer.Option(
-        "--calibration",
-        help="Text file (.txt, .jsonl, .parquet), data set folder or hub data set name, or 'python-docs'.",
-        show_default=False,
-    ),
-]
 DenseModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder, hub id or .gguf file of a dense model.", show_default=False)
+    ModelSource,
+    Fields(flags={"source": "MODEL"}, left_out=("task",), help={"source": "Folder, hub id or .gguf file of a dense model."}),
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Load the weights as float32, bfloat16 or float16.")]
+DATA: Final = {"data": "Text file (.txt, .jsonl, .parquet), data set folder or hub data set name, or 'python-docs'."}
+"""Help of calibration data that has to be given."""
+CalibrationOptions = Annotated[Calibration, Fields(flags={"data": "--calibration"})]
+EvaluationOptions = Annotated[
+    Evaluation | None,
+    Fields(
+        flags={"text": "--eval-text", "context": "--eval-context", "stride": "--eval-stride", "bos": "--eval-bos"},
+        left_out=("batch_size",),
+        help={"text": "Text file, or 'python-docs': measure perplexity before and after on it, for the report."},
+    ),
+]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
-NumSequences = Annotated[int, typer.Option("--num-sequences", min=1, help="Calibration sequences to use at most.")]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", min=1, help="Tokens in a calibration sequence; by default 2048 or the model's limit."),
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Calibration sequences at once: memory and speed only.")]
-Seed = Annotated[int, typer.Option("--seed", help="Chooses where in the calibration data the sequences lie.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
 NoValidate = Annotated[
     bool, typer.Option("--no-validate", help="Do not measure after each pass how far the outputs moved. Saves time.")
 ]
-EvalText = Annotated[
-    str | None,
-    typer.Option("--eval-text", help="Text file, or 'python-docs': measure perplexity before and after on it, for the report."),
-]
-EvalContext = Annotated[int, typer.Option("--eval-context", min=2, help="Tokens in an evaluation window.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Use only so many tokens of the evaluation text.")]
-Task = Annotated[
-    str | None,
-    typer.Option("--task", help="What the model is for, such as text-generation; by default its configuration tells."),
-]
 GgufFile = Annotated[str | None, typer.Option("--gguf-file", help="Name of the .gguf file, if MODEL holds several.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run. Off unless you ask for it."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
-
-class Compute(StrEnum):
-    """Precision of calibration's matmuls."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-ComputeOption = Annotated[
-    Compute,
-    typer.Option("--compute", help="Precision of calibration's matmuls; auto is bfloat16 where the processor computes in it."),
-]
 
 
 def command_line() -> str:
@@ -132,15 +88,24 @@ def say(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
-def news() -> Callable[[str], None]:
-    """What tells a user who sits at a terminal which step has begun; elsewhere it is silent."""
-    return (lambda text: say(f"[dim]{text} ...[/]")) if sys.stderr.isatty() else (lambda _: None)
+@contextmanager
+def news(is_shown: bool) -> Iterator[None]:
+    """Say on standard error which step begins, in the first of several processes, as long as the block runs."""
+    from sparsepass.export.stages import listen
+
+    def show(text: str) -> None:
+        from sparsepass.retrain.run import is_first_process
+
+        if is_first_process():
+            say(f"[dim]{escape(text)}[/]")
+
+    with listen(show) if is_shown else nullcontext():
+        yield
 
 
 def complain(text: str) -> None:
     """Print an error in red on standard error."""
     from rich.console import Console
-    from rich.markup import escape
 
     Console(stderr=True).print(f"[bold red]Error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
@@ -159,14 +124,18 @@ _ADVICE = {
 }
 
 
-def clean(command: Command) -> Command:
-    """Turn what a user can cause into one message and an exit code; what is a defect keeps its traceback."""
+def clean(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function: settings become options, and what a user can cause one message and an exit code.
 
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    What is a defect keeps its traceback.
+    """
+    run = with_settings(command)
+
+    @functools.wraps(run)
+    def guarded(**given: Any) -> None:
         try:
-            with _quiet():
-                command(*args, **kwargs)
+            with _quiet(), news(sys.stderr.isatty()):
+                run(**given)
         except KeyboardInterrupt:
             complain("interrupted; an output folder that stood there before is as it was")
             raise typer.Exit(INTERRUPTED) from None
@@ -184,7 +153,7 @@ def clean(command: Command) -> Command:
             complain(str(error))
             raise typer.Exit(UNREADABLE) from None
 
-    return guarded  # type: ignore[return-value]
+    return guarded
 
 
 def quiet_bars() -> None:
@@ -205,29 +174,6 @@ class _quiet:  # noqa: N801  # used as a context manager only
 
     def __exit__(self, *error: object) -> None:
         self._catch.__exit__(*error)  # type: ignore[arg-type]
-
-
-def calibration_of(
-    data: str | None, num_sequences: int, context: int | None, batch_size: int, seed: int, compute: Compute
-) -> "Calibration":
-    """The options of calibration, brought together."""
-    from sparsepass.export.stages import Calibration
-
-    return Calibration(
-        data=data,
-        num_sequences=num_sequences,
-        context=context,
-        batch_size=batch_size,
-        seed=seed,
-        compute=compute.value,
-    )
-
-
-def evaluation_of(text: str | None, context: int, max_tokens: int | None) -> "Evaluation | None":
-    """The options of evaluation, brought together; None without a text."""
-    from sparsepass.export.stages import Evaluation
-
-    return None if text is None else Evaluation(text=text, context=context, max_tokens=max_tokens)
 
 
 def show_report(document: Any, out: Path) -> None:

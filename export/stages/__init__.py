@@ -18,16 +18,8 @@ if TYPE_CHECKING:
         refuse_option as refuse_option,
     )
     from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
-    from sparsepass.export.stages.preparing import (
-        PYTHON_DOCS as PYTHON_DOCS,
-        Calibration as Calibration,
-        Evaluation as Evaluation,
-        evaluation_text as evaluation_text,
-        prepare as prepare,
-        silent as silent,
-        stage_name as stage_name,
-        write_program as write_program,
-    )
+    from sparsepass.export.stages.news import listen as listen
+    from sparsepass.export.stages.preparing import prepare as prepare, stage_name as stage_name, write_program as write_program
     from sparsepass.export.stages.recipe import (
         RetrainSection as RetrainSection,
         read_recipe as read_recipe,
@@ -43,6 +35,11 @@ if TYPE_CHECKING:
     from sparsepass.export.stages.run import Outcome as Outcome, planned as planned, run_recipe as run_recipe
     from sparsepass.export.stages.sensitivity import Sensitivity as Sensitivity, auto_ignore as auto_ignore
     from sparsepass.export.stages.settings import (
+        Calibration as Calibration,
+        Evaluation as Evaluation,
+        ModelSource as ModelSource,
+    )
+    from sparsepass.export.stages.yaml_settings import (
         example_text as example_text,
         read_recipe_text as read_recipe_text,
         recipe_names as recipe_names,

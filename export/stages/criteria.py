@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -17,13 +19,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsepass.export.report import markdown_table
-from sparsepass.export.stages.preparing import PYTHON_DOCS, Evaluation, Tell, silent
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.support import nearest, write_text
+from sparsepass.passes import apply_passes
 from sparsepass.passes.criteria import CRITERIA
+from sparsepass.passes.data import PYTHON_DOCS
 from sparsepass.passes.maths import NMPattern
 from sparsepass.passes.text import parse_pipeline, pipeline_to_text
+
+_CHILD = "import sys; from sparsepass.export.stages.criteria import measure_to_file as m; sys.exit(m(*sys.argv[1:]))"
+_LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
 DENSE = "dense"
@@ -34,32 +43,32 @@ class CriteriaSettings:
     """What all rows have in common.
 
     Attributes:
-        model: What `load_model` takes: folder, hub id, .gguf file.
-        calibration: Path of a text file, name of a data set, or ``python-docs``.
-        eval_text: Path of a text file, or ``python-docs``.
-        num_sequences: Calibration sequences.
-        context: Tokens in a calibration sequence.
-        eval_context: Tokens in an evaluation window.
-        max_tokens: Tokens of the evaluation text used at most.
-        seed: Where in the calibration data the sequences lie.
-        compute: Precision of the calibration's matmuls.
-        dtype: Type in which the weights are loaded.
-        gguf_file: Name of the .gguf file, if the model's folder holds several.
-        revision: Branch, tag or commit on the hub.
+        model: The model.
+        calibration: What is pruned on.
+        evaluation: What perplexity is measured on.
     """
 
-    model: str
-    calibration: str
-    eval_text: str
-    num_sequences: int = 128
-    context: int | None = None
-    eval_context: int = 512
-    max_tokens: int | None = None
-    seed: int = 0
-    compute: str = "auto"
-    dtype: str | None = None
-    gguf_file: str | None = None
-    revision: str | None = None
+    model: ModelSource
+    calibration: Calibration
+    evaluation: Evaluation
+
+    @classmethod
+    def of(cls, plain: dict[str, dict[str, Any]]) -> "CriteriaSettings":
+        """The settings that `dataclasses.asdict` made plain values of."""
+        model, calibration, evaluation = (
+            ModelSource(**plain["model"]),
+            Calibration(**plain["calibration"]),
+            Evaluation(**plain["evaluation"]),
+        )
+        return cls(model=model, calibration=calibration, evaluation=evaluation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that a row depends on, as JSON."""
+        found = asdict(self.evaluation) | asdict(self.calibration) | asdict(self.model)
+        for name in ("text", "data", "source", "batch_size", "trust_remote_code"):
+            del found[name]
+        named = {"model": self.model.source, "calibration": self.calibration.data, "eval_text": self.evaluation.text}
+        return named | {"eval_context": self.evaluation.context} | found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +126,6 @@ def criteria_table(
     jobs: Sequence[Job],
     *,
     work: Path | None = None,
-    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Measure the dense model and every job, each in a process of its own, so that its peak memory is its own.
 
@@ -125,7 +133,6 @@ def criteria_table(
         settings: What the rows have in common.
         jobs: The rows, from `jobs_of`.
         work: Folder where each finished row is kept; a row that is there is not measured again. By default a temporary one.
-        tell: Called with a line when a row begins, with the time that is left, and when it ends.
 
     Returns:
         The table as JSON: settings, machine, versions, and the rows, the dense one first.
@@ -134,8 +141,8 @@ def criteria_table(
         SparsepassError: If the texts are not there, ``work`` holds rows of other settings, or a row fails. Finished rows stay
             in ``work``.
     """
-    Evaluation(text=settings.eval_text).check()
-    common = asdict(settings) | {"digests": _digests(settings), "schema": SCHEMA}
+    settings.evaluation.check()
+    common = settings.to_dict() | {"digests": _digests(settings), "schema": SCHEMA}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sparsepass-criteria-") if work is None else nullcontext(str(work)) as folder:
         place = Path(folder)
@@ -147,13 +154,13 @@ def criteria_table(
             if job in left:
                 remaining = len(left) - len(spent)
                 estimate = f", about {_time(sum(spent) / len(spent) * remaining)} left" if len(spent) > 1 else ""
-                tell(f"row {number} of {len(queue)}: {job.name}{estimate}")
+                _LOG.info("row %d of %d: %s%s", number, len(queue), job.name, estimate)
                 started = time.perf_counter()
                 _measure(settings, job, _row_file(place, job))
                 spent.append(time.perf_counter() - started)
             row = json.loads(_row_file(place, job).read_text(encoding="utf-8"))
             rows.append(row | {"times_dense": row["perplexity"] / rows[0]["perplexity"] if rows else 1.0})
-            tell(f"{job.name}: perplexity {row['perplexity']:.2f}")
+            _LOG.info("%s: perplexity %.2f", job.name, row["perplexity"])
     return {
         "schema": SCHEMA,
         "settings": common,
@@ -198,7 +205,7 @@ def criteria_page(document: dict[str, Any]) -> str:
 def _measure(settings: CriteriaSettings, job: Job, out: Path) -> None:
     """Measure one row in a child process, which writes it to a file."""
     request = {"settings": asdict(settings), "job": asdict(job)}
-    command = [sys.executable, "-P", "-m", "sparsepass.export.stages.criteria_child", json.dumps(request), str(out)]
+    command = [sys.executable, "-P", "-c", _CHILD, json.dumps(request), str(out)]
     quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, stdin=subprocess.DEVNULL, env=os.environ | quiet, check=False)
     error = out.with_suffix(".error")
@@ -239,7 +246,7 @@ def _digests(settings: CriteriaSettings) -> dict[str, str]:
     """Digests of the texts that are files."""
     found = {}
     for which in ("calibration", "eval_text"):
-        path = Path(getattr(settings, which))
+        path = Path(settings.to_dict()[which])
         if path.is_file():
             with path.open("rb") as file:
                 found[which] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -252,3 +259,55 @@ def _name(text: str) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def measure_to_file(request: str, out: str) -> int:
+    """Measure the row that a request asks for and write it, or what went wrong: what the child process runs."""
+    asked = json.loads(request)
+    try:
+        row = measure(CriteriaSettings.of(asked["settings"]), Job(**asked["job"]))
+    except SparsepassError as error:
+        Path(out).with_suffix(".error").write_text(str(error), encoding="utf-8")
+        return 2
+    write_text(Path(out), json.dumps(row, indent=1) + "\n")
+    return 0
+
+
+def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
+    """One row: the passes applied, and the perplexity of what they made."""
+    loaded = settings.model.load()
+    model: torch.nn.Module = loaded.model
+    facts: dict[str, Any] = {"passes": "", "num_sparse": 0, "relative_error": None, "kl": None, "calibration": None}
+    seconds = 0.0
+    if job.passes:
+        pipeline = parse_pipeline(job.passes)
+        started = time.perf_counter()
+        model = program = apply_passes(
+            loaded.model, pipeline, tokenizer=loaded.tokenizer, inplace=True, **settings.calibration.keywords()
+        )
+        seconds = time.perf_counter() - started
+        facts |= {"passes": program.recipe, "num_sparse": program.report().num_sparse}
+        facts["calibration"] = next((dict(record.calibration) for record in program.history if record.calibration), None)
+        if program.history[-1].validation is not None:
+            facts |= {name: program.history[-1].validation[name] for name in ("relative_error", "kl")}
+    peak_bytes = _peak_bytes()
+    found = settings.evaluation.measure(model, loaded.tokenizer)
+    return {
+        "name": job.name,
+        **facts,
+        "perplexity": found.value,
+        "num_tokens": found.num_tokens,
+        "eval_dtype": found.dtype,
+        "seconds": seconds,
+        "eval_seconds": found.seconds,
+        "peak_bytes": peak_bytes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _peak_bytes() -> int:
+    """The most memory this process has held so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

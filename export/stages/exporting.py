@@ -1,9 +1,11 @@
 """`export`: a model or program through lowering and verification."""
 
 import json
+import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, TypedDict, Unpack
@@ -22,12 +24,16 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.export.stages.preparing import Calibration, Evaluation, Prepared, Tell, prepare, silent
+from sparsepass.export.stages.news import listen
+from sparsepass.export.stages.preparing import Prepared, prepare
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.export.targets import LoweringContext, SemiStructured, Target, TensorRT, parse_target, target_to_text
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel
 from sparsepass.graph.support import check_free, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
+
+_LOG = logging.getLogger(__name__)
 
 SAMPLES_FILE: Final = "samples/samples.safetensors"
 """In a folder of its own: loaders that read every safetensors file beside config.json would take it for weights."""
@@ -64,6 +70,7 @@ class OldKeywords(TypedDict, total=False):
     task: str | None
     engine: TensorRT | None
     semi_structured: SemiStructured | None
+    tell: Callable[[str], None]
 
 
 OLD_GROUPS: Final = {"engine": TensorRT.name, "semi_structured": SemiStructured.name}
@@ -71,7 +78,7 @@ OLD_GROUPS: Final = {"engine": TensorRT.name, "semi_structured": SemiStructured.
 
 
 def export(
-    model: "Program | nn.Module | LoadedModel | str | Path",
+    model: "Program | nn.Module | LoadedModel | ModelSource | str | Path",
     target: str | Target,
     out: str | Path,
     *,
@@ -89,7 +96,6 @@ def export(
     trust_remote_code: bool = False,
     sections: Mapping[str, Any] | None = None,
     command: str | None = None,
-    tell: Tell = silent,
     **old: Unpack[OldKeywords],
 ) -> ExportResult:
     """Rewrite a model, write it in a target's form, open what was written, and verify it.
@@ -99,7 +105,7 @@ def export(
     if verification does not hold it is written all the same, and the report says what differs.
 
     Args:
-        model: A program, a model in memory, or what `load_model` takes.
+        model: A program, a model in memory, or the name of one: what `load_model` takes, or a `ModelSource`.
         target: A target with its options, as an object or as text: ``Onnx(opset=18)`` or ``onnx{opset=18}``.
         out: Folder to write.
         passes: What to apply first; see `apply_passes`. None applies nothing.
@@ -117,8 +123,8 @@ def export(
         trust_remote_code: See `load_model`.
         sections: Sections of the report that an earlier stage knows, such as ``accuracy``.
         command: The command line, for the report.
-        tell: Called with one line at the beginning of each step.
-        old: Options that belong to the target now: ``dtype``, ``opset``, ``task``, ``engine``, ``semi_structured``.
+        old: Options that belong to the target now: ``dtype``, ``opset``, ``task``, ``engine``, ``semi_structured``; and
+            ``tell``, which is called with each line of news that goes to the log now.
 
     Returns:
         Where it is, whether verification held, and the report.
@@ -133,6 +139,13 @@ def export(
     chosen = parse_target(target)
     if unknown := old.keys() - OldKeywords.__annotations__.keys():
         raise TypeError(f"export() got an unexpected keyword argument {min(unknown)!r}")
+    tell = old.pop("tell", None)
+    if tell is not None:
+        warnings.warn(
+            "export(tell=...): news goes to the log now, to the logger sparsepass.export at level INFO",
+            DeprecationWarning,
+            stacklevel=2,
+        )
     if old:
         chosen = with_options(chosen, old)
         warnings.warn(
@@ -143,23 +156,23 @@ def export(
         )
     pipeline = parse_pipeline(passes) if passes else None
     check_free(out, force=force)
-    prepared = prepare(
-        model,
-        passes=pipeline,
-        calibration=calibration if isinstance(calibration, Calibration) else Calibration(data=calibration),
-        evaluation=evaluation,
-        tokenizer=tokenizer,
-        task=chosen.model_task,
-        example_inputs=example_inputs,
-        gguf_file=gguf_file,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        validate=validate,
-        progress=progress,
-        tell=tell,
-    )
-    prepared.document.update(sections or {})
-    return _write(prepared, chosen, Path(out), force=force, verify=verify, command=command, tell=tell)
+    if isinstance(model, str | Path):
+        model = ModelSource(source=str(model), gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+    if isinstance(model, ModelSource):
+        model = replace(model, task=model.task or chosen.model_task)
+    with nullcontext() if tell is None else listen(tell):
+        prepared = prepare(
+            model,
+            passes=pipeline,
+            calibration=calibration if isinstance(calibration, Calibration) else Calibration(data=calibration),
+            evaluation=evaluation,
+            tokenizer=tokenizer,
+            example_inputs=example_inputs,
+            validate=validate,
+            progress=progress,
+        )
+        prepared.document.update(sections or {})
+        return _write(prepared, chosen, Path(out), force=force, verify=verify, command=command)
 
 
 def with_options(target: Target, options: Mapping[str, Any]) -> Target:
@@ -197,17 +210,15 @@ def refuse_option(target: "Target | type[Target]", name: str) -> None:
         raise SparsepassError(f"the target {target.name} has no option {name}; leave it out, or choose another target")
 
 
-def _write(
-    prepared: Prepared, target: Target, out: Path, *, force: bool, verify: bool, command: str | None, tell: Tell
-) -> ExportResult:
+def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify: bool, command: str | None) -> ExportResult:
     program = prepared.program
     context = LoweringContext(tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor)
     with replaced_folder(out, force=force) as staging:
-        tell(f"writing {target.name}")
+        _LOG.info("writing %s", target.name)
         lowered = target.lower(program, staging, context)
         files = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
         if verify:
-            tell("opening what was written, and comparing it with the program")
+            _LOG.info("opening what was written, and comparing it with the program")
         checks = target.verify(program, staging, lowered, context) if verify else ()
         held = all(check.held is not False for check in checks) if verify else None
         artifact = ArtifactSection(

@@ -1,13 +1,13 @@
 """From what a user names to a rewritten program and the report so far: what `prune` and `export` have in common."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsepass.export.report import (
     OF_FILES,
@@ -23,103 +23,14 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.graph import Program, SparsepassError, capture
-from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
-from sparsepass.graph.perplexity import Perplexity, perplexity
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
+from sparsepass.graph import Program, capture
+from sparsepass.graph.load import LoadedModel, load_model
 from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
-from sparsepass.passes.data import default_text
-from sparsepass.passes.engine import ComputeDtype
 
-Tell = Callable[[str], None]
-"""Takes one line of news for a user who waits."""
-
-PYTHON_DOCS = "python-docs"
-"""Name that stands for the text that is always there: Python's own documentation topics."""
-
-
-def silent(_: str) -> None:
-    """Tell nobody."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What passes are calibrated on. The fields are those of `apply_passes`.
-
-    Attributes:
-        data: Whatever `apply_passes` takes, or ``"python-docs"``; None for passes that need none.
-        num_sequences: Sequences used at most.
-        context: Tokens in a sequence made from text; None for 2048 or the model's limit.
-        batch_size: Sequences run at once.
-        seed: Where in the data the sequences are taken.
-        compute: Precision of the calibration's matmuls.
-    """
-
-    data: Any = None
-    num_sequences: int | None = 128
-    context: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    compute: ComputeDtype = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How perplexity is measured. The fields are those of `perplexity`.
-
-    Attributes:
-        text: Path of a text file, token ids, or ``"python-docs"``.
-        context: Tokens in a window.
-        stride: Tokens by which it moves on; None for windows that do not overlap.
-        bos: Whether windows begin with BOS; None for what the tokenizer does.
-        max_tokens: Tokens of the text used at most.
-    """
-
-    text: str | Path | Tensor
-    context: int = 512
-    stride: int | None = None
-    bos: bool | None = None
-    max_tokens: int | None = None
-
-    @property
-    def name(self) -> str:
-        """What the report calls the text."""
-        if isinstance(self.text, Tensor):
-            return f"{self.text.numel()} token ids"
-        if self.text == PYTHON_DOCS:
-            return "Python's documentation topics (evaluation part)"
-        return str(self.text)
-
-    def check(self) -> None:
-        """Raise unless the text is there, before anything expensive runs.
-
-        Raises:
-            SparsepassError: If the file does not exist.
-        """
-        if not isinstance(self.text, Tensor) and self.text != PYTHON_DOCS and not Path(self.text).is_file():
-            raise SparsepassError(
-                f"evaluation text {self.text} does not exist; name a UTF-8 text file, or {PYTHON_DOCS} for the text "
-                "that is always there"
-            )
-
-    def measure(self, model: nn.Module, tokenizer: Any) -> Perplexity:
-        """Measure a model or program."""
-        self.check()
-        return perplexity(
-            model,
-            self.text if isinstance(self.text, Tensor) else evaluation_text(self.text),
-            tokenizer,
-            context=self.context,
-            stride=self.stride,
-            bos=self.bos,
-            max_tokens=self.max_tokens,
-        )
-
-
-def evaluation_text(name: str | Path) -> str | Path:
-    """What `perplexity` takes for a name: the text that is always there, or the path of a file."""
-    return default_text("evaluation") if name == PYTHON_DOCS else Path(name)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +58,15 @@ class Prepared:
 
 
 def prepare(
-    source: "str | Path | nn.Module | LoadedModel",
+    source: "ModelSource | str | Path | nn.Module | LoadedModel",
     *,
     passes: "str | Pass | Iterable[str | Pass] | None",
     calibration: Calibration | None = None,
     evaluation: Evaluation | None = None,
     tokenizer: Any = None,
-    dtype: "torch.dtype | str | None" = None,
-    task: str | None = None,
     example_inputs: Any = None,
-    gguf_file: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     validate: bool = True,
     progress: bool | None = None,
-    tell: Tell = silent,
 ) -> Prepared:
     """Load a model, rewrite it, and begin the report (or go on with the one of an earlier stage).
 
@@ -171,15 +76,9 @@ def prepare(
         calibration: What the passes are calibrated on.
         evaluation: If given, perplexity is measured before and after (and with SLoRB branches switched off, if there are any).
         tokenizer: Stands in for the one beside the model.
-        dtype: Type in which the model is loaded.
-        task: See `load_model`.
         example_inputs: What to capture the model with.
-        gguf_file: See `load_model`.
-        revision: See `load_model`.
-        trust_remote_code: See `load_model`.
         validate: See `apply_passes`.
         progress: See `apply_passes`.
-        tell: Called with one line at the beginning of each step.
 
     Returns:
         The program and the report. A model in memory is left as it was.
@@ -190,16 +89,11 @@ def prepare(
     started = time.perf_counter()
     pipeline = parse_pipeline(passes) if passes else ()
     settings = calibration or Calibration()
-    uses_python_docs = isinstance(settings.data, str) and settings.data == PYTHON_DOCS
     if evaluation is not None:
         evaluation.check()
-    if isinstance(source, LoadedModel):
-        loaded = source
-    else:
-        if not isinstance(source, nn.Module):
-            tell(f"loading {source}")
-        options = {"gguf_file": gguf_file, "revision": revision, "trust_remote_code": trust_remote_code}
-        loaded = load_model(source, dtype=None if dtype is None else parse_dtype(dtype), task=task, **options)  # type: ignore[arg-type]
+    # Nobody else holds a model that is loaded here, so its memory is taken over.
+    inplace = isinstance(source, str | Path | ModelSource)
+    loaded = load(source)
     if tokenizer is not None:
         loaded = replace(loaded, tokenizer=tokenizer)
     document = _earlier(loaded) or new_report()
@@ -208,27 +102,20 @@ def prepare(
     measured = []
     before = loaded.program
     if evaluation is not None and pipeline:
-        tell(f"measuring perplexity on {evaluation.name}")
+        _LOG.info("measuring perplexity on %s", evaluation.name)
         name = "dense" if before is None or not before.sparse else "before these passes"
         measured.append(measurement(name, evaluation.measure(loaded.model, loaded.tokenizer)))
-    # Nobody else holds a model that was loaded here, so its memory is taken over.
-    inplace = loaded.kind != "memory" and not isinstance(source, nn.Module | LoadedModel)
     if pipeline:
-        tell(f"applying {', '.join(item.name for item in pipeline)}")
+        _LOG.info("applying %s", ", ".join(item.name for item in pipeline))
         program = apply_passes(
             loaded.model,
             pipeline,
-            calibration=default_text("calibration") if uses_python_docs else settings.data,
             tokenizer=loaded.tokenizer,
-            num_sequences=settings.num_sequences,
-            context=settings.context,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            compute=settings.compute,
             example_inputs=example_inputs,
             inplace=inplace,
             validate=validate,
             progress=progress,
+            **settings.keywords(),
         )
     else:
         program = before or capture(loaded.model, example_inputs, inplace=inplace)
@@ -237,11 +124,11 @@ def prepare(
     _keep_names(section.passes, known.passes if known is not None else ())
     if pipeline:
         document.pop("accuracy", None)
-        if uses_python_docs:
+        if settings.is_python_docs:
             _name_text(section.passes[-len(pipeline) :])
     document["passes"] = plain_json(section)
     if evaluation is not None:
-        tell("measuring perplexity again")
+        _LOG.info("measuring perplexity again")
         if any(state.branch is not None for state in program.sparse.values()):
             with without_branches(program):
                 found = evaluation.measure(program, loaded.tokenizer)
@@ -249,6 +136,15 @@ def prepare(
         measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
         document["accuracy"] = plain_json(AccuracySection(text=evaluation.name, measurements=measured))
     return Prepared(program=program, loaded=loaded, document=document, started=started)
+
+
+def load(source: "ModelSource | str | Path | nn.Module | LoadedModel") -> LoadedModel:
+    """Load a model that is named; what is in memory stays as it is."""
+    if isinstance(source, LoadedModel):
+        return source
+    if isinstance(source, nn.Module):
+        return load_model(source)
+    return (source if isinstance(source, ModelSource) else ModelSource(source=str(source))).load()
 
 
 def write_program(prepared: Prepared, out: str | Path, *, command: str | None = None, force: bool = False) -> dict[str, Any]:

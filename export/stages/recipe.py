@@ -6,19 +6,19 @@ dataclass here or one of the library's own (``train``, ``data``, a target), so t
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from sparsepass.export.stages.exporting import OLD_GROUPS, refuse_option
-from sparsepass.export.stages.preparing import PYTHON_DOCS, Evaluation
-from sparsepass.export.stages.settings import override, parse_settings, read_recipe_text, refuse_unknown
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
+from sparsepass.export.stages.yaml_settings import override, parse_settings, read_recipe_text, refuse_unknown
 from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes import parse_pipeline
-from sparsepass.passes.data import locate
+from sparsepass.passes.data import PYTHON_DOCS, locate
 from sparsepass.retrain.config import RetrainConfig, read_settings
 from sparsepass.retrain.data import DataConfig
 from sparsepass.retrain.teacher import SampleConfig
@@ -31,47 +31,26 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """The model; ``model: NAME`` is short for ``model: {source: NAME}``.
-
-    Attributes:
-        source: Folder, hub id, .gguf file or saved program.
-        dtype: Type in which its weights are loaded; by default float32 if it is retrained, else its own.
-        task: What it is for, such as text-generation.
-        gguf_file: Name of the .gguf file, if the folder holds several.
-        revision: Branch, tag or commit on the hub.
-    """
-
-    source: str
-    dtype: str | None = None
-    task: str | None = None
-    gguf_file: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class PruneSection:
     """What `sparsepass prune` does.
 
+    In a recipe the settings of the calibration stand beside the passes, and its data is named ``calibration``.
+
     Attributes:
         passes: Passes in order, as one text or a list of texts.
-        calibration: Text to calibrate on; without it nm_sparsify goes by magnitude.
-        num_sequences: Calibration sequences used at most.
-        context: Tokens in one of them; by default 2048 or the model's limit.
-        batch_size: Calibration sequences at once.
-        seed: Chooses where in the text they lie.
-        compute: Precision of calibration's matmuls.
+        calibration: What they are calibrated on; without data nm_sparsify goes by magnitude.
         validate: Whether to measure after each pass how far the outputs moved.
     """
 
     passes: str | tuple[str, ...] = "nm_sparsify"
-    calibration: str | None = None
-    num_sequences: int = 128
-    context: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    compute: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    calibration: Calibration = field(default_factory=Calibration)
     validate: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The section as a recipe has it, and as ``stages.json`` holds it."""
+        calibration = dataclasses.asdict(self.calibration)
+        return {"calibration": calibration.pop("data"), **calibration, "passes": self.passes, "validate": self.validate}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +75,6 @@ class RetrainSection:
     teacher_cache: str | None = None
     teacher_k: int = 64
     sample: SampleConfig | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSection:
-    """What perplexity is measured on, of the dense model and after each stage.
-
-    Attributes:
-        text: Text file, or python-docs.
-        context: Tokens in a window.
-        stride: Tokens by which it moves on; by default all of it.
-        bos: Whether windows begin with BOS; by default as the tokenizer does.
-        max_tokens: Tokens of the text used at most.
-    """
-
-    text: str
-    context: int = 512
-    stride: int | None = None
-    bos: bool | None = None
-    max_tokens: int | None = None
-
-    @property
-    def evaluation(self) -> Evaluation:
-        """The same, as `Evaluation`."""
-        return Evaluation(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +116,16 @@ class Recipe:
         export: One for each target.
     """
 
-    model: ModelSection
+    model: ModelSource
     out: Path
     prune: PruneSection | None = None
     retrain: RetrainSection | None = None
-    eval: EvalSection | None = None
+    eval: Evaluation | None = None
     export: tuple[ExportSection, ...] = ()
 
     @property
     def dtype(self) -> str | None:
-        """Type in which the model is loaded."""
+        """Type in which the model is loaded: what is retrained is float32, unless the recipe says otherwise."""
         return self.model.dtype or ("float32" if self.retrain else None)
 
 
@@ -211,11 +166,11 @@ def recipe_of(settings: Mapping[str, Any], where: str) -> Recipe:
     model = settings["model"]
     exports = settings.get("export") or []
     recipe = Recipe(
-        model=_section(ModelSection, {"source": model} if isinstance(model, str) else model, f"{where}: model"),
+        model=_model({"source": model} if isinstance(model, str) else model, f"{where}: model"),
         out=Path(str(settings["out"])).expanduser(),
-        prune=_optional(PruneSection, settings, "prune", where),
+        prune=_prune_section(settings["prune"] or {}, f"{where}: prune") if "prune" in settings else None,
         retrain=retrain_section(settings["retrain"], f"{where}: retrain") if settings.get("retrain") is not None else None,
-        eval=_optional(EvalSection, settings, "eval", where),
+        eval=_optional(Evaluation, settings, "eval", where),
         export=tuple(_export_section(one, f"{where}: export") for one in (exports if isinstance(exports, list) else [exports])),
     )
     _check(recipe, where)
@@ -229,7 +184,7 @@ def retrain_section(settings: Any, where: str) -> RetrainSection:
         SparsepassError: If something in it does not fit.
     """
     _mapping(settings, where)
-    refuse_unknown(settings, [field.name for field in dataclasses.fields(RetrainSection)], where)
+    refuse_unknown(settings, _names(RetrainSection), where)
     inner = {
         "train": RetrainConfig.from_mapping(_mapping(settings.get("train") or {}, f"{where}.train"), where=f"{where}.train"),
         "data": read_settings(DataConfig, _mapping(settings.get("data") or {}, f"{where}.data"), where=f"{where}.data"),
@@ -269,6 +224,26 @@ def read_retrain_section(
     return section
 
 
+def _model(settings: Any, where: str) -> ModelSource:
+    """The model of a recipe. Whether its own code may run is for the command line alone to say."""
+    refuse_unknown(_mapping(settings, where), [name for name in _names(ModelSource) if name != "trust_remote_code"], where)
+    return read_settings(ModelSource, settings, where=where)
+
+
+def _prune_section(settings: Any, where: str) -> PruneSection:
+    known = PruneSection().settings
+    refuse_unknown(_mapping(settings, where), known, where)
+    own = {name: value for name, value in settings.items() if name in ("passes", "validate")}
+    calibration = {"data" if name == "calibration" else name: settings[name] for name in settings if name not in own}
+    return read_settings(
+        PruneSection, {**own, "calibration": read_settings(Calibration, calibration, where=where)}, where=where
+    )
+
+
+def _names(kind: Any) -> list[str]:
+    return [each.name for each in dataclasses.fields(kind)]
+
+
 def _export_section(settings: Any, where: str) -> ExportSection:
     given = dict(_mapping(settings, where))
     named, verify = str(given.pop("target", "")), given.pop("verify", True)
@@ -304,12 +279,12 @@ def _check(recipe: Recipe, where: str) -> None:
             parse_pipeline(recipe.prune.passes)
         except SparsepassError as error:
             raise SparsepassError(f"{where}: prune.passes: {error}") from error
-        if recipe.prune.calibration not in (None, PYTHON_DOCS):
-            locate(str(recipe.prune.calibration), what=f"{where}: prune.calibration", forms=_TEXT_FORMS)
+        if recipe.prune.calibration.data not in (None, PYTHON_DOCS):
+            locate(str(recipe.prune.calibration.data), what=f"{where}: prune.calibration", forms=_TEXT_FORMS)
     if recipe.retrain is not None:
         _check_retrain(recipe.retrain, f"{where}: retrain")
     if recipe.eval is not None:
-        recipe.eval.evaluation.check()
+        recipe.eval.check()
     if recipe.model.dtype is not None:
         parse_dtype(recipe.model.dtype)
     _check_exports(recipe, where)
@@ -340,8 +315,6 @@ def _check_exports(recipe: Recipe, where: str) -> None:
 
 def _optional(kind: type[Kind], settings: Mapping[str, Any], name: str, where: str) -> Kind | None:
     found = settings.get(name)
-    if found is None and name in settings and kind is PruneSection:
-        found = {}  # `prune:` alone, with its defaults
     return None if found is None else _section(kind, found, f"{where}: {name}")
 
 

@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -26,11 +26,12 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.export.stages.preparing import Evaluation, Tell, silent, stage_name
+from sparsepass.export.stages.preparing import stage_name
 from sparsepass.export.stages.recipe import RetrainSection
+from sparsepass.export.stages.settings import Evaluation, ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
-from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
+from sparsepass.graph.load import LoadedModel
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import RetrainConfig
@@ -43,26 +44,8 @@ from sparsepass.retrain.teacher import SAMPLED, Teacher, offline_teacher, sample
 ORIGIN_FILE: Final = "origin.json"
 """In a run folder: the program and the teacher that its checkpoints belong to."""
 
+_LOG = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 0.5
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model by name, as `load_model` takes it.
-
-    Attributes:
-        name: Folder, hub id, .gguf file or saved program.
-        gguf_file: See `load_model`.
-        revision: See `load_model`.
-    """
-
-    name: str
-    gguf_file: str | None = None
-    revision: str | None = None
-
-    def load(self, **options: Any) -> LoadedModel:
-        """Load it; the options are those of `load_model`."""
-        return load_model(self.name, gguf_file=self.gguf_file, revision=self.revision, **options)
 
 
 Measured = ModelSource | Program
@@ -81,7 +64,6 @@ def retrain_program(
     trust_remote_code: bool = False,
     command: str | None = None,
     progress: bool = True,
-    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Retrain a saved program and write it with tokenizer, recipe and report.
 
@@ -101,7 +83,6 @@ def retrain_program(
         trust_remote_code: See `load_model`.
         command: The command line, for the report.
         progress: Whether to show a progress line.
-        tell: Called with one line at the beginning of each step.
 
     Returns:
         The report, as written.
@@ -115,8 +96,7 @@ def retrain_program(
     if evaluation is not None:
         evaluation.check()
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
-    tell(f"loading {source}")
-    loaded = load_model(source)
+    loaded = ModelSource(source=str(source)).load()
     document = find_report(source) or new_report()
     program = _program(loaded, source)
     if from_checkpoint is not None:
@@ -127,17 +107,17 @@ def retrain_program(
             )
         program, note = program_of_checkpoint(program, from_checkpoint, inplace=True)
         lost = section.train.behind != "original"
-        tell(note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
-    source_of_teacher = _source_of_teacher(section, document)
+        _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
+    source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
     before = stage_name(program)
-    teacher_name = source_of_teacher.name if source_of_teacher else None
+    teacher_name = source_of_teacher.source if source_of_teacher else None
     if is_first_process():
         _check_origin(place, Path(source), teacher_name)
-    section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress, tell=tell)
-    tell("opening the data")
+    section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress)
+    _LOG.info("opening the data")
     data = _data(section, loaded, program)
-    teacher = _teacher(section, source_of_teacher, data, trust_remote_code=trust_remote_code, tell=tell)
-    tell("training")
+    teacher = _teacher(section, source_of_teacher, data)
+    _LOG.info("training")
     trained, document = retrain_and_report(
         program,
         teacher,
@@ -157,16 +137,15 @@ def retrain_program(
     if evaluation is not None:
         # Everything is loaded again: training changed the one program, and may have sharded the teacher.
         dense: list[tuple[str, Measured]] = [("dense", source_of_teacher)] if source_of_teacher else []
-        entries = [*dense, (before, ModelSource(str(source))), (stage_name(trained), trained)]
+        pruned = ModelSource(source=str(source), trust_remote_code=trust_remote_code)
+        entries = [*dense, (before, pruned), (stage_name(trained), trained)]
         document["accuracy"] = accuracy(
             entries,
             evaluation,
             loaded.tokenizer,
             known=document.get("accuracy"),
-            trust_remote_code=trust_remote_code,
-            tell=tell,
         )
-    tell(f"writing {out}")
+    _LOG.info("writing %s", out)
     with replaced_folder(out, force=force) as staging:
         trained.save_into(staging)
         for companion in (loaded.processor, loaded.tokenizer):
@@ -225,7 +204,6 @@ def write_cache(
     run_folder: str | Path,
     *,
     trust_remote_code: bool = False,
-    tell: Tell = silent,
 ) -> int:
     """Write the offline teacher's logits, or what is missing of them, and do not train.
 
@@ -234,7 +212,6 @@ def write_cache(
         section: See `retrain_program`.
         run_folder: Of the training that follows; what the teacher samples for it lies there.
         trust_remote_code: See `load_model`.
-        tell: Called with one line at the beginning of each step.
 
     Returns:
         Sequences that the run takes, all of which are there now.
@@ -244,14 +221,13 @@ def write_cache(
     """
     if section.teacher_cache is None:
         raise SparsepassError("no folder is named for the teacher's logits; give --teacher-cache FOLDER")
-    tell(f"loading {source}")
-    loaded = load_model(source)
+    loaded = ModelSource(source=str(source)).load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
-    found = _source_of_teacher(section, document)
-    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code, tell=tell)
+    found = _source_of_teacher(section, document, trust_remote_code)
+    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code)
     data = _data(section, loaded, program)
-    _teacher(section, found, data, trust_remote_code=trust_remote_code, tell=tell)
+    _teacher(section, found, data)
     return section.train.num_steps(section.data.context) * section.train.batch_size
 
 
@@ -280,8 +256,6 @@ def accuracy(
     tokenizer: Any,
     *,
     known: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
-    tell: Tell = silent,
 ) -> AccuracySection:
     """Measure the perplexity of several models, for the report's section ``accuracy``.
 
@@ -291,13 +265,11 @@ def accuracy(
         evaluation: Text and windows.
         tokenizer: Of all of them.
         known: The section of an earlier stage: what it holds of the same text and windows is not measured again.
-        trust_remote_code: See `load_model`.
-        tell: Called with one line at the beginning of each step.
     """
 
     def measure(name: str, model: Measured) -> MeasurementEntry:
-        tell(f"measuring perplexity: {name}")
-        return measurement(name, evaluation.measure(_on_device(model, trust_remote_code), tokenizer))
+        _LOG.info("measuring perplexity: %s", name)
+        return measurement(name, evaluation.measure(_on_device(model), tokenizer))
 
     *earlier, last = entries
     newest = measure(*last)
@@ -309,12 +281,12 @@ def accuracy(
     return AccuracySection(text=evaluation.name, measurements=[*missing, *there, newest])
 
 
-def _on_device(model: Measured, trust_remote_code: bool) -> nn.Module:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+def _on_device(model: Measured) -> nn.Module:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if isinstance(model, Program):
         return model.to(device)
     # What is retrained is float32, and figures compare at one precision.
-    return model.load(dtype=torch.float32, device=device, trust_remote_code=trust_remote_code).model
+    return dataclasses.replace(model, dtype="float32").load(device).model
 
 
 def _program(loaded: LoadedModel, source: str | Path) -> Program:
@@ -325,18 +297,19 @@ def _program(loaded: LoadedModel, source: str | Path) -> Program:
     return loaded.program
 
 
-def _source_of_teacher(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource | None:
+def _source_of_teacher(section: RetrainSection, document: Mapping[str, Any], trust_remote_code: bool) -> ModelSource | None:
     if not section.train.kd_weight and not section.train.hidden_weight:
         return None
-    return _dense_source(section, document)
+    return _dense_source(section, document, trust_remote_code)
 
 
-def _dense_source(section: RetrainSection, document: Mapping[str, Any]) -> ModelSource:
+def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_remote_code: bool) -> ModelSource:
+    how: dict[str, Any] = {"dtype": section.teacher_dtype, "trust_remote_code": trust_remote_code}
     if section.teacher is not None:
-        return ModelSource(section.teacher)
+        return ModelSource(source=section.teacher, **how)
     model = ReportDocument.parse(document).model
     if model is not None and model.kind in ("folder", "hub", "gguf"):
-        return ModelSource(model.source, gguf_file=model.gguf_file, revision=model.revision)
+        return ModelSource(source=model.source, gguf_file=model.gguf_file, revision=model.revision, **how)
     raise SparsepassError(
         "the report beside the program does not tell which dense model it was made from; name it as the teacher (--teacher), "
         "or set kd_weight: 0 and no sample to train on the text alone"
@@ -350,19 +323,19 @@ def _with_sampled_text(
     *,
     trust_remote_code: bool,
     progress: bool = True,
-    tell: Tell = silent,
 ) -> RetrainSection:
     """The section with what the dense model was asked to write as ``data.beside``; the first process writes it, if need be."""
     if section.sample is None:
         return section
-    dense = _dense_source(section, document)
-    path = run_folder / section.sample.file_name(json.dumps(dataclasses.asdict(dense)))
+    dense = _dense_source(section, document, trust_remote_code)
+    about = {"name": dense.source, "gguf_file": dense.gguf_file, "revision": dense.revision}
+    path = run_folder / section.sample.file_name(json.dumps(about))
     if is_first_process() and not path.is_file():
-        tell(f"loading {dense.name}, to sample {section.sample.num_tokens} tokens")
-        loaded = dense.load(dtype=parse_dtype(section.teacher_dtype), trust_remote_code=trust_remote_code)
+        _LOG.info("sampling %d tokens of %s", section.sample.num_tokens, dense.source)
+        loaded = dense.load()
         if loaded.tokenizer is None:
-            raise SparsepassError(f"{dense.name} has no tokenizer, and sampled text is written as text too; leave sample out")
-        model = loaded.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
+            raise SparsepassError(f"{dense.source} has no tokenizer, and sampled text is written as text too; leave sample out")
+        model = loaded.model.to(_local_device())
         run_folder.mkdir(parents=True, exist_ok=True)
         sample_to_file(model, loaded.tokenizer, path, section.sample, progress=progress)
     while not path.is_file():  # if the first process fails, the launcher ends this one
@@ -370,27 +343,24 @@ def _with_sampled_text(
     return dataclasses.replace(section, data=dataclasses.replace(section.data, beside=str(path)), sample=None)
 
 
-def _teacher(
-    section: RetrainSection, source: ModelSource | None, data: TrainingData, *, trust_remote_code: bool, tell: Tell
-) -> nn.Module | Teacher | None:
+def _teacher(section: RetrainSection, source: ModelSource | None, data: TrainingData) -> nn.Module | Teacher | None:
     if source is None:
         return None
 
     def model() -> nn.Module:
-        tell(f"loading the teacher {source.name}")
-        found = source.load(dtype=parse_dtype(section.teacher_dtype), trust_remote_code=trust_remote_code)
-        return found.model.to("cpu" if not torch.accelerator.is_available() else _local_device())
+        return source.load().model.to(_local_device())
 
     if section.teacher_cache is None:
         return model()
-    about = {"teacher": source.name, "data": json.dumps(dataclasses.asdict(section.data), sort_keys=True)}
+    about = {"teacher": source.source, "data": json.dumps(dataclasses.asdict(section.data), sort_keys=True)}
     return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about)
 
 
 def _local_device() -> torch.device:
-    """The accelerator of this process."""
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None
+    """The accelerator of this process, if there is one."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return torch.device("cpu")
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 

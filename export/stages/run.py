@@ -11,24 +11,19 @@ Rules:
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
 from sparsepass.export.stages.exporting import export
-from sparsepass.export.stages.preparing import Calibration, Tell, prepare, silent, stage_name, write_program
+from sparsepass.export.stages.preparing import prepare, stage_name, write_program
 from sparsepass.export.stages.recipe import ExportSection, Recipe
-from sparsepass.export.stages.retraining import (
-    Measured,
-    ModelSource,
-    accuracy,
-    clear_run_folder,
-    default_run_folder,
-    retrain_program,
-)
+from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
+from sparsepass.export.stages.settings import ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
@@ -38,6 +33,7 @@ from sparsepass.retrain.run import is_first_process
 STAGES_FILE: Final = "stages.json"
 """In a recipe's folder: stage -> its settings, whether it is done, and whether verification held."""
 
+_LOG = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 0.5
 
 
@@ -88,7 +84,7 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, *, force: bool = False, trust_remote_code: bool = False, command: str | None = None, tell: Tell = silent
+    recipe: Recipe, *, force: bool = False, trust_remote_code: bool = False, command: str | None = None
 ) -> list[Outcome]:
     """Run a recipe's stages, or what of them is not done yet.
 
@@ -97,7 +93,6 @@ def run_recipe(
         force: Whether stages whose settings have changed, and those after them, are run anew.
         trust_remote_code: See `load_model`.
         command: The command line, for the reports.
-        tell: Called with one line at the beginning of each step.
 
     Returns:
         What became of each stage; empty in all processes but the first.
@@ -110,23 +105,23 @@ def run_recipe(
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> run_recipe(read_recipe("smollm2-cpu", out="out"))  # doctest: +SKIP
     """
-    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command, tell=tell)
+    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command)
     if not is_first_process():
         _take_part(recipe.out, stages)
         return []
-    _make_ready(recipe.out, stages, force=force, tell=tell)
+    _make_ready(recipe.out, stages, force=force)
     outcomes = []
     for stage in stages:
         known = _read(recipe.out).get(stage.name, {})
         if is_done(stage, known):
-            tell(f"{stage.name} is done: {stage.folder}")
+            _LOG.info("%s is done: %s", stage.name, stage.folder)
             outcomes.append(
                 Outcome(name=stage.name, folder=stage.folder, ran=False, held=known["held"], seconds=known["seconds"])
             )
             continue
         started = time.perf_counter()
         _write(recipe.out, stage, done=False)
-        tell(f"stage {stage.name}")
+        _LOG.info("stage %s", stage.name)
         held = stage.run()
         seconds = round(time.perf_counter() - started, 1)
         _write(recipe.out, stage, done=True, held=held, seconds=seconds)
@@ -134,23 +129,20 @@ def run_recipe(
     return outcomes
 
 
-def stages_of(
-    recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None, tell: Tell = silent
-) -> list[Stage]:
+def stages_of(recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None) -> list[Stage]:
     """The stages of a recipe, in the order in which they run.
 
     Args:
         recipe: From `read_recipe`.
         trust_remote_code: See `load_model`.
         command: See `run_recipe`.
-        tell: See `run_recipe`.
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> [stage.name for stage in stages_of(read_recipe("smollm2-cpu"))]
         ['prune', 'retrain', 'eval', 'export.onnx']
     """
-    return list(_Stages(recipe, trust_remote_code, command, tell).all())
+    return list(_Stages(recipe, trust_remote_code, command).all())
 
 
 def planned(recipe: Recipe) -> list[str]:
@@ -197,23 +189,24 @@ def changes(stage: Stage, known: Mapping[str, Any]) -> list[str]:
 class _Stages:
     """Makes the stages of one recipe. Final."""
 
-    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None, tell: Tell) -> None:
-        self._recipe, self._trust, self._command, self._tell = recipe, trust_remote_code, command, tell
-        self._model = ModelSource(recipe.model.source, gguf_file=recipe.model.gguf_file, revision=recipe.model.revision)
+    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None) -> None:
+        self._recipe, self._trust, self._command = recipe, trust_remote_code, command
+        self._model = replace(recipe.model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         self._programs = [] if recipe.prune else [Path(recipe.model.source).expanduser()]
         self._programs += [recipe.out / "pruned"] if recipe.prune else []
         self._programs += [recipe.out / "retrained"] if recipe.retrain else []
 
     def all(self) -> Iterator[Stage]:
         recipe, after = self._recipe, ""
-        model = {"model": asdict(recipe.model), "dtype": recipe.dtype}
+        model = asdict(recipe.model)
+        del model["trust_remote_code"]
         if recipe.prune is not None:
-            settings = model | asdict(recipe.prune)
+            settings = {"model": model, "dtype": recipe.dtype} | recipe.prune.settings
             stage = Stage(name="prune", folder=recipe.out / "pruned", settings=settings, after=after, run=self._prune)
             yield stage
             after = stage.fingerprint
         if recipe.retrain is not None:
-            settings = {} if recipe.prune else {"model": asdict(recipe.model)}
+            settings = {} if recipe.prune else {"model": model}
             settings |= plain_json(asdict(recipe.retrain))
             settings["train"] = {name: value for name, value in settings["train"].items() if name not in FREE_SETTINGS}
             stage = Stage(
@@ -223,6 +216,7 @@ class _Stages:
             after = stage.fingerprint
         if recipe.eval is not None:
             settings = asdict(recipe.eval)
+            del settings["batch_size"]  # changes no figure
             stage = Stage(name="eval", folder=recipe.out / "eval", settings=settings, after=after, run=self._eval)
             yield stage
             after = stage.fingerprint
@@ -236,27 +230,9 @@ class _Stages:
             )
 
     def _prune(self) -> None:
-        section, model = self._recipe.prune, self._recipe.model
+        section = self._recipe.prune
         assert section is not None
-        prepared = prepare(
-            model.source,
-            passes=section.passes,
-            calibration=Calibration(
-                data=section.calibration,
-                num_sequences=section.num_sequences,
-                context=section.context,
-                batch_size=section.batch_size,
-                seed=section.seed,
-                compute=section.compute,
-            ),
-            dtype=self._recipe.dtype,
-            task=model.task,
-            gguf_file=model.gguf_file,
-            revision=model.revision,
-            trust_remote_code=self._trust,
-            validate=section.validate,
-            tell=self._tell,
-        )
+        prepared = prepare(self._model, passes=section.passes, calibration=section.calibration, validate=section.validate)
         write_program(prepared, self._recipe.out / "pruned", command=self._command, force=True)
 
     def _retrain(self) -> None:
@@ -269,18 +245,20 @@ class _Stages:
             force=True,
             trust_remote_code=self._trust,
             command=self._command,
-            tell=self._tell,
         )
 
     def _eval(self) -> None:
         section, started = self._recipe.eval, time.perf_counter()
         assert section is not None
-        tokenizer = ModelSource(str(self._programs[-1])).load().tokenizer
+        tokenizer = ModelSource(source=str(self._programs[-1])).load().tokenizer
         is_program = (Path(self._recipe.model.source).expanduser() / PROGRAM_FILE).is_file()
         entries: list[tuple[str, Measured]] = [] if is_program else [("dense", self._model)]
-        entries += [(stage_name(Program.load(folder)), ModelSource(str(folder))) for folder in self._programs]
+        entries += [
+            (stage_name(Program.load(folder)), ModelSource(source=str(folder), trust_remote_code=self._trust))
+            for folder in self._programs
+        ]
         document = find_report(self._programs[-1]) or new_report()
-        document["accuracy"] = accuracy(entries, section.evaluation, tokenizer, trust_remote_code=self._trust, tell=self._tell)
+        document["accuracy"] = accuracy(entries, section, tokenizer)
         record = run_record("eval", command=self._command, seconds=time.perf_counter() - started)
         document["runs"] = [*document["runs"], record]
         with replaced_folder(self._recipe.out / "eval", force=True) as staging:
@@ -299,7 +277,6 @@ class _Stages:
             trust_remote_code=self._trust,
             sections=sections,
             command=self._command,
-            tell=self._tell,
         ).held
 
 
@@ -317,7 +294,7 @@ def _take_part(out: Path, stages: Sequence[Stage]) -> None:
             time.sleep(_WAIT_SECONDS)
 
 
-def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool, tell: Tell) -> None:
+def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
     """Refuse what cannot be gone on with, or remove it if that is wanted, before anything runs."""
     known = _read(out)
     found = [changes(stage, known.get(stage.name, {})) for stage in stages]
@@ -329,7 +306,7 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool, tell: Tell) 
             f"run {', '.join(stage.name for stage in stale)} anew, or choose another out"
         )
     for stage in stale:
-        tell(f"{stage.name} is run anew")
+        _LOG.info("%s is run anew", stage.name)
         _forget(out, stage.name)
         if stage.shared:
             clear_run_folder(default_run_folder(stage.folder))

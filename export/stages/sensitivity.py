@@ -164,7 +164,7 @@ def auto_ignore(
         tokenizer=tokenizer,
         input_names=dense.input_names,
         num_sequences=num_sequences,
-        context=context or default_context(dense.origin.config),
+        context=default_context(dense.origin.config) if context is None else context,
         batch_size=1,
         seed=seed,
         vocab_size=(dense.origin.config or {}).get("vocab_size"),

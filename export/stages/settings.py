@@ -1,144 +1,147 @@
-"""Settings as files: YAML read strictly, single values set from the command line, and the recipes that come along."""
+"""Settings that Python, recipe files and the command line share: which model, calibrated on what, measured on what.
 
-from collections.abc import Iterable, Mapping
-from importlib import resources
-from importlib.resources.abc import Traversable
+Nothing heavy is imported up here: the command line makes its options of these classes, and `--help` has to come at once.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-from sparsepass.graph.support import SparsepassError, closest
+    from sparsepass.graph.load import LoadedModel
+    from sparsepass.graph.perplexity import Perplexity
 
-SUFFIX: Final = ".yaml"
-EXAMPLE_FILE: Final = "example.yaml"
-
-
-class _Strict(yaml.SafeLoader):
-    """Plain YAML that refuses a key given twice: the first one would be lost in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
+_LOG = logging.getLogger(__name__)
 
 
-def parse_settings(text: str, where: str) -> dict[str, Any]:
-    """Read YAML that is a mapping.
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which model, and how it is loaded.
 
-    Args:
-        text: The file's content.
-        where: Its name, for errors.
-
-    Raises:
-        SparsepassError: If it is no YAML, no mapping, or a key is given twice; with the line.
-
-    >>> parse_settings("train: {lr: 1.0e-4}", "recipe.yaml")
-    {'train': {'lr': 0.0001}}
+    Attributes:
+        source: Folder, hub id, .gguf file, or folder written by `sparsepass prune`.
+        dtype: Load the weights as float32, bfloat16 or float16; by default as they are stored.
+        task: What the model is for, such as text-generation; by default its configuration tells.
+        gguf_file: Name of the .gguf file, if the folder holds several.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let code that comes with the checkpoint run. Off unless you ask for it.
     """
-    try:
-        found = yaml.load(text, Loader=_Strict)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SparsepassError(f"{where}{line}: {error.problem}; expected YAML, see `sparsepass run --example`") from error
-    except yaml.YAMLError as error:
-        raise SparsepassError(f"{where} is no YAML ({error}); see `sparsepass run --example`") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise SparsepassError(f"{where} has to be YAML of the form `name: value`, see `sparsepass run --example`")
-    return found
+
+    source: str
+    dtype: str | None = None
+    task: str | None = None
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, device: "torch.device | str | None" = None) -> "LoadedModel":
+        """Load it; see `load_model` for what can go wrong."""
+        from sparsepass.graph.load import load_model
+
+        _LOG.info("loading %s", self.source)
+        return load_model(**asdict(self), device=device)
 
 
-def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the package.
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What passes are calibrated on. The fields are those of `apply_passes`, and ``data`` may be all that it takes.
 
-    >>> "smollm2-cpu" in recipe_names()
-    True
+    Attributes:
+        data: Text file (.txt, .jsonl, .parquet), data set folder or hub data set name (name:config:split), or 'python-docs'
+            for text that is always there. nm_sparsify prunes by SparseGPT with it, by magnitude without.
+        num_sequences: Calibration sequences to use at most.
+        context: Tokens in a calibration sequence; by default 2048 or the model's limit.
+        batch_size: Calibration sequences at once: memory and speed only.
+        seed: Chooses where in the calibration data the sequences lie.
+        compute: Precision of calibration's matmuls; auto is bfloat16 where the processor computes in it.
     """
-    return tuple(sorted(p.name.removesuffix(SUFFIX) for p in _recipes().iterdir() if p.name.endswith(SUFFIX)))
+
+    data: Any = None
+    num_sequences: int | None = 128
+    context: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    compute: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+
+    @property
+    def is_python_docs(self) -> bool:
+        """Whether the data is the text that is always there."""
+        return _is_python_docs(self.data)
+
+    def keywords(self) -> dict[str, Any]:
+        """The same as keywords of `apply_passes`, with the text that a name stands for."""
+        from sparsepass.passes.data import default_text
+
+        data = default_text("calibration") if self.is_python_docs else self.data
+        return {"calibration": data, **{name: value for name, value in vars(self).items() if name != "data"}}
 
 
-def read_recipe_text(name: str | Path) -> str:
-    """Read a recipe: a file, or one that comes with the package, by name.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How perplexity is measured. The fields are those of `perplexity`; ``text`` may be token ids, too.
 
-    Raises:
-        SparsepassError: If there is none.
+    Attributes:
+        text: UTF-8 text file, or 'python-docs' for text that is always there.
+        context: Tokens in an evaluation window.
+        stride: Tokens by which the window moves on; by default all of it.
+        bos: Begin each window with the BOS token; by default as the tokenizer does.
+        max_tokens: Use only so many tokens of the evaluation text.
+        batch_size: Windows at once: speed only.
     """
-    path = Path(name).expanduser()
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparsepassError(f"{name} cannot be read: {error}") from error
-    known = recipe_names()
-    if str(name).removesuffix(SUFFIX) in known:
-        return (_recipes() / f"{str(name).removesuffix(SUFFIX)}{SUFFIX}").read_text(encoding="utf-8")
-    near = closest(name, known)
-    hint = f"did you mean {near!r}? " if near else ""
-    raise SparsepassError(f"there is no file {name}, and no recipe of that name; {hint}Recipes are {', '.join(known)}")
+
+    text: Any
+    context: int = 512
+    stride: int | None = None
+    bos: bool | None = None
+    max_tokens: int | None = None
+    batch_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the report calls the text."""
+        if _is_python_docs(self.text):
+            return "Python's documentation topics (evaluation part)"
+        return str(self.text) if isinstance(self.text, str | Path) else f"{self.text.numel()} token ids"
+
+    def check(self) -> None:
+        """Raise unless the text is there, before anything expensive runs.
+
+        Raises:
+            SparsepassError: If the file does not exist.
+        """
+        from sparsepass.graph.support import SparsepassError
+
+        if isinstance(self.content(), Path) and not Path(self.text).is_file():
+            raise SparsepassError(
+                f"evaluation text {self.text} does not exist; name a UTF-8 text file, or python-docs for the text that is "
+                "always there"
+            )
+
+    def content(self) -> Any:
+        """What `perplexity` takes: the text that is always there, the path of a file, or token ids."""
+        from sparsepass.passes.data import default_text
+
+        if _is_python_docs(self.text):
+            return default_text("evaluation")
+        return Path(self.text) if isinstance(self.text, str) else self.text
+
+    def measure(self, model: "nn.Module", tokenizer: Any) -> "Perplexity":
+        """Measure a model or program.
+
+        Raises:
+            SparsepassError: If the text is not there, or cannot be used.
+        """
+        from sparsepass.graph.perplexity import perplexity
+
+        self.check()
+        return perplexity(model, tokenizer=tokenizer, **vars(self) | {"text": self.content()})
 
 
-def example_text() -> str:
-    """The commented example of a recipe.
+def _is_python_docs(text: Any) -> bool:
+    from sparsepass.passes.data import PYTHON_DOCS
 
-    >>> example_text().startswith("# A recipe")
-    True
-    """
-    return (resources.files("sparsepass.export.stages") / EXAMPLE_FILE).read_text(encoding="utf-8")
-
-
-def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """Set single values: ``a.b=value``, the value as YAML.
-
-    Args:
-        settings: Nested settings; left as they are.
-        assignments: Each ``path=value``.
-
-    Raises:
-        SparsepassError: If one has no ``=``, or its path leads through a plain value.
-
-    >>> override({"train": {"lr": 1e-3}}, ["train.lr=2e-4", "train.frozen=[lm_head]"])
-    {'train': {'lr': '2e-4', 'frozen': ['lm_head']}}
-    """
-    found = _copied(settings)
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path.strip():
-            raise SparsepassError(f"--set {assignment!r} cannot be read; expected name=value, such as train.lr=1e-4")
-        try:
-            value = yaml.load(text, Loader=_Strict)
-        except yaml.YAMLError as error:
-            raise SparsepassError(f"--set {assignment!r}: the value is no YAML ({error})") from error
-        *parents, last = path.strip().split(".")
-        place = found
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise SparsepassError(f"--set {assignment!r}: {parent} has a value, and no settings below it")
-        place[last] = value
-    return found
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise if a name is not known, and say the nearest one.
-
-    Raises:
-        SparsepassError: For the first unknown name.
-    """
-    expected = list(known)
-    for name in names:
-        if name not in expected:
-            near = closest(name, expected)
-            hint = f"; did you mean {near!r}?" if near else f" (there are {', '.join(expected)})"
-            raise SparsepassError(f"{where}: there is no {name!r}{hint}")
-
-
-def _recipes() -> Traversable:
-    return resources.files("sparsepass.export.stages") / "recipes"
-
-
-def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    return isinstance(text, str) and text == PYTHON_DOCS

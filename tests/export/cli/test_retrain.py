@@ -17,8 +17,10 @@ from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once
 
 from sparsepass.export.report.document import read_report
-from sparsepass.export.stages.retraining import ModelSource, clear_run_folder, default_run_folder
+from sparsepass.export.stages.retraining import clear_run_folder, default_run_folder
+from sparsepass.export.stages.settings import ModelSource
 from sparsepass.graph import Program
+from sparsepass.graph.load import LoadedModel
 from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.run.metrics import METRICS, read_metrics
 
@@ -156,7 +158,13 @@ def test_the_teacher_is_cached_once_and_then_not_loaded(place: Path, tmp_path: P
     assert "24 sequences" in only.output
     assert not (tmp_path / "out").exists()
 
-    monkeypatch.setattr(ModelSource, "load", lambda *_, **__: pytest.fail("the teacher was loaded"))
+    load = ModelSource.load
+
+    def refuse_teacher(self: ModelSource, *rest: Any) -> LoadedModel:
+        assert self.source == str(place / "pruned"), "the teacher was loaded"
+        return load(self, *rest)
+
+    monkeypatch.setattr(ModelSource, "load", refuse_teacher)
     result = run("retrain", place / "pruned", "-o", tmp_path / "out", *cache)
     assert result.exit_code == 0, result.output
     (found,) = read_report(tmp_path / "out")["retraining"]["runs"]

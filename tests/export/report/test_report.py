@@ -32,7 +32,8 @@ from sparsepass.export.report.schema import SCHEMA_VERSION, SECTIONS, ReportDocu
 from sparsepass.export.report.sections import Part
 from sparsepass.export.report.view import VIEWS
 from sparsepass.export.report.words import size
-from sparsepass.export.stages.preparing import Calibration, prepare, write_program
+from sparsepass.export.stages.preparing import prepare, write_program
+from sparsepass.export.stages.settings import Calibration
 from sparsepass.graph import SparsepassError
 
 

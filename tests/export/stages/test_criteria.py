@@ -10,8 +10,9 @@ from tests.export.tiny import WORDS, save_tiny_llama
 from typer.testing import CliRunner
 
 from sparsepass.export.cli.app import app
-from sparsepass.export.stages import criteria_child
-from sparsepass.export.stages.criteria import CriteriaSettings, Job, criteria_page, criteria_table, jobs_of
+from sparsepass.export.stages.criteria import CriteriaSettings, Job, criteria_page, criteria_table, jobs_of, measure_to_file
+from sparsepass.export.stages.news import listen
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import SparsepassError
 from sparsepass.passes.criteria.table import CRITERIA
 
@@ -25,17 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _settings(folder: Path, **changes: Any) -> CriteriaSettings:
-    options: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "calibration": str(folder / "train.txt"),
-        "eval_text": str(folder / "valid.txt"),
-        "num_sequences": 4,
-        "context": 24,
-        "eval_context": 24,
-        "max_tokens": 100,
-    }
-    return CriteriaSettings(**options | changes)
+def _settings(folder: Path, *, calibration: Path | None = None, text: str | None = None) -> CriteriaSettings:
+    return CriteriaSettings(
+        model=ModelSource(source=str(folder / "model")),
+        calibration=Calibration(data=str(calibration or folder / "train.txt"), num_sequences=4, context=24),
+        evaluation=Evaluation(text=text or str(folder / "valid.txt"), context=24, max_tokens=100),
+    )
 
 
 @pytest.fixture
@@ -45,7 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run(command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
         measured.append(json.loads(command[-2])["job"]["name"])
-        return subprocess.CompletedProcess(command, criteria_child.main(command[-2], Path(command[-1])))
+        return subprocess.CompletedProcess(command, measure_to_file(command[-2], command[-1]))
 
     monkeypatch.setattr(subprocess, "run", run)
     return measured
@@ -53,7 +49,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_row_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     told: list[str] = []
-    found = criteria_table(_settings(folder), jobs_of(["wanda"]), tell=told.append)
+    with listen(told.append):
+        found = criteria_table(_settings(folder), jobs_of(["wanda"]))
     dense, wanda = found["rows"]
     assert (dense["name"], dense["num_sparse"], dense["times_dense"]) == ("dense", 0, 1.0)
     assert wanda["num_sparse"] == 14
@@ -67,8 +64,8 @@ def test_a_row_is_measured_in_a_process_of_its_own(folder: Path) -> None:
 
 def test_the_command_writes_the_table_and_goes_on_where_it_was(folder: Path, tmp_path: Path, here: list[str]) -> None:
     def run(*extra: str) -> tuple[int, str]:
-        settings = _settings(folder)
-        arguments = ["criteria", settings.model, "--calibration", settings.calibration, "--eval-text", settings.eval_text]
+        texts = ["--calibration", str(folder / "train.txt"), "--eval-text", str(folder / "valid.txt")]
+        arguments = ["criteria", str(folder / "model"), *texts]
         arguments += ["--num-sequences", "4", "--context", "24", "--eval-context", "24", "--max-tokens", "100"]
         done = CliRunner().invoke(app, [*arguments, "--work", str(tmp_path / "work"), *extra])
         return done.exit_code, done.output
@@ -95,7 +92,7 @@ def test_the_command_writes_the_table_and_goes_on_where_it_was(folder: Path, tmp
 def test_a_changed_text_is_not_mixed_with_earlier_rows(folder: Path, tmp_path: Path, here: list[str]) -> None:
     text = tmp_path / "train.txt"
     text.write_text(WORDS * 40, encoding="utf-8")
-    settings = _settings(folder, calibration=str(text))
+    settings = _settings(folder, calibration=text)
     criteria_table(settings, [], work=tmp_path / "work")
     text.write_text(WORDS * 41, encoding="utf-8")
     with pytest.raises(SparsepassError, match="holds rows measured with digests"):
@@ -126,4 +123,4 @@ def test_rows_are_all_criteria_by_default_and_bad_ones_are_refused(folder: Path)
     with pytest.raises(SparsepassError, match="unknown pass"):
         jobs_of(pipelines=["nm_sparse"])
     with pytest.raises(SparsepassError, match="does not exist"):
-        criteria_table(_settings(folder, eval_text="nowhere.txt"), [])
+        criteria_table(_settings(folder, text="nowhere.txt"), [])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import HTML_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
 from sparsepass.export.stages.exporting import SAMPLES_FILE, export, read_samples
-from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare
+from sparsepass.export.stages.preparing import prepare
+from sparsepass.export.stages.settings import Calibration, Evaluation
 from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.states import without_branches

@@ -14,7 +14,8 @@ from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.recipe import PruneSection, RetrainSection, read_recipe, read_retrain_section, recipe_of
 from sparsepass.export.stages.retraining import retrain_program
 from sparsepass.export.stages.run import stages_of
-from sparsepass.export.stages.settings import example_text, override, parse_settings, read_recipe_text, recipe_names
+from sparsepass.export.stages.settings import Calibration, ModelSource
+from sparsepass.export.stages.yaml_settings import example_text, override, parse_settings, read_recipe_text, recipe_names
 from sparsepass.graph import SparsepassError
 from sparsepass.passes import Reconstruct, parse_pipeline
 from sparsepass.retrain.config import RetrainConfig
@@ -69,13 +70,16 @@ def test_each_recipe_reads_and_knows_its_stages(name: str) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_trains_a_tiny_model(name: str, place: Path, tmp_path: Path) -> None:
-    from sparsepass.export.stages.preparing import Calibration, prepare, write_program
+    from sparsepass.export.stages.preparing import prepare, write_program
 
     recipe = read_recipe(name)
     assert recipe.prune is not None
     assert recipe.retrain is not None
-    calibration = Calibration(data=str(place / "words.txt") if recipe.prune.calibration else None, num_sequences=4, context=16)
-    prepared = prepare(place / "tiny", passes=recipe.prune.passes, calibration=calibration, dtype=recipe.dtype, validate=False)
+    calibration = Calibration(
+        data=str(place / "words.txt") if recipe.prune.calibration.data else None, num_sequences=4, context=16
+    )
+    model = ModelSource(source=str(place / "tiny"), dtype=recipe.dtype)
+    prepared = prepare(model, passes=recipe.prune.passes, calibration=calibration, validate=False)
     write_program(prepared, tmp_path / "pruned")
     data = dataclasses.replace(recipe.retrain.data, source=str(place / "words.txt"), validation=4, context=16)
     train = dataclasses.replace(recipe.retrain.train, **SMALL)
@@ -94,10 +98,12 @@ def test_each_recipe_trains_a_tiny_model(name: str, place: Path, tmp_path: Path)
 def test_the_cpu_recipe_counts_what_reconstruct_trains_on() -> None:
     recipe = read_recipe("smollm2-cpu")
     assert recipe.prune is not None
-    assert recipe.prune.context is not None
+    assert recipe.prune.calibration.context is not None
     assert recipe.retrain is not None
     (before,) = [one for one in parse_pipeline(recipe.prune.passes) if isinstance(one, Reconstruct)]
-    assert before.steps * before.batch_size * recipe.prune.context + (recipe.retrain.train.max_tokens or 0) == 400_000
+    assert (
+        before.steps * before.batch_size * recipe.prune.calibration.context + (recipe.retrain.train.max_tokens or 0) == 400_000
+    )
 
 
 @pytest.mark.parametrize(

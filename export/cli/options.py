@@ -1,0 +1,131 @@
+"""From dataclasses that hold settings to the options of a command, and back: a setting has one name, default and help.
+
+A parameter of a command that is annotated ``Annotated[Settings, Fields(...)]`` stands for one option a field of the class.
+"""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from sparsepass._docs import attribute_docs
+
+_PLAIN: Final = (int, float, Path)
+"""Types that the command line reads by itself; all else is text that the settings read."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How the fields of a settings class stand on the command line.
+
+    Attributes:
+        flags: Field -> its flag, where that is not its name; a word in capitals makes it an argument.
+        left_out: Fields that the command does not take.
+        defaults: Field -> the command's own default; ``...`` if it has to be given.
+        help: Field -> the command's own help.
+    """
+
+    flags: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    help: Mapping[str, str] = field(default_factory=dict)
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of its settings, and call it with the settings that were given."""
+    groups: dict[str, tuple[type, dict[str, str], bool]] = {}
+    own: list[Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        found = _settings_of(parameter.annotation)
+        if found is None:
+            own.append(parameter)
+            continue
+        kind, marks, is_optional = found
+        made = {each.name: option(kind, each, marks, is_needed=not is_optional) for each in _taken(kind, marks)}
+        groups[parameter.name] = (kind, {name: each.name for name, each in made.items()}, is_optional)
+        own += made.values()
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, (kind, sources, is_optional) in groups.items():
+            values = read_back(kind, {field: given.pop(source) for field, source in sources.items()})
+            is_left_out = is_optional and next(iter(values.values())) is None
+            given[name] = None if is_left_out else kind(**values)
+        command(**given)
+
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [each.replace(kind=Parameter.KEYWORD_ONLY) for each in own]
+    )
+    return run
+
+
+def option(kind: type, each: "Field[Any]", marks: Fields, *, is_needed: bool = True) -> Parameter:
+    """The option of one field, as a parameter that typer reads.
+
+    Args:
+        kind: The settings class.
+        each: Its field.
+        marks: How the command has it.
+        is_needed: Whether a field without a default has to be given.
+    """
+    default = marks.defaults.get(each.name, None if each.default is MISSING else each.default)
+    flag = marks.flags.get(each.name) or "--" + each.name.replace("_", "-")
+    is_given = default is ... or (each.default is MISSING and is_needed)
+    annotation = read_as(typing.get_type_hints(kind)[each.name])
+    help_text = marks.help.get(each.name) or attribute_docs(kind).get(each.name, "").replace("`", "")
+    if annotation is bool:
+        flag, default = (f"--no-{flag[2:]}", False) if default else (flag, False)
+    elif annotation == bool | None:
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif default is None and not is_given:
+        annotation = annotation | None
+    made: Any
+    if flag.startswith("-"):
+        made = typer.Option(flag, help=help_text, show_default=default is not None)
+    else:
+        made = typer.Argument(metavar=flag, help=help_text, show_default=False)
+    return Parameter(
+        f"{kind.__name__.lower()}_{each.name}",
+        Parameter.KEYWORD_ONLY,
+        default=Parameter.empty if is_given else default,
+        annotation=Annotated[annotation, made],
+    )
+
+
+def read_back(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as the fields hold them: a switch ``--no-x`` was read as its opposite, and several values as a list."""
+    switched_on = {each.name for each in fields(kind) if each.default is True}
+    return {
+        name: not value if name in switched_on else tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+    }
+
+
+def read_as(hint: Any) -> Any:
+    """The type as which the command line reads a field of some type."""
+    if hint in (bool, bool | None):
+        return hint
+    if typing.get_origin(hint) is tuple:
+        return list[read_as(typing.get_args(hint)[0])]  # type: ignore[misc]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return next((found for found in kinds if found in _PLAIN or typing.get_origin(found) is Literal), str)
+
+
+def _settings_of(annotation: Any) -> tuple[type, Fields, bool] | None:
+    """The settings class of a parameter, how it stands there, and whether it may be left out; None for a plain option."""
+    marks = next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Fields)), None)
+    if marks is None:
+        return None
+    kinds = typing.get_args(annotation.__origin__)
+    return (kinds[0], marks, True) if kinds else (annotation.__origin__, marks, False)
+
+
+def _taken(kind: type, marks: Fields) -> "Iterator[Field[Any]]":
+    return (each for each in fields(kind) if each.name not in marks.left_out)
