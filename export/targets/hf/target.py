@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Target):
-    """A folder that plain transformers loads; SLoRB branches lie beside the model as a PEFT adapter.
-
-    Args:
-        dtype: Type of the written weights; None for the program's own.
-    """
+    """A folder that plain transformers loads; SLoRB branches lie beside the model as a PEFT adapter."""
 
     name: ClassVar[str] = "hf"
     description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
