@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparsepass._docs import attribute_docs
 from sparsepass.export.targets import TARGETS, targets_table
-from sparsepass.graph.support import attribute_docs
 
 if TYPE_CHECKING:
     from sparsepass.export.targets import Target

@@ -1,6 +1,6 @@
 """Docstrings as data: the section Attributes of a class."""
 
-from sparsepass.graph.support import attribute_docs
+from sparsepass._docs import attribute_docs
 
 
 class Base:
