@@ -31,9 +31,12 @@ class LoweringContext:
 
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder."""
-        for companion in (self.processor, self.tokenizer):
-            if companion is not None:
-                companion.save_pretrained(folder)
+        from sparsepass.graph.support import quiet_loading
+
+        with quiet_loading():
+            for companion in (self.processor, self.tokenizer):
+                if companion is not None:
+                    companion.save_pretrained(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,7 +254,7 @@ class _Finder:
 
 
 def _parameter(node: ir.Node) -> str:
-    """The parameter that a node multiplies by, as torch.onnx notes it. (Constant folding gives weights names such as val_17.)
+    """The parameter that a node multiplies by, as torch.onnx notes it: folding gives weights names such as val_17.
 
     Of `%linear : ...(args = (%mul_4, %p_model_layers_0_q_proj_weight), ...)` in scope `model.layers.0.q_proj` the
     parameter is what follows the scope.

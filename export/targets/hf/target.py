@@ -23,7 +23,8 @@ class HuggingFace(Target):
         """Write the model, its adapter, tokenizer and processor."""
         from sparsepass.export.targets.hf.lower import lower_hf
 
-        artifact = lower_hf(program, folder, dtype=self.dtype, tokenizer=context.tokenizer, processor=context.processor)
+        context.save_companions(folder)
+        artifact = lower_hf(program, folder, dtype=self.dtype)
         notes = [f"loaded by {artifact.auto_class}.from_pretrained"]
         if artifact.adapter is not None:
             notes.append(artifact.adapter_note)

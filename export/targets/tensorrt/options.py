@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from sparsepass.export.targets.contract import Target, option
-from sparsepass.export.targets.two_four import LOWEST_SM
+from sparsepass.export.targets.evidence import LOWEST_SM
 
 DEFAULT_TIMEOUT_S: Final = 3600.0
 

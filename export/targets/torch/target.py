@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
 from sparsepass.export.targets.hf import HuggingFace
-from sparsepass.export.targets.torch.options import Shapes, check_shapes, parse_shapes
+from sparsepass.export.targets.torch.choice import ChoiceRules, Shapes, parse_shapes
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -44,7 +44,7 @@ class SemiStructured(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_shapes(self.shapes)
+        _ = self.rules
         if self.timings is not None and (self.shapes or self.compiled):
             from sparsepass.graph.support import SparsepassError
 
@@ -53,21 +53,17 @@ class SemiStructured(Target):
                 "timings out"
             )
 
+    @property
+    def rules(self) -> ChoiceRules:
+        """How layers are chosen."""
+        return ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled)
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the folder, and the record of its layers."""
         from sparsepass.export.targets.torch.lower import write_torch
-        from sparsepass.export.targets.torch.record import ChoiceRules
 
-        artifact = write_torch(
-            program,
-            folder,
-            rules=ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled),
-            timings=self.timings,
-            measure=self.measure,
-            dtype=self.dtype,
-            tokenizer=context.tokenizer,
-            processor=context.processor,
-        )
+        context.save_companions(folder)
+        artifact = write_torch(program, folder, rules=self.rules, timings=self.timings, measure=self.measure, dtype=self.dtype)
         return Lowered(
             dtype=artifact.hf.dtype,
             expected_sparse={"": artifact.hf.expected_sparse},
