@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from sparsepass._docs import attribute_docs
 from sparsepass.export.targets import TARGETS, targets_table
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def chosen(text: str, given: Mapping[str, Any]) -> "Target":
 
 
 def _parameters(kind: "type[Target]") -> Iterator[tuple[str, Parameter]]:
-    hints = typing.get_type_hints(kind)
+    hints, docs = typing.get_type_hints(kind), attribute_docs(kind)
     for each in dataclasses.fields(kind):
         flag = each.metadata.get("flag") or each.name.replace("_", "-")
         default: Any = None
@@ -61,7 +62,7 @@ def _parameters(kind: "type[Target]") -> Iterator[tuple[str, Parameter]]:
             flag, annotation, default = f"no-{flag}" if each.default else flag, bool, False
         else:
             annotation = _read_as(hints[each.name], has_parser=bool(each.metadata.get("parse"))) | None
-        option = typer.Option(f"--{flag}", help=each.metadata.get("help"))
+        option = typer.Option(f"--{flag}", help=each.metadata.get("help") or docs.get(each.name, "").replace("`", ""))
         yield each.name, Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option])
 
 

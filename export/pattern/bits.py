@@ -1,8 +1,8 @@
 """Counting N:M groups on the raw bits of a stored weight, whatever its type.
 
-A float is zero where all its bits but the sign are, so neither bf16 nor fp16 nor fp8 is ever converted: the stored
-bytes are viewed as unsigned integers, the sign is masked off, and what is left is compared with zero, a cache-sized
-piece at a time. This is the fast twin of `sparsepass.passes.maths.pattern` (which works on torch tensors in memory).
+A float is zero if all its bits but the sign are zero. So no type is converted: the stored bytes are viewed as unsigned
+integers, the sign is masked off, and the rest is compared with zero, in pieces that fit the cache.
+`sparsepass.passes.maths.pattern` does the same, more slowly, for torch tensors in memory.
 """
 
 import math
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = ["BitView", "GroupCount", "count_groups", "is_conforming", "unpack_bits", "view_bits"]
 
 Array = npt.NDArray[Any]
 

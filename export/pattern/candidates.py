@@ -1,4 +1,4 @@
-"""What the readers of the pattern checker hand to it: one candidate per weight and use."""
+"""What the readers of files hand to the pattern checker: one candidate for each use of a weight."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,8 +6,6 @@ from typing import final
 
 from sparsepass.export.pattern.bits import BitView
 from sparsepass.graph.support import is_open, name_matches
-
-__all__ = ["Candidate", "NamePatterns"]
 
 
 @final
@@ -28,11 +26,11 @@ class Candidate:
         key: Equal for two candidates that read the same bytes the same way.
         read: Reads the bits; None where `problem` says why it cannot.
         problem: Why this use cannot be checked, or None.
-        aside: Why this use decides nothing unless the caller expects it to be sparse, or None when it does decide.
-        through: Operations between the stored tensor and its use, in order.
+        aside: Why this use does not decide unless the caller expects it to be sparse; None if it decides anyway.
         computed: Operations that made the tensor out of what is stored; empty where it is stored itself.
-        multiplied: Reads what is multiplied in the end, and its axis of K, where rounding on the way may have made more
-            zeros than are stored; None where it makes none, or (called) where it cannot be computed.
+        multiplied: Reads the values that the product really multiplies, and their axis of K. Set only where a cast or a
+            quantization lies between: rounding there can turn small stored values into zeros. The call gives None where
+            these values cannot be computed.
     """
 
     file: str
@@ -41,14 +39,13 @@ class Candidate:
     weight: str
     aliases: tuple[str, ...] = ()
     parameter: str = ""
-    shape: tuple[int, ...]
-    dtype: str
-    axis: int | None
-    key: object
-    read: Callable[[], BitView] | None
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    axis: int | None = None
+    key: object = None
+    read: Callable[[], BitView] | None = None
     problem: str | None = None
     aside: str | None = None
-    through: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     multiplied: Callable[[], tuple[BitView, int] | None] | None = None
 
@@ -61,7 +58,7 @@ class Candidate:
 
 @final
 class NamePatterns:
-    """Name patterns that are asked for many weights: exact ones are looked up, so that thousands of names cost nothing.
+    """Name patterns, to be matched with many weights. Exact names are looked up in a table, so that thousands cost nothing.
 
     Args:
         patterns: The patterns, as `sparsepass.graph.support.name_matches` takes them.

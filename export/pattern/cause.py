@@ -15,17 +15,12 @@ Shape suffixes: R rows, C columns, X rank.
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-from sparsepass.export.pattern.bits import BitView, GroupCount
-
-__all__ = ["Cause", "likely_cause", "low_rank", "wrong_axis"]
-
-Array = npt.NDArray[Any]
+from sparsepass.export.pattern.bits import Array, BitView, GroupCount
 
 # Of dense weights the median over groups is about 0.6 (the 2nd smallest of four by the 3rd); filled zeros are far below.
 _FILLED_RATIO = 0.25

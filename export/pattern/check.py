@@ -1,22 +1,20 @@
 """Does a file hold the N:M pattern, on the axis along which each matmul reduces? For ONNX and safetensors.
 
-The checker reads what is stored and trusts nothing else: not a name, not a recipe, not a mask. For ONNX it knows from
-the graph along which axis each weight is reduced; for safetensors it goes by the conventions of Hugging Face
-checkpoints, which `axes` overrides.
+The checker trusts the stored values only: no name, no recipe, no mask. In an ONNX file, the graph tells along which axis
+each weight is reduced. In a safetensors file, the conventions of Hugging Face tell it, and `axes` overrides them.
 
-What decides on `PatternReport.conforms`:
+`PatternReport.conforms` depends on these weights:
 
-1. With `expected_sparse`, exactly those weights, in every use; all others are dense on purpose.
-2. Without it, every constant weight of MatMul, Gemm and Conv (and their quantized and fused kin), less those that
-   `ignore` and `expected_dense` name. One that is not eligible or not checkable is not proven, so it fails.
-3. Weights that no N:M rule covers (ConvTranspose, recurrent) and products that reduce nothing (K = 1) are listed
-   and decide nothing.
+1. With `expected_sparse`: exactly those weights, in every use. All others are dense on purpose.
+2. Without it: every constant weight of MatMul, Gemm and Conv (and of their quantized and fused variants), less those that
+   `ignore` and `expected_dense` name. A weight that is not eligible or not checkable is not proven, so it fails.
+3. Weights without an N:M rule (ConvTranspose, recurrent) and products that reduce nothing (K = 1) are listed only.
 """
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -33,11 +31,8 @@ from sparsepass.export.pattern.report import PatternEntry, PatternReport, Verdic
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.maths import NMPattern
 
-__all__ = ["PatternEntry", "PatternReport", "check_pattern"]
-
-_NOTHING_COUNTED = GroupCount(num_groups=0, num_violations=0, first_violation=None, num_nonzeros=0, num_negative_zeros=0)
-# Looking for a merged adapter takes up to a second: only the first weight of each kind of layer is looked at, and what is
-# found there is taken to hold for the others whose zeros were filled.
+# Looking for a merged adapter takes up to a second. So only the first weight of each kind of layer is looked at, and its
+# cause is taken to hold for the others of that kind whose zeros were filled.
 _NUM_LOOKED_AT = 12
 
 
@@ -122,11 +117,11 @@ def check_pattern(
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         findings = dict(zip(work, pool.map(_judge, *zip(*work.values(), strict=True)), strict=True)) if work else {}
 
-    entries = [
-        _entry(candidate, plan, plan.finding or findings[candidate.key, candidate.axis, plan.pattern])
+    judged = [
+        (candidate, plan, plan.finding or findings[candidate.key, candidate.axis, plan.pattern])
         for candidate, plan in zip(candidates, plans, strict=True)
     ]
-    entries = _with_causes(entries, candidates, plans)
+    entries = _with_causes(judged)
     entries += [_missing(name, sparse[name]) for name in wanted.sparse_names.unmet] if sparse else []
     return PatternReport(
         source=label,
@@ -139,7 +134,7 @@ def check_pattern(
 
 @dataclass(frozen=True, kw_only=True)
 class _Finding:
-    """What is known of one use: the verdict, and the counts where the weight was read."""
+    """What was found for one use: the verdict, and the counts if the weight was read."""
 
     verdict: Verdict
     reason: str = ""
@@ -149,7 +144,7 @@ class _Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """How a candidate is to be judged; `finding` is set where that is known without reading its data."""
+    """How a candidate is judged; `finding` is set if no data has to be read for it."""
 
     pattern: NMPattern
     required: bool
@@ -239,41 +234,33 @@ def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
     return _Finding(verdict="violates", reason="; ".join((reason, *remarks)), count=count, conforming_axes=others)
 
 
-def _with_causes(
-    entries: Iterable[PatternEntry], candidates: Iterable[Candidate], plans: Iterable[_Plan]
-) -> list[PatternEntry]:
-    """Add to each required weight that violates what probably happened to it."""
+def _with_causes(judged: Iterable[tuple[Candidate, _Plan, _Finding]]) -> list[PatternEntry]:
+    """The entries; those of required weights that violate say what probably happened to them."""
     looked_at: dict[str, Cause] = {}
     known: dict[object, Cause] = {}
-    explained = []
-    for entry, candidate, plan in zip(entries, candidates, plans, strict=True):
-        if entry.verdict != "violates" or not entry.required:
-            explained.append(entry)
+    entries = []
+    for candidate, plan, finding in judged:
+        entry = _entry(candidate, plan, finding)
+        if finding.verdict != "violates" or not plan.required:
+            entries.append(entry)
             continue
         assert candidate.axis is not None, "a weight was counted along an axis"
         assert candidate.read is not None, "a weight that was counted can be read"
+        assert finding.count is not None, "a weight that violates was counted"
         key = (candidate.key, candidate.axis, plan.pattern)
-        if entry.conforming_axes:
-            known[key] = wrong_axis(entry.axis or 0, entry.conforming_axes)
+        if finding.conforming_axes:
+            known[key] = wrong_axis(candidate.axis, finding.conforming_axes)
         elif key not in known:
             look = entry.layer_kind not in looked_at and len(looked_at) < _NUM_LOOKED_AT
-            count = GroupCount(
-                num_groups=entry.num_groups,
-                num_violations=entry.num_violations,
-                first_violation=entry.first_violation,
-                num_nonzeros=entry.num_nonzeros,
-                num_negative_zeros=entry.num_negative_zeros,
-            )
             n, m = plan.pattern.n, plan.pattern.m
-            cause = likely_cause(candidate.read(), candidate.dtype, n, m, candidate.axis, count, look_for_rank=look)
+            cause = likely_cause(candidate.read(), candidate.dtype, n, m, candidate.axis, finding.count, look_for_rank=look)
             like = looked_at.setdefault(entry.layer_kind, cause) if look else looked_at.get(entry.layer_kind, cause)
             known[key] = like if (cause.kind, like.kind) == ("trained without mask", "merged adapter") else cause
-        explained.append(replace(entry, cause=known[key]))
-    return explained
+        entries.append(replace(entry, cause=known[key]))
+    return entries
 
 
 def _entry(candidate: Candidate, plan: _Plan, finding: _Finding) -> PatternEntry:
-    count = finding.count or _NOTHING_COUNTED
     return PatternEntry(
         file=candidate.file,
         node=candidate.node,
@@ -287,26 +274,15 @@ def _entry(candidate: Candidate, plan: _Plan, finding: _Finding) -> PatternEntry
         verdict=finding.verdict,
         required=plan.required,
         reason=finding.reason,
-        num_groups=count.num_groups,
-        num_violations=count.num_violations,
-        first_violation=count.first_violation,
-        num_nonzeros=count.num_nonzeros,
-        num_negative_zeros=count.num_negative_zeros,
         conforming_axes=finding.conforming_axes,
         computed=candidate.computed,
+        **(asdict(finding.count) if finding.count else {}),
     )
 
 
 def _missing(name: str, pattern: NMPattern) -> PatternEntry:
     return PatternEntry(
-        file="",
-        node="",
-        op="",
         weight=name,
-        parameter="",
-        shape=(),
-        dtype="",
-        axis=None,
         pattern=str(pattern),
         verdict="missing",
         required=True,

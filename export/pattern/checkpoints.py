@@ -1,7 +1,7 @@
 """Finding the matmul weights of safetensors checkpoints by the conventions of Hugging Face.
 
-A checkpoint holds names and shapes and no operations, so what is a matmul weight, and along which axis it is reduced,
-is convention:
+A checkpoint holds names and shapes, and no operations. Which tensors are matmul weights, and along which axis each is
+reduced, is convention:
 
 1. A matrix named `weight` is `[out, in]`: axis 1. In the families that use GPT-2's Conv1D (told by `config.json`) the
    matrices of its modules are `[in, out]`: axis 0.
@@ -26,8 +26,6 @@ import torch
 from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
 from sparsepass.graph.support import SparsepassError
-
-__all__ = ["safetensors_candidates", "safetensors_files", "tensor_candidates"]
 
 _INDEX = "model.safetensors.index.json"
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
@@ -193,7 +191,7 @@ def _candidate(
     """Judge one tensor by its name, shape and type; None for what cannot be a weight."""
     name, shape, dtype = stored.name, stored.shape, stored.dtype
     module, _, last = name.rpartition(".")
-    given = next((axes[pattern] for pattern in patterns.matching(_both(name))), None)
+    given = next((axes[pattern] for pattern in patterns.matching((name, name.removesuffix(".weight")))), None)
     problem = aside = None
     if name.endswith(_QUANTIZER_DATA):
         return None
@@ -242,10 +240,6 @@ def _axis(name: str, shape: tuple[int, ...], families: set[str]) -> int:
     if len(shape) == 3 and (last.endswith("_proj") or ".experts." in name):
         return 1 if families & _TRANSPOSED_EXPERT_FAMILIES else 2
     return 1
-
-
-def _both(name: str) -> tuple[str, str]:
-    return name, name.removesuffix(".weight")
 
 
 def _families(folder: Path) -> set[str]:

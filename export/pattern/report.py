@@ -10,8 +10,6 @@ from rich.table import Table
 
 from sparsepass.export.pattern.cause import Cause
 
-__all__ = ["PatternEntry", "PatternReport", "Verdict"]
-
 Verdict = Literal["conforms", "violates", "not eligible", "not checkable", "missing", "left out"]
 _VERDICTS: tuple[Verdict, ...] = ("violates", "missing", "not eligible", "not checkable", "conforms", "left out")
 _COLOURS = {
@@ -55,14 +53,14 @@ class PatternEntry:
         cause: For a required weight that violates: what probably happened to it; else None.
     """
 
-    file: str
-    node: str
-    op: str
+    file: str = ""
+    node: str = ""
+    op: str = ""
     weight: str
-    parameter: str
-    shape: tuple[int, ...]
-    dtype: str
-    axis: int | None
+    parameter: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    axis: int | None = None
     pattern: str
     verdict: Verdict
     required: bool
@@ -103,8 +101,8 @@ class PatternReport:
         source: What was checked.
         pattern: The pattern asked for.
         entries: One entry per operation and constant weight, in file order; a weight used twice has two.
-        stated: The caller stated which weights are sparse or dense, so that finding nothing to check is no failure.
-        unused: Names to ignore that meant no weight at all: likely misspelled.
+        stated: Whether the caller stated which weights are sparse or dense; then a source without such weights conforms.
+        unused: Names to ignore that no weight has: likely misspelled.
     """
 
     source: str
@@ -115,7 +113,7 @@ class PatternReport:
 
     @property
     def conforms(self) -> bool:
-        """Every required weight conforms, and there was at least one to check unless the caller said otherwise."""
+        """Whether every required weight conforms. One has to be there, unless the caller stated which are sparse or dense."""
         required = [entry for entry in self.entries if entry.required]
         return all(entry.verdict == "conforms" for entry in required) and (bool(required) or self.stated)
 
@@ -156,7 +154,7 @@ class PatternReport:
 
     @property
     def causes(self) -> tuple[tuple[Cause, tuple[PatternEntry, ...]], ...]:
-        """Each kind of likely cause, as it is told for its first weight, and the failures it is likely for."""
+        """The likely causes, one of each kind (that of its first weight), each with the failures that it explains."""
         groups: dict[str, list[PatternEntry]] = {}
         for entry in self.failures:
             if entry.cause is not None:

@@ -31,9 +31,12 @@ class LoweringContext:
 
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder."""
-        for companion in (self.processor, self.tokenizer):
-            if companion is not None:
-                companion.save_pretrained(folder)
+        from sparsepass.graph.support import quiet_loading
+
+        with quiet_loading():
+            for companion in (self.processor, self.tokenizer):
+                if companion is not None:
+                    companion.save_pretrained(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +79,12 @@ class Check:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def option(default: Any, help: str, *, flag: str | None = None, parse: Callable[[str], Any] | None = None) -> Any:
-    """A field of a target, with what the command line says of it.
+def option(default: Any, help: str | None = None, *, flag: str | None = None, parse: Callable[[str], Any] | None = None) -> Any:
+    """A field of a target that the command line treats in its own way.
 
     Args:
         default: Its default.
-        help: What it means, for ``--help``.
+        help: What ``--help`` says of it; by default what the class's docstring does.
         flag: Its name on the command line; by default the field's. A field that is True by default has ``no-`` before it.
         parse: Reads it from text; by default its type tells.
     """
@@ -90,10 +93,10 @@ def option(default: Any, help: str, *, flag: str | None = None, parse: Callable[
 
 @dataclass(frozen=True, kw_only=True)
 class Target(ABC):
-    """A form in which a program leaves. Its fields are its options; each field is made by `option`.
+    """A form in which a program leaves. Its fields are its options, and the help of the command line is read from here.
 
-    Args:
-        dtype: Type of the written weights; None for the program's own.
+    Attributes:
+        dtype: Write the weights as float32, bfloat16 or float16; by default as they are.
 
     Raises:
         SparsepassError: If an option cannot be used.
@@ -102,7 +105,7 @@ class Target(ABC):
     name: ClassVar[str]
     description: ClassVar[str]
 
-    dtype: str | None = option(None, "Write the weights as float32, bfloat16 or float16; by default as they are.")
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None:

@@ -1,10 +1,13 @@
-"""What is known of each layer: whether a runtime used its sparsity. Four states, told apart and never merged."""
+"""Sparse kernels: what they take, whether a runtime used them (four states for each layer), and where they are faster."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 Known = Literal["yes", "no", "unknown"]
+
+LOWEST_SM: Final = 80
+"""Compute capability of Ampere, the first generation with sparse tensor cores."""
 
 
 @final
@@ -71,3 +74,85 @@ def pattern_summary(file: str, found: Mapping[str, Any]) -> str:
     if not found["conforms"]:
         return str(found["summary"])
     return f"{file}: the {found['num_sparse']} weights that have to be sparse are, along the axis that is summed over"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Median times of both engines at one size.
+
+    Attributes:
+        batch: Sequences at once.
+        sequence: Tokens of each that are run at once.
+        past: Tokens in the cache before them.
+        dense_ms: Time of the engine without sparse tactics.
+        sparse_ms: Time of the engine with them.
+    """
+
+    batch: int
+    sequence: int
+    past: int = 0
+    dense_ms: float
+    sparse_ms: float
+
+    @property
+    def gain(self) -> float:
+        """How many times faster the sparse engine is."""
+        return self.dense_ms / self.sparse_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+def break_even(points: Iterable[Point]) -> str:
+    """Say from how many tokens at once (batch times sequence) the sparse engine is never slower.
+
+    Example:
+        >>> slow, fast = (Point(batch=8, sequence=n, dense_ms=3, sparse_ms=ms) for n, ms in ((1, 4), (64, 2)))
+        >>> break_even([slow, fast])
+        'sparse is faster from 512 tokens at once on (1.50x there), and slower below (0.75x at 8)'
+    """
+    sizes: dict[int, float] = {}
+    for point in points:
+        tokens = point.batch * point.sequence
+        sizes[tokens] = min(point.gain, sizes.get(tokens, point.gain))
+    ordered = sorted(sizes)
+    if not ordered:
+        return "nothing was measured"
+    slower = [tokens for tokens in ordered if sizes[tokens] <= 1]
+    if not slower:
+        return f"sparse is faster everywhere in what was measured ({min(sizes.values()):.2f}x to {max(sizes.values()):.2f}x)"
+    if slower[-1] == ordered[-1]:
+        best = max(ordered, key=lambda tokens: sizes[tokens])
+        return f"no break-even in what was measured: at best {sizes[best]:.2f}x, at {best} tokens at once"
+    first = next(tokens for tokens in ordered if tokens > slower[-1])
+    return (
+        f"sparse is faster from {first} tokens at once on ({sizes[first]:.2f}x there), and slower below "
+        f"({sizes[slower[-1]]:.2f}x at {slower[-1]})"
+    )
+
+
+def check_two_four(patterns: Mapping[str, str], runtime: str, otherwise: str) -> None:
+    """Refuse patterns that sparse tensor cores do not know.
+
+    Args:
+        patterns: Weight -> its pattern.
+        runtime: Whose kernels are meant, for the message.
+        otherwise: What to do instead of pruning again, for the message.
+
+    Raises:
+        SparsepassError: If a weight has another pattern than 2:4.
+
+    Example:
+        >>> check_two_four({"fc.weight": "2:4"}, "torch", "use the target hf")
+    """
+    other = {name: pattern for name, pattern in patterns.items() if pattern != "2:4"}
+    if other:
+        from sparsepass.graph.support import SparsepassError
+
+        name, pattern = next(iter(other.items()))
+        raise SparsepassError(
+            f"{name} is {pattern}{f', and {len(other) - 1} more are not 2:4' if len(other) > 1 else ''}: {runtime} has sparse "
+            f"kernels for 2:4 only; prune with nm_sparsify{{pattern=2:4}}, or {otherwise}"
+        )

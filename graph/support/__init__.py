@@ -1,5 +1,6 @@
 """What every other room uses: errors, files, progress, memory, arithmetic."""
 
+from sparsepass._docs import attribute_docs
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder, write_text
 from sparsepass.graph.support.memory import give_back_freed_memory
@@ -16,6 +17,7 @@ __all__ = [
     "PassError",
     "ProgramFormatError",
     "SparsepassError",
+    "attribute_docs",
     "build",
     "check_free",
     "closest",

@@ -4,30 +4,31 @@ Every operation of the graph, of its subgraphs and of its local functions is loo
 
 1. A product (`PRODUCTS`) with a constant operand is a use of a weight: `Follower` leads back to what is stored for it.
    A product of constants only is a constant: the operation that takes it is the one to look at.
-2. Packed weights (MatMulNBits, MatMulBnb4) are unpacked when they are read.
+2. Packed weights (MatMulNBits, MatMulBnb4 of onnxruntime) are [out, in], so K is axis 1. They are unpacked when they are read.
 3. Operations that hold weights in a layout of their own, operations of an unknown domain with a constant matrix among
    their inputs, and whatever cannot be followed are listed as not checkable, with the reason.
 """
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from sparsepass.export.pattern.bits import BitView, view_bits
+from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
 from sparsepass.export.pattern.candidates import Candidate
-from sparsepass.export.pattern.onnx.data import READABLE_TYPES, SIGNED_TYPES, OnnxData, from_proto
-from sparsepass.export.pattern.onnx.follow import Constant, Follower, Problem, input_of, int_of, settle
+from sparsepass.export.pattern.onnx.data import READABLE_TYPES, SIGNED_TYPES, OnnxData, Problem, from_proto
+from sparsepass.export.pattern.onnx.follow import Constant, Follower, input_of, int_of, settle
 from sparsepass.export.pattern.onnx.ops import DOMAINS, OPAQUE, PRODUCTS, WITHOUT_RULE, Operand, is_known
-from sparsepass.export.pattern.onnx.packed import PACKED, read_packed
-
-__all__ = ["onnx_candidates"]
 
 # Types that weights of an unknown operation can have; indices and masks have others.
 _WEIGHT_TYPES = SIGNED_TYPES | {f"{u}INT{bits}" for u in ("", "U") for bits in (2, 4, 8)}
 _FLOAT_PRODUCTS = {op for op, operands in PRODUCTS.items() if all(o.zero_point is None for o in operands)} | {"Einsum"}
+_PACKED = ("MatMulNBits", "MatMulBnb4")
+_NF4 = 1
 
 
 def onnx_candidates(model: ir.Model | onnx.ModelProto, *, file: str = "") -> Iterator[Candidate]:
@@ -73,7 +74,7 @@ class _Finder:
             yield from self._unknown(node, name)
         elif node.domain not in DOMAINS:
             return
-        elif node.op_type in PACKED:
+        elif node.op_type in _PACKED:
             yield self._packed(node, name)
         elif node.op_type == "Einsum":
             yield from self._einsum(node, name)
@@ -150,7 +151,6 @@ class _Finder:
             problem=problem,
             # Rotary frequencies, depthwise convolution.
             aside="K = 1: nothing is reduced" if stored is None or shape[stored] == 1 else None,
-            through=constant.through,
             computed=constant.computed,
             multiplied=None if problem else self._multiplied(node, constant, axis, index),
         )
@@ -158,7 +158,7 @@ class _Finder:
     def _multiplied(
         self, node: ir.Node, constant: Constant, axis: int, index: int
     ) -> Callable[[], tuple[BitView, int] | None] | None:
-        """Reads what is multiplied in the end, where rounding on the way may have made more zeros than are stored."""
+        """A reader of the values that the product multiplies, if a cast or quantization lies between; see `Candidate`."""
         value = node.inputs[index]
         rounds = any(op in ("Cast", "CastLike", "QuantizeLinear") for op in constant.through)
         if value is None or not rounds or not self.follower.is_constant(value):
@@ -166,7 +166,7 @@ class _Finder:
 
         def read() -> tuple[BitView, int] | None:
             try:
-                found = self.follower.value(value)
+                found = self.follower.values.compute(value)
             except Problem:
                 return None
             name = ir.DataType.from_numpy(found.dtype).name
@@ -178,7 +178,7 @@ class _Finder:
 
     def _packed(self, node: ir.Node, name: str) -> Candidate:
         try:
-            packed = read_packed(node, self.follower)
+            packed = _read_packed(node, self.follower)
         except Problem as problem:
             return self._uncheckable(node, name, 1, str(problem))
         return Candidate(
@@ -226,11 +226,6 @@ class _Finder:
             weight=names[-1] if names else "?",
             aliases=names[:-1],
             parameter=_parameter(node),
-            shape=(),
-            dtype="",
-            axis=None,
-            key=None,
-            read=None,
             problem=reason,
             aside=aside,
         )
@@ -259,7 +254,7 @@ class _Finder:
 
 
 def _parameter(node: ir.Node) -> str:
-    """The parameter a node multiplies by, as torch.onnx notes it; folding constants renames weights to val_17.
+    """The parameter that a node multiplies by, as torch.onnx notes it: folding gives weights names such as val_17.
 
     Of `%linear : ...(args = (%mul_4, %p_model_layers_0_q_proj_weight), ...)` in scope `model.layers.0.q_proj` the
     parameter is what follows the scope.
@@ -278,3 +273,92 @@ def _storage(tensor: ir.TensorProtocol) -> object:
     if isinstance(tensor, ir.ExternalTensor):
         return (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
     return id(tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packed:
+    """A packed weight, found and not yet read.
+
+    Attributes:
+        constant: The stored tensor.
+        shape: Shape of the unpacked weight, [out, in].
+        dtype: Its type, in lower case.
+        zero: The integers that mean zero: one, or [out, in].
+        mask: Bits of a packed integer that count.
+        is_high_first: Of two values in a byte, the first is in the high half.
+        num_bits: Bits of a packed integer.
+    """
+
+    constant: Constant
+    shape: tuple[int, int]
+    dtype: str
+    zero: Array
+    mask: int
+    is_high_first: bool
+    num_bits: int
+
+    def read(self, follower: Follower) -> BitView:
+        """Unpack it. The bits are 1 where a value is not zero, else 0."""
+        num_out, num_in = self.shape
+        packed = follower.data.read(self.constant.tensor, self.constant.name)
+        if self.is_high_first:
+            values = unpack_bits((packed << 4) | (packed >> 4), self.num_bits).reshape(-1)[: num_out * num_in]
+            values = values.reshape(num_out, num_in)
+        else:
+            values = unpack_bits(packed.reshape(num_out, -1), self.num_bits)[:, :num_in]
+        return view_bits((values & np.uint8(self.mask)) != self.zero, has_sign=False)
+
+
+def _read_packed(node: ir.Node, follower: Follower) -> _Packed:
+    """Find the weight of a MatMulNBits or MatMulBnb4.
+
+    MatMulNBits: B is [out, blocks, bytes], lowest bits first; zero is the block's zero point, or half the range.
+    MatMulBnb4: B is flat, high half first; zero is code 7 of NF4, and codes 0 and 8 of FP4.
+
+    Raises:
+        Problem: It cannot be checked.
+    """
+    found = follower.follow(input_of(node, 1))
+    if found is None:
+        raise Problem("its packed weight is not a constant")
+    if any(op != "Identity" for op in found.through) or found.computed:
+        raise Problem("its packed weight is not stored as it is used")
+    num_out, num_in = int_of(node, "N", 0), int_of(node, "K", 0)
+    if node.op_type == "MatMulBnb4":
+        if not int_of(node, "transB", 1):
+            raise Problem("a weight that is not transposed is not supported")
+        is_nf4 = int_of(node, "quant_type", _NF4) == _NF4
+        return _Packed(
+            constant=found,
+            shape=(num_out, num_in),
+            dtype="nf4" if is_nf4 else "fp4",
+            zero=np.array(7 if is_nf4 else 0, np.uint8),
+            mask=15 if is_nf4 else 7,
+            is_high_first=True,
+            num_bits=4,
+        )
+    if input_of(node, 4) is not None:
+        raise Problem("its weight is reordered by g_idx")
+    bits, block = int_of(node, "bits", 4), int_of(node, "block_size", 0)
+    if bits not in (2, 4, 8):
+        raise Problem(f"{bits}-bit packing is not supported")
+    if int_of(node, "weight_prepacked", 0):
+        raise Problem("its weight is prepacked for one processor")
+    zero: Array = np.array(1 << (bits - 1), np.uint8)
+    points = input_of(node, 3)
+    if points is not None:
+        stored = follower.follow(points)
+        if stored is None or stored.tensor.dtype.name != "UINT8":
+            raise Problem("its zero points are not stored as packed integers")
+        packed = follower.data.read(stored.tensor, stored.name).reshape(num_out, -1)
+        num_blocks = -(-num_in // block)
+        zero = unpack_bits(packed, bits)[:, :num_blocks].repeat(block, axis=1)[:, :num_in]
+    return _Packed(
+        constant=found,
+        shape=(num_out, num_in),
+        dtype=f"uint{bits}",
+        zero=zero,
+        mask=(1 << bits) - 1,
+        is_high_first=False,
+        num_bits=bits,
+    )

@@ -1,24 +1,19 @@
-"""Reading ONNX files and the raw bits of the tensors stored in them."""
+"""Reading ONNX files, the raw bits of the tensors stored in them, and the constants that operations make of those."""
 
 import math
 import mmap
 import os
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from sparsepass.export.pattern.bits import BitView, unpack_bits, view_bits
-from sparsepass.graph.support import SparsepassError
-
-__all__ = ["READABLE_TYPES", "SIGNED_TYPES", "OnnxData", "from_proto", "onnx_files", "read_onnx"]
-
-Array = npt.NDArray[Any]
+from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
+from sparsepass.graph.support import SparsepassError, first_line
 
 SIGNED_TYPES = {
     "FLOAT",
@@ -35,6 +30,22 @@ READABLE_TYPES = SIGNED_TYPES | {
     *("FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ", "BOOL"),
     *(f"{u}INT{bits}" for u in ("", "U") for bits in (2, 4, 8, 16, 32, 64)),
 }
+
+# What the reference evaluator raises for models it cannot run; it has no error type of its own for all of them.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Problem(Exception):  # noqa: N818 - control flow within the checker, never seen outside
+    """Why a use cannot be checked."""
 
 
 def onnx_files(folder: Path) -> list[Path]:
@@ -212,3 +223,119 @@ class OnnxData:
                     "ONNX file. Copy it there; for a ModelProto in memory, give the path of its file instead."
                 ) from error
         return self._maps[path]
+
+
+@final
+class ConstantValues:
+    """Computes the constants that operations make of stored tensors, with onnx's reference evaluator.
+
+    A Reshape, a product of constants and the like have to be computed to know what is multiplied. Results are not kept: a
+    large one is computed again when its bits are counted.
+
+    Args:
+        data: Reads its stored tensors.
+        model: The model.
+    """
+
+    def __init__(self, data: OnnxData, model: ir.Model) -> None:
+        self._data = data
+        self._opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+        self._ir_version = model.ir_version
+        self._lazy: dict[ir.Value, ir.LazyTensor] = {}
+
+    def lazy(self, value: ir.Value) -> ir.LazyTensor:
+        """A tensor that is computed when it is read; one and the same for one value.
+
+        Raises:
+            Problem: It cannot be computed.
+        """
+        if value not in self._lazy:
+            # Computed once to learn its type and shape, and to know that it can be.
+            found = self.compute(value)
+            self._lazy[value] = ir.LazyTensor(
+                lambda: ir.tensor(self.compute(value)),
+                dtype=ir.DataType.from_numpy(found.dtype),
+                shape=ir.Shape(found.shape),
+                name=value.name,
+            )
+        return self._lazy[value]
+
+    def compute(self, value: ir.Value) -> Array:
+        """Compute a constant value.
+
+        Raises:
+            Problem: It cannot be computed.
+        """
+        from onnx.reference import ReferenceEvaluator
+
+        nodes, leaves = self._part(value)
+        names = {leaf: f"leaf_{i}" for i, leaf in enumerate(leaves)}
+        for i, node in enumerate(nodes):
+            names |= {output: f"value_{i}_{j}" for j, output in enumerate(node.outputs)}
+        protos = []
+        for node in nodes:
+            proto = ir.to_proto(node)
+            proto.input[:] = [names[v] if v is not None else "" for v in node.inputs]
+            proto.output[:] = [names[v] for v in node.outputs]
+            protos.append(proto)
+        info = [onnx.helper.make_value_info(names[leaf], onnx.TypeProto()) for leaf in leaves]
+        result = onnx.helper.make_value_info(names[value], onnx.TypeProto())
+        graph = onnx.helper.make_graph(protos, "constants", info, [result])
+        model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
+        feeds = {names[leaf]: self._data.values(tensor, leaf.name or "?") for leaf, tensor in leaves.items()}
+        try:
+            with np.errstate(all="ignore"):
+                found = next(iter(ReferenceEvaluator(model).run(None, feeds)))
+        except _FAILURES as error:
+            raise Problem(f"{type(error).__name__}: {first_line(error)}") from error
+        if not isinstance(found, np.ndarray | np.generic):
+            raise Problem("it is no tensor")
+        return np.asarray(found)
+
+    def operations(self, value: ir.Value) -> tuple[str, ...]:
+        """The operation types that a value is computed through, in order, each once."""
+        return tuple(dict.fromkeys(node.op_type for node in self._part(value)[0]))
+
+    def _part(self, value: ir.Value) -> tuple[list[ir.Node], dict[ir.Value, ir.TensorProtocol]]:
+        """The nodes that make a value, producers first, and the stored tensors they start from."""
+        leaves: dict[ir.Value, ir.TensorProtocol] = {}
+        seen: dict[ir.Node, int] = {}
+        ordered: list[ir.Node] = []
+        stack: list[tuple[ir.Value, bool]] = [(value, False)]
+        while stack:
+            current, is_ready = stack.pop()
+            node = current.producer()
+            tensor = stored(current)
+            if tensor is not None:
+                leaves[current] = tensor
+            elif node is None:
+                raise Problem(f"{current.name!r} is a slice of a scanned tensor or a sparse initializer")
+            elif is_ready:
+                ordered.append(node)
+            elif node not in seen:
+                seen[node] = len(seen)
+                stack.append((current, True))
+                stack.extend((v, False) for v in node.inputs if v is not None)
+        return ordered, leaves
+
+
+def stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor stored for a value: an initializer or the output of a Constant node."""
+    if value.is_initializer():
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    for name, attribute in node.attributes.items():
+        if name == "value" and attribute.type == ir.AttributeType.TENSOR:
+            return attribute.as_tensor()
+        if name in ("value_ints", "value_int"):
+            return ir.tensor(np.array(attribute.value, np.int64))
+        if name in ("value_floats", "value_float"):
+            return ir.tensor(np.array(attribute.value, np.float32))
+    return None
+
+
+def is_lost(value: ir.Value) -> bool:
+    """Neither computed, nor an input, nor stored: a sparse initializer, which onnx_ir does not read."""
+    return value.producer() is None and not value.is_graph_input() and not value.is_initializer()

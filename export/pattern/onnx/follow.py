@@ -15,19 +15,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from sparsepass.export.pattern.onnx.compute import ConstantValues, NotComputableError
-from sparsepass.export.pattern.onnx.data import OnnxData
+from sparsepass.export.pattern.bits import Array
+from sparsepass.export.pattern.onnx.data import ConstantValues, OnnxData, Problem, is_lost, stored
 from sparsepass.export.pattern.onnx.ops import DOMAINS
-
-__all__ = ["Constant", "Follower", "Problem", "input_of", "int_of", "settle"]
-
-Array = npt.NDArray[Any]
 
 _KEEPING = {"Identity", "Cast", "CastLike"}
 _QUANTIZE = {"QuantizeLinear", "TRT_FP8QuantizeLinear"}
@@ -36,10 +31,6 @@ _FOLLOWED = _KEEPING | _QUANTIZE | _DEQUANTIZE | {"Transpose"}
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 # Of a constant and a run-time shape or range they make a rearranged constant: never a weight that can be followed.
 _REARRANGING = {"Reshape", "Slice", "Flatten"}
-
-
-class Problem(Exception):  # noqa: N818 - control flow within the checker, never seen outside
-    """Why a use cannot be checked."""
 
 
 @final
@@ -83,6 +74,12 @@ class Follower:
     Args:
         model: The model, local functions inlined.
         data: Reads its tensors.
+
+    Attributes:
+        nodes: All operations, those of subgraphs included.
+        data: See above.
+        constants: Values that do not depend on the graph's inputs, but for those that are stored.
+        values: Computes constants.
     """
 
     def __init__(self, model: ir.Model, data: OnnxData) -> None:
@@ -96,14 +93,14 @@ class Follower:
             num_known = len(self.constants) + len(self._bound)
             for node in self.nodes:
                 self._learn(node)
-        self._values = ConstantValues(data, model, stored)
+        self.values = ConstantValues(data, model)
 
     def is_constant(self, value: ir.Value | None) -> bool:
         """Whether a value does not depend on the graph's inputs."""
         return value is not None and (value in self.constants or stored(value) is not None or is_lost(value))
 
     def names(self, value: ir.Value | None) -> Iterator[str]:
-        """Names from an operand back along first constant inputs: the last one is what is stored."""
+        """Names on the way back from an operand, by the first constant input of each node; the last is the stored tensor's."""
         while value is not None:
             yield value.name or "?"
             node = value.producer()
@@ -197,19 +194,8 @@ class Follower:
         zero = zero.transpose(np.argsort(kept))
         return np.repeat(zero, block, axis=target).take(range(constant.tensor.shape.numpy()[target]), axis=target)
 
-    def value(self, value: ir.Value) -> Array:
-        """Compute what a constant operand really is.
-
-        Raises:
-            Problem: It cannot be computed.
-        """
-        try:
-            return self._values.compute(value)
-        except NotComputableError as error:
-            raise Problem(str(error)) from error
-
     def _learn(self, node: ir.Node) -> None:
-        """Note which outputs of a node are constant, and what the values that enter its bodies stand for."""
+        """Note which outputs of a node are constant, and which outer value each input of its bodies is."""
         graphs = [g for a in node.attributes.values() for g in _graphs(a)]
         if not graphs:
             inputs = [value for value in node.inputs if value is not None]
@@ -262,15 +248,15 @@ class Follower:
         if node.op_type == "If":
             raise Problem("an If picks the weight at run time; export the model without it")
         try:
-            tensor = self._values.lazy(value)
-        except NotComputableError as error:
+            tensor = self.values.lazy(value)
+        except Problem as error:
             raise Problem(
                 f"the constant passes through {node.op_type} before its use, and that cannot be computed here ({error}); "
                 "fold constants into the file first"
             ) from error
         path = tuple(self.names(value))
         found = self._replay(tensor, path[-1], chain, (*names, *path[:-1]))
-        return found and replace(found, computed=self._values.operations(value))
+        return found and replace(found, computed=self.values.operations(value))
 
     def _replay(
         self, tensor: ir.TensorProtocol, name: str, chain: Sequence[ir.Node | _Sliced], names: Sequence[str]
@@ -336,28 +322,6 @@ def settle(constant: Constant, zero: Array | None) -> Constant:
     if constant.quantized_by != (b"" if zero is None else zero.tobytes()):
         raise Problem("it is quantized with one zero point and dequantized with another")
     return replace(constant, quantized_by=None)
-
-
-def stored(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor stored for a value: an initializer or the output of a Constant node."""
-    if value.is_initializer():
-        return value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for name, attribute in node.attributes.items():
-        if name == "value" and attribute.type == ir.AttributeType.TENSOR:
-            return attribute.as_tensor()
-        if name in ("value_ints", "value_int"):
-            return ir.tensor(np.array(attribute.value, np.int64))
-        if name in ("value_floats", "value_float"):
-            return ir.tensor(np.array(attribute.value, np.float32))
-    return None
-
-
-def is_lost(value: ir.Value) -> bool:
-    """Neither computed, nor an input, nor stored: a sparse initializer, which onnx_ir does not read."""
-    return value.producer() is None and not value.is_graph_input() and not value.is_initializer()
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value | None:

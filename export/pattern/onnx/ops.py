@@ -1,14 +1,14 @@
 """Which ONNX operations multiply by a weight, and where they take it.
 
-Three kinds of operation hold weights: those in `PRODUCTS`, whose reduction axis is known; those in `OPAQUE`, whose weights
-lie in an order of their own; and operations of a domain that nobody here knows, which `is_known` tells apart. All three
-are listed by the checker, so that a fused node never hides a weight.
+Three kinds of operation hold weights, and the checker lists all three, so that a fused node never hides a weight:
+
+1. Those in `PRODUCTS`: their reduction axis is known.
+2. Those in `OPAQUE`: their weights lie in an order of their own.
+3. Those that `is_known` does not know: their domain is foreign.
 """
 
 from dataclasses import dataclass
 from typing import Literal, final
-
-__all__ = ["DOMAINS", "OPAQUE", "PRODUCTS", "WITHOUT_RULE", "Operand", "is_known"]
 
 Side = Literal["left", "right", "conv"]
 
@@ -102,7 +102,7 @@ _HARMLESS = {
 
 
 def is_known(domain: str, op_type: str) -> bool:
-    """Tell whether an operation is one whose constant inputs are either listed above or no weights of a product.
+    """Tell whether an operation is known: its weights are listed above, or it multiplies by no weight.
 
     >>> is_known("", "Add"), is_known("com.microsoft", "BiasGelu"), is_known("com.acme", "MyLinear")
     (True, True, False)

@@ -93,8 +93,6 @@ def lower_hf(
     folder: Path,
     *,
     dtype: "torch.dtype | str | None" = None,
-    tokenizer: Any = None,
-    processor: Any = None,
     base_name: str | None = None,
 ) -> HfArtifact:
     """Write a program as a checkpoint that plain transformers loads.
@@ -108,8 +106,6 @@ def lower_hf(
         program: Captured from a transformers model. It is not changed.
         folder: An existing, empty folder.
         dtype: Type of the written weights; None keeps the program's.
-        tokenizer: Saved beside the model.
-        processor: Saved beside the model.
         base_name: What the adapter names as its base model, ``base_model_name_or_path``: a hub id, or the folder's path
             as its reader will write it, because peft resolves it against the working directory. Only peft's Auto
             classes, which load both at once, need it; no relative path (such as ``..``) would do for all readers, so
@@ -136,9 +132,6 @@ def lower_hf(
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
         _settle_config(model, None if dtype is None else parse_dtype(dtype))
         _save(model, folder)
-        for companion in (tokenizer, processor):
-            if companion is not None:
-                companion.save_pretrained(folder)
     loads_with = auto_class(type(model), model.config)
     adapter = None
     if branches:

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Target):
-    """A folder that plain transformers loads; SLoRB branches lie beside the model as a PEFT adapter.
-
-    Args:
-        dtype: Type of the written weights; None for the program's own.
-    """
+    """A folder that plain transformers loads; SLoRB branches lie beside the model as a PEFT adapter."""
 
     name: ClassVar[str] = "hf"
     description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
@@ -27,7 +23,8 @@ class HuggingFace(Target):
         """Write the model, its adapter, tokenizer and processor."""
         from sparsepass.export.targets.hf.lower import lower_hf
 
-        artifact = lower_hf(program, folder, dtype=self.dtype, tokenizer=context.tokenizer, processor=context.processor)
+        context.save_companions(folder)
+        artifact = lower_hf(program, folder, dtype=self.dtype)
         notes = [f"loaded by {artifact.auto_class}.from_pretrained"]
         if artifact.adapter is not None:
             notes.append(artifact.adapter_note)

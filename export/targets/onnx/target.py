@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
+from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target
 from sparsepass.export.targets.evidence import pattern_summary
 
 if TYPE_CHECKING:
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 class Onnx(Target):
     """ONNX files, with a key-value cache for models that generate.
 
-    Args:
-        dtype: Type of the written weights; None for the program's own.
-        opset: ONNX operator set; None for the newest that is tried.
-        task: What the model is for, such as ``text-generation``; None to tell from its class.
+    Attributes:
+        opset: ONNX operator set; by default the newest that is tried.
+        task: What the model is for, such as ``text-generation``; by default its configuration tells.
 
     Example:
         >>> Onnx(opset=18, dtype="fp16")
@@ -30,8 +29,8 @@ class Onnx(Target):
     name: ClassVar[str] = "onnx"
     description: ClassVar[str] = "ONNX for onnxruntime, TensorRT and others, with a key-value cache where the model generates"
 
-    opset: int | None = option(None, "ONNX operator set; by default the newest that is tried.")
-    task: str | None = option(None, "What the model is for, such as text-generation; by default its configuration tells.")
+    opset: int | None = None
+    task: str | None = None
 
     @property
     def model_task(self) -> str | None:

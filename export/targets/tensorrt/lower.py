@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 
 from sparsepass.export.pattern import check_pattern
-from sparsepass.export.targets.evidence import LayerEvidence
+from sparsepass.export.targets.evidence import LayerEvidence, check_two_four
 from sparsepass.export.targets.onnx import OnnxArtifact, lower_onnx
 from sparsepass.export.targets.tensorrt.artifact import Engine, TensorrtArtifact
 from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine
@@ -32,7 +32,6 @@ from sparsepass.export.targets.tensorrt.profiles import EnginePlan, plan_engines
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE, session_configuration
 from sparsepass.export.targets.tensorrt.through_torch import build_torch_engine
 from sparsepass.export.targets.tensorrt.verify import engine_files, why_not_run
-from sparsepass.export.targets.two_four import check_two_four
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError

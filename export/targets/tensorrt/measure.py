@@ -7,9 +7,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx import OnnxGraph
 from sparsepass.export.targets.tensorrt.profiles import Profile
-from sparsepass.export.targets.timing import Point, break_even
 
 Timer = Callable[[Mapping[str, Tensor]], float]
 """Gives the time of one run on given inputs, in milliseconds."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from sparsepass.export.targets.contract import Target, option
-from sparsepass.export.targets.two_four import LOWEST_SM
+from sparsepass.export.targets.evidence import LOWEST_SM
 
 DEFAULT_TIMEOUT_S: Final = 3600.0
 
@@ -56,32 +56,17 @@ def check_sm(number: int) -> None:
 class EngineTarget(Target):
     """A target that builds engines: its options. `TensorRT` is the one that there is."""
 
-    opset: int | None = option(None, "ONNX operator set; by default the newest that is tried.")
-    task: str | None = option(None, "What the model is for, such as text-generation; by default its configuration tells.")
-    runtime: str | None = option(
-        None,
-        "What builds engines: tensorrt, tensorrt-rtx or torch-tensorrt; by default what is installed and can build here.",
-    )
-    sm: tuple[int, ...] = option(
-        (),
-        "Compute capabilities to build for: 80,86. By default this machine's GPU, or, with tensorrt-rtx and without a "
-        "GPU, 80,86,89,120.",
-        parse=parse_sm,
-    )
-    profiles: tuple[str, ...] = option(
-        (),
-        "Lengths of an axis: AXIS=N or AXIS=MIN:COMMON:MAX, for one engine with ENGINE. before it: "
-        "decode.batch=1:8:32. Separated by commas, or repeated.",
-        flag="profile",
-    )
-    timeout_s: float = option(
-        DEFAULT_TIMEOUT_S, "Seconds that the builder may take for one engine; by default 3600.", flag="timeout"
-    )
-    timing_cache: Path | None = option(None, "File that keeps the builder's measured times from build to build.")
-    hardware_compatible: bool = option(False, "Engines that run on all GPUs from Ampere on, at some cost of speed.")
-    one_engine: bool = option(False, "One engine with two profiles for prefill and decode: weights once, not twice.")
-    sparse: bool = option(True, "Build without sparse tactics: the dense engine to compare with.")
-    measure: bool = option(True, "On a GPU, do not time dense against sparse (for which tensorrt builds dense engines too).")
+    opset: int | None = None
+    task: str | None = None
+    runtime: str | None = None
+    sm: tuple[int, ...] = option((), parse=parse_sm)
+    profiles: tuple[str, ...] = option((), flag="profile")
+    timeout_s: float = option(DEFAULT_TIMEOUT_S, flag="timeout")
+    timing_cache: Path | None = None
+    hardware_compatible: bool = False
+    one_engine: bool = False
+    sparse: bool = True
+    measure: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

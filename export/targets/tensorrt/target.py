@@ -17,20 +17,22 @@ if TYPE_CHECKING:
 class TensorRT(EngineTarget):
     """TensorRT engines with sparse weights, and for each layer whether they were used.
 
-    Args:
-        dtype: Type of the weights and of the arithmetic; float16 and bfloat16 have sparse kernels, float32 has none.
-        opset: Operator set of the ONNX files that the engines are built from.
-        task: What the model is for, as for `Onnx`.
-        runtime: Name in `RUNTIMES`; None to take what can build here.
-        sm: Compute capabilities to build for, as 86 for SM86; empty for the GPU that is there, or, with tensorrt-rtx and
-            without a GPU, for all that it knows from SM80 on.
-        profiles: Lengths of axes, each ``AXIS=N``, ``AXIS=MIN:COMMON:MAX`` or the same with ``ENGINE.`` before it.
-        timeout_s: Seconds that the builder may take for one engine.
-        timing_cache: File that keeps measured times from build to build.
-        hardware_compatible: Whether an engine of tensorrt has to run on all GPUs from Ampere on, at some cost of speed.
-        one_engine: Whether prefill and decode share one engine (with a profile each, and weights once) instead of two.
-        sparse: Whether the builder may use sparse tactics; off, the engine is the dense one to compare with.
-        measure: Whether, on a GPU, each engine is built dense too and both are timed.
+    Attributes:
+        opset: ONNX operator set; by default the newest that is tried.
+        task: What the model is for, such as ``text-generation``; by default its configuration tells.
+        runtime: What builds engines: tensorrt, tensorrt-rtx or torch-tensorrt; by default what is installed and can build
+            here.
+        sm: Compute capabilities to build for: 80,86. By default this machine's GPU, or, with tensorrt-rtx and without a GPU,
+            80,86,89,120.
+        profiles: Lengths of an axis: AXIS=N or AXIS=MIN:COMMON:MAX, for one engine with ENGINE. before it:
+            decode.batch=1:8:32. Separated by commas, or repeated.
+        timeout_s: Seconds that the builder may take for one engine; by default 3600.
+        timing_cache: File that keeps the builder's measured times from build to build.
+        hardware_compatible: Engines that run on all GPUs from Ampere on, at some cost of speed.
+        one_engine: One engine with two profiles for prefill and decode: weights once, not twice.
+        sparse: By default the builder may use sparse tactics; with ``--no-sparse`` it builds the dense engine to compare with.
+        measure: By default dense and sparse are timed on a GPU, for which tensorrt builds dense engines too; with
+            ``--no-measure`` they are not.
 
     Raises:
         SparsepassError: If a value cannot be used.

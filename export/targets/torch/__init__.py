@@ -4,8 +4,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.targets.torch.choice import MIN_GAIN as MIN_GAIN, Timing as Timing
-    from sparsepass.export.targets.torch.dense import load_dense as load_dense
-    from sparsepass.export.targets.torch.layer import SemiStructuredLinear as SemiStructuredLinear, choose as choose
+    from sparsepass.export.targets.torch.layer import (
+        SemiStructuredLinear as SemiStructuredLinear,
+        choose as choose,
+        load_dense as load_dense,
+    )
     from sparsepass.export.targets.torch.load import load_torch as load_torch, record_of as record_of
     from sparsepass.export.targets.torch.measure import (
         dense_layer as dense_layer,

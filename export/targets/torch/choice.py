@@ -1,17 +1,50 @@
 """Which kernel a layer gets, from measured times: a 2:4 kernel only at sizes where it was faster, so that no layer slows down.
 
-What counts is the number of tokens at once, batch times sequence: a linear layer sees nothing else of its input.
+Tokens at once are batch times sequence: the time of a linear layer depends on nothing else of its input. Nothing heavy is
+imported here, because the options of the target need this file.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
-from sparsepass.export.targets.timing import Point, break_even
+from sparsepass.export.targets.evidence import Point, break_even
 
 MIN_GAIN: Final = 1.02
 """Least gain that counts as faster: the scatter of repeated measurements is below it."""
+
+Shapes = tuple[tuple[int, int], ...]
+"""Batch and sequence of each size."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ChoiceRules:
+    """How layers are chosen.
+
+    Attributes:
+        shapes: Batch and sequence to measure at; empty for sizes from one token up to the model's limit.
+        sparse_only: Whether a layer is lowered only where its 2:4 kernel is faster at every size.
+        compiled: Whether layers are measured compiled.
+
+    Raises:
+        SparsepassError: If a size is without a token.
+    """
+
+    shapes: Shapes = ()
+    sparse_only: bool = False
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if any(batch < 1 or sequence < 1 for batch, sequence in self.shapes):
+            from sparsepass.graph.support import SparsepassError
+
+            raise SparsepassError(f"shapes are pairs of batch and sequence, each at least 1; got {self.shapes}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self) | {"shapes": [list(shape) for shape in self.shapes]}
 
 
 @final
@@ -42,12 +75,7 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {
-            "batch": self.batch,
-            "sequence": self.sequence,
-            "dense_ms": self.dense_ms,
-            "sparse_ms": dict(self.sparse_ms),
-        }
+        return asdict(self)
 
 
 @final
@@ -64,6 +92,30 @@ class Verdict:
     backend: str | None
     min_tokens: int
     reason: str
+
+
+def parse_shapes(text: str) -> Shapes:
+    """Read sizes, batch times sequence: ``1x512,8x4096``.
+
+    Raises:
+        SparsepassError: If it cannot be read.
+
+    Example:
+        >>> parse_shapes("1x512, 8x4096")
+        ((1, 512), (8, 4096))
+    """
+    found = []
+    for item in text.split(","):
+        batch, _, sequence = item.strip().lower().partition("x")
+        if not (batch.isdecimal() and sequence.isdecimal()):
+            from sparsepass.graph.support import SparsepassError
+
+            raise SparsepassError(
+                f"--measure-shapes {item.strip()!r} cannot be read; expected BATCHxSEQUENCE, such as 1x512 or 8x4096, "
+                "separated by commas"
+            )
+        found.append((int(batch), int(sequence)))
+    return tuple(dict.fromkeys(found))
 
 
 def decide(timings: Iterable[Timing], *, sparse_only: bool = False) -> Verdict:

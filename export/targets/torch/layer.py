@@ -7,18 +7,20 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from sparsepass.export.targets.hf import ADAPTER_FOLDER, load_plain, read_adapter
 from sparsepass.export.targets.torch.choice import decide
 from sparsepass.export.targets.torch.packing import semi_structured
 from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord, Measured, Record
 from sparsepass.export.targets.torch.rules import refusals
 from sparsepass.graph.model import SLoRBLinear, skeleton, slorb_branch
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, quiet_loading
 
 
 @final
@@ -178,6 +180,24 @@ def choose(layers: tuple[LayerRecord, ...], measured: Measured, *, sparse_only: 
             verdict = replace(verdict, reason=f"no kernel of that GPU takes it ({said})")
         decided.append(layer.decided(verdict))
     return tuple(decided)
+
+
+def load_dense(folder: Path, record: Record) -> nn.Module:
+    """The model as transformers loads it, with its SLoRB branches beside the layers."""
+    with quiet_loading():
+        model: nn.Module = load_plain(folder)
+    branches = {layer.layer: layer for layer in record.layers if layer.k}
+    tensors = read_adapter(folder / ADAPTER_FOLDER) if branches else {}
+    for path, layer in branches.items():
+        if path not in tensors:
+            raise SparsepassError(f"{path} has a SLoRB branch, and {folder / ADAPTER_FOLDER} lacks it; export the model again")
+        x_RI, s_OR = tensors[path]
+        base = model.get_submodule(path)
+        parent, _, name = path.rpartition(".")
+        projection = x_RI if layer.projection == "trainable" else None
+        branched = SLoRBLinear(base, s_OR, layer.k, projection, transposed=type(base).__name__ == "Conv1D")
+        setattr(model.get_submodule(parent), name, branched)
+    return model
 
 
 def apply_record(model: nn.Module, record: Record) -> nn.Module:

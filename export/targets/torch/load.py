@@ -1,21 +1,23 @@
 """Loading a folder of the target torch with the 2:4 kernels that were chosen for its layers."""
 
+import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
 
-from sparsepass.export.targets.torch.dense import load_dense
-from sparsepass.export.targets.torch.layer import apply_record, choose
+from sparsepass.export.targets.torch.layer import apply_record, choose, load_dense
 from sparsepass.export.targets.torch.measure import default_shapes, measure_layers, probe
-from sparsepass.export.targets.torch.record import ChoiceRules, Measured, Record, read_record, write_record
+from sparsepass.export.targets.torch.record import Measured, Record, read_record, write_record
 from sparsepass.export.targets.torch.rules import check_device, check_dtype
 from sparsepass.export.targets.torch.target import SemiStructured
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 def load_torch(
@@ -25,7 +27,6 @@ def load_torch(
     measure: bool = False,
     options: SemiStructured | None = None,
     remember: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
 ) -> nn.Module:
     """Load a folder of the target torch with transformers, and put in the 2:4 kernels where they were measured to be faster.
 
@@ -35,11 +36,10 @@ def load_torch(
         measure: Whether to measure here although times are recorded; if none are, it is always measured.
         options: How layers are chosen, if they are measured; by default as it was said when the folder was written.
         remember: Whether what was measured here is written into the folder.
-        tell: Called with one line at the beginning of each step.
 
     Returns:
         The model's own class on the GPU, for inference, SLoRB branches included; `generate()` and `torch.compile` work on
-        it. `record_of` tells what became of each layer.
+        it. `record_of` tells what became of each layer. The steps are logged at the level INFO.
 
     Raises:
         SparsepassError: If there is no GPU with 2:4 kernels, the folder is damaged, or a weight is not 2:4 any more.
@@ -57,10 +57,8 @@ def load_torch(
     check_dtype(dtype)
     model = load_dense(where, record).to(place, dtype)
     if measure or record.measured is None:
-        tell(f"measuring the layers on {here}")
-        rules = record.options
-        if options is not None:
-            rules = ChoiceRules(shapes=options.shapes, sparse_only=options.sparse_only, compiled=options.compiled)
+        _LOGGER.info("measuring the layers on %s", here)
+        rules = record.options if options is None else options.rules
         shapes = rules.shapes or default_shapes(position_limit(model.config))  # type: ignore[arg-type]
         measured = measure_layers(record.layers, shapes, dtype, place, compiled=rules.compiled)
         layers = choose(record.layers, measured, sparse_only=rules.sparse_only)
@@ -74,7 +72,7 @@ def load_torch(
             f"no layer of {where} was lowered, the model runs dense: {record.commonest_reason()}; record_of(model) tells all",
             stacklevel=2,
         )
-    tell("packing the chosen weights")
+    _LOGGER.info("packing the chosen weights")
     apply_record(model, record)
     model.__dict__["_semi_structured_record"] = record
     return model

@@ -15,20 +15,12 @@ from typing import Any, Final, final
 
 import torch
 
-from sparsepass.export.targets.evidence import Known, LayerEvidence, counts
+from sparsepass.export.targets.evidence import Known, LayerEvidence, break_even, counts
 from sparsepass.export.targets.hf import HfArtifact, lower_hf
-from sparsepass.export.targets.timing import break_even
+from sparsepass.export.targets.torch.choice import ChoiceRules
 from sparsepass.export.targets.torch.layer import choose, survey
 from sparsepass.export.targets.torch.measure import default_shapes, measure_layers
-from sparsepass.export.targets.torch.record import (
-    RECORD_FILE,
-    ChoiceRules,
-    LayerRecord,
-    Measured,
-    Record,
-    read_timings,
-    write_record,
-)
+from sparsepass.export.targets.torch.record import RECORD_FILE, LayerRecord, Measured, Record, read_timings, write_record
 from sparsepass.export.targets.torch.rules import check_device, check_dtype, check_patterns, gpu_is_here, short
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
@@ -92,8 +84,6 @@ def write_torch(
     timings: Path | None = None,
     measure: bool = True,
     dtype: "torch.dtype | str | None" = None,
-    tokenizer: Any = None,
-    processor: Any = None,
 ) -> TorchArtifact:
     """Write a program as a folder that `load_torch` (and plain transformers) loads.
 
@@ -104,8 +94,6 @@ def write_torch(
         timings: File (or folder of this target) with times, which are taken instead of measuring.
         measure: Whether layers are measured, if a GPU is here.
         dtype: Type of the written weights; None keeps the program's.
-        tokenizer: Saved beside the model.
-        processor: Saved beside the model.
 
     Returns:
         What was written. Without a GPU and without recorded times, layers that a kernel takes wait to be measured where
@@ -126,7 +114,7 @@ def write_torch(
     on_gpu = measure and measured is None and gpu_is_here()
     if on_gpu:
         check_device(_GPU)
-    written = lower_hf(program, folder, dtype=dtype, tokenizer=tokenizer, processor=processor)
+    written = lower_hf(program, folder, dtype=dtype)
     layers = survey(program, wanted)
     if on_gpu:
         shapes = rules.shapes or default_shapes(position_limit(program.origin.config))

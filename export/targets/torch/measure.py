@@ -13,9 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sparsepass.export.targets.torch.choice import Timing
+from sparsepass.export.targets.torch.choice import Shapes, Timing
 from sparsepass.export.targets.torch.layer import SemiStructuredLinear
-from sparsepass.export.targets.torch.options import Shapes
 from sparsepass.export.targets.torch.packing import convert
 from sparsepass.export.targets.torch.record import LayerRecord, Measured, Times
 from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, short

@@ -5,12 +5,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from sparsepass.export.targets.torch.choice import Timing, Verdict
-from sparsepass.export.targets.torch.options import Shapes, check_shapes
+from sparsepass.export.targets.torch.choice import ChoiceRules, Timing, Verdict
 from sparsepass.export.targets.torch.rules import BACKENDS, Device, check_generation
 from sparsepass.graph.support import SparsepassError, write_text
 
@@ -18,29 +17,6 @@ RECORD_FILE: Final = "torch_semi_structured.json"
 SCHEMA_VERSION: Final = 1
 State = Literal["lowered", "dense", "to be measured"]
 TO_BE_MEASURED: Final = "nothing was measured yet: to be measured on the GPU where the folder is loaded"
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ChoiceRules:
-    """How layers are chosen where a folder is loaded.
-
-    Attributes:
-        shapes: Batch and sequence to measure at; empty for sizes from one token up to the model's limit.
-        sparse_only: Whether a layer is lowered only where its 2:4 kernel is faster at every size.
-        compiled: Whether layers are measured compiled.
-    """
-
-    shapes: Shapes = ()
-    sparse_only: bool = False
-    compiled: bool = False
-
-    def __post_init__(self) -> None:
-        check_shapes(self.shapes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self) | {"shapes": [list(shape) for shape in self.shapes]}
 
 
 @final
@@ -145,7 +121,7 @@ class Record:
 
     dtype: str
     layers: tuple[LayerRecord, ...]
-    options: ChoiceRules = ChoiceRules()
+    options: ChoiceRules = field(default_factory=ChoiceRules)
     measured: Measured | None = None
 
     def in_state(self, state: State) -> tuple[LayerRecord, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from sparsepass.export.targets.two_four import LOWEST_SM, check_two_four
+from sparsepass.export.targets.evidence import LOWEST_SM, check_two_four
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
 from sparsepass.export.targets.hf import HuggingFace
-from sparsepass.export.targets.torch.options import Shapes, check_shapes, parse_shapes
+from sparsepass.export.targets.torch.choice import ChoiceRules, Shapes, parse_shapes
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 class SemiStructured(Target):
     """The folder of the target hf, and which of its layers torch's semi-structured kernels run.
 
-    Args:
-        dtype: Type of the written weights, bfloat16 or float16; None for the program's own.
-        timings: File (or folder of this target) with times that were recorded before, which are taken instead of measuring.
-        shapes: Batch and sequence to measure at; empty for sizes from one token up to the model's limit.
-        compiled: Whether layers are measured compiled, for a model that will be.
-        sparse_only: Whether a layer is lowered only where its 2:4 kernel is faster at every size, so that no dense weight
-            has to be kept beside the packed one.
-        measure: Whether layers are measured; if not, the folder says that they have to be where it is loaded.
+    Attributes:
+        timings: Times recorded before, for the target torch: a torch_semi_structured.json, its folder, or a result of
+            benchmarks/gpu_torch.py. By default they are measured on this machine's GPU, or where the folder is loaded.
+        shapes: Sizes at which the target torch measures, BATCHxSEQUENCE: 1x1,1x512,8x2048. By default from one token to 16384.
+        compiled: The target torch measures compiled layers, for a model that torch.compile will run.
+        sparse_only: The target torch lowers a layer only if 2:4 is faster at every size, so that no dense weight is kept
+            beside it.
+        measure: By default dense and sparse are timed on a GPU; with ``--no-measure`` they are not, and have to be where the
+            folder is loaded.
 
     Raises:
         SparsepassError: If a value makes no sense.
@@ -35,27 +36,15 @@ class SemiStructured(Target):
         "a Hugging Face folder whose layers torch's 2:4 kernels run, where that is measured to be faster"
     )
 
-    timings: Path | None = option(
-        None,
-        "Times recorded before, for the target torch: a torch_semi_structured.json, its folder, or a result of "
-        "benchmarks/gpu_torch.py. By default they are measured on this machine's GPU, or where the folder is loaded.",
-    )
-    shapes: Shapes = option(
-        (),
-        "Sizes at which the target torch measures, BATCHxSEQUENCE: 1x1,1x512,8x2048. By default from one token to 16384.",
-        flag="measure-shapes",
-        parse=parse_shapes,
-    )
-    compiled: bool = option(False, "The target torch measures compiled layers, for a model that torch.compile will run.")
-    sparse_only: bool = option(
-        False,
-        "The target torch lowers a layer only if 2:4 is faster at every size, so that no dense weight is kept beside it.",
-    )
-    measure: bool = option(True, "On a GPU, do not time dense against sparse.")
+    timings: Path | None = None
+    shapes: Shapes = option((), flag="measure-shapes", parse=parse_shapes)
+    compiled: bool = False
+    sparse_only: bool = False
+    measure: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_shapes(self.shapes)
+        _ = self.rules
         if self.timings is not None and (self.shapes or self.compiled):
             from sparsepass.graph.support import SparsepassError
 
@@ -64,21 +53,17 @@ class SemiStructured(Target):
                 "timings out"
             )
 
+    @property
+    def rules(self) -> ChoiceRules:
+        """How layers are chosen."""
+        return ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled)
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the folder, and the record of its layers."""
         from sparsepass.export.targets.torch.lower import write_torch
-        from sparsepass.export.targets.torch.record import ChoiceRules
 
-        artifact = write_torch(
-            program,
-            folder,
-            rules=ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled),
-            timings=self.timings,
-            measure=self.measure,
-            dtype=self.dtype,
-            tokenizer=context.tokenizer,
-            processor=context.processor,
-        )
+        context.save_companions(folder)
+        artifact = write_torch(program, folder, rules=self.rules, timings=self.timings, measure=self.measure, dtype=self.dtype)
         return Lowered(
             dtype=artifact.hf.dtype,
             expected_sparse={"": artifact.hf.expected_sparse},

@@ -7,8 +7,7 @@ from typing import Final
 import torch
 
 from sparsepass.export.targets.contract import Check
-from sparsepass.export.targets.torch.dense import load_dense
-from sparsepass.export.targets.torch.layer import apply_record
+from sparsepass.export.targets.torch.layer import apply_record, load_dense
 from sparsepass.export.targets.torch.measure import probe
 from sparsepass.export.targets.torch.packing import check_packing
 from sparsepass.export.targets.torch.record import Record, read_record

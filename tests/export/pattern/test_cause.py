@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sparsepass.export.cli import app as cli
+from sparsepass.export.pattern import PatternReport, check_pattern
 from sparsepass.export.pattern.cause import low_rank
-from sparsepass.export.pattern.check import PatternReport, check_pattern
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 
-from sparsepass.export.pattern.check import PatternReport, check_pattern
+from sparsepass.export.pattern import PatternReport, check_pattern
 
 ONE = "encoder.layer.1.intermediate.dense"
 # q, k, v and o, up and down, of two layers.

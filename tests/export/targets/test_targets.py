@@ -23,6 +23,7 @@ from sparsepass.export.targets import TARGETS, HuggingFace, Onnx, SemiStructured
 from sparsepass.export.targets.tensorrt import EngineOptions
 from sparsepass.export.targets.torch import SemiStructuredOptions
 from sparsepass.graph import Program, SparsepassError, capture
+from sparsepass.graph.support import attribute_docs
 
 TARGETS_WITH_OPTIONS: tuple[Target, ...] = (
     *(kind() for kind in TARGETS.values()),
@@ -45,13 +46,19 @@ from sparsepass.export.targets import Check, Lowered, Target, option
 
 @dataclass(frozen=True, kw_only=True)
 class Names(Target):
-    """A list of the sparse weights."""
+    """A list of the sparse weights.
+
+    Attributes:
+        ending: Ending of the file.
+        columns: Widths. May be
+            repeated.
+    """
 
     name: ClassVar[str] = "names"
     description: ClassVar[str] = "the names of the sparse weights"
 
-    ending: str = option("txt", "Ending of the file.")
-    columns: tuple[int, ...] = option((), "Widths. May be repeated.", flag="column")
+    ending: str = "txt"
+    columns: tuple[int, ...] = option((), flag="column")
     shout: bool = option(False, "In capitals.")
 
     def lower(self, program, folder, context):
@@ -98,6 +105,11 @@ def test_a_target_round_trips_through_text(target: Target) -> None:
     assert pickle.loads(pickle.dumps(target)) == copy.deepcopy(target) == target
     with pytest.raises(dataclasses.FrozenInstanceError):
         target.dtype = "float64"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_option_of_a_target_is_documented(name: str) -> None:
+    assert set(attribute_docs(TARGETS[name])) == set(TARGETS[name].options())
 
 
 def test_text_says_what_differs_from_the_defaults() -> None:
@@ -189,7 +201,9 @@ def test_a_target_of_another_package_is_used_on_the_command_line(package: Path, 
         environment = os.environ | {"PYTHONPATH": paths, "COLUMNS": "200"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    assert "--shout" in run("--help").stdout
+    told = run("--help").stdout
+    assert "Widths. May be repeated." in told  # of the docstring
+    assert "In capitals." in told  # of the field
     out = tmp_path / "out"
     done = run(tmp_path / "tiny", "--target", "names{ending=md}", "-o", out, "--column", 3, "--column", 4, "--shout")
     assert done.returncode == 0, done.stderr

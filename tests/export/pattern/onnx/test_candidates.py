@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsepass.export.pattern.check import PatternEntry, check_pattern
+from sparsepass.export.pattern import PatternEntry, check_pattern
 from sparsepass.graph.support.errors import SparsepassError
 
 OPSET = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]

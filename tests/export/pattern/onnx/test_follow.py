@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsepass.export.pattern.check import PatternEntry, check_pattern
+from sparsepass.export.pattern import PatternEntry, check_pattern
 
 OPSET = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
 

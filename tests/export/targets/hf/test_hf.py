@@ -13,9 +13,11 @@ import transformers
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import Tensor, nn
 
+from sparsepass.export.targets import LoweringContext
 from sparsepass.export.targets.hf import (
     ADAPTER_FOLDER,
     HfArtifact,
+    HuggingFace,
     disk as hf_disk,
     lower as hf,
     lower_hf,
@@ -253,8 +255,8 @@ def test_tokenizer_and_processor_go_along(tmp_path: Path) -> None:
     tokenizer = fast(tokenizer_object=tokenizers.Tokenizer(words), unk_token="[UNK]")
     extractor: Any = transformers.WhisperFeatureExtractor
     processor = extractor(feature_size=8)
-    artifact = lower_hf(sparse("llama"), tmp_path, tokenizer=tokenizer, processor=processor)
-    assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= artifact.files.keys()
+    lowered = HuggingFace().lower(sparse("llama"), tmp_path, LoweringContext(tokenizer=tokenizer, processor=processor))
+    assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= lowered.artifact.files.keys()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("a") == 1
 
 

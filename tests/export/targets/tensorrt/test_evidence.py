@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
-from sparsepass.export.pattern.check import PatternEntry, check_pattern
+from sparsepass.export.pattern import PatternEntry, check_pattern
 from sparsepass.export.targets.evidence import LayerEvidence, counts
 from sparsepass.export.targets.tensorrt.evidence import Observed, gather, obstacle
 from sparsepass.export.targets.tensorrt.graph import Around, surroundings

@@ -9,6 +9,7 @@ from tests.families import BY_NAME
 from torch import nn
 
 from sparsepass.export.stages.exporting import export
+from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx.artifact import OnnxGraph, OnnxValue
 from sparsepass.export.targets.tensorrt import lower as tensorrt, verify as tensorrt_verify
 from sparsepass.export.targets.tensorrt.build import Built
@@ -17,7 +18,6 @@ from sparsepass.export.targets.tensorrt.measure import grid, inputs_of, measure
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed
 from sparsepass.export.targets.tensorrt.profiles import Profile
 from sparsepass.export.targets.tensorrt.target import TensorRT
-from sparsepass.export.targets.timing import Point, break_even
 from sparsepass.graph import EquivalenceError
 from sparsepass.graph.equivalence.comparison import assert_equivalent
 from sparsepass.graph.equivalence.opening import open_artifact

@@ -20,8 +20,7 @@ from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.exporting import ExportResult, export
 from sparsepass.export.targets.hf.verify import load_plain
 from sparsepass.export.targets.torch import load, lower, verify
-from sparsepass.export.targets.torch.dense import load_dense
-from sparsepass.export.targets.torch.layer import SemiStructuredLinear
+from sparsepass.export.targets.torch.layer import SemiStructuredLinear, load_dense
 from sparsepass.export.targets.torch.load import load_torch, record_of
 from sparsepass.export.targets.torch.record import RECORD_FILE, Record, read_record, write_record
 from sparsepass.export.targets.torch.target import SemiStructured
@@ -151,10 +150,14 @@ def test_the_folder_is_a_plain_checkpoint(written: ExportResult) -> None:
 
 
 @pytest.mark.usefixtures("_kernels")
-def test_a_loaded_model_computes_the_same_generates_and_compiles(written: ExportResult) -> None:
-    told: list[str] = []
-    model = load_torch(written.folder, device=CPU, tell=told.append)
-    assert told == ["packing the chosen weights"]
+def test_a_loaded_model_computes_the_same_generates_and_compiles(
+    written: ExportResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "sparsepass.export.targets.torch"):
+        model = load_torch(written.folder, device=CPU)
+    assert [each.getMessage() for each in caplog.records if each.name.startswith("sparsepass")] == [
+        "packing the chosen weights"
+    ]
     lowered = [path for path, module in model.named_modules() if isinstance(module, SemiStructuredLinear)]
     assert len(lowered) == 8
     assert record_of(model).summary() == "8 layers lowered, 0 to be measured on a GPU, 7 dense"
