@@ -7,8 +7,8 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -48,7 +48,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             own.append(parameter)
             continue
         kind, marks, is_optional = found
-        made = {each.name: option(kind, each, marks, is_needed=not is_optional) for each in _taken(kind, marks)}
+        made = settings_options(kind, marks, is_needed=not is_optional)
         groups[parameter.name] = (kind, {name: each.name for name, each in made.items()}, is_optional)
         own += made.values()
 
@@ -66,37 +66,54 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def option(kind: type, each: "Field[Any]", marks: Fields, *, is_needed: bool = True) -> Parameter:
-    """The option of one field, as a parameter that typer reads.
+def settings_options(kind: type, marks: Fields, *, is_needed: bool) -> dict[str, Parameter]:
+    """The options of a settings class: field -> a parameter that typer reads.
 
     Args:
         kind: The settings class.
-        each: Its field.
         marks: How the command has it.
-        is_needed: Whether a field without a default has to be given.
+        is_needed: Whether fields without a default have to be given.
     """
-    default = marks.defaults.get(each.name, None if each.default is MISSING else each.default)
-    flag = marks.flags.get(each.name) or "--" + each.name.replace("_", "-")
-    is_given = default is ... or (each.default is MISSING and is_needed)
-    annotation = read_as(typing.get_type_hints(kind)[each.name])
-    help_text = marks.help.get(each.name) or attribute_docs(kind).get(each.name, "").replace("`", "")
+    hints, docs = typing.get_type_hints(kind), attribute_docs(kind)
+    found = {}
+    for each in fields(kind):
+        if each.name not in marks.left_out:
+            default = ... if each.default is MISSING and is_needed else None if each.default is MISSING else each.default
+            found[each.name] = option(
+                f"{kind.__name__.lower()}_{each.name}",
+                hints[each.name],
+                flag=marks.flags.get(each.name) or f"--{each.name.replace('_', '-')}",
+                help=marks.help.get(each.name) or docs.get(each.name, ""),
+                default=marks.defaults.get(each.name, default),
+            )
+    return found
+
+
+def option(name: str, hint: Any, *, flag: str, help: str, default: Any) -> Parameter:
+    """One option, as a parameter that typer reads.
+
+    Args:
+        name: Of the parameter.
+        hint: Type of the field that it fills. A switch that is on by default becomes ``--no-x``.
+        flag: Its name on the command line; a word without hyphens makes it an argument.
+        help: What ``--help`` says of it.
+        default: ``...`` if it has to be given.
+    """
+    annotation = read_as(hint)
     if annotation is bool:
         flag, default = (f"--no-{flag[2:]}", False) if default else (flag, False)
     elif annotation == bool | None:
         flag = f"{flag}/--no-{flag[2:]}"
-    elif default is None and not is_given:
+    elif default is None:
         annotation = annotation | None
+    text = help.replace("`", "")
     made: Any
     if flag.startswith("-"):
-        made = typer.Option(flag, help=help_text, show_default=default is not None)
+        made = typer.Option(flag, help=text, show_default=default is not None)
     else:
-        made = typer.Argument(metavar=flag, help=help_text, show_default=False)
-    return Parameter(
-        f"{kind.__name__.lower()}_{each.name}",
-        Parameter.KEYWORD_ONLY,
-        default=Parameter.empty if is_given else default,
-        annotation=Annotated[annotation, made],
-    )
+        made = typer.Argument(metavar=flag, help=text, show_default=False)
+    given = Parameter.empty if default is ... else default
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=given, annotation=Annotated[annotation, made])
 
 
 def read_back(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +142,3 @@ def _settings_of(annotation: Any) -> tuple[type, Fields, bool] | None:
         return None
     kinds = typing.get_args(annotation.__origin__)
     return (kinds[0], marks, True) if kinds else (annotation.__origin__, marks, False)
-
-
-def _taken(kind: type, marks: Fields) -> "Iterator[Field[Any]]":
-    return (each for each in fields(kind) if each.name not in marks.left_out)

@@ -4,19 +4,14 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from inspect import Parameter
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from sparsepass._docs import attribute_docs
+from sparsepass.export.cli.options import option
 from sparsepass.export.targets import TARGETS, targets_table
 
 if TYPE_CHECKING:
     from sparsepass.export.targets import Target
-
-_PLAIN: Final = (int, float, Path)
-"""Types that the command line reads by itself; all else is text that the target reads."""
 
 
 def parameters() -> list[Parameter]:
@@ -56,19 +51,13 @@ def chosen(text: str, given: Mapping[str, Any]) -> "Target":
 def _parameters(kind: "type[Target]") -> Iterator[tuple[str, Parameter]]:
     hints, docs = typing.get_type_hints(kind), attribute_docs(kind)
     for each in dataclasses.fields(kind):
-        flag = each.metadata.get("flag") or each.name.replace("_", "-")
-        default: Any = None
-        if isinstance(each.default, bool):
-            flag, annotation, default = f"no-{flag}" if each.default else flag, bool, False
-        else:
-            annotation = _read_as(hints[each.name], has_parser=bool(each.metadata.get("parse"))) | None
-        option = typer.Option(f"--{flag}", help=each.metadata.get("help") or docs.get(each.name, "").replace("`", ""))
-        yield each.name, Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option])
-
-
-def _read_as(hint: Any, *, has_parser: bool) -> Any:
-    if has_parser:
-        return str
-    if typing.get_origin(hint) is tuple:
-        return list[_read_as(typing.get_args(hint)[0], has_parser=False)]  # type: ignore[misc]
-    return next((kind for kind in (hint, *typing.get_args(hint)) if kind in _PLAIN), str)
+        yield (
+            each.name,
+            option(
+                each.name,
+                str if each.metadata.get("parse") else hints[each.name],
+                flag="--" + (each.metadata.get("flag") or each.name.replace("_", "-")),
+                help=each.metadata.get("help") or docs.get(each.name, ""),
+                default=each.default if isinstance(each.default, bool) else None,
+            ),
+        )
