@@ -23,10 +23,12 @@ def plan_command(
     runtime: Annotated[
         str, typer.Option("--runtime", help="Model of the kernels: ideal, tensorrt-llm or torch.")
     ] = "tensorrt-llm",
-    batch: Annotated[list[str] | None, typer.Option("--batch", help="Sequences at once: 1, or 1,8,32. Default: 1.")] = None,
+    batch: Annotated[
+        list[str] | None, typer.Option("--batch", help="Sequences at once: 1, or 1,8,32. May be repeated. By default 1.")
+    ] = None,
     seq: Annotated[
         list[str] | None,
-        typer.Option("--seq", help="Prompt lengths: 512, or 512,4096. By default 2048 or the model's limit."),
+        typer.Option("--seq", help="Prompt lengths: 512, or 512,4096. May be repeated. By default 2048 or the model's limit."),
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens generated for each prompt.")] = 128,
     dtype: Annotated[

@@ -11,14 +11,22 @@ from sparsepass.export.cli import support
 def sample_command(
     model: support.DenseModel,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, ending in .jsonl.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="File to write, ending in .jsonl: rows of `input_ids` and `text`.", show_default=False
+        ),
+    ],
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to sample.", show_default=False)],
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a sequence.")] = 512,
+    length: Annotated[
+        int, typer.Option("--length", min=2, help="Tokens of a sequence: at least the context that is trained with.")
+    ] = 512,
     start: Annotated[
         str | None,
         typer.Option(
             "--start",
-            help="What each sequence starts from, such as '<|endoftext|>'; by default the token that begins a document.",
+            help="What each sequence starts from; by default the token that begins a document. "
+            "That of a chat model begins a chat; SmolLM2-Instruct, for one, writes documents from '<|endoftext|>'.",
             show_default=False,
         ),
     ] = None,
@@ -28,7 +36,7 @@ def sample_command(
     device: Annotated[
         str | None, typer.Option("--device", help="Such as cuda; by default the GPU, where there is one.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that stands at --out, and begin anew.")] = False,
 ) -> None:
     """Let a model write text itself, for `retrain` to distil from: where there is no text, or none broad enough.
 
