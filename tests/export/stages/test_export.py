@@ -292,3 +292,15 @@ def test_every_target_is_complete() -> None:
         assert issubclass(row, Target)
         assert row.__dataclass_params__.frozen  # type: ignore[attr-defined]
         assert all(field.kw_only and field.metadata["help"] for field in dataclasses.fields(row))
+
+
+def test_news_goes_to_the_log_and_to_the_old_keyword_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_tiny_llama(tmp_path / "tiny")
+    steps = [f"loading {tmp_path / 'tiny'}", "writing hf", "opening what was written, and comparing it with the program"]
+    with caplog.at_level("INFO", logger="sparsepass.export"):
+        export(tmp_path / "tiny", HuggingFace(), tmp_path / "out")
+    assert caplog.messages == steps
+    told: list[str] = []
+    with pytest.warns(DeprecationWarning, match=r"news goes to the log now, to the logger sparsepass.export"):
+        export(tmp_path / "tiny", HuggingFace(), tmp_path / "again", tell=told.append)
+    assert told == steps
