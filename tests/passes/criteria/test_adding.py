@@ -30,8 +30,6 @@ def test_a_row_of_the_table_is_all_that_a_new_criterion_needs(tmp_path: Path, mo
     x_BI = random(32, 16, dtype=torch.float32)
     model = nn.Sequential(linear, nn.ReLU(), nn.Linear(8, 4))
     program = apply_passes(model, "nm_sparsify{criterion=smallest}", calibration={"input": x_BI}, example_inputs=x_BI)
-        nn.Sequential(linear), "nm_sparsify{criterion=smallest}", calibration={"input": x_BI}, example_inputs=x_BI
-    )
     program.save(tmp_path / "program")
 
     importance_OI = linear.weight.detach().abs() * x_BI.norm(dim=0)
