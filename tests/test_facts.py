@@ -32,7 +32,10 @@ FACTS: dict[str, tuple[str, set[str]]] = {
             "export/targets/tensorrt/through_torch_child.py",
         },
     ),
-    "reading jsonl": (r"json\.loads\(line\)", {"passes/data/reading.py", "retrain/run/metrics.py"}),  # the latter is its own file
+    "reading jsonl": (
+        r"json\.loads\(line\)",
+        {"passes/data/reading.py", "retrain/run/metrics.py"},
+    ),  # the latter is its own file
     "whether a weight is the original one": (
         r"\bchanged_by=|history\b.*\bslorb|record\.text\.startswith",
         {"graph/program.py", "passes/manager.py", "retrain/trainee.py"},

@@ -137,10 +137,10 @@ def test_other_options_that_cannot_be_used(changes: dict[str, Any], said: str) -
 
 
 def test_the_command_line_sets_what_was_given() -> None:
-    from sparsepass.export.cli.target_options import chosen
+    from sparsepass.export.cli.export import chosen_target
 
     nothing: dict[str, Any] = dict.fromkeys(("runtime", "sm", "profiles", "timeout_s", "timing_cache"))
     nothing |= dict.fromkeys(("hardware_compatible", "one_engine", "sparse", "measure"), False)
-    assert chosen("tensorrt", nothing) == TensorRT()
-    found = chosen("tensorrt{one_engine=true}", nothing | {"sm": "86", "timing_cache": "cache", "sparse": True})
+    assert chosen_target("tensorrt", nothing) == TensorRT()
+    found = chosen_target("tensorrt{one_engine=true}", nothing | {"sm": "86", "timing_cache": "cache", "sparse": True})
     assert found == TensorRT(sm=(86,), timing_cache=Path("cache"), one_engine=True, sparse=False)
