@@ -1,22 +1,28 @@
-"""What `plan` must know of a model: the layers, the products of attention, and how many rows each sees. No weights needed.
+"""What `plan` must know of a model: the layers, the products of attention, and how many rows each sees. No weights are needed.
 
-The graph is run twice or more without numbers (fake tensors), with inputs of different lengths. What grows between the
-runs tells how many rows a layer sees for each sequence, each source token and each target token.
+The program is captured from a configuration alone. Its graph is run twice or more without numbers (fake tensors), with inputs
+of different lengths. What grows between the runs tells how many rows a layer sees for each sequence, each source token and
+each target token.
 """
 
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsepass.graph import Program, Site
+from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION
+from sparsepass.graph.fill import capture_without_weights
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.records import SparseState
+from sparsepass.graph.saved import PROGRAM_FILE
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -46,6 +52,12 @@ class Extent:
         21.0
         """
         return float(self.constant + self.source * source + self.target * target)
+
+    def per_new_token(self, kind: Kind) -> float:
+        """How much of it each generated token adds; 0 for an encoder, which generates none."""
+        if kind == "encoder":
+            return 0.0
+        return self.target if kind == "encoder-decoder" else self.source
 
     @property
     def varies(self) -> bool:
@@ -171,7 +183,7 @@ def model_shape(program: Program) -> ModelShape:
                 in_features=site.num_weights // site.out_features // (site.shape[0] if is_experts else 1),
                 rows=rows,
                 experts=site.shape[0] if is_experts else 1,
-                in_decode=bool(rows.target if kind == "encoder-decoder" else rows.source) and kind != "encoder",
+                in_decode=bool(rows.per_new_token(kind)),
                 is_head=site.weight in heads or (site.left_alone or "").startswith("output head"),
                 state=program.sparse.get(site.weight),
             )
@@ -193,15 +205,15 @@ def model_shape(program: Program) -> ModelShape:
         max_tokens=position_limit(program.origin.config),
         takes_tokens=bool(fixed) or any(which == "source" for _, _, which in lengths),
         is_unrolled=bool(fixed),
-        num_parameters=sum(t.numel() for t in _weights(program)),
+        num_parameters=_num_parameters(program),
     )
 
 
-def _weights(program: Program) -> list[Tensor]:
-    """The model's own parameters: no masks, no branches."""
+def _num_parameters(program: Program) -> int:
+    """Of the model itself: no masks, no branches."""
     branches = [state.branch for state in program.sparse.values() if state.branch is not None]
     ours = {name for branch in branches for name in (branch.weight, branch.projection)}
-    return [t for name, t in program.graph_module.named_parameters() if name not in ours]
+    return sum(weight.numel() for name, weight in program.graph_module.named_parameters() if name not in ours)
 
 
 def _kind(program: Program) -> Kind:
@@ -299,7 +311,7 @@ def _products(
     per_batch = math.prod(shapes[0][0][:-2]) / batch
     cached = math.prod(shapes[0][1][:-2]) / batch * share
     m, k = extent(a[-2] for a, _ in shapes), extent(a[-1] for a, _ in shapes)
-    again = bool(m.target if kind == "encoder-decoder" else m.source) and kind != "encoder"
+    again = bool(m.per_new_token(kind))
 
     def product(inner: Extent, columns: Extent) -> Product:
         return Product(heads=per_batch, m=m, k=inner, n=columns, cached_heads=cached, in_decode=again)
@@ -324,3 +336,78 @@ def _window(config: Any) -> tuple[int | None, float]:
 
 def _positive(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def load_for_plan(source: str | Path, *, gguf_file: str | None = None) -> Program:
+    """Capture what a user names, on the meta device wherever that is possible.
+
+    Args:
+        source: A folder with a config.json (weights may be missing), a .json file that is a configuration, a .gguf file or
+            a folder with one, a hub id, or a folder written by ``Program.save``, which comes with its masks and branches.
+        gguf_file: Name of the .gguf file, if the folder holds several.
+
+    Raises:
+        SparsepassError: If there is no configuration, or the model cannot be captured.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / PROGRAM_FILE).is_file():
+            return Program.load(path)
+        if gguf_file is None and (path / "config.json").is_file():
+            return capture_without_weights(path)
+        return _from_gguf(_gguf(path, gguf_file))
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise SparsepassError(f"{path} is a file; expected a folder, a configuration (.json), a .gguf file or a hub id")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_bytes(path.read_bytes())
+            return capture_without_weights(folder)
+    if isinstance(source, Path) or len(path.parts) != 2 or path.is_absolute():
+        raise SparsepassError(
+            f"model {source} does not exist; expected a folder with a config.json, a configuration (.json), a .gguf file, a "
+            "saved program, or a hub id such as 'organisation/name'"
+        )
+    return capture_without_weights(str(source))
+
+
+def _gguf(folder: Path, name: str | None) -> Path:
+    found = sorted(folder.glob(name or "*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SparsepassError(
+            f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one: --gguf-file"
+        )
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise SparsepassError(
+        f"{folder} has no config.json and no {name or '.gguf file'} (there is {there}); a plan needs the model's configuration"
+    )
+
+
+def _from_gguf(path: Path) -> Program:
+    """Read the configuration in a GGUF file's header, and capture the causal language model that it describes."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not path.is_file():
+        raise SparsepassError(f"model {path} does not exist; check the path")
+    if util.find_spec("gguf") is None:
+        raise SparsepassError(f'{path} is a GGUF file, and the package gguf is missing: pip install "sparsepass[gguf]"')
+    with path.open("rb") as file:
+        if (magic := file.read(4)) != b"GGUF":
+            raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise SparsepassError(f"{path}: its header cannot be read ({error}); it may be truncated, download it again") from error
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name is None:
+        raise SparsepassError(f"{path} holds a {config.model_type}, of which transformers has no causal language model")
+    config.architectures = [name if isinstance(name, str) else name[0]]
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return capture_without_weights(folder)
