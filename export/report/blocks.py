@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import ClassVar, Final, Literal, final
 
 from sparsepass.export.report.charts import Picture
 
@@ -88,22 +88,26 @@ class Sentence:
     on: tuple[Medium, ...] = PAGES
 
 
+class _OnPages:
+    """What the pages show, and the terminal does not."""
+
+    on: ClassVar[tuple[Medium, ...]] = PAGES
+
+
 @final
 @dataclass(frozen=True)
-class Subheading:
+class Subheading(_OnPages):
     """A heading inside a section."""
 
     text: str
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
 @dataclass(frozen=True)
-class Notes:
+class Notes(_OnPages):
     """A list of remarks."""
 
     items: tuple[str, ...]
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
@@ -124,29 +128,26 @@ class Drawing:
 
 @final
 @dataclass(frozen=True)
-class Drawings:
+class Drawings(_OnPages):
     """Pictures side by side where there is room; one that may not be scaled stands alone."""
 
     items: tuple[Drawing, ...]
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
 @dataclass(frozen=True)
-class Steps:
+class Steps(_OnPages):
     """The commands that led to a report: stage, time, command, machine of each."""
 
     items: tuple[tuple[str, str, str, str], ...]
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
 @dataclass(frozen=True)
-class Raw:
+class Raw(_OnPages):
     """JSON as it is."""
 
     text: str
-    on: tuple[Medium, ...] = PAGES
 
 
 Block = Table | Sentence | Subheading | Notes | Drawings | Steps | Raw
