@@ -9,17 +9,7 @@ from typing import Any, Literal
 from sparsepass.export.plan.choice import ignore_list, matmul_of, pipeline_text, refusals, verify_choice
 from sparsepass.export.plan.devices import DTYPES, Device, Dtype, Runtime, find_device, find_runtime
 from sparsepass.export.plan.model import Layer, ModelShape, load_for_plan, model_shape
-from sparsepass.export.plan.phases import (
-    Case,
-    MemoryRow,
-    PhaseTimes,
-    Workload,
-    cache_bytes,
-    layer_tokens,
-    memory_table,
-    model_bytes,
-    time_phase,
-)
+from sparsepass.export.plan.phases import Case, MemoryRow, PhaseTimes, Workload, cache_bytes, layer_tokens
 from sparsepass.export.plan.roofline import Machine, Matmul, branch_time, dense_time, intensity, paying_ranges, sparse_time
 from sparsepass.graph import Program, SparsepassError
 
@@ -250,7 +240,7 @@ def plan(
         layers=layers,
         ignore=ignore,
         pipeline=pipeline_text(ignore, slorb_k, projection) if chosen else None,
-        memory=memory_table(case, chosen, able),
+        memory=case.memory(chosen, able),
         notes=(*notes, *_notes(shape, kernels)),
     )
 
@@ -306,7 +296,7 @@ def _point(case: Case, chosen: Collection[str], able: Collection[str], load: Wor
     plain = replace(case, matmuls={name: replace(matmul, branch_k=0) for name, matmul in case.matmuls.items()})
 
     def times(names: Collection[str], of: Case = case) -> tuple[PhaseTimes, PhaseTimes | None]:
-        return time_phase(of, names, load, decode=False), time_phase(of, names, load, decode=True) if generates else None
+        return of.time(names, load, decode=False), of.time(names, load, decode=True) if generates else None
 
     def speedups(prefill: PhaseTimes, decode: PhaseTimes | None) -> tuple[float, float | None]:
         return prefill.speedup, decode.speedup if decode is not None else None
@@ -320,7 +310,7 @@ def _point(case: Case, chosen: Collection[str], able: Collection[str], load: Wor
         everything=speedups(*times(able)),
         without_branches=speedups(*times(chosen, plain)) if any(case.matmuls[name].branch_k for name in chosen) else None,
         cache_bytes=cache,
-        needs_bytes=(model_bytes(case, ()) + cache, model_bytes(case, chosen) + cache),
+        needs_bytes=(case.weight_bytes(()) + cache, case.weight_bytes(chosen) + cache),
     )
 
 

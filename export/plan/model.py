@@ -7,11 +7,11 @@ each target token.
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +25,7 @@ from sparsepass.graph.records import SparseState
 from sparsepass.graph.saved import PROGRAM_FILE
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
+_Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.matmul.default, _aten.bmm.default}
@@ -151,20 +152,19 @@ def model_shape(program: Program) -> ModelShape:
         ('encoder', Extent(constant=1.0, source=0.0, target=0.0))
     """
     kind, config = _kind(program), _text_config(program)
-    graph = program.graph_module.graph
     sites = program.sites()
     lengths = _lengths(program)
     runs = [_run(program, lengths)]
-    for axis in ("source", "target"):
-        longer = {key: size + _STEP if key[2] == axis else size for key, size in lengths.items()}
+    for side in ("source", "target"):
+        longer = {name: size + _STEP if _side(name) == side else size for name, size in lengths.items()}
         runs.append(_run(program, longer) if longer != lengths else runs[0])
     batch = next(iter(program.example_inputs.values())).shape[0]
-    base = {which: next((size for key, size in lengths.items() if key[2] == which), 0) for which in ("source", "target")}
+    base = {side: next((size for name, size in lengths.items() if _side(name) == side), 0) for side in ("source", "target")}
     heads = {program.aliases.get(name, name) for name in program.origin.output_heads}
     fixed = _fixed_length(program, lengths) if kind == "decoder" else 0
 
-    def extent(sizes: Iterable[float], per: float = 1.0) -> Extent:
-        first, source, target = (size / per for size in sizes)
+    def extent(sizes: Iterable[float]) -> Extent:
+        first, source, target = sizes
         slope_s, slope_t = (source - first) / _STEP, (target - first) / _STEP
         constant = first - slope_s * base["source"] - slope_t * base["target"]
         if fixed and constant % fixed == 0:
@@ -176,24 +176,21 @@ def model_shape(program: Program) -> ModelShape:
         if site.layout in ("embedding", "computed") or not site.nodes:
             continue
         rows = extent(sum(math.prod(run[node]) for node in site.nodes) / site.out_features / batch for run in runs)
-        is_experts = site.layout in ("experts", "experts_transposed")
+        experts = site.shape[0] if site.layout in ("experts", "experts_transposed") else 1
         layers.append(
             Layer(
                 site=site,
-                in_features=site.num_weights // site.out_features // (site.shape[0] if is_experts else 1),
+                in_features=site.num_weights // site.out_features // experts,
                 rows=rows,
-                experts=site.shape[0] if is_experts else 1,
+                experts=experts,
                 in_decode=bool(rows.per_new_token(kind)),
                 is_head=site.weight in heads or (site.left_alone or "").startswith("output head"),
                 state=program.sparse.get(site.weight),
             )
         )
     ours = {node for site in sites for node in site.nodes}
-    products = [
-        product
-        for node in (() if fixed else graph.nodes)
-        for product in _products(node, runs, extent, batch, ours, kind, _cached_share(config, runs[0], node))
-    ]
+    others = [] if fixed else [node for node in program.graph_module.graph.nodes if node.name not in ours]
+    products = [product for node in others for product in _products(node, runs, extent, batch, kind, config)]
     window, share = _window(config)
     return ModelShape(
         program=program,
@@ -203,7 +200,7 @@ def model_shape(program: Program) -> ModelShape:
         window=window,
         window_share=share,
         max_tokens=position_limit(program.origin.config),
-        takes_tokens=bool(fixed) or any(which == "source" for _, _, which in lengths),
+        takes_tokens=bool(fixed) or any(_side(name) == "source" for name in lengths),
         is_unrolled=bool(fixed),
         num_parameters=_num_parameters(program),
     )
@@ -216,46 +213,44 @@ def _num_parameters(program: Program) -> int:
     return sum(weight.numel() for name, weight in program.graph_module.named_parameters() if name not in ours)
 
 
-def _kind(program: Program) -> Kind:
+def _model_class(program: Program) -> Any:
+    """The model's class in transformers; None for a plain module."""
     import transformers
 
-    kind = getattr(transformers, (program.origin.model_class or "").removeprefix("transformers."), None)
-    if any(name.startswith("decoder_") for name in program.input_names):
+    return getattr(transformers, (program.origin.model_class or "").removeprefix("transformers."), None)
+
+
+def _kind(program: Program) -> Kind:
+    if any(_side(name) == "target" for name in program.input_names):
         return "encoder-decoder"
-    return "decoder" if kind is not None and kind.can_generate() else "encoder"
+    found = _model_class(program)
+    return "decoder" if found is not None and found.can_generate() else "encoder"
 
 
 def _text_config(program: Program) -> Any:
     """The configuration object of the model, of its text part if it has several; None for a plain module."""
-    import transformers
-
-    origin = program.origin
-    if origin.model_class is None or origin.config is None:
+    found = _model_class(program)
+    if found is None or program.origin.config is None:
         return None
-    kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
-    config = kind.config_class.from_dict(dict(origin.config))
+    config = found.config_class.from_dict(dict(program.origin.config))
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-_Key = tuple[str, int, str]
+def _side(name: str) -> Literal["source", "target"]:
+    """Whether an input is of the prompt or an encoder, or of a decoder that has an encoder."""
+    return "target" if name.startswith("decoder_") else "source"
 
 
-def _lengths(program: Program) -> dict[_Key, int]:
-    """(input, axis, ``source`` or ``target``) -> example length, for each axis of tokens that may vary."""
-    found = {}
-    for name in program.input_names:
-        example = program.example_inputs[name]
-        if example.dim() in (2, 3) and 1 in program.dynamic_axes.get(name, ()):
-            found[(name, 1, "target" if name.startswith("decoder_") else "source")] = example.shape[1]
-    return found
+def _lengths(program: Program) -> dict[str, int]:
+    """Input -> tokens of the example, for each input that may be longer or shorter."""
+    examples = {name: program.example_inputs[name] for name in program.input_names}
+    varying = {name for name, axes in program.dynamic_axes.items() if 1 in axes}
+    return {name: example.shape[1] for name, example in examples.items() if example.dim() in (2, 3) and name in varying}
 
 
-def _run(program: Program, lengths: Mapping[_Key, int]) -> dict[str, tuple[int, ...]]:
+def _run(program: Program, lengths: Mapping[str, int]) -> _Shapes:
     """Shapes of every node's result, for inputs of these lengths."""
-    sizes = {name: list(program.example_inputs[name].shape) for name in program.input_names}
-    for (name, axis, _), size in lengths.items():
-        sizes[name][axis] = size
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: _Shapes = {}
 
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -265,42 +260,31 @@ def _run(program: Program, lengths: Mapping[_Key, int]) -> dict[str, tuple[int, 
             return result
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = [
-            torch.empty(sizes[name], dtype=program.example_inputs[name].dtype, device=program.example_inputs[name].device)
-            for name in program.input_names
-        ]
+        inputs = []
+        for name in program.input_names:
+            example, length = program.example_inputs[name], lengths.get(name)
+            shape = example.shape if length is None else (example.shape[0], length, *example.shape[2:])
+            inputs.append(example.new_empty(shape))
         Shapes(program.graph_module).run(*inputs)
     return shapes
 
 
-def _fixed_length(program: Program, lengths: Mapping[_Key, int]) -> int:
+def _fixed_length(program: Program, lengths: Mapping[str, int]) -> int:
     """Length of the tokens of a graph that was captured for one length only, as of unrolled recurrences; else 0."""
     ids = program.example_inputs.get("input_ids")
     return 0 if lengths or ids is None else int(ids.shape[1])
 
 
-def _cached_share(config: Any, shapes: Mapping[str, tuple[int, ...]], node: fx.Node) -> float:
+def _cached_share(config: Any, shape: Sequence[int]) -> float:
     """Share of the attention's heads that have keys and values of their own, if the graph repeats them before use."""
     heads = _positive(getattr(config, "num_attention_heads", None))
     stored = _positive(getattr(config, "num_key_value_heads", None))
-    if not heads or not stored or node.op != "call_function" or len(node.args) < 2:
-        return 1.0
-    right = node.args[1]
-    shape = shapes.get(right.name, ()) if isinstance(right, fx.Node) else ()
-    repeated = len(shape) > 3 and shape[-3] == heads
-    return stored / heads if repeated else 1.0
+    return stored / heads if heads and stored and len(shape) > 3 and shape[-3] == heads else 1.0
 
 
-def _products(
-    node: fx.Node,
-    runs: list[dict[str, tuple[int, ...]]],
-    extent: Any,
-    batch: int,
-    ours: set[str],
-    kind: Kind,
-    share: float,
-) -> list[Product]:
-    if node.op != "call_function" or node.name in ours or (node.target is not ATTENTION and node.target not in _MATMULS):
+def _products(node: fx.Node, runs: list[_Shapes], extent: Any, batch: int, kind: Kind, config: Any) -> list[Product]:
+    """What a node multiplies, if it is an attention or a product of two activations."""
+    if node.op != "call_function" or (node.target is not ATTENTION and node.target not in _MATMULS):
         return []
     left, right = node.args[0], node.args[1]
     assert isinstance(left, fx.Node)
@@ -309,7 +293,7 @@ def _products(
     if len(shapes[0][0]) < 3 or len(shapes[0][1]) < 3:
         return []
     per_batch = math.prod(shapes[0][0][:-2]) / batch
-    cached = math.prod(shapes[0][1][:-2]) / batch * share
+    cached = math.prod(shapes[0][1][:-2]) / batch * _cached_share(config, shapes[0][1])
     m, k = extent(a[-2] for a, _ in shapes), extent(a[-1] for a, _ in shapes)
     again = bool(m.per_new_token(kind))
 

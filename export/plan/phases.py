@@ -14,21 +14,6 @@ _TABLE: tuple[Dtype, ...] = ("bf16", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model on a GPU.
-
-    Attributes:
-        shape: The model.
-        matmuls: Site name -> its matmul, with the branch that it has or would have.
-        machines: Type of the weights -> the GPU, as the runtime uses it.
-    """
-
-    shape: ModelShape
-    matmuls: Mapping[str, Matmul]
-    machines: Mapping[str, Machine]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What the model is asked to do.
 
@@ -73,6 +58,103 @@ class PhaseTimes:
         return self.dense_s / self.planned_s if self.planned_s else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """Bytes of all weights when the linear layers are of one type.
+
+    Attributes:
+        dtype: Of the layers that the passes take; all else (embedding, output head, norms, branches) is in 16 bits.
+        dense_bytes: With all layers dense.
+        planned_bytes: With the chosen layers 2:4, branches included.
+        branch_bytes: The branches' part of these.
+        everything_bytes: With every layer 2:4 that a kernel takes.
+    """
+
+    dtype: Dtype
+    dense_bytes: float
+    planned_bytes: float
+    branch_bytes: float
+    everything_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on a GPU.
+
+    Attributes:
+        shape: The model.
+        matmuls: Site name -> its matmul, with the branch that it has or would have.
+        machines: Type of the weights -> the GPU, as the runtime uses it.
+    """
+
+    shape: ModelShape
+    matmuls: Mapping[str, Matmul]
+    machines: Mapping[str, Machine]
+
+    def time(self, chosen: Collection[str], load: Workload, *, decode: bool) -> PhaseTimes:
+        """Add up a phase.
+
+        Args:
+            chosen: Names of the sites that are 2:4 in the plan.
+            load: Batch and lengths.
+            decode: One decoding step (averaged over those of the workload) instead of prefill.
+        """
+        shape, machine = self.shape, self.machines["bf16"]
+        before = after = rest = head = other = 0.0
+        seen: set[tuple[str, ...]] = set()
+        for layer in shape.layers:
+            tokens = layer_tokens(shape, layer, load, decode=decode)
+            if not tokens:
+                continue
+            matmul = self.matmuls[layer.site.name]
+            seconds = float(dense_time(matmul, tokens, self.machines[matmul.dtype]))
+            if layer.site.name in chosen:
+                before += seconds
+                after += float(sparse_time(matmul, tokens, self.machines[matmul.dtype]))
+            else:
+                rest += seconds
+                head += seconds if layer.is_head else 0.0
+            other += _around(layer, tokens * matmul.experts_per_token, machine, counts_input=layer.site.inputs not in seen)
+            seen.add(layer.site.inputs)
+        attention = sum(_product_time(shape, product, load, machine, decode=decode) for product in shape.products)
+        fixed = rest + attention + other
+        return PhaseTimes(
+            dense_s=before + fixed,
+            planned_s=after + fixed,
+            sparse_layers_s=before,
+            planned_layers_s=after,
+            dense_layers_s=rest,
+            head_s=head,
+            attention_s=attention,
+            other_s=other,
+        )
+
+    def weight_bytes(self, chosen: Collection[str]) -> float:
+        """Bytes of all weights with the chosen layers 2:4."""
+        in_layers = sum(matmul.num_weights for matmul in self.matmuls.values())
+        bits = (self.shape.num_parameters - in_layers) * float(_HALF_BITS)
+        for name, matmul in self.matmuls.items():
+            bits += matmul.num_weights * weight_bits(matmul.dtype, sparse=name in chosen)
+            bits += branch_weights(matmul) * _HALF_BITS if name in chosen else 0
+        return bits / 8
+
+    def memory(self, chosen: Collection[str], able: Collection[str]) -> tuple[MemoryRow, ...]:
+        """One row for each type, whatever type is planned."""
+        return tuple(self._memory_of(dtype, chosen, able) for dtype in _TABLE)
+
+    def _memory_of(self, dtype: Dtype, chosen: Collection[str], able: Collection[str]) -> MemoryRow:
+        plain = {layer.site.name for layer in self.shape.layers if layer.site.left_alone is not None}
+        typed = {name: replace(found, dtype="bf16" if name in plain else dtype) for name, found in self.matmuls.items()}
+        of_type = replace(self, matmuls=typed)
+        return MemoryRow(
+            dtype=dtype,
+            dense_bytes=of_type.weight_bytes(()),
+            planned_bytes=of_type.weight_bytes(chosen),
+            branch_bytes=sum(branch_weights(matmul) * _HALF_BITS / 8 for name, matmul in typed.items() if name in chosen),
+            everything_bytes=of_type.weight_bytes(able),
+        )
+
+
 def layer_tokens(shape: ModelShape, layer: Layer, load: Workload, *, decode: bool) -> float:
     """Tokens that a layer sees in prefill, or in one decoding step; of an encoder-decoder, of its own side."""
     of_last = decode or (layer.is_head and shape.kind == "decoder")  # a head: only the last position's logits are needed
@@ -83,46 +165,6 @@ def layer_tokens(shape: ModelShape, layer: Layer, load: Workload, *, decode: boo
 def experts_per_token(layer: Layer) -> int:
     """Experts that each token takes; 1 for a plain layer."""
     return max(1, round(layer.rows.source or layer.rows.target)) if layer.experts > 1 else 1
-
-
-def time_phase(case: Case, chosen: Collection[str], load: Workload, *, decode: bool) -> PhaseTimes:
-    """Add up a phase.
-
-    Args:
-        case: The model and the GPU.
-        chosen: Names of the sites that are 2:4 in the plan.
-        load: Batch and lengths.
-        decode: One decoding step (averaged over those of the workload) instead of prefill.
-    """
-    shape, machine = case.shape, case.machines["bf16"]
-    before = after = rest = head = other = 0.0
-    seen: set[tuple[str, ...]] = set()
-    for layer in shape.layers:
-        tokens = layer_tokens(shape, layer, load, decode=decode)
-        if not tokens:
-            continue
-        matmul = case.matmuls[layer.site.name]
-        seconds = float(dense_time(matmul, tokens, case.machines[matmul.dtype]))
-        if layer.site.name in chosen:
-            before += seconds
-            after += float(sparse_time(matmul, tokens, case.machines[matmul.dtype]))
-        else:
-            rest += seconds
-            head += seconds if layer.is_head else 0.0
-        other += _around(layer, tokens * matmul.experts_per_token, machine, counts_input=layer.site.inputs not in seen)
-        seen.add(layer.site.inputs)
-    attention = sum(_product_time(shape, product, load, machine, decode=decode) for product in shape.products)
-    fixed = rest + attention + other
-    return PhaseTimes(
-        dense_s=before + fixed,
-        planned_s=after + fixed,
-        sparse_layers_s=before,
-        planned_layers_s=after,
-        dense_layers_s=rest,
-        head_s=head,
-        attention_s=attention,
-        other_s=other,
-    )
 
 
 def cache_bytes(shape: ModelShape, load: Workload) -> float:
@@ -175,50 +217,3 @@ def _length(shape: ModelShape, extent: Extent, source: float, target: float) -> 
     if shape.window is None or not extent.varies:
         return full
     return (1 - shape.window_share) * full + shape.window_share * min(full, shape.window)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryRow:
-    """Bytes of all weights when the linear layers are of one type.
-
-    Attributes:
-        dtype: Of the layers that the passes take; all else (embedding, output head, norms, branches) is in 16 bits.
-        dense_bytes: With all layers dense.
-        planned_bytes: With the chosen layers 2:4, branches included.
-        branch_bytes: The branches' part of these.
-        everything_bytes: With every layer 2:4 that a kernel takes.
-    """
-
-    dtype: Dtype
-    dense_bytes: float
-    planned_bytes: float
-    branch_bytes: float
-    everything_bytes: float
-
-
-def model_bytes(case: Case, chosen: Collection[str]) -> float:
-    """Bytes of all weights with the chosen layers 2:4."""
-    in_layers = sum(matmul.num_weights for matmul in case.matmuls.values())
-    bits = (case.shape.num_parameters - in_layers) * float(_HALF_BITS)
-    for name, matmul in case.matmuls.items():
-        bits += matmul.num_weights * weight_bits(matmul.dtype, sparse=name in chosen)
-        bits += branch_weights(matmul) * _HALF_BITS if name in chosen else 0
-    return bits / 8
-
-
-def memory_table(case: Case, chosen: Collection[str], able: Collection[str]) -> tuple[MemoryRow, ...]:
-    """One row for each type, whatever type is planned."""
-    return tuple(_memory_row(case, dtype, chosen, able) for dtype in _TABLE)
-
-
-def _memory_row(case: Case, dtype: Dtype, chosen: Collection[str], able: Collection[str]) -> MemoryRow:
-    plain = {layer.site.name for layer in case.shape.layers if layer.site.left_alone is not None}
-    typed = {name: replace(found, dtype="bf16" if name in plain else dtype) for name, found in case.matmuls.items()}
-    of_type = replace(case, matmuls=typed)
-    return MemoryRow(
-        dtype=dtype,
-        dense_bytes=model_bytes(of_type, ()),
-        planned_bytes=model_bytes(of_type, chosen),
-        branch_bytes=sum(branch_weights(matmul) * _HALF_BITS / 8 for name, matmul in typed.items() if name in chosen),
-        everything_bytes=model_bytes(of_type, able),
-    )

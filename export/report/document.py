@@ -141,20 +141,31 @@ def add_to_report(
 
 
 def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:
-    """Describe one run: what was called, when, with which versions, on which machine.
+    """Describe one run: what was called, when, with which versions, on which machine; nothing names the machine or its user.
 
     Args:
         stage: Such as ``export``.
         command: The command line; None for a call from Python.
         seconds: Wall time.
     """
+    import torch
+
+    versions = {"sparsepass": _version("sparsepass") or "unknown", "python": platform.python_version()}
+    libraries = {package: _version(package) for package in _PACKAGES}
     return RunEntry(
         stage=stage,
         command=command or "python",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 1),
-        versions=_versions(),
-        machine=_machine(),
+        versions=versions | {package: version for package, version in libraries.items() if version is not None},
+        machine=MachineEntry(
+            system=f"{platform.system()} {platform.machine()}",
+            processor=_processor(),
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            memory_bytes=_memory_bytes(),
+            accelerators=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        ),
     )
 
 
@@ -202,26 +213,6 @@ def _replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with replaced_file(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _versions() -> dict[str, str]:
-    """Versions of sparsepass, Python, and the libraries that are installed."""
-    found = {"sparsepass": _version("sparsepass") or "unknown", "python": platform.python_version()}
-    return found | {package: version for package in _PACKAGES if (version := _version(package))}
-
-
-def _machine() -> MachineEntry:
-    """What the figures were measured on; nothing that names the machine or its user."""
-    import torch
-
-    return MachineEntry(
-        system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        memory_bytes=_memory_bytes(),
-        accelerators=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    )
 
 
 def _version(package: str) -> str | None:

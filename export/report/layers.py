@@ -253,16 +253,9 @@ def _zeros(layers: Sequence[LayerFacts], grid: DepthGrid) -> Drawing:
         label[layer.name] = said + (f": {layer.skipped}" if layer.skipped else "")
     patterns = list(dict.fromkeys(layer.pattern for layer in layers if layer.pattern))
     legend = [(f"{pattern} sparse", "c") for pattern in patterns] if len(patterns) == 1 else []
-    picture = grid_chart(
-        "Share of zeros, layer by layer",
-        grid,
-        {layer.name: _share(layer) for layer in layers},
-        label=label,
-        tone="c",
-        high=50.0 if legend else 100.0,
-        legend=legend,
-        unit="%",
-    )
+    shares = {layer.name: _share(layer) for layer in layers}
+    title, high = "Share of zeros, layer by layer", 50.0 if legend else 100.0
+    picture = grid_chart(title, grid, shares, label=label, tone="c", high=high, legend=legend, unit="%")
     return Drawing(picture, "From the model's first block to its last; a dashed cell is a layer left dense.")
 
 
@@ -273,10 +266,9 @@ def _errors(layers: Sequence[LayerFacts], grid: DepthGrid) -> Iterator[Drawing]:
         label = {name: f"error {number(value)}" for name, value in known.items()}
         worst = sorted(known.items(), key=lambda item: -item[1])[:3]
         said = ", ".join(f"{name} ({number(value)})" for name, value in worst)
-        told = (
-            "How far each layer's output moved relative to the output itself, right after it was pruned (and given its branch)."
-        )
-        yield Drawing(grid_chart("Error, layer by layer", grid, errors, label=label, tone="b"), f"{told} Most: {said}.")
+        told = "How far each layer's output moved relative to the output itself, right after it was pruned"
+        picture = grid_chart("Error, layer by layer", grid, errors, label=label, tone="b")
+        yield Drawing(picture, f"{told} (and given its branch). Most: {said}.")
 
 
 def _ran(layers: Sequence[LayerFacts], grid: DepthGrid) -> Iterator[Drawing]:

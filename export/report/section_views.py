@@ -65,12 +65,9 @@ def accuracy_view(section: sections.AccuracySection, report: ReportDocument) -> 
     rows += _exported(report)
     yield Table("Perplexities", (Column("model"), *figures("perplexity", f"times {first.name}")), rows, on=EVERYWHERE)
     bos = "each window begins with the BOS token" if first.bos else "no BOS token"
-    yield Sentence(
-        f"Perplexity on {section.text}: {first.num_tokens} tokens scored, windows of {first.context}, stride {first.stride}, "
-        f"{bos}, computed in {first.dtype}. Lower is better.",
-        tone="soft",
-        on=EVERYWHERE,
-    )
+    windows = f"{first.num_tokens} tokens scored, windows of {first.context}, stride {first.stride}, {bos}"
+    said = f"Perplexity on {section.text}: {windows}, computed in {first.dtype}. Lower is better."
+    yield Sentence(said, tone="soft", on=EVERYWHERE)
 
 
 def _exported(report: ReportDocument) -> Iterator[tuple[str, str, str]]:
@@ -102,10 +99,8 @@ def plan_view(section: sections.PlanSection, report: ReportDocument) -> Iterator
     if section.passes:
         yield Sentence(f"Recommended passes: `{section.passes}`")
     yield Subheading("Weights in memory")
-    rows = [
-        (row.dtype, *(size(float(found)) for found in (row.dense_bytes, row.planned_bytes, row.everything_bytes)))
-        for row in section.memory
-    ]
+    bytes_of = [(row.dtype, (row.dense_bytes, row.planned_bytes, row.everything_bytes)) for row in section.memory]
+    rows = [(dtype, *(size(float(count)) for count in counts)) for dtype, counts in bytes_of]
     columns = (Column("linear layers in"), *figures("dense", "as recommended", "all 2:4"))
     yield Table("Weights in memory", columns, rows)
     yield Notes(tuple(section.notes))
@@ -129,9 +124,8 @@ def _workload_row(point: sections.WorkloadEntry) -> list[object]:
 
 def artifact_view(section: sections.ArtifactSection, report: ReportDocument) -> Iterator[Block]:
     """Files and their sizes, as bars and as a table."""
-    yield Sentence(
-        f"{section.target}, {section.dtype}: {size(section.size_bytes)} in {len(section.files)} files.", on=EVERYWHERE
-    )
+    total = f"{size(section.size_bytes)} in {len(section.files)} files"
+    yield Sentence(f"{section.target}, {section.dtype}: {total}.", on=EVERYWHERE)
     ordered = sorted(section.files.items(), key=lambda item: -item[1])
     sizes = [(name, count, "a") for name, count in ordered[:_MOST_FILES]]
     if rest := ordered[_MOST_FILES:]:
@@ -235,18 +229,11 @@ def _states(engine: str, layers: Sequence[sections.EvidenceEntry]) -> Picture:
 def _engines(engines: Sequence[sections.EngineEntry]) -> Table:
     columns = (*words("engine", "file", "runs on"), *figures("size"), Column("flag requested"),
                *figures("eligible by the log", "chosen by the log"))  # fmt: skip
-    rows = [
-        (
-            engine.name,
-            engine.file,
-            _targets(engine),
-            size(engine.size_bytes),
-            number(engine.flag_requested),
-            "not told" if engine.num_eligible is None else engine.num_eligible,
-            "not told" if engine.num_chosen is None else engine.num_chosen,
-        )
-        for engine in engines
-    ]
+    rows = []
+    for engine in engines:
+        told = ["not told" if count is None else count for count in (engine.num_eligible, engine.num_chosen)]
+        known = engine.name, engine.file, _targets(engine), size(engine.size_bytes), number(engine.flag_requested)
+        rows.append((*known, *told))
     return Table("Engines", columns, rows)
 
 
@@ -288,12 +275,10 @@ def _measured(measured: Mapping[str, sections.MeasuredEntry]) -> Iterator[Block]
         points = sorted(found.points, key=lambda point: point.batch * point.sequence)
         yield Sentence(found.break_even, lead=name)
         x = [float(point.batch * point.sequence) for point in points]
-        lines = [
-            Line(label="dense", values=[point.dense_ms for point in points], tone="n"),
-            Line(label="sparse", values=[point.sparse_ms for point in points], tone="c"),
-        ]
+        dense = Line(label="dense", values=[point.dense_ms for point in points], tone="n")
+        sparse = Line(label="sparse", values=[point.sparse_ms for point in points], tone="c")
         if len(x) > 1:
-            yield Drawings((Drawing(line_chart(f"Time, {name}", x, lines, x_label="tokens at once", y_label="ms")),))
+            yield Drawings((Drawing(line_chart(f"Time, {name}", x, [dense, sparse], x_label="tokens at once", y_label="ms")),))
         rows = [(p.batch, p.sequence, number(p.dense_ms), number(p.sparse_ms), times(p.dense_ms / p.sparse_ms)) for p in points]
         yield Table(f"Measured times, {name}", figures("batch", "tokens", "dense ms", "sparse ms", "gain"), rows)
     if len(measured) > _MOST_MEASURED:

@@ -74,14 +74,9 @@ def curve(lines: Sequence[Mapping[str, Any]], num_points: int = NUM_POINTS) -> d
     count = min(num_points, len(lines))
     ends = [(index + 1) * len(lines) // count for index in range(count)]
     pieces = [lines[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    found: dict[str, list[float | None]] = {}
-    for name in _LASTS:
-        if name in lines[-1]:
-            found[name] = [piece[-1].get(name) for piece in pieces]
-    for name in _MEANS:
-        if name in lines[-1]:
-            found[name] = [_mean([line.get(name) for line in piece]) for piece in pieces]
-    return found
+    lasts = {name: [piece[-1].get(name) for piece in pieces] for name in _LASTS if name in lines[-1]}
+    means = {name: [_mean([line.get(name) for line in piece]) for piece in pieces] for name in _MEANS if name in lines[-1]}
+    return lasts | means
 
 
 def training_view(section: RetrainingSection, report: ReportDocument) -> Iterator[Block]:

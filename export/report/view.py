@@ -6,7 +6,7 @@ report.html, report.md and the terminal are renderings of this view, and read no
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Final, Literal, final
@@ -47,7 +47,7 @@ VIEWS: Final[Mapping[str, tuple[str, SectionViewer]]] = {
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Answer:
     """One question that a reader has, answered.
 
@@ -60,7 +60,7 @@ class Answer:
 
     question: str
     short: str
-    sentences: tuple[str, ...]
+    sentences: Sequence[str]
     tone: Tone = "plain"
 
 
@@ -114,9 +114,7 @@ def section_view(report: ReportDocument, name: str) -> SectionView:
     heading, view = VIEWS[name]
     section = getattr(report, name)
     blocks = () if section is None else view(section, report)
-    return SectionView(
-        heading, tuple(block for block in blocks if not (isinstance(block, Drawings | Notes) and not block.items))
-    )
+    return SectionView(heading, tuple(block for block in blocks if not isinstance(block, Drawings | Notes) or block.items))
 
 
 def _title(report: ReportDocument) -> str:
@@ -195,13 +193,12 @@ def _pruned(report: ReportDocument) -> Answer:
     question, section = "What was pruned?", report.passes
     if section is None or not section.num_sparse:
         none = "No pass has made a layer sparse." if section is None else f"All {section.num_sites} linear layers are dense."
-        return Answer(question=question, short="nothing", sentences=(none,))
+        return Answer(question, "nothing", (none,))
     patterns = "/".join(sorted({layer.pattern for layer in layer_facts(report) if layer.pattern})) or "N:M"
     said = [f"{section.num_sparse} of {section.num_sites} linear layers are {patterns} sparse."]
     if patterns == "2:4":
-        said.append(
-            "That means: of every 4 consecutive weights along the direction in which a layer sums, at most 2 are not zero."
-        )
+        direction = "along the direction in which a layer sums"
+        said.append(f"That means: of every 4 consecutive weights {direction}, at most 2 are not zero.")
     calibrated: dict[str, list[str]] = {}
     for record in section.passes:
         if (known := record.calibration) is not None:
@@ -214,8 +211,7 @@ def _pruned(report: ReportDocument) -> Answer:
         said.append(f"{len(branches)} of them have a small dense branch beside them (SLoRB, k={ks}).")
     for run in report.retraining.runs if report.retraining is not None else ():
         said.append(f"Afterwards it was trained for {run.num_steps:,} steps ({run.num_tokens:,} tokens, {run.method}).")
-    return Answer(question=question, short=f"{section.num_sparse} of {section.num_sites} layers {patterns}",
-                  sentences=tuple(said))  # fmt: skip
+    return Answer(question, f"{section.num_sparse} of {section.num_sites} layers {patterns}", said)
 
 
 def _left_dense(section: PassesSection) -> Answer:
@@ -223,27 +219,26 @@ def _left_dense(section: PassesSection) -> Answer:
     said = [f"{_layers(count)}, {names}: {reason}." for reason, count, names in rows[:_MOST_REASONS]]
     if len(rows) > _MOST_REASONS:
         said.append(f"{sum(row[1] for row in rows[_MOST_REASONS:])} more, for {len(rows) - _MOST_REASONS} other reasons.")
-    return Answer(question="What was left dense, and why?", short=_layers(len(section.skipped)), sentences=tuple(said))
+    return Answer("What was left dense, and why?", _layers(len(section.skipped)), said)
 
 
 def _accuracy(report: ReportDocument) -> Answer:
     question, section = "Is the accuracy kept?", report.accuracy
     if section is None or not section.measurements:
         said = ["Not measured. `--eval-text FILE` measures perplexity before and after.", *_kept_by_export(report)]
-        return Answer(question=question, short="not measured", sentences=tuple(said), tone="unknown")
+        return Answer(question, "not measured", said, tone="unknown")
     found = [(entry.name, float(entry.perplexity)) for entry in section.measurements if is_number(entry.perplexity)]
     if not found:
         said = ["Perplexity is infinite or not a number: the model no longer works on this text."]
-        return Answer(question=question, short="no finite perplexity", sentences=tuple(said), tone="bad")
+        return Answer(question, "no finite perplexity", said, tone="bad")
     (base, first), (_, last) = found[0], found[-1]
     parts = [f"{number(first)} for {base}"]
     parts += [f"{number(value)} for {name} ({value / first:.2f} times {base})" for name, value in found[1:]]
     said = [f"Perplexity on {section.text}, lower is better: {', '.join(parts)}."]
-    said += _won_back(found)
-    said += _kept_by_export(report)
+    said += (*_won_back(found), *_kept_by_export(report))
     short = f"{last / first:.2f} times the perplexity of {base}" if len(found) > 1 else "measured once"
     is_bad = any("Training made it worse" in sentence or "do NOT compute" in sentence for sentence in said)
-    return Answer(question=question, short=short, sentences=tuple(said), tone="bad" if is_bad else "plain")
+    return Answer(question, short, said, tone="bad" if is_bad else "plain")
 
 
 def _won_back(found: list[tuple[str, float]]) -> Iterator[str]:
@@ -286,8 +281,7 @@ def _plan(section: PlanSection) -> Answer:
     where = f"{section.device.get('title', '')}, {section.runtime.get('name', '')}, {section.dtype} weights"
     planned = sum(row.decision == "2:4" for row in section.layers)
     if not section.pays:
-        nothing = (f"Nothing, at these sizes, on {where}.",)
-        return Answer(question=question, short="nothing", sentences=nothing, tone="bad")
+        return Answer(question, "nothing", [f"Nothing, at these sizes, on {where}."], tone="bad")
     point = section.points[0]
     gained = f"On {where}, at batch {point.batch}, {point.seq} tokens: prefill {point.prefill.speedup:.2f} times as fast"
     short = f"prefill {point.prefill.speedup:.2f}x"
@@ -295,7 +289,7 @@ def _plan(section: PlanSection) -> Answer:
         gained += f", decoding {point.decode.speedup:.2f} times"
         short += f", decoding {point.decode.speedup:.2f}x"
     worth = f"{planned} of {len(section.layers)} layers are worth making 2:4. A forecast, not a measurement."
-    return Answer(question=question, short=short, sentences=(f"{gained}.", worth))
+    return Answer(question, short, (f"{gained}.", worth))
 
 
 def _used(report: ReportDocument) -> Answer:
@@ -306,7 +300,7 @@ def _used(report: ReportDocument) -> Answer:
     ran = Counter(layer.ran_sparse for layer in meant)
     runtime = f"{section.runtime} {section.runtime_version}"
     if not meant:
-        return Answer(question=question, short="nothing is sparse", sentences=(f"{runtime} got no sparse weight.",))
+        return Answer(question, "nothing is sparse", (f"{runtime} got no sparse weight.",))
     said = []
     for engine in dict.fromkeys(layer.engine for layer in meant):
         counts = Counter(layer.ran_sparse for layer in meant if layer.engine == engine)
@@ -321,16 +315,16 @@ def _used(report: ReportDocument) -> Answer:
         if states.get("conforms", {}).get("yes") and states.get("flag_requested", {}).get("yes"):
             said.append("What is known: the weights conform, and the builder was allowed to use sparse kernels.")
         said.append(_HOW_TO_FIND_OUT)
-        return Answer(question=question, short="unknown", sentences=tuple(said), tone="unknown")
+        return Answer(question, "unknown", said, tone="unknown")
     said += [f"Measured, {name}: {found.break_even}." for name, found in list((section.measured or {}).items())[:2]]
     short = f"yes for {ran['yes']} of {len(meant)}" if ran["yes"] else "no" if not ran["unknown"] else "not seen"
     tone: Tone = "good" if ran["yes"] and ran["yes"] >= ran["no"] else "bad" if ran["no"] else "unknown"
-    return Answer(question=question, short=short, sentences=tuple(said), tone=tone)
+    return Answer(question, short, said, tone=tone)
 
 
 def _not_known(question: str, report: ReportDocument) -> Answer:
     if report.passes is None or not report.passes.num_sparse:
-        return Answer(question=question, short="nothing is sparse", sentences=("There is no sparse layer that it could use.",))
+        return Answer(question, "nothing is sparse", ("There is no sparse layer that it could use.",))
     if report.artifact is None:
         said = "Unknown: nothing was exported yet, so no runtime has seen these weights."
     else:
@@ -338,30 +332,29 @@ def _not_known(question: str, report: ReportDocument) -> Answer:
             f"Unknown: {report.artifact.target} files hold the weights with their zeros, and do not say which kernels run. "
             "onnxruntime's and plain transformers' own kernels multiply them as dense ones: right results, no speedup."
         )
-    return Answer(question=question, short="unknown", sentences=(said, _HOW_TO_FIND_OUT), tone="unknown")
+    return Answer(question, "unknown", (said, _HOW_TO_FIND_OUT), tone="unknown")
 
 
 def _verified(section: VerificationSection) -> Answer:
     question, checks = "Do the written files hold what they should?", section.checks
     if section.held is None:
-        said = ("Verification was switched off: nothing is known of the written files.",)
-        return Answer(question=question, short="not checked", sentences=said, tone="unknown")
+        said = ["Verification was switched off: nothing is known of the written files."]
+        return Answer(question, "not checked", said, tone="unknown")
     rest = [f"Could not be checked here: {check.name} ({check.summary})." for check in checks if check.held is None]
     if failed := [check for check in checks if check.held is False]:
         broken = [f"`{check.name}` did NOT hold: {check.summary}." for check in failed]
-        return Answer(question=question, short="verification did NOT hold", sentences=(*broken, *rest), tone="bad")
+        return Answer(question, "verification did NOT hold", broken + rest, tone="bad")
     held = [check.name for check in checks if check.held]
-    said = (f"Verification held. Checked in the files themselves: {', '.join(held) or 'nothing'}.",)
-    return Answer(question=question, short="verification held", sentences=(*said, *rest), tone="good")
+    said = [f"Verification held. Checked in the files themselves: {', '.join(held) or 'nothing'}."]
+    return Answer(question, "verification held", said + rest, tone="good")
 
 
 def _stored(section: PatternSection) -> Answer:
     question = "Do the stored weights hold the pattern?"
     said = [f"{found.source}: {found.said}, {_counted(found.counts)}." for found in section.reports]
     said += [f"Likely cause: {cause.text}. {cause.advice}" for found in section.reports for cause in found.causes]
-    if section.conforms:
-        return Answer(question=question, short="the pattern holds", sentences=tuple(said), tone="good")
-    return Answer(question=question, short="the pattern does NOT hold", sentences=tuple(said), tone="bad")
+    short = "the pattern holds" if section.conforms else "the pattern does NOT hold"
+    return Answer(question, short, said, tone="good" if section.conforms else "bad")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
