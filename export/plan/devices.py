@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparsepass.export.plan.roofline import Machine
@@ -88,10 +88,9 @@ def find_device(name: str) -> Device:
     """
     wanted = _plain(name)
     by_name = {_plain(device): device for device in DEVICES}
-    for candidate in (wanted, f"rtx{wanted}"):
+    for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}"):
         if candidate in by_name:
             return DEVICES[by_name[candidate]]
-    for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}"):
         if candidate in _OLDER:
             raise SparsepassError(
                 f"GPU {name} is of the {_OLDER[candidate]} architecture, and 2:4 sparsity needs tensor cores of Ampere or "
@@ -177,43 +176,33 @@ class Runtime:
 # torch: SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS; its rows and columns of the sparse operand.
 _CUSPARSELT: Mapping[Dtype, int] = {"bf16": 16, "fp16": 16, "fp8": 32, "int8": 32, "int4": 16}
 # Published: dense 0.71 and 0.79, 2:4 0.49 and 0.45 of their peaks; dense kernels 0.78 to 0.84 of the bandwidth.
-_DENSE_COMPUTE, _SPARSE_COMPUTE, _BANDWIDTH = 0.75, 0.47, 0.80
-# Published: Sparse-Marlin reads 689 GB/s where the dense int4 kernel reads 763 GB/s.
-_SPARSE_BANDWIDTH = _BANDWIDTH * 0.90
-
-RUNTIMES: Mapping[str, Runtime] = {
-    runtime.name: runtime
-    for runtime in (
-        Runtime(
-            name="ideal", summary="the GPU's peaks: no kernel is faster than this", takes_experts=True, takes_convolutions=True
-        ),
-        Runtime(
-            name="tensorrt-llm",
-            summary="an engine without launch costs, which runs a layer densely where that is faster",
-            dense_compute=_DENSE_COMPUTE,
-            sparse_compute=_SPARSE_COMPUTE,
-            dense_bandwidth=_BANDWIDTH,
-            sparse_bandwidth=_SPARSE_BANDWIDTH,
-            gap_us=0.5,
-            picks_faster=True,
-            takes_convolutions=True,
-            align=_CUSPARSELT,
-            min_features=_CUSPARSELT,
-        ),
-        Runtime(
-            name="torch",
-            summary="torch's semi-structured tensors, called one by one: each call costs the processor about 0.2 ms",
-            dense_compute=_DENSE_COMPUTE,
-            sparse_compute=_SPARSE_COMPUTE,
-            dense_bandwidth=_BANDWIDTH,
-            sparse_bandwidth=_SPARSE_BANDWIDTH,
-            dense_host_us=5.0,
-            sparse_host_us=200.0,
-            align=_CUSPARSELT,
-            min_features=_CUSPARSELT,
-        ),
-    )
-}
+# Published: Sparse-Marlin reads 689 GB/s where the dense int4 kernel reads 763 GB/s: 0.9 of the dense kernels' bandwidth.
+_TORCH = Runtime(
+    name="torch",
+    summary="torch's semi-structured tensors, called one by one: each call costs the processor about 0.2 ms",
+    dense_compute=0.75,
+    sparse_compute=0.47,
+    dense_bandwidth=0.80,
+    sparse_bandwidth=0.80 * 0.90,
+    dense_host_us=5.0,
+    sparse_host_us=200.0,
+    align=_CUSPARSELT,
+    min_features=_CUSPARSELT,
+)
+_ENGINE = replace(
+    _TORCH,
+    name="tensorrt-llm",
+    summary="an engine without launch costs, which runs a layer densely where that is faster",
+    gap_us=0.5,
+    dense_host_us=0.0,
+    sparse_host_us=0.0,
+    picks_faster=True,
+    takes_convolutions=True,
+)
+_IDEAL = Runtime(
+    name="ideal", summary="the GPU's peaks: no kernel is faster than this", takes_experts=True, takes_convolutions=True
+)
+RUNTIMES: Mapping[str, Runtime] = {runtime.name: runtime for runtime in (_IDEAL, _ENGINE, _TORCH)}
 
 
 def find_runtime(name: str) -> Runtime:

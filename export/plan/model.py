@@ -161,7 +161,9 @@ def model_shape(program: Program) -> ModelShape:
     batch = next(iter(program.example_inputs.values())).shape[0]
     base = {side: next((size for name, size in lengths.items() if _side(name) == side), 0) for side in ("source", "target")}
     heads = {program.aliases.get(name, name) for name in program.origin.output_heads}
-    fixed = _fixed_length(program, lengths) if kind == "decoder" else 0
+    # Tokens of a graph that was captured for one length only, as of unrolled recurrences; 0 for any other.
+    ids = program.example_inputs.get("input_ids")
+    fixed = int(ids.shape[1]) if kind == "decoder" and not lengths and ids is not None else 0
 
     def extent(sizes: Iterable[float]) -> Extent:
         first, source, target = sizes
@@ -267,12 +269,6 @@ def _run(program: Program, lengths: Mapping[str, int]) -> _Shapes:
             inputs.append(example.new_empty(shape))
         Shapes(program.graph_module).run(*inputs)
     return shapes
-
-
-def _fixed_length(program: Program, lengths: Mapping[str, int]) -> int:
-    """Length of the tokens of a graph that was captured for one length only, as of unrolled recurrences; else 0."""
-    ids = program.example_inputs.get("input_ids")
-    return 0 if lengths or ids is None else int(ids.shape[1])
 
 
 def _cached_share(config: Any, shape: Sequence[int]) -> float:

@@ -39,10 +39,9 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[LayerRow]:
     for item in layers:
         key = (item.matmul, item.layer.rows, item.layer.in_decode, item.layer.is_head, item.decision, item.reason)
         groups.setdefault(key, []).append(item)
-    names = [tuple(dict.fromkeys(in_stack(item.layer.site.name) for item in members)) for members in groups.values()]
     return [
-        LayerRow(count=len(members), names=shared, first=members[0])
-        for members, shared in zip(groups.values(), names, strict=True)
+        LayerRow(count=len(same), names=tuple(dict.fromkeys(in_stack(item.layer.site.name) for item in same)), first=same[0])
+        for same in groups.values()
     ]
 
 
@@ -53,11 +52,8 @@ def page(plan: Plan, *, every_layer: bool = False) -> Group:
         plan: What was found.
         every_layer: Whether layers of one shape get a row each.
     """
-    rows = (
-        [LayerRow(count=1, names=(item.layer.site.name,), first=item) for item in plan.layers]
-        if every_layer
-        else layer_rows(plan.layers)
-    )
+    alone = [LayerRow(count=1, names=(item.layer.site.name,), first=item) for item in plan.layers]
+    rows = alone if every_layer else layer_rows(plan.layers)
     parts: list[Any] = [Text(_title(plan), style="bold"), Text(), points_table(plan), Text(), _said(plan), Text()]
     parts += [memory_table(plan), Text(), layers_table(plan, rows), *_dense_reasons(rows), Text(), _advice(plan)]
     parts += [Text(f"Note: {note}.", style="dim") for note in plan.notes]
@@ -76,10 +72,8 @@ def points_table(plan: Plan) -> Table:
     if steps:
         columns.append(("ms a token", [_arrow(step) for step in steps]))
         columns.append(("gain", [_times(step.speedup) for step in steps]))
-        requests = [point.request for point in points]
-        columns.append(
-            (f"prompt + {points[0].load.new_tokens} tokens", [_times(dense / planned) for dense, planned in requests])
-        )
+        gains = [_times(dense / planned) for dense, planned in (point.request for point in points)]
+        columns.append((f"prompt + {points[0].load.new_tokens} tokens", gains))
         columns.append(("cache", [_gigabytes(point.cache_bytes) for point in points]))
     if _everything_differs(plan):
         every = [" / ".join(_times(gain) for gain in point.everything if gain is not None) for point in points]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, final
+from typing import ClassVar, Final, Literal, Self, final
 
 from sparsepass.export.report.charts import Picture
 
@@ -35,11 +35,6 @@ def words(*headings: str) -> tuple[Column, ...]:
     return tuple(map(Column, headings))
 
 
-def sentences(heading: str) -> Column:
-    """A column of sentences."""
-    return Column(heading, "sentences")
-
-
 @final
 @dataclass(frozen=True)
 class Table:
@@ -63,11 +58,11 @@ class Table:
     style: str = ""
     on: tuple[Medium, ...] = PAGES
 
-
-def facts(label: str, rows: Iterable[tuple[str, object]], on: tuple[Medium, ...] = PAGES) -> Table:
-    """A table of names and what is known; what is empty is left out."""
-    known = [row for row in rows if row[1] != ""]
-    return Table(label, (Column("what"), sentences("value")), known, style="facts", on=on)
+    @classmethod
+    def of_facts(cls, label: str, rows: Iterable[tuple[str, object]], on: tuple[Medium, ...] = PAGES) -> Self:
+        """A table of names and what is known; what is empty is left out."""
+        known = [row for row in rows if row[1] != ""]
+        return cls(label, (Column("what"), Column("value", "sentences")), known, style="facts", on=on)
 
 
 @final
@@ -132,6 +127,11 @@ class Drawings(_OnPages):
     """Pictures side by side where there is room; one that may not be scaled stands alone."""
 
     items: tuple[Drawing, ...]
+
+
+def drawn(*pictures: Picture) -> Drawings:
+    """Pictures of which a reader need not know more."""
+    return Drawings(tuple(map(Drawing, pictures)))
 
 
 @final

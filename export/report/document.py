@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -223,14 +223,12 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    if sys.platform == "linux":
-        try:
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        except OSError:
-            return platform.machine()
-    return platform.processor() or platform.machine()
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        told = ""
+    named = re.search(r"^model name\s*:(.*)$", told, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int | None:

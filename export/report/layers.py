@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
-from sparsepass.export.report.blocks import Block, Column, Drawing, Drawings, Subheading, Table, figures, sentences, words
+from sparsepass.export.report.blocks import Block, Column, Drawing, Drawings, Subheading, Table, figures, words
 from sparsepass.export.report.charts import grid_chart
 from sparsepass.export.report.depth import DepthGrid, depth_grid
 from sparsepass.export.report.schema import ReportDocument
@@ -213,13 +213,13 @@ def layer_table(layers: Sequence[LayerFacts]) -> Table:
     found += [(Column(heading, "figures"), cells) for heading, cells in optional if any(cells)]
     if engines:
         found.append((Column("ran sparse"), [_ran_text(layer.ran) for layer in layers]))
-    found.append((sentences("note"), [_note(layer) for layer in layers]))
+    found.append((Column("note", "sentences"), [_note(layer) for layer in layers]))
     columns, cells = zip(*found, strict=True)
     rows = list(zip(*cells, strict=True))
     return Table("Layer by layer", columns, rows, is_sortable=True, style="layers")
 
 
-def gain_drawings(layers: Sequence[LayerFacts]) -> tuple[Drawing, ...]:
+def gain_drawings(layers: Sequence[LayerFacts]) -> Drawings:
     """Each layer's predicted gain, in prefill and in decoding."""
     planned = [layer for layer in layers if layer.planned]
     grid, found = depth_grid(layer.name for layer in planned), []
@@ -229,7 +229,7 @@ def gain_drawings(layers: Sequence[LayerFacts]) -> tuple[Drawing, ...]:
             label = {layer.name: f"{gains[layer.name] or 1:.2f}x, {layer.planned}" for layer in planned}
             picture = grid_chart(f"Predicted gain in {phase}, layer by layer", grid, gains, label=label, tone="a", unit="x")
             found.append(Drawing(picture, "Dense time over 2:4 time; a dashed cell is a layer that no 2:4 kernel takes."))
-    return tuple(found)
+    return Drawings(tuple(found))
 
 
 def _pass_row(record: PassEntry) -> tuple[object, ...]:

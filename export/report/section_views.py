@@ -6,21 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sparsepass.export.report import sections
-from sparsepass.export.report.blocks import (
-    EVERYWHERE,
-    Block,
-    Column,
-    Drawing,
-    Drawings,
-    Notes,
-    Sentence,
-    Subheading,
-    Table,
-    facts,
-    figures,
-    sentences,
-    words,
-)
+from sparsepass.export.report.blocks import EVERYWHERE, Block, Column, Notes, Sentence, Subheading, Table, drawn, figures, words
 from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, line_chart
 from sparsepass.export.report.layers import gain_drawings, layer_facts, layer_table
 from sparsepass.export.report.schema import ReportDocument
@@ -61,7 +47,7 @@ def accuracy_view(section: sections.AccuracySection, report: ReportDocument) -> 
             tone = "n" if entry is first else "a"
             bars.append(Bar(label=entry.name, parts=((float(value), tone),), text=f"{number(value)}  {ratio}"))
     if bars:
-        yield Drawings((Drawing(bar_chart("Perplexity (shorter is better)", bars)),))
+        yield drawn(bar_chart("Perplexity (shorter is better)", bars))
     rows += _exported(report)
     yield Table("Perplexities", (Column("model"), *figures("perplexity", f"times {first.name}")), rows, on=EVERYWHERE)
     bos = "each window begins with the BOS token" if first.bos else "no BOS token"
@@ -74,11 +60,9 @@ def _exported(report: ReportDocument) -> Iterator[tuple[str, str, str]]:
     """A row on the exported artifact, whose perplexity nobody measured, but whose outputs were compared."""
     if report.artifact is None:
         return
-    checks = [] if report.verification is None else [check for check in report.verification.checks if check.name == "outputs"]
-    if not checks or checks[0].held is None:
-        said = "not known: not run here"
-    else:
-        said = "as the program's: outputs agree" if checks[0].held else "not known: outputs DIFFER"
+    checks = report.verification.checks if report.verification is not None else []
+    held = next((check.held for check in checks if check.name == "outputs"), None)
+    said = {None: "not known: not run here", True: "as the program's: outputs agree", False: "not known: outputs DIFFER"}[held]
     yield f"exported files ({report.artifact.target}, {report.artifact.dtype})", said, ""
 
 
@@ -92,8 +76,7 @@ def plan_view(section: sections.PlanSection, report: ReportDocument) -> Iterator
             if found is not None:
                 label, tone = f"{phase}, batch {point.batch}, {point.seq} tokens", "c" if found.speedup >= 1 else "b"
                 bars.append(Bar(label=label, parts=((found.speedup, tone),), text=times(found.speedup)))
-    picture = bar_chart("Predicted gain as recommended (longer is better)", bars, reference=(1.0, "dense"))
-    yield Drawings((Drawing(picture),))
+    yield drawn(bar_chart("Predicted gain as recommended (longer is better)", bars, reference=(1.0, "dense")))
     columns = figures("batch", "prompt", "prefill, dense", "planned", "gain", "a token, dense", "planned", "gain")
     yield Table("Predicted times", columns, list(map(_workload_row, section.points)))
     if section.passes:
@@ -105,7 +88,7 @@ def plan_view(section: sections.PlanSection, report: ReportDocument) -> Iterator
     yield Table("Weights in memory", columns, rows)
     yield Notes(tuple(section.notes))
     layers = layer_facts(report)
-    yield Drawings(gain_drawings(layers))
+    yield gain_drawings(layers)
     if report.passes is None:
         yield Subheading("Layer by layer")
         yield layer_table(layers)
@@ -136,7 +119,7 @@ def artifact_view(section: sections.ArtifactSection, report: ReportDocument) -> 
         sizes.append(("for comparison: weights of the model it came from", dense, "n"))
     bars = [Bar(label=name, parts=((float(count), tone),), text=size(count)) for name, count, tone in sizes]
     if bars:
-        yield Drawings((Drawing(bar_chart("Sizes on disk", bars)),))
+        yield drawn(bar_chart("Sizes on disk", bars))
     yield Sentence(
         f"{section.num_sparse} stored weights have to be N:M sparse; `artifact.expected_sparse` in report.json names them, and "
         "`sparsepass verify` on this folder checks them again. A sparse weight is stored with its zeros, so the files are as "
@@ -153,13 +136,13 @@ def verification_view(section: sections.VerificationSection, report: ReportDocum
         yield Sentence("Verification was switched off: nothing is known of the written files.", tone="unknown", on=EVERYWHERE)
     else:
         rows = [(check.name, CHECKED[check.held], check.summary) for check in section.checks]
-        yield Table("Checks", (*words("check", "result"), sentences("what was found")), rows, on=EVERYWHERE)
+        yield Table("Checks", (*words("check", "result"), Column("what was found", "sentences")), rows, on=EVERYWHERE)
 
 
 def pattern_view(section: sections.PatternSection, report: ReportDocument) -> Iterator[Block]:
     """What `sparsepass verify` found in the stored weights."""
     columns = (*words("weight", "verdict", "stored shape"), *figures("summed along axis", "zeros", "groups that violate"),
-               sentences("why"))  # fmt: skip
+               Column("why", "sentences"))  # fmt: skip
     for found in section.reports:
         yield Sentence(found.said, lead=found.source)
         rows = [_stored_row(entry) for entry in found.entries]
@@ -192,7 +175,7 @@ def model_view(section: sections.ModelSection, report: ReportDocument) -> Iterat
         ("commit", section.commit or ""),
         ("gguf_file", section.gguf_file or ""),
     ]
-    yield facts("Model", rows)
+    yield Table.of_facts("Model", rows)
     yield Notes(tuple(section.notes or ()))
 
 
@@ -203,10 +186,10 @@ def sparsity_view(section: sections.SparsitySection, report: ReportDocument) -> 
     yield Sentence(_TOLD, tone="soft")
     engines = dict.fromkeys(layer.engine for layer in section.meant)
     by_engine = {engine: [layer for layer in section.meant if layer.engine == engine] for engine in engines}
-    yield Drawings(tuple(Drawing(_states(engine, layers)) for engine, layers in by_engine.items()))
+    yield drawn(*(_states(engine, layers) for engine, layers in by_engine.items()))
     reasons = Counter((layer.ran_sparse, layer.reason) for layer in section.meant)
     rows = [(why, ran, count) for (ran, why), count in reasons.most_common(_MOST_REASONS)]
-    yield Table("Why", (sentences("why"), Column("ran sparse"), *figures("weights")), rows)
+    yield Table("Why", (Column("why", "sentences"), Column("ran sparse"), *figures("weights")), rows)
     yield Subheading("Engines")
     yield _engines(section.engines)
     yield _counts(section)
@@ -262,7 +245,7 @@ def _evidence(layers: Sequence[sections.EvidenceEntry]) -> Table:
         both = " / ".join(number(value) for value in (layer.dense_ms, layer.sparse_ms) if value is not None)
         engines.setdefault((layer.weight, dimensions(layer.shape), *states, reason, both), []).append(layer.engine)
     has_times = any(key[-1] for key in engines)
-    columns = [*words("weight", "engine", "shape", *_STATES.values()), sentences("why")]
+    columns = [*words("weight", "engine", "shape", *_STATES.values()), Column("why", "sentences")]
     columns += words("dense / sparse ms") if has_times else ()
     rows = []
     for (weight, *rest, both), names in engines.items():
@@ -278,7 +261,7 @@ def _measured(measured: Mapping[str, sections.MeasuredEntry]) -> Iterator[Block]
         dense = Line(label="dense", values=[point.dense_ms for point in points], tone="n")
         sparse = Line(label="sparse", values=[point.sparse_ms for point in points], tone="c")
         if len(x) > 1:
-            yield Drawings((Drawing(line_chart(f"Time, {name}", x, [dense, sparse], x_label="tokens at once", y_label="ms")),))
+            yield drawn(line_chart(f"Time, {name}", x, [dense, sparse], x_label="tokens at once", y_label="ms"))
         rows = [(p.batch, p.sequence, number(p.dense_ms), number(p.sparse_ms), times(p.dense_ms / p.sparse_ms)) for p in points]
         yield Table(f"Measured times, {name}", figures("batch", "tokens", "dense ms", "sparse ms", "gain"), rows)
     if len(measured) > _MOST_MEASURED:

@@ -438,9 +438,7 @@ class PlanSection(Part):
     runtime: dict[str, Any] = Field(description="the model of its kernels")
     dtype: str = Field(description="type of the weights")
     pays: bool = Field(description="whether 2:4 is predicted to gain anything")
-    points: list[WorkloadEntry] = Field(
-        description="one entry a workload; also `new_tokens`, times of the `request`, and bytes of cache and of all"
-    )
+    points: list[WorkloadEntry] = Field(description="each workload; also `new_tokens`, `request`, `cache_bytes`, `needs_bytes`")
     memory: list[MemoryEntry] = Field(description="one entry a type of the weights")
     layers: list[LayerPlanEntry] = Field(description="one entry a layer; also intensities, and `pays_at`")
     ignore: list[str] = Field(description="layers to leave dense, as patterns for the passes")

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from sparsepass.export.report.blocks import EVERYWHERE, Block, Drawing, Drawings, Subheading, Table, facts, figures, words
+from sparsepass.export.report.blocks import EVERYWHERE, Block, Drawing, Drawings, Subheading, Table, figures, words
 from sparsepass.export.report.charts import Line, Picture, grid_chart, line_chart
 from sparsepass.export.report.depth import depth_grid
 from sparsepass.export.report.schema import ReportDocument
@@ -85,7 +85,7 @@ def training_view(section: RetrainingSection, report: ReportDocument) -> Iterato
         is_last = count == len(section.runs)
         if len(section.runs) > 1:
             yield Subheading(f"Training {count} of {len(section.runs)}")
-        yield facts("What the training did", training_facts(run), EVERYWHERE if is_last else ("html", "markdown"))
+        yield Table.of_facts("What the training did", training_facts(run), EVERYWHERE if is_last else ("html", "markdown"))
         yield Drawings(tuple(
             Drawing(picture, CAPTIONS[what], f"{FOLDER}/retraining-{count}-{what}.svg")
             for what, picture in training_pictures(run).items()
