@@ -2,7 +2,7 @@
 
 1. A new section, or a new field in one, does not change the version: readers keep what they do not know.
 2. A field that changes its meaning raises `SCHEMA_VERSION`. A reader refuses a newer version than its own.
-3. A section is a field of `ReportDocument`, a model in `sections.py` or `file_sections.py`, and a view in `view.py`.
+3. A section is a field of `ReportDocument`, a model in `sections.py`, and a view in `view.py`.
 """
 
 from collections.abc import Mapping
