@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.plan.choice import ignore_patterns as ignore_patterns, pipeline_text as pipeline_text
-    from sparsepass.export.plan.devices import find_device as find_device
+    from sparsepass.export.plan.devices import find_device as find_device, find_runtime as find_runtime
     from sparsepass.export.plan.forecast import plan as plan
-    from sparsepass.export.plan.load import load_for_plan as load_for_plan
+    from sparsepass.export.plan.model import load_for_plan as load_for_plan
     from sparsepass.export.plan.pages import page as page
     from sparsepass.export.plan.roofline import (
         Matmul as Matmul,
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         sparse_time as sparse_time,
         weight_bits as weight_bits,
     )
-    from sparsepass.export.plan.runtimes import find_runtime as find_runtime
 else:
     from sparsepass._lazy import face
 

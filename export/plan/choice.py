@@ -3,12 +3,11 @@
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
+from sparsepass.export.plan.devices import Dtype, Runtime
 from sparsepass.export.plan.model import Layer, ModelShape
 from sparsepass.export.plan.phases import experts_per_token
 from sparsepass.export.plan.roofline import Matmul
-from sparsepass.export.plan.runtimes import Dtype, Runtime
 from sparsepass.graph import Site
 from sparsepass.passes import NMSparsify, parse_pipeline
 from sparsepass.passes.base import matches
@@ -17,46 +16,40 @@ from sparsepass.passes.maths import NMPattern
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ineligible:
-    """Why a layer cannot be 2:4.
+def in_stack(name: str) -> str:
+    """The name that a layer shares with those at its place in other blocks.
 
-    Attributes:
-        reason: For people.
-        by_pass: Whether the passes leave it alone by themselves, so that it needs no pattern.
+    >>> in_stack("model.layers.7.mlp.gate")
+    'model.layers.*.mlp.gate'
     """
-
-    reason: str
-    by_pass: bool
+    return _NUMBER.sub("*", name)
 
 
-def refusals(shape: ModelShape, runtime: Runtime, dtype: Dtype) -> dict[str, Ineligible]:
+def refusals(shape: ModelShape, runtime: Runtime, dtype: Dtype) -> dict[str, str]:
     """Site name -> why it cannot be 2:4, for those that cannot.
 
     Of a program that is sparse already, every layer that it keeps dense is among them.
     """
-    found = {}
-    for layer in shape.layers:
-        reason, by_pass = _refusal(shape, layer, runtime, dtype)
-        if reason is not None:
-            found[layer.site.name] = Ineligible(reason=reason, by_pass=by_pass)
-    return found
+    found = {layer.site.name: _refusal(shape, layer, runtime, dtype) for layer in shape.layers}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
-def takes(shape: ModelShape) -> list[Site]:
-    """The sites that nm_sparsify rewrites if it is given no targets and nothing to ignore."""
-    return NMSparsify().choose(shape.program)[0]
-
-
-def matmul_of(layer: Layer, refused: Ineligible | None, dtype: Dtype, slorb_k: int, trained: bool) -> Matmul:
+def matmul_of(layer: Layer, is_able: bool, dtype: Dtype, slorb_k: int, trained: bool) -> Matmul:
     """The roofline's view of a layer: its shape, its type, and the branch that it has or would have.
 
     What the passes leave alone (output head, router) stays in 16 bits.
+
+    Args:
+        layer: The layer.
+        is_able: Whether it can be 2:4.
+        dtype: Planned type of the weights.
+        slorb_k: Of the branches that are planned; 0 for none.
+        trained: Whether their projection is trainable.
     """
     branch = layer.state.branch if layer.state is not None else None
     k, trained = (branch.k, branch.projection is not None) if branch is not None else (slorb_k, trained)
     has_branch = branch is not None or (
-        k > 0 and refused is None and layer.site.layout in ("linear", "conv1d_hf") and layer.in_features % k == 0
+        k > 0 and is_able and layer.site.layout in ("linear", "conv1d_hf") and layer.in_features % k == 0
     )
     return Matmul(
         in_features=layer.in_features,
@@ -71,7 +64,7 @@ def matmul_of(layer: Layer, refused: Ineligible | None, dtype: Dtype, slorb_k: i
 
 def ignore_list(shape: ModelShape, chosen: Collection[str]) -> tuple[str, ...]:
     """Patterns that leave exactly those layers dense which the passes would take and the plan does not choose."""
-    return ignore_patterns(takes(shape), chosen)
+    return ignore_patterns(NMSparsify().choose(shape.program)[0], chosen)
 
 
 def ignore_patterns(able: Sequence[Site], chosen: Collection[str]) -> tuple[str, ...]:
@@ -85,20 +78,20 @@ def ignore_patterns(able: Sequence[Site], chosen: Collection[str]) -> tuple[str,
         chosen: Names of those that it should take.
     """
     leave = {site.name for site in able if site.name not in chosen}
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, list[str]] = {}
     for site in able:
         if site.name in leave:
-            groups.setdefault(_NUMBER.sub("*", site.name), set()).add(site.name)
+            groups.setdefault(in_stack(site.name), []).append(site.name)
     patterns: list[str] = []
     for glob, names in groups.items():
         expression = "re:" + re.escape(glob).replace(r"\*", r"\d+")
         for pattern in (glob, expression):
             hit = {site.name for site in able if matches(pattern, site)}
-            if names <= hit <= leave:
+            if set(names) <= hit <= leave:
                 patterns.append(pattern)
                 break
         else:
-            patterns.extend(sorted(names, key=[site.name for site in able].index))
+            patterns += names
     return tuple(patterns)
 
 
@@ -127,22 +120,22 @@ def _implies_2_4(pattern: NMPattern) -> bool:
     return 4 % pattern.m == 0 and pattern.n * (4 // pattern.m) <= 2
 
 
-def _refusal(shape: ModelShape, layer: Layer, runtime: Runtime, dtype: Dtype) -> tuple[str | None, bool]:
+def _refusal(shape: ModelShape, layer: Layer, runtime: Runtime, dtype: Dtype) -> str | None:
     site = layer.site
     by_pass = site.left_alone or NMSparsify().refusal(site, shape.program)
     if by_pass is not None:
-        return by_pass, True
+        return by_pass
     if shape.program.sparse:
         if layer.state is None:
-            return "dense in this program", False
+            return "dense in this program"
         pattern = NMPattern.parse(layer.state.pattern)
         if not _implies_2_4(pattern):
-            return f"its pattern is {pattern}, and hardware runs 2:4 alone", False
+            return f"its pattern is {pattern}, and hardware runs 2:4 alone"
     if layer.experts > 1 and not runtime.takes_experts:
-        return f"experts: the grouped matmuls of {runtime.name} have no 2:4 kernels", False
+        return f"experts: the grouped matmuls of {runtime.name} have no 2:4 kernels"
     if site.layout in ("conv1d", "conv2d"):
         if not runtime.takes_convolutions:
-            return f"a convolution: 2:4 kernels of {runtime.name} take matrices only", False
+            return f"a convolution: 2:4 kernels of {runtime.name} take matrices only"
         if site.groups > 1:
-            return f"a convolution in {site.groups} groups: no 2:4 kernel takes it", False
-    return runtime.refusal(layer.in_features, site.out_features, dtype), False
+            return f"a convolution in {site.groups} groups: no 2:4 kernel takes it"
+    return runtime.refusal(layer.in_features, site.out_features, dtype)

@@ -1,13 +1,19 @@
-"""Public figures of GPUs that have sparse tensor cores, and the older ones that have none."""
+"""GPUs and runtimes that can be planned for: the vendors' figures, and the part of them that a runtime's kernels reach."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from sparsepass.export.plan.roofline import Machine
 from sparsepass.graph.support import SparsepassError, closest
 
+Dtype = Literal["bf16", "fp16", "fp8", "int8", "int4"]
+DTYPES: tuple[Dtype, ...] = ("bf16", "fp16", "fp8", "int8", "int4")
+"""Types of the weights that can be planned. int4 is weight-only: it computes in 16 bits."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Device:
     """What a vendor says of a GPU. Peaks are dense; sparse tensor cores do twice as much.
 
@@ -37,7 +43,7 @@ class Device:
 
 
 _ROWS = (
-    # name, title, architecture, capability, bf16, int8, fp8, GB/s, GB, source
+    # The fields of `Device`, in their order.
     ("a100", "A100 80GB SXM", "Ampere", "8.0", 312, 624, None, 2039, 80, "NVIDIA A100 data sheet"),
     ("a100-40gb", "A100 40GB", "Ampere", "8.0", 312, 624, None, 1555, 40, "NVIDIA A100 data sheet"),
     ("a30", "A30", "Ampere", "8.0", 165, 330, None, 933, 24, "NVIDIA A30 data sheet"),
@@ -56,21 +62,7 @@ _ROWS = (
     ("b200", "B200", "Blackwell", "10.0", 2250, 4500, 4500, 8000, 180, "NVIDIA HGX B200 and DGX B200 data sheets"),
     ("rtx5090", "GeForce RTX 5090", "Blackwell", "12.0", 209.5, 838, 419, 1792, 32, "NVIDIA RTX Blackwell whitepaper"),
 )
-DEVICES: Mapping[str, Device] = {
-    row[0]: Device(
-        name=row[0],
-        title=row[1],
-        architecture=row[2],
-        compute_capability=row[3],
-        half_tflops=row[4],
-        int8_tops=row[5],
-        fp8_tflops=row[6],
-        bandwidth_gb_s=row[7],
-        memory_gb=row[8],
-        source=row[9],
-    )
-    for row in _ROWS
-}
+DEVICES: Mapping[str, Device] = {row[0]: Device(*row) for row in _ROWS}
 """The GPUs that can be planned for. Figures are the vendor's, none is fitted."""
 
 _OLDER: Mapping[str, str] = {
@@ -96,10 +88,9 @@ def find_device(name: str) -> Device:
     """
     wanted = _plain(name)
     by_name = {_plain(device): device for device in DEVICES}
-    for candidate in (wanted, f"rtx{wanted}"):
+    for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}"):
         if candidate in by_name:
             return DEVICES[by_name[candidate]]
-    for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}"):
         if candidate in _OLDER:
             raise SparsepassError(
                 f"GPU {name} is of the {_OLDER[candidate]} architecture, and 2:4 sparsity needs tensor cores of Ampere or "
@@ -115,3 +106,135 @@ def _plain(name: str) -> str:
     for prefix in _PREFIXES:
         word = word.removeprefix(prefix)
     return word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A model of the kernels that run the layers. All constants are published measurements; docs/plan.md names them.
+
+    Attributes:
+        name: As it is given to ``--runtime``.
+        summary: One line for people.
+        dense_compute: Fraction of the dense peak that large dense matmuls reach.
+        sparse_compute: Fraction of the sparse peak (twice the dense one) that large 2:4 matmuls reach.
+        dense_bandwidth: Fraction of the memory's peak that dense kernels and all else reach.
+        sparse_bandwidth: The same of 2:4 kernels, counted on their fewer bytes.
+        gap_us: Idle time between two kernels.
+        dense_host_us: Time of the processor for one call, hidden behind the GPU's work where that takes longer.
+        sparse_host_us: The same for a call of a 2:4 kernel.
+        picks_faster: Whether the runtime itself runs a 2:4 weight with a dense kernel where that is faster.
+        takes_experts: Whether grouped matmuls of experts have 2:4 kernels.
+        takes_convolutions: Whether convolutions have.
+        align: Weight type -> number that both features of a 2:4 layer must be a multiple of.
+        min_features: Weight type -> fewest input and output features of a 2:4 layer.
+    """
+
+    name: str
+    summary: str
+    dense_compute: float = 1.0
+    sparse_compute: float = 1.0
+    dense_bandwidth: float = 1.0
+    sparse_bandwidth: float = 1.0
+    gap_us: float = 0.0
+    dense_host_us: float = 0.0
+    sparse_host_us: float = 0.0
+    picks_faster: bool = False
+    takes_experts: bool = False
+    takes_convolutions: bool = False
+    align: Mapping[Dtype, int] | None = None
+    min_features: Mapping[Dtype, int] | None = None
+
+    def machine(self, device: Device, dtype: Dtype) -> Machine:
+        """What the roofline needs of this runtime on a device, for weights of that type.
+
+        Raises:
+            SparsepassError: If the device cannot compute in that type.
+        """
+        peak_tflops = peak(device, dtype)
+        return Machine(
+            dense_flops=peak_tflops * 1e12 * self.dense_compute,
+            sparse_flops=2 * peak_tflops * 1e12 * self.sparse_compute,
+            dense_bandwidth=device.bandwidth_gb_s * 1e9 * self.dense_bandwidth,
+            sparse_bandwidth=device.bandwidth_gb_s * 1e9 * self.sparse_bandwidth,
+            gap_s=self.gap_us * 1e-6,
+            dense_host_s=self.dense_host_us * 1e-6,
+            sparse_host_s=self.sparse_host_us * 1e-6,
+            picks_faster=self.picks_faster,
+        )
+
+    def refusal(self, in_features: int, out_features: int, dtype: Dtype) -> str | None:
+        """Why the runtime's 2:4 kernels do not take a matrix of that shape, or None if they do."""
+        align, least = (self.align or {}).get(dtype, 1), (self.min_features or {}).get(dtype, 1)
+        for what, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % align:
+                return f"{what} {size} is not a multiple of {align}, as 2:4 kernels need in {dtype}"
+            if size < least:
+                return f"{what} {size} is below {least}, the least that 2:4 kernels take in {dtype}"
+        return None
+
+
+# torch: SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS; its rows and columns of the sparse operand.
+_CUSPARSELT: Mapping[Dtype, int] = {"bf16": 16, "fp16": 16, "fp8": 32, "int8": 32, "int4": 16}
+# Published: dense 0.71 and 0.79, 2:4 0.49 and 0.45 of their peaks; dense kernels 0.78 to 0.84 of the bandwidth.
+# Published: Sparse-Marlin reads 689 GB/s where the dense int4 kernel reads 763 GB/s: 0.9 of the dense kernels' bandwidth.
+_TORCH = Runtime(
+    name="torch",
+    summary="torch's semi-structured tensors, called one by one: each call costs the processor about 0.2 ms",
+    dense_compute=0.75,
+    sparse_compute=0.47,
+    dense_bandwidth=0.80,
+    sparse_bandwidth=0.80 * 0.90,
+    dense_host_us=5.0,
+    sparse_host_us=200.0,
+    align=_CUSPARSELT,
+    min_features=_CUSPARSELT,
+)
+_ENGINE = replace(
+    _TORCH,
+    name="tensorrt-llm",
+    summary="an engine without launch costs, which runs a layer densely where that is faster",
+    gap_us=0.5,
+    dense_host_us=0.0,
+    sparse_host_us=0.0,
+    picks_faster=True,
+    takes_convolutions=True,
+)
+_IDEAL = Runtime(
+    name="ideal", summary="the GPU's peaks: no kernel is faster than this", takes_experts=True, takes_convolutions=True
+)
+RUNTIMES: Mapping[str, Runtime] = {runtime.name: runtime for runtime in (_IDEAL, _ENGINE, _TORCH)}
+
+
+def find_runtime(name: str) -> Runtime:
+    """Return the runtime of that name.
+
+    Raises:
+        SparsepassError: If there is none.
+
+    Example:
+        >>> find_runtime("torch").picks_faster
+        False
+    """
+    if name in RUNTIMES:
+        return RUNTIMES[name]
+    near = closest(name, RUNTIMES)
+    hint = f"; did you mean {near!r}?" if near else "."
+    raise SparsepassError(f"runtime {name!r} is not known{hint} Known: {', '.join(RUNTIMES)}")
+
+
+def peak(device: Device, dtype: Dtype) -> float:
+    """Dense peak of a device for weights of a type, 1e12 operations a second.
+
+    Raises:
+        SparsepassError: If the device's tensor cores do not have that type.
+    """
+    if dtype == "int8":
+        return device.int8_tops
+    if dtype == "fp8":
+        if device.fp8_tflops is None:
+            raise SparsepassError(
+                f"{device.title} ({device.architecture}) has no fp8 tensor cores; take --dtype int8 or bf16, or an Ada or "
+                "Hopper GPU"
+            )
+        return device.fp8_tflops
+    return device.half_tflops

@@ -1,22 +1,168 @@
-"""`plan`: what 2:4 sparsity would buy, layer by layer, before any GPU hour is spent."""
+"""`plan`: what 2:4 sparsity would buy, layer by layer, before any GPU hour is spent; what it found, and its JSON."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
-from sparsepass.export.plan.choice import Ineligible, ignore_list, matmul_of, pipeline_text, refusals, verify_choice
-from sparsepass.export.plan.devices import find_device
-from sparsepass.export.plan.load import load_for_plan
-from sparsepass.export.plan.memory import memory_table, model_bytes
-from sparsepass.export.plan.model import Layer, ModelShape, model_shape
-from sparsepass.export.plan.phases import PhaseTimes, Workload, cache_bytes, layer_tokens, time_phase
-from sparsepass.export.plan.result import LayerPlan, Plan, PointPlan, Projection
+from sparsepass.export.plan.choice import ignore_list, matmul_of, pipeline_text, refusals, verify_choice
+from sparsepass.export.plan.devices import DTYPES, Device, Dtype, Runtime, find_device, find_runtime
+from sparsepass.export.plan.model import Layer, ModelShape, load_for_plan, model_shape
+from sparsepass.export.plan.phases import Case, MemoryRow, PhaseTimes, Workload, cache_bytes, layer_tokens
 from sparsepass.export.plan.roofline import Machine, Matmul, branch_time, dense_time, intensity, paying_ranges, sparse_time
-from sparsepass.export.plan.runtimes import DTYPES, Dtype, Runtime, find_runtime
 from sparsepass.graph import Program, SparsepassError
 
+Projection = Literal["fixed", "trainable"]
 _DEFAULT_SEQ = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer: what it would cost dense and 2:4, and what is recommended.
+
+    Attributes:
+        layer: The layer.
+        matmul: Its shape, with the branch that it has or would have.
+        decision: ``2:4``, or ``dense``.
+        reason: Why.
+        prefill_intensity: Operations for each byte in prefill, at the first workload.
+        decode_intensity: The same in a decoding step; None if it does not run there.
+        prefill_s: Dense and 2:4 seconds in prefill, at the first workload; 2:4 is None where no kernel takes it.
+        decode_s: The same for a decoding step; None if it does not run there.
+        pays_at: Ranges of token counts at which 2:4 is faster (see `paying_ranges`); empty where no kernel takes it.
+    """
+
+    layer: Layer
+    matmul: Matmul
+    decision: Literal["2:4", "dense"]
+    reason: str
+    prefill_intensity: float
+    decode_intensity: float | None
+    prefill_s: tuple[float, float | None]
+    decode_s: tuple[float, float | None] | None
+    pays_at: tuple[tuple[int, int | None], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointPlan:
+    """One workload.
+
+    Attributes:
+        load: Batch, prompt and new tokens.
+        prefill: Times as recommended. For an encoder, its whole run.
+        decode: Times of a mean decoding step as recommended; None for an encoder.
+        everything: Speedup of prefill and decode if every layer that a kernel takes were 2:4.
+        without_branches: The same of the recommended layers without their SLoRB branches; None if they have none.
+        cache_bytes: Of the key-value cache at the end.
+        needs_bytes: Weights and cache, dense and planned.
+    """
+
+    load: Workload
+    prefill: PhaseTimes
+    decode: PhaseTimes | None
+    everything: tuple[float, float | None]
+    without_branches: tuple[float, float | None] | None
+    cache_bytes: float
+    needs_bytes: tuple[float, float]
+
+    @property
+    def request(self) -> tuple[float, float]:
+        """Seconds of the whole request, dense and planned."""
+        steps = self.load.new_tokens
+        decode = (self.decode.dense_s, self.decode.planned_s) if self.decode is not None else (0.0, 0.0)
+        return self.prefill.dense_s + steps * decode[0], self.prefill.planned_s + steps * decode[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan` found. `to_dict` gives JSON, `sparsepass.export.plan.page` a page for people.
+
+    Attributes:
+        source: What was planned for.
+        shape: The model.
+        device: The GPU.
+        runtime: The model of its kernels.
+        dtype: Type of the weights.
+        slorb_k: Of the branches that were asked for; 0 for none.
+        projection: Of those branches.
+        points: One for each workload.
+        layers: One for each layer, in the graph's order.
+        ignore: Patterns for the ``ignore`` of the passes; empty if nothing has to be left out.
+        pipeline: The passes as text, ready for ``--passes``; None if nothing is worth pruning.
+        memory: Bytes of the weights for each type.
+        notes: What is not covered, and what was assumed.
+    """
+
+    source: str
+    shape: ModelShape
+    device: Device
+    runtime: Runtime
+    dtype: Dtype
+    slorb_k: int
+    projection: Projection
+    points: tuple[PointPlan, ...]
+    layers: tuple[LayerPlan, ...]
+    ignore: tuple[str, ...]
+    pipeline: str | None
+    memory: tuple[MemoryRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def pays(self) -> bool:
+        """Whether 2:4 is predicted to gain anything at the workloads that were asked for."""
+        return any(layer.decision == "2:4" for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON; times in seconds, sizes in bytes."""
+        return {
+            "model": self.source,
+            "kind": self.shape.kind,
+            "num_parameters": self.shape.num_parameters,
+            "device": asdict(self.device),
+            "runtime": asdict(self.runtime),
+            "dtype": self.dtype,
+            "slorb": {"k": self.slorb_k, "projection": self.projection} if self.slorb_k else None,
+            "pays": self.pays,
+            "points": [_point_json(point) for point in self.points],
+            "memory": [asdict(row) for row in self.memory],
+            "layers": [_layer_json(item) for item in self.layers],
+            "ignore": list(self.ignore),
+            "passes": self.pipeline,
+            "notes": list(self.notes),
+        }
+
+
+def _point_json(point: PointPlan) -> dict[str, Any]:
+    dense, planned = point.request
+    return {
+        **asdict(point.load),
+        "prefill": {**asdict(point.prefill), "speedup": point.prefill.speedup},
+        "decode": None if point.decode is None else {**asdict(point.decode), "speedup": point.decode.speedup},
+        "request": {"dense_s": dense, "planned_s": planned, "speedup": dense / planned},
+        "everything": {"prefill_speedup": point.everything[0], "decode_speedup": point.everything[1]},
+        "cache_bytes": point.cache_bytes,
+        "needs_bytes": {"dense": point.needs_bytes[0], "planned": point.needs_bytes[1]},
+    }
+
+
+def _layer_json(item: LayerPlan) -> dict[str, Any]:
+    def times(pair: tuple[float, float | None] | None) -> dict[str, float | None] | None:
+        return None if pair is None else {"dense_s": pair[0], "sparse_s": pair[1]}
+
+    return {
+        "name": item.layer.site.name,
+        "weight": item.layer.site.weight,
+        "layout": item.layer.site.layout,
+        **asdict(item.matmul),
+        "decision": item.decision,
+        "reason": item.reason,
+        "prefill": times(item.prefill_s),
+        "decode": times(item.decode_s),
+        "prefill_intensity": item.prefill_intensity,
+        "decode_intensity": item.decode_intensity,
+        "pays_at": [list(pair) for pair in item.pays_at],
+    }
 
 
 def plan(
@@ -70,21 +216,18 @@ def plan(
     chosen_dtype, notes = _dtype(program, dtype)
     loads = _workloads(shape, batches, seqs, new_tokens, notes)
     kinds: set[Dtype] = {chosen_dtype, "bf16"}
-    machines: dict[str, Machine] = {kind: kernels.machine(device, kind) for kind in kinds}
     refused = refusals(shape, kernels, chosen_dtype)
-    matmuls = {
-        layer.site.name: matmul_of(layer, refused.get(layer.site.name), chosen_dtype, slorb_k, projection == "trainable")
-        for layer in shape.layers
-    }
-    layers = tuple(
-        _plan_layer(shape, layer, matmuls[layer.site.name], refused.get(layer.site.name), loads, machines, min_gain)
-        for layer in shape.layers
+    able = {layer.site.name for layer in shape.layers} - refused.keys()
+    trained = projection == "trainable"
+    case = Case(
+        shape=shape,
+        matmuls={x.site.name: matmul_of(x, x.site.name in able, chosen_dtype, slorb_k, trained) for x in shape.layers},
+        machines={kind: kernels.machine(device, kind) for kind in kinds},
     )
+    layers = tuple(_plan_layer(case, layer, refused.get(layer.site.name), loads, min_gain) for layer in shape.layers)
     chosen = {item.layer.site.name for item in layers if item.decision == "2:4"}
-    able = {layer.site.name for layer in shape.layers if layer.site.name not in refused}
     ignore = ignore_list(shape, chosen)
     verify_choice(shape, ignore, chosen)
-    weights = model_bytes(shape, matmuls, set()), model_bytes(shape, matmuls, chosen)
     return Plan(
         source=str(program.origin.model_class or "a module in memory") if isinstance(source, Program) else str(source),
         shape=shape,
@@ -93,27 +236,19 @@ def plan(
         dtype=chosen_dtype,
         slorb_k=slorb_k,
         projection=projection,
-        points=tuple(_point(shape, matmuls, chosen, able, load, machines, weights) for load in loads),
+        points=tuple(_point(case, chosen, able, load) for load in loads),
         layers=layers,
         ignore=ignore,
         pipeline=pipeline_text(ignore, slorb_k, projection) if chosen else None,
-        memory=memory_table(shape, matmuls, chosen, able),
+        memory=case.memory(chosen, able),
         notes=(*notes, *_notes(shape, kernels)),
     )
 
 
-def _plan_layer(
-    shape: ModelShape,
-    layer: Layer,
-    matmul: Matmul,
-    refused: Ineligible | None,
-    loads: Sequence[Workload],
-    machines: dict[str, Machine],
-    min_gain: float,
-) -> LayerPlan:
-    machine = machines[matmul.dtype]
-    prefill = layer_tokens(shape, layer, loads[0], decode=False)
-    decode = layer_tokens(shape, layer, loads[0], decode=True)
+def _plan_layer(case: Case, layer: Layer, refused: str | None, loads: Sequence[Workload], min_gain: float) -> LayerPlan:
+    matmul = case.matmuls[layer.site.name]
+    machine = case.machines[matmul.dtype]
+    prefill, decode = (layer_tokens(case.shape, layer, loads[0], decode=decode) for decode in (False, True))
 
     def seconds(tokens: float) -> tuple[float, float | None]:
         dense = float(dense_time(matmul, tokens, machine))
@@ -121,26 +256,20 @@ def _plan_layer(
 
     dense_s = sparse_s = branch_s = 0.0
     for load in loads:
-        for tokens, times in (
-            (layer_tokens(shape, layer, load, decode=False), 1),
-            (layer_tokens(shape, layer, load, decode=True), load.new_tokens),
-        ):
+        for is_decode, times in ((False, 1), (True, load.new_tokens)):
+            tokens = layer_tokens(case.shape, layer, load, decode=is_decode)
             if tokens and times:
                 dense_s += times * float(dense_time(matmul, tokens, machine))
                 sparse_s += times * float(sparse_time(matmul, tokens, machine))
                 branch_s += times * float(branch_time(matmul, tokens, machine))
     gain = dense_s / sparse_s if sparse_s else 1.0
-    if refused is not None:
-        decision, reason = "dense", refused.reason
-    elif gain >= min_gain:
-        decision, reason = "2:4", f"{gain:.2f}x faster over the request"
-    else:
-        decision, reason = "dense", _slow(gain, dense_s / (sparse_s - branch_s) if sparse_s > branch_s else 1.0, min_gain)
+    pays = refused is None and gain >= min_gain
+    without_branch = dense_s / (sparse_s - branch_s) if sparse_s > branch_s else 1.0
     return LayerPlan(
         layer=layer,
         matmul=matmul,
-        decision=decision,  # type: ignore[arg-type]
-        reason=reason,
+        decision="2:4" if pays else "dense",
+        reason=refused or (f"{gain:.2f}x faster over the request" if pays else _slow(gain, without_branch, min_gain)),
         prefill_intensity=float(intensity(matmul, prefill)) if prefill else 0.0,
         decode_intensity=float(intensity(matmul, decode)) if decode else None,
         prefill_s=seconds(prefill),
@@ -162,34 +291,26 @@ def _slow(gain: float, without_branch: float, min_gain: float) -> str:
     return f"{gain:.2f}x: 2:4 gains nothing here" if gain < 1.005 else f"{gain:.2f}x: below the least gain of {min_gain:g}x"
 
 
-def _point(
-    shape: ModelShape,
-    matmuls: dict[str, Matmul],
-    chosen: set[str],
-    able: set[str],
-    load: Workload,
-    machines: dict[str, Machine],
-    weights: tuple[float, float],
-) -> PointPlan:
+def _point(case: Case, chosen: Collection[str], able: Collection[str], load: Workload) -> PointPlan:
     generates = load.new_tokens > 0
-    plain = {name: replace(matmul, branch_k=0) for name, matmul in matmuls.items()}
+    plain = replace(case, matmuls={name: replace(matmul, branch_k=0) for name, matmul in case.matmuls.items()})
 
-    def times(names: set[str], *, decode: bool, of: dict[str, Matmul] = matmuls) -> PhaseTimes:
-        return time_phase(shape, of, names, load, machines.__getitem__, decode=decode)
+    def times(names: Collection[str], of: Case = case) -> tuple[PhaseTimes, PhaseTimes | None]:
+        return of.time(names, load, decode=False), of.time(names, load, decode=True) if generates else None
 
-    def speedups(names: set[str], of: dict[str, Matmul]) -> tuple[float, float | None]:
-        decode = times(names, decode=True, of=of).speedup if generates else None
-        return times(names, decode=False, of=of).speedup, decode
+    def speedups(prefill: PhaseTimes, decode: PhaseTimes | None) -> tuple[float, float | None]:
+        return prefill.speedup, decode.speedup if decode is not None else None
 
-    cache = cache_bytes(shape, load) if generates else 0.0
+    prefill, decode = times(chosen)
+    cache = cache_bytes(case.shape, load) if generates else 0.0
     return PointPlan(
         load=load,
-        prefill=times(chosen, decode=False),
-        decode=times(chosen, decode=True) if generates else None,
-        everything=speedups(able, matmuls),
-        without_branches=speedups(chosen, plain) if any(matmuls[name].branch_k for name in chosen) else None,
+        prefill=prefill,
+        decode=decode,
+        everything=speedups(*times(able)),
+        without_branches=speedups(*times(chosen, plain)) if any(case.matmuls[name].branch_k for name in chosen) else None,
         cache_bytes=cache,
-        needs_bytes=(weights[0] + cache, weights[1] + cache),
+        needs_bytes=(case.weight_bytes(()) + cache, case.weight_bytes(chosen) + cache),
     )
 
 
@@ -220,10 +341,8 @@ def _dtype(program: Program, asked: str | None) -> tuple[Dtype, list[str]]:
     import torch
 
     own = next((t.dtype for t in program.graph_module.parameters() if t.is_floating_point()), torch.bfloat16)
-    if own == torch.float16:
-        return "fp16", []
-    if own == torch.bfloat16:
-        return "bf16", []
+    if own in (torch.float16, torch.bfloat16):
+        return "fp16" if own == torch.float16 else "bf16", []
     return "bf16", [f"the model is in {str(own).removeprefix('torch.')}; planned as bf16 (--dtype chooses)"]
 
 

@@ -1,24 +1,31 @@
-"""What `plan` must know of a model: the layers, the products of attention, and how many rows each sees. No weights needed.
+"""What `plan` must know of a model: the layers, the products of attention, and how many rows each sees. No weights are needed.
 
-The graph is run twice or more without numbers (fake tensors), with inputs of different lengths. What grows between the
-runs tells how many rows a layer sees for each sequence, each source token and each target token.
+The program is captured from a configuration alone. Its graph is run twice or more without numbers (fake tensors), with inputs
+of different lengths. What grows between the runs tells how many rows a layer sees for each sequence, each source token and
+each target token.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib import util
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsepass.graph import Program, Site
+from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION
+from sparsepass.graph.fill import capture_without_weights
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.records import SparseState
+from sparsepass.graph.saved import PROGRAM_FILE
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
+_Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.matmul.default, _aten.bmm.default}
@@ -46,6 +53,12 @@ class Extent:
         21.0
         """
         return float(self.constant + self.source * source + self.target * target)
+
+    def per_new_token(self, kind: Kind) -> float:
+        """How much of it each generated token adds; 0 for an encoder, which generates none."""
+        if kind == "encoder":
+            return 0.0
+        return self.target if kind == "encoder-decoder" else self.source
 
     @property
     def varies(self) -> bool:
@@ -139,20 +152,21 @@ def model_shape(program: Program) -> ModelShape:
         ('encoder', Extent(constant=1.0, source=0.0, target=0.0))
     """
     kind, config = _kind(program), _text_config(program)
-    graph = program.graph_module.graph
     sites = program.sites()
     lengths = _lengths(program)
     runs = [_run(program, lengths)]
-    for axis in ("source", "target"):
-        longer = {key: size + _STEP if key[2] == axis else size for key, size in lengths.items()}
+    for side in ("source", "target"):
+        longer = {name: size + _STEP if _side(name) == side else size for name, size in lengths.items()}
         runs.append(_run(program, longer) if longer != lengths else runs[0])
     batch = next(iter(program.example_inputs.values())).shape[0]
-    base = {which: next((size for key, size in lengths.items() if key[2] == which), 0) for which in ("source", "target")}
+    base = {side: next((size for name, size in lengths.items() if _side(name) == side), 0) for side in ("source", "target")}
     heads = {program.aliases.get(name, name) for name in program.origin.output_heads}
-    fixed = _fixed_length(program, lengths) if kind == "decoder" else 0
+    # Tokens of a graph that was captured for one length only, as of unrolled recurrences; 0 for any other.
+    ids = program.example_inputs.get("input_ids")
+    fixed = int(ids.shape[1]) if kind == "decoder" and not lengths and ids is not None else 0
 
-    def extent(sizes: Iterable[float], per: float = 1.0) -> Extent:
-        first, source, target = (size / per for size in sizes)
+    def extent(sizes: Iterable[float]) -> Extent:
+        first, source, target = sizes
         slope_s, slope_t = (source - first) / _STEP, (target - first) / _STEP
         constant = first - slope_s * base["source"] - slope_t * base["target"]
         if fixed and constant % fixed == 0:
@@ -164,24 +178,21 @@ def model_shape(program: Program) -> ModelShape:
         if site.layout in ("embedding", "computed") or not site.nodes:
             continue
         rows = extent(sum(math.prod(run[node]) for node in site.nodes) / site.out_features / batch for run in runs)
-        is_experts = site.layout in ("experts", "experts_transposed")
+        experts = site.shape[0] if site.layout in ("experts", "experts_transposed") else 1
         layers.append(
             Layer(
                 site=site,
-                in_features=site.num_weights // site.out_features // (site.shape[0] if is_experts else 1),
+                in_features=site.num_weights // site.out_features // experts,
                 rows=rows,
-                experts=site.shape[0] if is_experts else 1,
-                in_decode=bool(rows.target if kind == "encoder-decoder" else rows.source) and kind != "encoder",
+                experts=experts,
+                in_decode=bool(rows.per_new_token(kind)),
                 is_head=site.weight in heads or (site.left_alone or "").startswith("output head"),
                 state=program.sparse.get(site.weight),
             )
         )
     ours = {node for site in sites for node in site.nodes}
-    products = [
-        product
-        for node in (() if fixed else graph.nodes)
-        for product in _products(node, runs, extent, batch, ours, kind, _cached_share(config, runs[0], node))
-    ]
+    others = [] if fixed else [node for node in program.graph_module.graph.nodes if node.name not in ours]
+    products = [product for node in others for product in _products(node, runs, extent, batch, kind, config)]
     window, share = _window(config)
     return ModelShape(
         program=program,
@@ -191,59 +202,57 @@ def model_shape(program: Program) -> ModelShape:
         window=window,
         window_share=share,
         max_tokens=position_limit(program.origin.config),
-        takes_tokens=bool(fixed) or any(which == "source" for _, _, which in lengths),
+        takes_tokens=bool(fixed) or any(_side(name) == "source" for name in lengths),
         is_unrolled=bool(fixed),
-        num_parameters=sum(t.numel() for t in _weights(program)),
+        num_parameters=_num_parameters(program),
     )
 
 
-def _weights(program: Program) -> list[Tensor]:
-    """The model's own parameters: no masks, no branches."""
+def _num_parameters(program: Program) -> int:
+    """Of the model itself: no masks, no branches."""
     branches = [state.branch for state in program.sparse.values() if state.branch is not None]
     ours = {name for branch in branches for name in (branch.weight, branch.projection)}
-    return [t for name, t in program.graph_module.named_parameters() if name not in ours]
+    return sum(weight.numel() for name, weight in program.graph_module.named_parameters() if name not in ours)
+
+
+def _model_class(program: Program) -> Any:
+    """The model's class in transformers; None for a plain module."""
+    import transformers
+
+    return getattr(transformers, (program.origin.model_class or "").removeprefix("transformers."), None)
 
 
 def _kind(program: Program) -> Kind:
-    import transformers
-
-    kind = getattr(transformers, (program.origin.model_class or "").removeprefix("transformers."), None)
-    if any(name.startswith("decoder_") for name in program.input_names):
+    if any(_side(name) == "target" for name in program.input_names):
         return "encoder-decoder"
-    return "decoder" if kind is not None and kind.can_generate() else "encoder"
+    found = _model_class(program)
+    return "decoder" if found is not None and found.can_generate() else "encoder"
 
 
 def _text_config(program: Program) -> Any:
     """The configuration object of the model, of its text part if it has several; None for a plain module."""
-    import transformers
-
-    origin = program.origin
-    if origin.model_class is None or origin.config is None:
+    found = _model_class(program)
+    if found is None or program.origin.config is None:
         return None
-    kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
-    config = kind.config_class.from_dict(dict(origin.config))
+    config = found.config_class.from_dict(dict(program.origin.config))
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-_Key = tuple[str, int, str]
+def _side(name: str) -> Literal["source", "target"]:
+    """Whether an input is of the prompt or an encoder, or of a decoder that has an encoder."""
+    return "target" if name.startswith("decoder_") else "source"
 
 
-def _lengths(program: Program) -> dict[_Key, int]:
-    """(input, axis, ``source`` or ``target``) -> example length, for each axis of tokens that may vary."""
-    found = {}
-    for name in program.input_names:
-        example = program.example_inputs[name]
-        if example.dim() in (2, 3) and 1 in program.dynamic_axes.get(name, ()):
-            found[(name, 1, "target" if name.startswith("decoder_") else "source")] = example.shape[1]
-    return found
+def _lengths(program: Program) -> dict[str, int]:
+    """Input -> tokens of the example, for each input that may be longer or shorter."""
+    examples = {name: program.example_inputs[name] for name in program.input_names}
+    varying = {name for name, axes in program.dynamic_axes.items() if 1 in axes}
+    return {name: example.shape[1] for name, example in examples.items() if example.dim() in (2, 3) and name in varying}
 
 
-def _run(program: Program, lengths: Mapping[_Key, int]) -> dict[str, tuple[int, ...]]:
+def _run(program: Program, lengths: Mapping[str, int]) -> _Shapes:
     """Shapes of every node's result, for inputs of these lengths."""
-    sizes = {name: list(program.example_inputs[name].shape) for name in program.input_names}
-    for (name, axis, _), size in lengths.items():
-        sizes[name][axis] = size
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: _Shapes = {}
 
     class Shapes(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -253,42 +262,25 @@ def _run(program: Program, lengths: Mapping[_Key, int]) -> dict[str, tuple[int, 
             return result
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = [
-            torch.empty(sizes[name], dtype=program.example_inputs[name].dtype, device=program.example_inputs[name].device)
-            for name in program.input_names
-        ]
+        inputs = []
+        for name in program.input_names:
+            example, length = program.example_inputs[name], lengths.get(name)
+            shape = example.shape if length is None else (example.shape[0], length, *example.shape[2:])
+            inputs.append(example.new_empty(shape))
         Shapes(program.graph_module).run(*inputs)
     return shapes
 
 
-def _fixed_length(program: Program, lengths: Mapping[_Key, int]) -> int:
-    """Length of the tokens of a graph that was captured for one length only, as of unrolled recurrences; else 0."""
-    ids = program.example_inputs.get("input_ids")
-    return 0 if lengths or ids is None else int(ids.shape[1])
-
-
-def _cached_share(config: Any, shapes: Mapping[str, tuple[int, ...]], node: fx.Node) -> float:
+def _cached_share(config: Any, shape: Sequence[int]) -> float:
     """Share of the attention's heads that have keys and values of their own, if the graph repeats them before use."""
     heads = _positive(getattr(config, "num_attention_heads", None))
     stored = _positive(getattr(config, "num_key_value_heads", None))
-    if not heads or not stored or node.op != "call_function" or len(node.args) < 2:
-        return 1.0
-    right = node.args[1]
-    shape = shapes.get(right.name, ()) if isinstance(right, fx.Node) else ()
-    repeated = len(shape) > 3 and shape[-3] == heads
-    return stored / heads if repeated else 1.0
+    return stored / heads if heads and stored and len(shape) > 3 and shape[-3] == heads else 1.0
 
 
-def _products(
-    node: fx.Node,
-    runs: list[dict[str, tuple[int, ...]]],
-    extent: Any,
-    batch: int,
-    ours: set[str],
-    kind: Kind,
-    share: float,
-) -> list[Product]:
-    if node.op != "call_function" or node.name in ours or (node.target is not ATTENTION and node.target not in _MATMULS):
+def _products(node: fx.Node, runs: list[_Shapes], extent: Any, batch: int, kind: Kind, config: Any) -> list[Product]:
+    """What a node multiplies, if it is an attention or a product of two activations."""
+    if node.op != "call_function" or (node.target is not ATTENTION and node.target not in _MATMULS):
         return []
     left, right = node.args[0], node.args[1]
     assert isinstance(left, fx.Node)
@@ -297,9 +289,9 @@ def _products(
     if len(shapes[0][0]) < 3 or len(shapes[0][1]) < 3:
         return []
     per_batch = math.prod(shapes[0][0][:-2]) / batch
-    cached = math.prod(shapes[0][1][:-2]) / batch * share
+    cached = math.prod(shapes[0][1][:-2]) / batch * _cached_share(config, shapes[0][1])
     m, k = extent(a[-2] for a, _ in shapes), extent(a[-1] for a, _ in shapes)
-    again = bool(m.target if kind == "encoder-decoder" else m.source) and kind != "encoder"
+    again = bool(m.per_new_token(kind))
 
     def product(inner: Extent, columns: Extent) -> Product:
         return Product(heads=per_batch, m=m, k=inner, n=columns, cached_heads=cached, in_decode=again)
@@ -324,3 +316,78 @@ def _window(config: Any) -> tuple[int | None, float]:
 
 def _positive(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def load_for_plan(source: str | Path, *, gguf_file: str | None = None) -> Program:
+    """Capture what a user names, on the meta device wherever that is possible.
+
+    Args:
+        source: A folder with a config.json (weights may be missing), a .json file that is a configuration, a .gguf file or
+            a folder with one, a hub id, or a folder written by ``Program.save``, which comes with its masks and branches.
+        gguf_file: Name of the .gguf file, if the folder holds several.
+
+    Raises:
+        SparsepassError: If there is no configuration, or the model cannot be captured.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / PROGRAM_FILE).is_file():
+            return Program.load(path)
+        if gguf_file is None and (path / "config.json").is_file():
+            return capture_without_weights(path)
+        return _from_gguf(_gguf(path, gguf_file))
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise SparsepassError(f"{path} is a file; expected a folder, a configuration (.json), a .gguf file or a hub id")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_bytes(path.read_bytes())
+            return capture_without_weights(folder)
+    if isinstance(source, Path) or len(path.parts) != 2 or path.is_absolute():
+        raise SparsepassError(
+            f"model {source} does not exist; expected a folder with a config.json, a configuration (.json), a .gguf file, a "
+            "saved program, or a hub id such as 'organisation/name'"
+        )
+    return capture_without_weights(str(source))
+
+
+def _gguf(folder: Path, name: str | None) -> Path:
+    found = sorted(folder.glob(name or "*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SparsepassError(
+            f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one: --gguf-file"
+        )
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise SparsepassError(
+        f"{folder} has no config.json and no {name or '.gguf file'} (there is {there}); a plan needs the model's configuration"
+    )
+
+
+def _from_gguf(path: Path) -> Program:
+    """Read the configuration in a GGUF file's header, and capture the causal language model that it describes."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not path.is_file():
+        raise SparsepassError(f"model {path} does not exist; check the path")
+    if util.find_spec("gguf") is None:
+        raise SparsepassError(f'{path} is a GGUF file, and the package gguf is missing: pip install "sparsepass[gguf]"')
+    with path.open("rb") as file:
+        if (magic := file.read(4)) != b"GGUF":
+            raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise SparsepassError(f"{path}: its header cannot be read ({error}); it may be truncated, download it again") from error
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name is None:
+        raise SparsepassError(f"{path} holds a {config.model_type}, of which transformers has no causal language model")
+    config.architectures = [name if isinstance(name, str) else name[0]]
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return capture_without_weights(folder)

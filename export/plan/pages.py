@@ -1,19 +1,21 @@
-"""A plan for people (tables for the terminal) and for programs (JSON)."""
+"""A plan for people: tables for the terminal."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from sparsepass.export.plan.choice import in_stack
+from sparsepass.export.plan.forecast import LayerPlan, Plan, PointPlan
 from sparsepass.export.plan.phases import PhaseTimes
-from sparsepass.export.plan.result import LayerPlan, Plan, PointPlan
+from sparsepass.export.plan.roofline import Matmul
 
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+_Columns: TypeAlias = list[tuple[str | Column, list[str]]]
+"""Heading and cells of each column. One that is headed by a text alone holds figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +39,10 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[LayerRow]:
     for item in layers:
         key = (item.matmul, item.layer.rows, item.layer.in_decode, item.layer.is_head, item.decision, item.reason)
         groups.setdefault(key, []).append(item)
-    rows = []
-    for members in groups.values():
-        names = tuple(dict.fromkeys(_INDEX.sub("*", item.layer.site.name) for item in members))
-        rows.append(LayerRow(count=len(members), names=names, first=members[0]))
-    return rows
+    return [
+        LayerRow(count=len(same), names=tuple(dict.fromkeys(in_stack(item.layer.site.name) for item in same)), first=same[0])
+        for same in groups.values()
+    ]
 
 
 def page(plan: Plan, *, every_layer: bool = False) -> Group:
@@ -51,11 +52,8 @@ def page(plan: Plan, *, every_layer: bool = False) -> Group:
         plan: What was found.
         every_layer: Whether layers of one shape get a row each.
     """
-    rows = (
-        [LayerRow(count=1, names=(item.layer.site.name,), first=item) for item in plan.layers]
-        if every_layer
-        else layer_rows(plan.layers)
-    )
+    alone = [LayerRow(count=1, names=(item.layer.site.name,), first=item) for item in plan.layers]
+    rows = alone if every_layer else layer_rows(plan.layers)
     parts: list[Any] = [Text(_title(plan), style="bold"), Text(), points_table(plan), Text(), _said(plan), Text()]
     parts += [memory_table(plan), Text(), layers_table(plan, rows), *_dense_reasons(rows), Text(), _advice(plan)]
     parts += [Text(f"Note: {note}.", style="dim") for note in plan.notes]
@@ -64,75 +62,60 @@ def page(plan: Plan, *, every_layer: bool = False) -> Group:
 
 def points_table(plan: Plan) -> Table:
     """One row for each workload."""
-    generates, differs = plan.points[0].decode is not None, _everything_differs(plan)
-    table = Table(title="Predicted time, dense and as recommended", title_justify="left", show_edge=False)
-    table.add_column("batch", justify="right")
+    points, is_encoder = plan.points, plan.shape.kind == "encoder"
+    columns: _Columns = [("batch", [str(point.load.batch) for point in points])]
     if plan.shape.takes_tokens:
-        table.add_column("tokens" if plan.shape.kind == "encoder" else "prompt", justify="right")
-    table.add_column("run ms" if plan.shape.kind == "encoder" else "prefill ms", justify="right")
-    table.add_column("gain", justify="right")
-    if generates:
-        for heading in ("ms a token", "gain", f"prompt + {plan.points[0].load.new_tokens} tokens", "cache"):
-            table.add_column(heading, justify="right")
-    if differs:
-        table.add_column("if all 2:4", justify="right")
-    table.add_column(f"fits {plan.device.memory_gb:g} GB", justify="right")
-    for point in plan.points:
-        cells = [str(point.load.batch)]
-        cells += [str(point.load.seq)] if plan.shape.takes_tokens else []
-        cells += [_arrow(point.prefill), _times(point.prefill.speedup)]
-        if generates:
-            dense, planned = point.request
-            cells += [_arrow(point.decode), _times(point.decode.speedup)] if point.decode is not None else ["", ""]
-            cells += [_times(dense / planned), _gigabytes(point.cache_bytes)]
-        if differs:
-            cells.append(" / ".join(_times(x) for x in point.everything if x is not None))
-        cells.append(_fits(plan, point))
-        table.add_row(*cells)
-    return table
+        columns.append(("tokens" if is_encoder else "prompt", [str(point.load.seq) for point in points]))
+    columns.append(("run ms" if is_encoder else "prefill ms", [_arrow(point.prefill) for point in points]))
+    columns.append(("gain", [_times(point.prefill.speedup) for point in points]))
+    steps = [point.decode for point in points if point.decode is not None]
+    if steps:
+        columns.append(("ms a token", [_arrow(step) for step in steps]))
+        columns.append(("gain", [_times(step.speedup) for step in steps]))
+        gains = [_times(dense / planned) for dense, planned in (point.request for point in points)]
+        columns.append((f"prompt + {points[0].load.new_tokens} tokens", gains))
+        columns.append(("cache", [_gigabytes(point.cache_bytes) for point in points]))
+    if _everything_differs(plan):
+        every = [" / ".join(_times(gain) for gain in point.everything if gain is not None) for point in points]
+        columns.append(("if all 2:4", every))
+    columns.append((f"fits {plan.device.memory_gb:g} GB", [_fits(plan, point) for point in points]))
+    return _table("Predicted time, dense and as recommended", columns)
 
 
 def memory_table(plan: Plan) -> Table:
     """Bytes of the weights for each type."""
-    table = Table(title="Weights in memory", title_justify="left", show_edge=False)
-    differs = any(row.planned_bytes != row.everything_bytes for row in plan.memory)
-    for heading in ("linear layers in", "dense", "as recommended", *(["if all 2:4"] if differs else []), ""):
-        table.add_column(heading, justify="right")
-    for row in plan.memory:
-        branch = f" (branches {_gigabytes(row.branch_bytes)})" if row.branch_bytes else ""
-        cells = [row.dtype, _gigabytes(row.dense_bytes), f"{_share(row.planned_bytes, row.dense_bytes)}{branch}"]
-        cells += [_share(row.everything_bytes, row.dense_bytes)] if differs else []
-        table.add_row(*cells, "planned" if row.dtype == ("bf16" if plan.dtype == "fp16" else plan.dtype) else "")
-    return table
+    rows, planned = plan.memory, "bf16" if plan.dtype == "fp16" else plan.dtype
+    branches = [f" (branches {_gigabytes(row.branch_bytes)})" if row.branch_bytes else "" for row in rows]
+    shares = [f"{_share(row.planned_bytes, row.dense_bytes)}{branch}" for row, branch in zip(rows, branches, strict=True)]
+    columns: _Columns = [("linear layers in", [str(row.dtype) for row in rows])]
+    columns += [("dense", [_gigabytes(row.dense_bytes) for row in rows]), ("as recommended", shares)]
+    if any(row.planned_bytes != row.everything_bytes for row in rows):
+        columns.append(("if all 2:4", [_share(row.everything_bytes, row.dense_bytes) for row in rows]))
+    columns.append(("", ["planned" if row.dtype == planned else "" for row in rows]))
+    return _table("Weights in memory", columns)
 
 
 def layers_table(plan: Plan, rows: Sequence[LayerRow]) -> Table:
     """The layers: shape, decision, times at the first workload, break-even."""
     load = plan.points[0].load
-    generates = plan.points[0].decode is not None
     at = f"batch {load.batch}" + (f", {load.seq} tokens" if plan.shape.takes_tokens else "")
-    table = Table(title=f"Layers (times at {at}; op/byte: arithmetic intensity)", title_justify="left", show_edge=False)
-    table.add_column("", justify="right")
-    table.add_column("layers", overflow="fold")
-    table.add_column("out x in", justify="right")
-    table.add_column("plan")
-    for phase in ("run",) if plan.shape.kind == "encoder" else ("prefill", "decode") if generates else ("prefill",):
-        table.add_column(f"{phase} us", justify="right")
-    table.add_column("op/byte", justify="right")
-    table.add_column("2:4 pays at", overflow="fold")
-    for row in rows:
-        item = row.first
-        shape = f"{item.matmul.out_features} x {item.matmul.in_features}"
-        if item.matmul.num_experts > 1:
-            shape = f"{item.matmul.num_experts} x {shape}, {item.matmul.experts_per_token} a token"
-        cells = [str(row.count), escape(_shortened(row.names)), shape]
-        cells.append("[green]2:4[/]" if item.decision == "2:4" else "dense")
-        cells.append(_pair(item.prefill_s))
-        cells += [_pair(item.decode_s) if item.decode_s is not None else ""] if generates else []
-        decode = "" if item.decode_intensity is None or not generates else f", {_number(item.decode_intensity)}"
-        cells.append(f"{_number(item.prefill_intensity)}{decode}")
-        table.add_row(*cells, ranges(item.pays_at) if item.prefill_s[1] is not None else "")
-    return table
+    items = [row.first for row in rows]
+    columns: _Columns = [
+        ("", [str(row.count) for row in rows]),
+        (Column("layers", overflow="fold"), [escape(_shortened(row.names)) for row in rows]),
+        ("out x in", [_dimensions(item.matmul) for item in items]),
+        (Column("plan"), ["[green]2:4[/]" if item.decision == "2:4" else "dense" for item in items]),
+        ("run us" if plan.shape.kind == "encoder" else "prefill us", [_pair(item.prefill_s) for item in items]),
+    ]
+    intensities = [_number(item.prefill_intensity) for item in items]
+    if plan.points[0].decode is not None:
+        columns.append(("decode us", [_pair(item.decode_s) if item.decode_s is not None else "" for item in items]))
+        later = ["" if item.decode_intensity is None else f", {_number(item.decode_intensity)}" for item in items]
+        intensities = [f"{first}{second}" for first, second in zip(intensities, later, strict=True)]
+    columns.append(("op/byte", intensities))
+    pays = [ranges(item.pays_at) if item.prefill_s[1] is not None else "" for item in items]
+    columns.append((Column("2:4 pays at", overflow="fold"), pays))
+    return _table(f"Layers (times at {at}; op/byte: arithmetic intensity)", columns)
 
 
 def ranges(found: Sequence[tuple[int, int | None]]) -> str:
@@ -159,16 +142,13 @@ def _title(plan: Plan) -> str:
 def _said(plan: Plan) -> Text:
     """Why the gain is not larger, in a sentence for each phase."""
     point = plan.points[0]
-    phases = [("The run" if plan.shape.kind == "encoder" else "Prefill", point.prefill)]
-    phases += [("Decoding", point.decode)] if point.decode is not None else []
-    lines = [f"{name}: {_why(times)}" for name, times in phases]
+    phases = (("The run" if plan.shape.kind == "encoder" else "Prefill", point.prefill), ("Decoding", point.decode))
+    lines = [f"{name}: {_why(times)}" for name, times in phases if times is not None]
     at = f"batch {point.load.batch}" + (f" and {point.load.seq} tokens" if plan.shape.takes_tokens else "")
     if point.without_branches is not None:
-        names = ("the run" if plan.shape.kind == "encoder" else "prefill", "decoding")
-        after = (point.prefill.speedup, point.decode.speedup if point.decode is not None else None)
         cost = [
-            f"{name} gains {_times(now)} instead of {_times(plain)}"
-            for name, now, plain in zip(names, after, point.without_branches, strict=False)
+            f"{name.lower()} gains {_times(now.speedup)} instead of {_times(plain)}"
+            for (name, now), plain in zip(phases, point.without_branches, strict=True)
             if now is not None and plain is not None
         ]
         lines.append(f"SLoRB: with the branches {' and '.join(cost)}.")
@@ -216,13 +196,9 @@ def _dense_reasons(rows: Sequence[LayerRow]) -> list[Text]:
 
 def _everything_differs(plan: Plan) -> bool:
     return any(
-        abs(every - mine) > 0.005 * mine
+        every is not None and times is not None and abs(every - times.speedup) > 0.005 * times.speedup
         for point in plan.points
-        for every, mine in zip(
-            (x for x in point.everything if x is not None),
-            (times.speedup for times in (point.prefill, point.decode) if times is not None),
-            strict=True,
-        )
+        for every, times in zip(point.everything, (point.prefill, point.decode), strict=True)
     )
 
 
@@ -246,8 +222,21 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def _arrow(times: PhaseTimes | None) -> str:
-    return "" if times is None else f"{_number(times.dense_s * 1e3)} > {_number(times.planned_s * 1e3)}"
+def _table(title: str, columns: _Columns) -> Table:
+    headings = [Column(heading, justify="right") if isinstance(heading, str) else heading for heading, _ in columns]
+    table = Table(*headings, title=title, title_justify="left", show_edge=False)
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _arrow(times: PhaseTimes) -> str:
+    return f"{_number(times.dense_s * 1e3)} > {_number(times.planned_s * 1e3)}"
+
+
+def _dimensions(matmul: Matmul) -> str:
+    shape = f"{matmul.out_features} x {matmul.in_features}"
+    return f"{matmul.num_experts} x {shape}, {matmul.experts_per_token} a token" if matmul.num_experts > 1 else shape
 
 
 def _pair(seconds: tuple[float, float | None]) -> str:

@@ -1,13 +1,16 @@
-"""From layers to a model: the time of prefill (or of an encoder's whole run) and of one decoding step."""
+"""From layers to a model: the time of prefill (or of an encoder's whole run) and of one decoding step, and bytes of memory."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
+from sparsepass.export.plan.devices import Dtype
 from sparsepass.export.plan.model import Extent, Layer, ModelShape, Product
-from sparsepass.export.plan.roofline import Machine, Matmul, dense_time, sparse_time
+from sparsepass.export.plan.roofline import Machine, Matmul, branch_weights, dense_time, sparse_time, weight_bits
 
 START_TOKENS = 1
 """Tokens of the decoder in the prefill of an encoder-decoder."""
+_HALF_BITS = 16
+_TABLE: tuple[Dtype, ...] = ("bf16", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +58,107 @@ class PhaseTimes:
         return self.dense_s / self.planned_s if self.planned_s else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """Bytes of all weights when the linear layers are of one type.
+
+    Attributes:
+        dtype: Of the layers that the passes take; all else (embedding, output head, norms, branches) is in 16 bits.
+        dense_bytes: With all layers dense.
+        planned_bytes: With the chosen layers 2:4, branches included.
+        branch_bytes: The branches' part of these.
+        everything_bytes: With every layer 2:4 that a kernel takes.
+    """
+
+    dtype: Dtype
+    dense_bytes: float
+    planned_bytes: float
+    branch_bytes: float
+    everything_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on a GPU.
+
+    Attributes:
+        shape: The model.
+        matmuls: Site name -> its matmul, with the branch that it has or would have.
+        machines: Type of the weights -> the GPU, as the runtime uses it.
+    """
+
+    shape: ModelShape
+    matmuls: Mapping[str, Matmul]
+    machines: Mapping[str, Machine]
+
+    def time(self, chosen: Collection[str], load: Workload, *, decode: bool) -> PhaseTimes:
+        """Add up a phase.
+
+        Args:
+            chosen: Names of the sites that are 2:4 in the plan.
+            load: Batch and lengths.
+            decode: One decoding step (averaged over those of the workload) instead of prefill.
+        """
+        shape, machine = self.shape, self.machines["bf16"]
+        before = after = rest = head = other = 0.0
+        seen: set[tuple[str, ...]] = set()
+        for layer in shape.layers:
+            tokens = layer_tokens(shape, layer, load, decode=decode)
+            if not tokens:
+                continue
+            matmul = self.matmuls[layer.site.name]
+            seconds = float(dense_time(matmul, tokens, self.machines[matmul.dtype]))
+            if layer.site.name in chosen:
+                before += seconds
+                after += float(sparse_time(matmul, tokens, self.machines[matmul.dtype]))
+            else:
+                rest += seconds
+                head += seconds if layer.is_head else 0.0
+            other += _around(layer, tokens * matmul.experts_per_token, machine, counts_input=layer.site.inputs not in seen)
+            seen.add(layer.site.inputs)
+        attention = sum(_product_time(shape, product, load, machine, decode=decode) for product in shape.products)
+        fixed = rest + attention + other
+        return PhaseTimes(
+            dense_s=before + fixed,
+            planned_s=after + fixed,
+            sparse_layers_s=before,
+            planned_layers_s=after,
+            dense_layers_s=rest,
+            head_s=head,
+            attention_s=attention,
+            other_s=other,
+        )
+
+    def weight_bytes(self, chosen: Collection[str]) -> float:
+        """Bytes of all weights with the chosen layers 2:4."""
+        in_layers = sum(matmul.num_weights for matmul in self.matmuls.values())
+        bits = (self.shape.num_parameters - in_layers) * float(_HALF_BITS)
+        for name, matmul in self.matmuls.items():
+            bits += matmul.num_weights * weight_bits(matmul.dtype, sparse=name in chosen)
+            bits += branch_weights(matmul) * _HALF_BITS if name in chosen else 0
+        return bits / 8
+
+    def memory(self, chosen: Collection[str], able: Collection[str]) -> tuple[MemoryRow, ...]:
+        """One row for each type, whatever type is planned."""
+        return tuple(self._memory_of(dtype, chosen, able) for dtype in _TABLE)
+
+    def _memory_of(self, dtype: Dtype, chosen: Collection[str], able: Collection[str]) -> MemoryRow:
+        plain = {layer.site.name for layer in self.shape.layers if layer.site.left_alone is not None}
+        typed = {name: replace(found, dtype="bf16" if name in plain else dtype) for name, found in self.matmuls.items()}
+        of_type = replace(self, matmuls=typed)
+        return MemoryRow(
+            dtype=dtype,
+            dense_bytes=of_type.weight_bytes(()),
+            planned_bytes=of_type.weight_bytes(chosen),
+            branch_bytes=sum(branch_weights(matmul) * _HALF_BITS / 8 for name, matmul in typed.items() if name in chosen),
+            everything_bytes=of_type.weight_bytes(able),
+        )
+
+
 def layer_tokens(shape: ModelShape, layer: Layer, load: Workload, *, decode: bool) -> float:
     """Tokens that a layer sees in prefill, or in one decoding step; of an encoder-decoder, of its own side."""
-    per_token = layer.rows.target if shape.kind == "encoder-decoder" else layer.rows.source
-    if decode:
-        rows = per_token if layer.in_decode else 0.0
-    elif layer.is_head and shape.kind == "decoder":
-        rows = per_token  # only the last position's logits are needed
-    else:
-        rows = layer.rows.at(load.seq, START_TOKENS)
+    of_last = decode or (layer.is_head and shape.kind == "decoder")  # a head: only the last position's logits are needed
+    rows = layer.rows.per_new_token(shape.kind) if of_last else layer.rows.at(load.seq, START_TOKENS)
     return load.batch * rows / experts_per_token(layer)
 
 
@@ -72,68 +167,15 @@ def experts_per_token(layer: Layer) -> int:
     return max(1, round(layer.rows.source or layer.rows.target)) if layer.experts > 1 else 1
 
 
-def time_phase(
-    shape: ModelShape,
-    matmuls: Mapping[str, Matmul],
-    chosen: set[str],
-    load: Workload,
-    machines: Callable[[str], Machine],
-    *,
-    decode: bool,
-) -> PhaseTimes:
-    """Add up a phase.
-
-    Args:
-        shape: The model.
-        matmuls: Site name -> its matmul, with the branch that it would have.
-        chosen: Names of the sites that are 2:4 in the plan.
-        load: Batch and lengths.
-        machines: Type of the weights -> the machine.
-        decode: One decoding step (averaged over those of the workload) instead of prefill.
-    """
-    machine = machines("bf16")
-    before = after = rest = head = other = 0.0
-    seen: set[tuple[str, ...]] = set()
-    for layer in shape.layers:
-        tokens = layer_tokens(shape, layer, load, decode=decode)
-        if not tokens:
-            continue
-        matmul = matmuls[layer.site.name]
-        seconds = float(dense_time(matmul, tokens, machines(matmul.dtype)))
-        if layer.site.name in chosen:
-            before += seconds
-            after += float(sparse_time(matmul, tokens, machines(matmul.dtype)))
-        else:
-            rest += seconds
-            head += seconds if layer.is_head else 0.0
-        other += _around(layer, tokens * matmul.experts_per_token, machine, counts_input=layer.site.inputs not in seen)
-        seen.add(layer.site.inputs)
-    attention = sum(_product_time(shape, product, load, machine, decode=decode) for product in shape.products)
-    fixed = rest + attention + other
-    return PhaseTimes(
-        dense_s=before + fixed,
-        planned_s=after + fixed,
-        sparse_layers_s=before,
-        planned_layers_s=after,
-        dense_layers_s=rest,
-        head_s=head,
-        attention_s=attention,
-        other_s=other,
-    )
-
-
 def cache_bytes(shape: ModelShape, load: Workload) -> float:
     """Bytes of keys and values, in 16 bits, when the last token is generated."""
     context, generated = load.seq + load.new_tokens, START_TOKENS + load.new_tokens
     source = context if shape.kind == "decoder" else load.seq
     return sum(
         2 * load.batch * p.cached_heads * _length(shape, p.k, source, generated) * _length(shape, p.n, source, generated)
-        for p in _cached(shape)
+        for p in shape.products
+        if p.in_decode
     )
-
-
-def _cached(shape: ModelShape) -> Sequence[Product]:
-    return [product for product in shape.products if product.in_decode]
 
 
 def _around(layer: Layer, rows: float, machine: Machine, *, counts_input: bool) -> float:
@@ -153,7 +195,7 @@ def _product_time(shape: ModelShape, product: Product, load: Workload, machine: 
         generated = load.new_tokens / 2
         source = load.seq + (generated if shape.kind == "decoder" else 0.0)
         target = START_TOKENS + generated
-        m = product.m.target if shape.kind == "encoder-decoder" else product.m.source
+        m = product.m.per_new_token(shape.kind)
     else:
         source, target = float(load.seq), float(START_TOKENS)
         m = product.m.at(source, target)

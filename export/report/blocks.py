@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import ClassVar, Final, Literal, Self, final
 
 from sparsepass.export.report.charts import Picture
 
@@ -35,11 +35,6 @@ def words(*headings: str) -> tuple[Column, ...]:
     return tuple(map(Column, headings))
 
 
-def sentences(heading: str) -> Column:
-    """A column of sentences."""
-    return Column(heading, "sentences")
-
-
 @final
 @dataclass(frozen=True)
 class Table:
@@ -63,11 +58,11 @@ class Table:
     style: str = ""
     on: tuple[Medium, ...] = PAGES
 
-
-def facts(label: str, rows: Iterable[tuple[str, object]], on: tuple[Medium, ...] = PAGES) -> Table:
-    """A table of names and what is known; what is empty is left out."""
-    known = [row for row in rows if row[1] != ""]
-    return Table(label, (Column("what"), sentences("value")), known, style="facts", on=on)
+    @classmethod
+    def of_facts(cls, label: str, rows: Iterable[tuple[str, object]], on: tuple[Medium, ...] = PAGES) -> Self:
+        """A table of names and what is known; what is empty is left out."""
+        known = [row for row in rows if row[1] != ""]
+        return cls(label, (Column("what"), Column("value", "sentences")), known, style="facts", on=on)
 
 
 @final
@@ -88,22 +83,26 @@ class Sentence:
     on: tuple[Medium, ...] = PAGES
 
 
+class _OnPages:
+    """What the pages show, and the terminal does not."""
+
+    on: ClassVar[tuple[Medium, ...]] = PAGES
+
+
 @final
 @dataclass(frozen=True)
-class Subheading:
+class Subheading(_OnPages):
     """A heading inside a section."""
 
     text: str
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
 @dataclass(frozen=True)
-class Notes:
+class Notes(_OnPages):
     """A list of remarks."""
 
     items: tuple[str, ...]
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
@@ -124,29 +123,31 @@ class Drawing:
 
 @final
 @dataclass(frozen=True)
-class Drawings:
+class Drawings(_OnPages):
     """Pictures side by side where there is room; one that may not be scaled stands alone."""
 
     items: tuple[Drawing, ...]
-    on: tuple[Medium, ...] = PAGES
+
+
+def drawn(*pictures: Picture) -> Drawings:
+    """Pictures of which a reader need not know more."""
+    return Drawings(tuple(map(Drawing, pictures)))
 
 
 @final
 @dataclass(frozen=True)
-class Steps:
+class Steps(_OnPages):
     """The commands that led to a report: stage, time, command, machine of each."""
 
     items: tuple[tuple[str, str, str, str], ...]
-    on: tuple[Medium, ...] = PAGES
 
 
 @final
 @dataclass(frozen=True)
-class Raw:
+class Raw(_OnPages):
     """JSON as it is."""
 
     text: str
-    on: tuple[Medium, ...] = PAGES
 
 
 Block = Table | Sentence | Subheading | Notes | Drawings | Steps | Raw

@@ -1,14 +1,14 @@
 """Pictures as SVG: lines, bars, and a grid over depth. Colours come from classes, so that a page has them light and dark."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, final
+from dataclasses import dataclass
+from typing import Any, Final, final
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from sparsepass.export.report.depth import DepthGrid
-from sparsepass.export.report.svg import el, join
 
 WIDTH: Final = 440
 _LETTER: Final = 6.9
@@ -30,6 +30,7 @@ STYLE: Final = (
     ".pic .hollow{fill:none;stroke:var(--none);stroke-dasharray:2 2}.pic .ref{stroke:var(--soft);stroke-dasharray:4 3}"
 )
 """Style of all pictures. Tones: a, b, c, d, and n for what is not known."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 @final
@@ -61,9 +62,9 @@ class Picture:
 
     def file(self) -> str:
         """The picture as a file of its own."""
-        inside = join((el("title", self.title), el("desc", self.description), el("style", Markup(STYLE)), self.body))
-        size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
-        return f'<svg xmlns="http://www.w3.org/2000/svg" {size} class="pic" role="img">{inside}</svg>\n'
+        inside = el("title", self.title), el("desc", self.description), el("style", Markup(STYLE)), self.body
+        size = {"viewBox": f"0 0 {self.width} {self.height}", "width": self.width, "height": self.height}
+        return el("svg", *inside, xmlns="http://www.w3.org/2000/svg", **size, class_="pic", role="img") + "\n"
 
 
 @final
@@ -72,13 +73,13 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        label: For the legend; empty for none.
         values: One a place on the horizontal axis; None leaves a gap.
+        label: For the legend; empty for none.
         tone: See `STYLE`.
     """
 
-    label: str
     values: Sequence[float | None]
+    label: str = ""
     tone: str = "a"
 
 
@@ -106,7 +107,7 @@ class Scale:
     low: float
     high: float
     log: bool = False
-    ticks: tuple[float, ...] = field(default=())
+    ticks: tuple[float, ...] = ()
 
     def place(self, value: float) -> float:
         """Where a value lies, from 0 to 1."""
@@ -144,8 +145,8 @@ def line_chart(
     def at(value_x: float, value_y: float) -> tuple[float, float]:
         return left + across.place(value_x) * (right - left), bottom - vertical.place(value_y) * (bottom - top)
 
-    parts = [_legend([(line.label, line.tone) for line in lines if line.label], left, 18)]
-    parts.append(el("text", y_label, x=4, y=18) if not any(line.label for line in lines) else Markup(""))
+    labels = [(line.label, line.tone) for line in lines if line.label]
+    parts = [_legend(labels, left, 18) if labels else el("text", y_label, x=4, y=18)]
     for tick in vertical.ticks:
         _, y = at(x[0], tick)
         parts += [el("path", class_="axis", d=f"M{left} {y:.1f}H{right}"), _text(figure(tick), left - 6, y + 4, "end")]
@@ -154,9 +155,8 @@ def line_chart(
         parts.append(_text(figure(tick), place, bottom + 16, "middle"))
     parts.append(_text(x_label, (left + right) / 2, bottom + 32, "middle"))
     for line in lines:
-        parts += _line(
-            line, [at(place, value) if value is not None else None for place, value in zip(x, line.values, strict=True)]
-        )
+        points = zip(x, line.values, strict=True)
+        parts += _line(line, [at(place, value) if value is not None else None for place, value in points])
     if marked is not None:
         spot_x, spot_y = at(marked[0], marked[1])
         end = spot_x > (left + right) / 2
@@ -209,7 +209,6 @@ def grid_chart(
     label: Mapping[str, str],
     tone: str = "a",
     tones: Mapping[str, str] | None = None,
-    low: float = 0.0,
     high: float | None = None,
     legend: Sequence[tuple[str, str]] = (),
     unit: str = "",
@@ -223,12 +222,11 @@ def grid_chart(
         label: Layer -> what its tooltip says.
         tone: Of all cells.
         tones: Layer -> tone, where they differ.
-        low: Value of the lightest shade.
-        high: Value of the darkest; by default the largest value.
+        high: Value of the darkest shade, the lightest being that of 0; by default the largest value.
         legend: Labels and tones, in place of the ramp of shades.
         unit: What the ramp's figures are followed by.
     """
-    names = _cut_all(grid.kinds)
+    names = [_cut(kind, 30) for kind in grid.kinds]
     left = 14 + int(_LETTER * max(map(len, names)))
     size = max(6, min(22, 620 // len(grid.blocks)))
     top, height = 24, 15
@@ -241,7 +239,7 @@ def grid_chart(
     parts = [_text(kind, left - 6, top + row * height + 11, "end") for row, kind in enumerate(names)]
     for place, name in at.items():
         value = cells.get(place)
-        shade = None if value is None else _shade(value, low, highest)
+        shade = None if value is None else _shade(value, highest)
         kind = "hollow" if shade is None else f"f{(tones or {}).get(name, tone)}"
         x, y, w, h = left + place[1] * size, top + place[0] * height, size - 1, height - 1
         if detailed:
@@ -251,12 +249,11 @@ def grid_chart(
             shapes.setdefault((kind, shade), []).append(f"M{x} {y}h{w}v{h}h-{w}z")
     parts += [el("path", d="".join(each), class_=kind, fill_opacity=shade) for (kind, shade), each in shapes.items()]
     bottom = top + len(names) * height
-    every = max(1, math.ceil(len(grid.blocks) * 26 / (size * len(grid.blocks))))
-    for column in range(0, len(grid.blocks), every):
+    for column in range(0, len(grid.blocks), math.ceil(26 / size)):
         parts.append(_text(grid.blocks[column], left + (column + 0.5) * size, bottom + 14, "middle"))
     if len(grid.blocks) > 1:
         parts.append(_text("block", left - 6, bottom + 14, "end"))
-    parts.append(_legend(legend, left, 12) if legend else _ramp(left, low, highest, tone, unit))
+    parts.append(_legend(legend, left, 12) if legend else _ramp(left, highest, tone, unit))
     told = f"{len(cells)} of {len(at)} layers have a value"
     if cells and not legend:
         told += f", from {figure(min(cells.values()))}{unit} to {figure(max(cells.values()))}{unit}"
@@ -316,20 +313,54 @@ def figure(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def printable(text: str) -> str:
+    """Replace the characters that neither HTML, XML nor UTF-8 can hold."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
+def escaped(value: object) -> Markup:
+    """Make any text safe as content and inside quoted attributes.
+
+    Example:
+        >>> escaped("<b>")
+        Markup('&lt;b&gt;')
+        >>> escaped(escaped("<"))
+        Markup('&lt;')
+    """
+    return value if isinstance(value, Markup) else escape(printable(str(value)))
+
+
+def join(parts: Iterable[object]) -> Markup:
+    """Put parts one after the other; None is left out."""
+    return Markup("").join(escaped(part) for part in parts if part is not None)
+
+
+def el(tag: str, *content: object, **attributes: Any) -> Markup:
+    """Make an element.
+
+    Args:
+        tag: Its name.
+        content: Texts and elements; None is left out.
+        attributes: A trailing underscore is dropped and others become hyphens; None leaves one out.
+
+    Example:
+        >>> el("text", "1 < 2", x=3, class_="ink", fill_opacity=None)
+        Markup('<text x="3" class="ink">1 &lt; 2</text>')
+    """
+    opened = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{escaped(value)}"' for name, value in attributes.items() if value is not None
+    )
+    return Markup(f"<{tag}{opened}>{join(content)}</{tag}>")
+
+
 def _line(line: Line, points: Sequence[tuple[float, float] | None]) -> list[Markup]:
-    path, is_open = "", False
-    for point in points:
+    path, known, alone = "", [], []
+    for before, point, after in zip((None, *points), points, (*points[1:], None), strict=False):
         if point is not None:
-            path += f"{'L' if is_open else 'M'}{point[0]:.1f} {point[1]:.1f}"
-        is_open = point is not None
-    known = [point for point in points if point is not None]
-    alone = [
-        point
-        for index, point in enumerate(points)
-        if point is not None
-        and (index == 0 or points[index - 1] is None)
-        and (index + 1 == len(points) or points[index + 1] is None)
-    ]
+            path += f"{'M' if before is None else 'L'}{point[0]:.1f} {point[1]:.1f}"
+            known.append(point)
+            if before is None and after is None:
+                alone.append(point)
     dots = known if len(known) <= 16 else alone
     drawn = [el("path", class_=f"l l{line.tone}", d=path)] if path else []
     return drawn + [el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4, class_=f"f{line.tone}") for x, y in dots]
@@ -349,20 +380,6 @@ def _legend(entries: Sequence[tuple[str, str]], x: float, y: float) -> Markup:
     return join(parts)
 
 
-def _ramp(x: float, low: float, high: float, tone: str, unit: str) -> Markup:
-    first = f"{figure(low)}{unit}"
-    start = x + _LETTER * len(first) + 6
-    boxes = [
-        _box(start + 9 * step, 4, 9, 10, f"f{tone}", _shade(low + step / 8 * (high - low), low, high)) for step in range(9)
-    ]
-    return join([_text(first, x, 13), *boxes, _text(f"{figure(high)}{unit}", start + 87, 13)])
-
-
-def _shade(value: float, low: float, high: float) -> float:
-    share = (value - low) / (high - low) if high > low else 1.0
-    return round(0.08 + 0.92 * round(min(max(share, 0.0), 1.0) * _SHADES) / _SHADES, 3)
-
-
 def _box(x: float, y: float, width: float, height: float, tone: str, shade: float | None = None) -> Markup:
     return el("rect", x=f"{x:.1f}", y=y, width=f"{width:.1f}", height=height, class_=tone, fill_opacity=shade)
 
@@ -380,5 +397,13 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 
-def _cut_all(names: Sequence[str]) -> list[str]:
-    return [_cut(name, 30) for name in names]
+def _ramp(x: float, high: float, tone: str, unit: str) -> Markup:
+    first = f"0{unit}"
+    start = x + _LETTER * len(first) + 6
+    boxes = [_box(start + 9 * step, 4, 9, 10, f"f{tone}", _shade(step / 8 * high, high)) for step in range(9)]
+    return join([_text(first, x, 13), *boxes, _text(f"{figure(high)}{unit}", start + 87, 13)])
+
+
+def _shade(value: float, high: float) -> float:
+    share = value / high if high > 0 else 1.0
+    return round(0.08 + 0.92 * round(min(max(share, 0.0), 1.0) * _SHADES) / _SHADES, 3)

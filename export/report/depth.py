@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final, final
 
 _MAX_KINDS: Final = 40
@@ -51,8 +52,10 @@ def depth_grid(names: Iterable[str]) -> DepthGrid:
     """
     split = {name: _split(name) for name in names}
     stacks = {stack for stack, block, _ in split.values() if block is not None}
-    shared = _shared_length(stacks)
-    kinds = {name: _kind(stack[shared:], kind, several=len(stacks) > 1) for name, (stack, _, kind) in split.items()}
+    # With several stacks (encoder and decoder), a row's name begins with the stack's own part of the path.
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*stacks, strict=False))))
+    parts = {name: (*stack[shared:], *kind) if len(stacks) > 1 else kind for name, (stack, _, kind) in split.items()}
+    kinds = {name: ".".join(each) or "layer" for name, each in parts.items()}
     if len(set(kinds.values())) > _MAX_KINDS:
         kinds = {name: ".".join("*" if part.isdigit() else part for part in kind.split(".")) for name, kind in kinds.items()}
     rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds.values()))}
@@ -67,13 +70,3 @@ def _split(name: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
     parts = tuple(name.removesuffix(".weight").split("."))
     at = next((index for index, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
     return ((), None, parts) if at is None else (parts[:at], int(parts[at]), parts[at + 1 :])
-
-
-def _shared_length(stacks: set[tuple[str, ...]]) -> int:
-    shortest = min(map(len, stacks), default=0)
-    return next((i for i in range(shortest) if len({stack[i] for stack in stacks}) > 1), shortest)
-
-
-def _kind(stack: tuple[str, ...], kind: tuple[str, ...], *, several: bool) -> str:
-    """The row's name: with several stacks (encoder and decoder), the stack's own part of the path comes first."""
-    return ".".join((*stack, *kind) if several else kind) or "layer"

@@ -2,21 +2,29 @@
 
 import json
 import math
+import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel
 
-from sparsepass.export.report.environment import run_record
-from sparsepass.export.report.html import render_html
-from sparsepass.export.report.markdown import drawn_figures, render_markdown
-from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, ReportDocument, check_report
+from sparsepass.export.report.pages import drawn_figures, render_html, render_markdown
+from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry, ReportDocument, RunEntry, check_report
 from sparsepass.export.report.sections import MeasurementEntry
 from sparsepass.export.report.view import report_view
 from sparsepass.graph.support import SparsepassError, replaced_file
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
+
+_PACKAGES: Final = (
+    "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy", "tensorrt",
+    "tensorrt-rtx-cu13-bindings", "torch-tensorrt",
+)  # fmt: skip
 
 OF_FILES: Final = ("artifact", "verification", "samples", "sparsity", "pattern")
 """Sections that tell of files, and do not go along with the program that they were written from."""
@@ -132,6 +140,35 @@ def add_to_report(
     return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
 
 
+def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:
+    """Describe one run: what was called, when, with which versions, on which machine; nothing names the machine or its user.
+
+    Args:
+        stage: Such as ``export``.
+        command: The command line; None for a call from Python.
+        seconds: Wall time.
+    """
+    import torch
+
+    versions = {"sparsepass": _version("sparsepass") or "unknown", "python": platform.python_version()}
+    libraries = {package: _version(package) for package in _PACKAGES}
+    return RunEntry(
+        stage=stage,
+        command=command or "python",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+        versions=versions | {package: version for package, version in libraries.items() if version is not None},
+        machine=MachineEntry(
+            system=f"{platform.system()} {platform.machine()}",
+            processor=_processor(),
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            memory_bytes=_memory_bytes(),
+            accelerators=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        ),
+    )
+
+
 def plain_json(value: Any) -> Any:
     """Turn sections, mappings, sequences and numbers into what JSON can hold; infinities and NaN become text.
 
@@ -176,3 +213,26 @@ def _replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with replaced_file(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        told = ""
+    named = re.search(r"^model name\s*:(.*)$", told, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

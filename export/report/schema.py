@@ -2,7 +2,7 @@
 
 1. A new section, or a new field in one, does not change the version: readers keep what they do not know.
 2. A field that changes its meaning raises `SCHEMA_VERSION`. A reader refuses a newer version than its own.
-3. A section is a field of `ReportDocument`, a model in `sections.py` or `file_sections.py`, and a view in `view.py`.
+3. A section is a field of `ReportDocument`, a model in `sections.py`, and a view in `view.py`.
 """
 
 from collections.abc import Mapping
@@ -10,15 +10,8 @@ from typing import Any, Final, Self, final
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sparsepass.export.report.file_sections import (
-    ArtifactSection,
-    PatternSection,
-    PlanSection,
-    SamplesSection,
-    SparsitySection,
-    VerificationSection,
-)
-from sparsepass.export.report.sections import AccuracySection, ModelSection, Number, Part, PassesSection, RetrainingSection
+from sparsepass.export.report import sections
+from sparsepass.export.report.sections import Number, Part
 from sparsepass.graph.support import SparsepassError
 
 SCHEMA: Final = "sparsepass-report"
@@ -64,16 +57,16 @@ class ReportDocument(Part):
     schema_version: int = Field(default=SCHEMA_VERSION, description=f"{SCHEMA_VERSION} today")
     recipe: str = Field(description="the passes as one line of text, which `--passes` takes; empty if none ran")
     runs: list[RunEntry] = Field(description="one entry for each command that added to the report, in order")
-    model: ModelSection | None = None
-    passes: PassesSection | None = None
-    retraining: RetrainingSection | None = None
-    accuracy: AccuracySection | None = None
-    artifact: ArtifactSection | None = None
-    sparsity: SparsitySection | None = None
-    pattern: PatternSection | None = None
-    plan: PlanSection | None = None
-    verification: VerificationSection | None = None
-    samples: SamplesSection | None = None
+    model: sections.ModelSection | None = None
+    passes: sections.PassesSection | None = None
+    retraining: sections.RetrainingSection | None = None
+    accuracy: sections.AccuracySection | None = None
+    artifact: sections.ArtifactSection | None = None
+    sparsity: sections.SparsitySection | None = None
+    pattern: sections.PatternSection | None = None
+    plan: sections.PlanSection | None = None
+    verification: sections.VerificationSection | None = None
+    samples: sections.SamplesSection | None = None
 
     @classmethod
     def parse(cls, document: Any, where: str = "the report") -> Self:

@@ -1,15 +1,22 @@
-"""The part of a report about training: settings, results and pictures of each run."""
+"""Training: what a run leaves in a report, with its curves in few points, and the part of the pages about it."""
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
-from sparsepass.export.report.blocks import EVERYWHERE, Block, Drawing, Drawings, Subheading, Table, facts, figures, words
+from sparsepass.export.report.blocks import EVERYWHERE, Block, Drawing, Drawings, Subheading, Table, figures, words
 from sparsepass.export.report.charts import Line, Picture, grid_chart, line_chart
 from sparsepass.export.report.depth import depth_grid
 from sparsepass.export.report.schema import ReportDocument
 from sparsepass.export.report.sections import RetrainingSection, TrainingEntry, is_number
 from sparsepass.export.report.words import number
+
+NUM_POINTS: Final = 200
+"""Points of a curve in the report; `metrics.jsonl` in the run folder has every step."""
+
+_MEANS: Final = ("loss", "kl", "ce", "grad_norm", "flip_rate", "tokens_per_second")
+_LASTS: Final = ("step", "tokens", "lr", "decay", "flips_since_first", "decided", "kept_norm", "memory_bytes")
 
 FOLDER: Final = "figures"
 """Where report.md finds its pictures."""
@@ -24,17 +31,61 @@ CAPTIONS: Final[Mapping[str, str]] = {
 }
 """What is shown of a run -> what a reader should know of the picture."""
 _UNITS: Final = (("billion tokens", 1e9), ("million tokens", 1e6), ("thousand tokens", 1e3), ("tokens", 1.0))
+_LOSSES: Final = (("loss", "loss", "a"), ("kl", "KL to the teacher", "b"), ("ce", "cross-entropy", "c"))
+"""Column of the curve, its label and its tone."""
+_MOVED: Final = "Mask entries that differ from the first mask"
 _NUM_LAYERS_SHOWN: Final = 5
+
+
+def retraining_run(record: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Bring the record of a run and its measurements together, as an entry of ``retraining.runs``.
+
+    Args:
+        record: The last entry of `Program.retraining`.
+        metrics: Lines of ``metrics.jsonl``; may be empty.
+    """
+    seconds = float(record["seconds"])
+    taken = {name: value for name, value in record.items() if name != "flips_since_first_by_layer"}
+    return {
+        **taken,
+        "method": record["settings"]["method"],
+        "tokens_per_second": record["num_tokens"] / seconds if seconds > 0 else 0.0,
+        "flips_by_layer": {name: _short(value) for name, value in record["flips_since_first_by_layer"].items()},
+        "curve": curve([line for line in metrics if "loss" in line]),
+    }
+
+
+def curve(lines: Sequence[Mapping[str, Any]], num_points: int = NUM_POINTS) -> dict[str, list[float | None]]:
+    """Make columns of at most so many points: means over equal pieces of the run, and what stood at the end of each.
+
+    Args:
+        lines: One mapping a logged step, in order.
+        num_points: Points at most.
+
+    Returns:
+        Column -> values; a value is None where nothing finite was measured.
+
+    Example:
+        >>> curve([{"step": i, "loss": 10.0 - i, "lr": 0.1} for i in range(1, 5)], 2)
+        {'step': [2, 4], 'lr': [0.1, 0.1], 'loss': [8.5, 6.5]}
+    """
+    if not lines:
+        return {}
+    count = min(num_points, len(lines))
+    ends = [(index + 1) * len(lines) // count for index in range(count)]
+    pieces = [lines[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    lasts = {name: [piece[-1].get(name) for piece in pieces] for name in _LASTS if name in lines[-1]}
+    means = {name: [_mean([line.get(name) for line in piece]) for piece in pieces] for name in _MEANS if name in lines[-1]}
+    return lasts | means
 
 
 def training_view(section: RetrainingSection, report: ReportDocument) -> Iterator[Block]:
     """Facts, curves and settings of each training. The terminal shows the facts of the last one."""
-    del report
     for count, run in enumerate(section.runs, 1):
         is_last = count == len(section.runs)
         if len(section.runs) > 1:
             yield Subheading(f"Training {count} of {len(section.runs)}")
-        yield facts("What the training did", training_facts(run), EVERYWHERE if is_last else ("html", "markdown"))
+        yield Table.of_facts("What the training did", training_facts(run), EVERYWHERE if is_last else ("html", "markdown"))
         yield Drawings(tuple(
             Drawing(picture, CAPTIONS[what], f"{FOLDER}/retraining-{count}-{what}.svg")
             for what, picture in training_pictures(run).items()
@@ -72,8 +123,18 @@ def training_pictures(run: TrainingEntry) -> dict[str, Picture]:
     Returns:
         Of ``loss``, ``validation``, ``flips``, ``moved``, ``rate`` and ``layers`` those that there are figures for.
     """
-    found = {"loss": _loss(run), "validation": _validation(run), "flips": _flips(run), "moved": _moved(run)}
-    found |= {"rate": _rate(run), "layers": _layers(run)}
+    losses = [Line(label=label, values=_numbers(run, name), tone=tone) for name, label, tone in _LOSSES]
+    # The masks are refreshed now and then: what lies between has no rate.
+    rates = [100 * value if value else None for value in _numbers(run, "flip_rate")]
+    moved = [None if value is None else 100 * value for value in _numbers(run, "flips_since_first")]
+    found = {
+        "loss": _over_tokens(run, "Training loss", [line for line in losses if any(line.values)], "nats per token"),
+        "validation": _validation(run),
+        "flips": _over_tokens(run, "Flip rate: mask entries that change at a refresh", [Line(values=rates, tone="b")], "%"),
+        "moved": _over_tokens(run, _MOVED, [Line(values=moved)], "%", from_zero=True) if any(moved) else None,
+        "rate": _over_tokens(run, "Learning rate", [Line(values=_numbers(run, "lr"), tone="d")], "", from_zero=True),
+        "layers": _layers(run),
+    }
     return {what: picture for what, picture in found.items() if picture is not None}
 
 
@@ -98,33 +159,6 @@ def _moved_most(by_layer: Mapping[str, float | str]) -> Iterable[Block]:
         yield Table("Masks that moved most", columns, rows, on=("markdown",))
 
 
-def _loss(run: TrainingEntry) -> Picture | None:
-    named = (("loss", "loss", "a"), ("kl", "KL to the teacher", "b"), ("ce", "cross-entropy", "c"))
-    lines = [
-        Line(label=label, values=_numbers(run, name), tone=tone) for name, label, tone in named if any(_numbers(run, name))
-    ]
-    return _over_tokens(run, "Training loss", lines, "nats per token")
-
-
-def _rate(run: TrainingEntry) -> Picture | None:
-    return _over_tokens(run, "Learning rate", [Line(label="", values=_numbers(run, "lr"), tone="d")], "", from_zero=True)
-
-
-def _flips(run: TrainingEntry) -> Picture | None:
-    """The masks are refreshed now and then: what lies between has no rate."""
-    rates = [100 * value if value else None for value in _numbers(run, "flip_rate")]
-    title = "Flip rate: mask entries that change at a refresh"
-    return _over_tokens(run, title, [Line(label="", values=rates, tone="b")], "%")
-
-
-def _moved(run: TrainingEntry) -> Picture | None:
-    shares = [None if value is None else 100 * value for value in _numbers(run, "flips_since_first")]
-    if not any(shares):
-        return None
-    title = "Mask entries that differ from the first mask"
-    return _over_tokens(run, title, [Line(label="", values=shares)], "%", from_zero=True)
-
-
 def _over_tokens(run: TrainingEntry, title: str, lines: list[Line], y_label: str, *, from_zero: bool = False) -> Picture | None:
     tokens = run.curve.get("tokens") or ()
     if not tokens or not any(value is not None for line in lines for value in line.values):
@@ -143,7 +177,7 @@ def _validation(run: TrainingEntry) -> Picture | None:
     kept = [index for index, (step, _) in enumerate(found) if step == run.step_of_weights]
     marked = (x[kept[-1]], values[kept[-1]], f"kept: {number(values[kept[-1]])}") if kept else None
     title = f"Validation perplexity (start: {number(values[0])})"
-    return line_chart(title, x, [Line(label="", values=values)], x_label=unit, y_label="perplexity", marked=marked)
+    return line_chart(title, x, [Line(values=values)], x_label=unit, y_label="perplexity", marked=marked)
 
 
 def _layers(run: TrainingEntry) -> Picture | None:
@@ -151,8 +185,7 @@ def _layers(run: TrainingEntry) -> Picture | None:
     if not any(values.values()):
         return None
     label = {name: f"{value:.3g}% of the mask's entries differ from the first mask" for name, value in values.items()}
-    title = "Mask entries that differ from the first mask, layer by layer"
-    return grid_chart(title, depth_grid(values), values, label=label, tone="b", unit="%")
+    return grid_chart(f"{_MOVED}, layer by layer", depth_grid(values), values, label=label, tone="b", unit="%")
 
 
 def _numbers(run: TrainingEntry, name: str) -> list[float | None]:
@@ -167,3 +200,13 @@ def _scaled(tokens: Sequence[float]) -> tuple[list[float], str]:
 
 def _percent(share: float | str) -> str:
     return f"{100 * float(share):.3g}%"
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return _short(sum(known) / len(known)) if known else None
+
+
+def _short(value: float) -> float:
+    """Five digits: what a picture can show."""
+    return float(f"{value:.5g}")

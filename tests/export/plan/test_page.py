@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from sparsepass import Program, parse_pipeline
 from sparsepass.export.cli import app as cli
 from sparsepass.export.plan.forecast import plan
-from sparsepass.export.plan.load import load_for_plan
+from sparsepass.export.plan.model import load_for_plan
 from sparsepass.export.plan.pages import layer_rows, page, ranges
 
 

@@ -16,11 +16,9 @@ from torch import nn
 from sparsepass import Program, SparsepassError, apply_passes, capture
 from sparsepass.export.cli.demo import smollm2
 from sparsepass.export.plan.choice import ignore_list, verify_choice
-from sparsepass.export.plan.forecast import plan
-from sparsepass.export.plan.load import load_for_plan
-from sparsepass.export.plan.model import Extent, model_shape
+from sparsepass.export.plan.forecast import Plan, plan
+from sparsepass.export.plan.model import Extent, load_for_plan, model_shape
 from sparsepass.export.plan.phases import Workload, cache_bytes, layer_tokens
-from sparsepass.export.plan.result import Plan
 from sparsepass.graph import capture_without_weights
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from sparsepass import SparsepassError
-from sparsepass.export.plan.devices import DEVICES, find_device
+from sparsepass.export.plan.devices import DEVICES, DTYPES, RUNTIMES, find_device, find_runtime, peak
 from sparsepass.export.plan.roofline import (
     Machine,
     Matmul,
@@ -22,7 +22,6 @@ from sparsepass.export.plan.roofline import (
     sparse_time,
     weight_bits,
 )
-from sparsepass.export.plan.runtimes import DTYPES, RUNTIMES, find_runtime, peak
 
 # 1e12 operations and 1e9 bytes a second: a layer of few tokens is bound by its bytes.
 SLOW = Machine(dense_flops=1e12, sparse_flops=2e12, dense_bandwidth=1e9, sparse_bandwidth=1e9)

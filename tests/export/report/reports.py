@@ -2,13 +2,10 @@
 
 from typing import Any
 
-from sparsepass.export.report.answers import Answer, summary
-from sparsepass.export.report.document import new_report, plain_json
-from sparsepass.export.report.environment import run_record
-from sparsepass.export.report.html import render_html
-from sparsepass.export.report.markdown import render_markdown
+from sparsepass.export.report.document import new_report, plain_json, run_record
+from sparsepass.export.report.pages import render_html, render_markdown
 from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.view import report_view
+from sparsepass.export.report.view import Answer, report_view, summary
 
 
 def full_report() -> dict[str, Any]:

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 from markupsafe import Markup
 
-from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, figure, grid_chart, line_chart, value_scale
+from sparsepass.export.report.charts import (
+    Bar,
+    Line,
+    Picture,
+    bar_chart,
+    el,
+    escaped,
+    figure,
+    grid_chart,
+    line_chart,
+    value_scale,
+)
 from sparsepass.export.report.depth import depth_grid
-from sparsepass.export.report.svg import el, escaped
 
 FIGURES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=9)
 

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from tests.export.report.reports import lines, record
 
-from sparsepass.export.report.curves import NUM_POINTS, curve, retraining_run
 from sparsepass.export.report.document import new_report, write_report
-from sparsepass.export.report.markdown import drawn_figures, render_markdown
+from sparsepass.export.report.pages import drawn_figures, render_markdown
 from sparsepass.export.report.schema import ReportDocument, check_report
 from sparsepass.export.report.sections import TrainingEntry
-from sparsepass.export.report.training import training_facts, training_pictures
+from sparsepass.export.report.training import NUM_POINTS, curve, retraining_run, training_facts, training_pictures
 from sparsepass.export.report.view import ReportView, report_view
 from sparsepass.graph import SparsepassError
 

@@ -13,10 +13,10 @@ from tests.export.report.browser import SIZES_OF_PICTURES, Browser, browser
 from tests.export.report.reports import answers, full_report, html_page, lines, markdown_page, record
 from tests.export.tiny import save_tiny_llama
 
-from sparsepass.export.report.curves import retraining_run
 from sparsepass.export.report.document import new_report, plain_json, read_report, write_report
 from sparsepass.export.report.layers import LayerFacts, joined_names, layer_facts
 from sparsepass.export.report.schema import ReportDocument, check_report
+from sparsepass.export.report.training import retraining_run
 
 EVIL = "</style></title></script><script>document.title='broken'</script><img src=x onerror=alert(1)>\"'&\x00"
 KINDS = (

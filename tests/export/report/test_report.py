@@ -26,8 +26,7 @@ from sparsepass.export.report.document import (
     read_report,
     write_report,
 )
-from sparsepass.export.report.html import render_html
-from sparsepass.export.report.markdown import render_markdown
+from sparsepass.export.report.pages import render_html, render_markdown
 from sparsepass.export.report.schema import SCHEMA_VERSION, SECTIONS, ReportDocument, check_report, json_schema
 from sparsepass.export.report.sections import Part
 from sparsepass.export.report.view import VIEWS
