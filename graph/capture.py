@@ -19,7 +19,7 @@ from sparsepass.graph import structure
 from sparsepass.graph.examples import example_inputs_for
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
-from sparsepass.graph.support import CaptureError, first_line, quiet_export
+from sparsepass.graph.support import CaptureError, evaluating, first_line, quiet_export
 
 
 def capture(
@@ -187,10 +187,8 @@ def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> torch.export.ExportedProgram:
     shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_collection():
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings(), _without_collection():
             warnings.simplefilter("ignore")
             if _is_pretrained(model):
                 return _export_pretrained(model, named, shapes)
@@ -202,9 +200,6 @@ def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tu
             "in forward, inputs that the model does not take. Try other example_inputs, fixed sizes "
             "(dynamic_axes={}), or capture a submodule"
         ) from error
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 def _export_pretrained(

@@ -3,14 +3,13 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import CaptureError
+from sparsepass.graph.support import CaptureError, default_dtype
 
 
 class SLoRBLinear(nn.Module):
@@ -121,22 +120,12 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     config = kind.config_class.from_dict(settings)
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
-    with warnings.catch_warnings(), _default_dtype(dtype), empty:
+    with warnings.catch_warnings(), default_dtype(dtype), empty:
         warnings.simplefilter("ignore")
         model: nn.Module = kind(config)
     if origin.generation_config is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(origin.generation_config))  # type: ignore[assignment]
     return model
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    old = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(old)
 
 
 def _share_ties(model: nn.Module, program: Program) -> None:

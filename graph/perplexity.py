@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +161,7 @@ def perplexity(
     arithmetic, autocast = _arithmetic(model, dtype, device)
     call = _caller(model)
     nll_sum, num_scored, num_done = 0.0, 0, 0
-    with _evaluating(model), torch.no_grad(), autocast:
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext(), torch.no_grad(), autocast:
         _check_causal(model, call, windows[0].ids[None].to(device))
         for batch in _batches(windows, rows):
             ids_BT = torch.stack([window.ids for window in batch]).to(device)
@@ -401,21 +401,6 @@ def _arithmetic(
             f"bfloat16 or float16 (by autocast): load the model with dtype={str(wanted).removeprefix('torch.')} instead"
         )
     return f"{str(wanted).removeprefix('torch.')} autocast", torch.autocast(device.type, dtype=wanted)
-
-
-@contextmanager
-def _evaluating(model: "CausalLM | nn.Module") -> Iterator[None]:
-    """Put the model into eval mode, and each of its modules back into its own mode."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _name(model: object) -> str:

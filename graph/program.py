@@ -14,15 +14,22 @@ from sparsepass.graph import structure
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
     PassRecord,
+    Report,
     SparseState,
     changes_told_by_history,
     pass_record_from_json,
     sparse_state_from_json,
     to_json,
 )
-from sparsepass.graph.report import Report
-from sparsepass.graph.saved import FORMAT_VERSION, PROGRAM_FILE, read_state, write_state
-from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
+from sparsepass.graph.saved import (
+    FORMAT_VERSION,
+    PROGRAM_FILE,
+    check_tensor_name,
+    graph_from_json,
+    graph_to_json,
+    read_state,
+    write_state,
+)
 from sparsepass.graph.sites import Site, find_sites
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder

@@ -4,6 +4,9 @@ Node metadata matters here: `nn_module_stack` says which module a node belongs t
 every new node takes the stack of the operation it serves and stands right beside it.
 """
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -255,3 +258,22 @@ def _consumer(node: fx.Node) -> fx.Node:
     while node.target in (_aten.t.default, _aten.transpose.int, _aten.permute.default) and len(node.users) == 1:
         (node,) = node.users
     return node
+
+
+@contextlib.contextmanager
+def without_branches(program: Program, weights: Collection[str] | None = None) -> Iterator[None]:
+    """Switch SLoRB branches off for as long as the block runs, to measure the sparse weights alone.
+
+    Args:
+        program: It is as before afterwards.
+        weights: Names of the weights whose branches are meant; None for all.
+    """
+    branches = [state.branch for weight, state in program.sparse.items() if weights is None or weight in weights]
+    old = {branch.weight: program.tensor(branch.weight) for branch in branches if branch is not None}
+    try:
+        for name, tensor in old.items():
+            program.set_tensor(name, torch.zeros_like(tensor))
+        yield
+    finally:
+        for name, tensor in old.items():
+            program.set_tensor(name, tensor)

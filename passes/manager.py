@@ -15,9 +15,8 @@ from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
-from sparsepass.graph.rewrite import finish
+from sparsepass.graph.rewrite import finish, without_branches
 from sparsepass.graph.spec import violations
-from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition

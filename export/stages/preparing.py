@@ -26,7 +26,7 @@ from sparsepass.export.report import (
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
 from sparsepass.graph.perplexity import Perplexity, perplexity
-from sparsepass.graph.states import without_branches
+from sparsepass.graph.rewrite import without_branches
 from sparsepass.graph.support import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
 from sparsepass.passes.data import default_text

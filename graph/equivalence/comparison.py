@@ -17,11 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest
+from sparsepass.graph.equivalence.artifact import Artifact, CallNumbers, Inputs, coarsest
 from sparsepass.graph.equivalence.differences import Difference, TensorDifference, difference, tensor_difference
-from sparsepass.graph.equivalence.layers import CallNumbers
-from sparsepass.graph.equivalence.opening import open_artifact
-from sparsepass.graph.equivalence.running import outputs_of, run
+from sparsepass.graph.equivalence.running import open_artifact, outputs_of, run
 from sparsepass.graph.support import EquivalenceError
 
 __all__ = [

@@ -17,7 +17,7 @@ from sparsepass.export.stages.exporting import SAMPLES_FILE, export, read_sample
 from sparsepass.export.stages.preparing import Calibration, Evaluation, prepare
 from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.states import without_branches
+from sparsepass.graph.rewrite import without_branches
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
 EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}
