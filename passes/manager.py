@@ -24,7 +24,7 @@ from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibratio
 from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
 from sparsepass.passes.maths import InputStatistics
 from sparsepass.passes.preconditions import check_pipeline
-from sparsepass.passes.text import parse_pipeline, pass_to_text
+from sparsepass.passes.table import parse_pipeline, pass_to_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

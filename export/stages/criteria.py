@@ -23,7 +23,7 @@ from sparsepass.graph import SparsepassError
 from sparsepass.graph.support import nearest, write_text
 from sparsepass.passes.criteria import CRITERIA
 from sparsepass.passes.maths import NMPattern
-from sparsepass.passes.text import parse_pipeline, pipeline_to_text
+from sparsepass.passes.table import parse_pipeline, pipeline_to_text
 
 SCHEMA = 1
 DENSE = "dense"

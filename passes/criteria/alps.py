@@ -8,15 +8,16 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import (
+    PIECE_WEIGHTS,
     CriterionOptions,
     Pruned,
     all_finite,
     check_statistics,
     check_weight,
+    solve_rows,
     unit_gram,
     working_dtype,
 )
-from sparsepass.passes.criteria.refinement import PIECE_WEIGHTS, solve_rows
 from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
 
 _FIRST_RHO = 0.1

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.data.inputs import MASK, ModelInputs, Row
-from sparsepass.passes.data.packing import Packer
-from sparsepass.passes.data.reading import records, spread_order
-from sparsepass.passes.data.sources import check_one_split, load_data_set, locate, path_kind
-from sparsepass.passes.data.texts import open_bytes
+from sparsepass.passes.data.sources import check_one_split, load_data_set, locate, path_kind, records, spread_order
+from sparsepass.passes.data.texts import Packer, open_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

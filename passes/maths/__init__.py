@@ -1,9 +1,10 @@
 """Tensor maths that know no graph: patterns, statistics, low-rank branches, reconstruction."""
 
-from sparsepass.passes.maths.learn_masks import add_prior, first_logits
 from sparsepass.passes.maths.pattern import (
     NMPattern,
+    add_prior,
     canonical_zeros,
+    first_logits,
     keep_largest,
     keep_largest_of_groups,
     nm_mask,
