@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
+from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, nm_mask
+
+# The relative rounding of Gram matrices, which are summed in fp32 whatever the weights are in.
+GRAM_EPSILON = torch.finfo(torch.float32).eps
+# Rows are taken in pieces of about this many weights: they do not depend on each other, and eight such arrays are held.
+PIECE_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +61,6 @@ class Pruned:
     mask_OI: Tensor  # noqa: N815
     note: str | None = None
 
-
-# The relative rounding of Gram matrices, which are summed in fp32 whatever the weights are in.
-GRAM_EPSILON = torch.finfo(torch.float32).eps
 
 CriterionFunction: TypeAlias = Callable[[Tensor, InputStatistics | None, NMPattern, CriterionOptions], Pruned]
 
@@ -130,12 +132,12 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(smallest.isfinite() & largest.isfinite())
 
 
-def check_statistics(statistics: InputStatistics | None, in_features: int, *, criterion: str, gram: bool) -> InputStatistics:
-    """Makes sure that a criterion has the statistics it needs.
+def check_statistics(weight_OI: Tensor, statistics: InputStatistics | None, *, criterion: str, gram: bool) -> InputStatistics:
+    """Makes sure that a weight can be pruned, and that a criterion has the statistics it needs.
 
     Args:
+        weight_OI: See `check_weight`.
         statistics: What calibration gathered, if anything.
-        in_features: Input features of the weight.
         criterion: The criterion's name, for the message.
         gram: Whether the Gram matrix is needed.
 
@@ -143,19 +145,21 @@ def check_statistics(statistics: InputStatistics | None, in_features: int, *, cr
         The statistics.
 
     Raises:
-        SparsepassError: They are missing, empty, of another width, or without the Gram matrix.
+        SparsepassError: The weight cannot be pruned, or the statistics are missing, empty, of another width, or without the
+            Gram matrix.
 
-    >>> check_statistics(None, 8, criterion="wanda", gram=False)
+    >>> check_statistics(torch.ones(4, 8), None, criterion="wanda", gram=False)
     Traceback (most recent call last):
     sparsepass.SparsepassError: the criterion 'wanda' needs calibration data, got none; ...
     """
+    check_weight(weight_OI)
     if statistics is None:
         raise SparsepassError(
             f"the criterion {criterion!r} needs calibration data, got none; pass calibration=..., or choose 'magnitude'"
         )
-    if statistics.in_features != in_features:
+    if statistics.in_features != weight_OI.shape[-1]:
         raise SparsepassError(
-            f"the criterion {criterion!r} got a weight of {in_features} input features "
+            f"the criterion {criterion!r} got a weight of {weight_OI.shape[-1]} input features "
             f"but statistics of {statistics.in_features}"
         )
     if statistics.num_tokens == 0:
@@ -168,9 +172,33 @@ def check_statistics(statistics: InputStatistics | None, in_features: int, *, cr
     return statistics
 
 
-def unit_gram(
-    statistics: InputStatistics, damping: float, *, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def check_matrix(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPattern, *, method: str) -> InputStatistics:
+    """Makes sure of all that a method needs which prunes one matrix by its inputs' Gram matrix.
+
+    Args:
+        weight_OI: The weight.
+        statistics: What calibration gathered, if anything.
+        pattern: The pattern along the last axis.
+        method: The method's name, for the message; in small letters it is the criterion's.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        SparsepassError: The weight is not 2-D, M does not divide its width, or see `check_statistics`.
+
+    >>> check_matrix(torch.ones(8), None, NMPattern(2, 4), method="ALPS")
+    Traceback (most recent call last):
+    sparsepass.SparsepassError: ALPS prunes one [out, in] matrix at a time, got shape (8,)
+    """
+    if weight_OI.dim() != 2:
+        raise SparsepassError(f"{method} prunes one [out, in] matrix at a time, got shape {tuple(weight_OI.shape)}")
+    known = check_statistics(weight_OI, statistics, criterion=method.lower(), gram=True)
+    nm_mask(weight_OI[:0], pattern)  # complains of a width that M does not divide before any work is done
+    return known
+
+
+def unit_gram(statistics: InputStatistics, weight_OI: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """The damped Gram matrix in the scale in which its diagonal is one.
 
     Features that were never active ("dead") take no part in the mean that damping is a fraction of, and stand alone
@@ -180,9 +208,8 @@ def unit_gram(
 
     Args:
         statistics: With a Gram matrix.
+        weight_OI: The weight, on whose device the matrix is wanted, in fp32 (fp64 for a weight in fp64).
         damping: Added to the diagonal, as a fraction of its mean.
-        dtype: To compute in.
-        device: To compute on.
 
     Returns:
         The matrix; the scales, which weights are multiplied with to match; and the dead features.
@@ -191,7 +218,7 @@ def unit_gram(
         SparsepassError: The Gram matrix holds NaN or Inf.
 
     >>> statistics = InputStatistics(num_tokens=1, gram_II=torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
-    >>> unit_gram(statistics, 0.0, dtype=torch.float32, device=torch.device("cpu"))[:2]
+    >>> unit_gram(statistics, torch.ones(1, 2), 0.0)[:2]
     (tensor([[1.0000, 0.5000],
             [0.5000, 1.0000]]), tensor([2., 1.]))
     """
@@ -199,7 +226,8 @@ def unit_gram(
     assert gram_II is not None
     if not all_finite(gram_II):
         raise SparsepassError("the inputs' Gram matrix holds NaN or Inf; look for the calibration batch that brings them in")
-    gram_II = gram_II.to(device=device, dtype=dtype, copy=True)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
+    gram_II = gram_II.to(device=weight_OI.device, dtype=dtype, copy=True)
     diag_I = gram_II.diagonal()
     dead_I = diag_I == 0
     diag_I += damping * diag_I.sum() / (~dead_I).sum().clamp(min=1)
@@ -231,23 +259,40 @@ def keep_masked(weight_OI: Tensor, mask_OI: Tensor) -> Pruned:
     return Pruned(weight_OI=canonical_zeros(weight_OI.detach().masked_fill(~mask_OI, 0)), mask_OI=mask_OI)
 
 
-def working_dtype(weight_OI: Tensor) -> torch.dtype:
-    """The dtype that criteria compute in: fp32, or fp64 for a weight in fp64.
+def pieces(weight_OI: Tensor, num_weights: int | None = None) -> list[slice]:
+    """Rows that are computed together, a piece at a time, so that what they take does not grow with the weight.
 
     Args:
-        weight_OI: The weight.
+        weight_OI: The weight, whose rows do not depend on each other.
+        num_weights: How many weights a piece has, more or less; by default `PIECE_WEIGHTS`.
 
-    Returns:
-        The dtype.
-
-    >>> working_dtype(torch.ones(1, dtype=torch.bfloat16))
-    torch.float32
+    >>> pieces(torch.ones(3, 8), 16)
+    [slice(0, 2, None), slice(2, 4, None)]
     """
-    return torch.promote_types(weight_OI.dtype, torch.float32)
+    num_rows = max(1, (num_weights or PIECE_WEIGHTS) // max(weight_OI.shape[1], 1))
+    return [slice(start, start + num_rows) for start in range(0, len(weight_OI), num_rows)]
 
 
-# Rows are taken in pieces of about this many weights: they do not depend on each other, and eight such arrays are held.
-PIECE_WEIGHTS = 1 << 22
+def finished(weight_OI: Tensor, what: str, *, damping: float) -> Tensor:
+    """Weights that were computed, with +0.0 for every -0.0.
+
+    Args:
+        weight_OI: The weights, +0.0 or -0.0 where they are dropped.
+        what: What they are, for the message.
+        damping: The damping that was used, for the message.
+
+    Raises:
+        SparsepassError: They do not fit their dtype.
+
+    >>> finished(torch.tensor([[-0.0, 2.0]]), "the weights", damping=0.01)
+    tensor([[0., 2.]])
+    """
+    if not all_finite(weight_OI):
+        raise SparsepassError(
+            f"{what} do not fit {weight_OI.dtype} (damping {damping:g}); raise the damping, give more calibration data, or "
+            "prune in a dtype with more range"
+        )
+    return canonical_zeros(weight_OI)
 
 
 @torch.no_grad()
@@ -289,23 +334,15 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
     """
     if weight_OI.dim() != 2:
         raise SparsepassError(f"one [out, in] matrix is refined at a time, got shape {tuple(weight_OI.shape)}")
-    known = check_statistics(statistics, weight_OI.shape[1], criterion="refine", gram=True)
-    dtype = working_dtype(weight_OI)
-    gram_II, scale_I, dead_I = unit_gram(known, damping, dtype=dtype, device=weight_OI.device)
+    known = check_statistics(weight_OI, statistics, criterion="refine", gram=True)
+    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, damping)
     refined_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
-    piece = max(1, PIECE_WEIGHTS // max(weight_OI.shape[1], 1))
-    for start in range(0, len(weight_OI), piece):
-        rows = slice(start, start + piece)
-        dense_OI, kept_OI = (w[rows].to(dtype).masked_fill(dead_I, 0) * scale_I for w in (weight_OI, pruned.weight_OI))
-        dense_IO, kept_IO, mask_IO = (t.T.contiguous() for t in (dense_OI, kept_OI, pruned.mask_OI[rows]))
+    for rows in pieces(weight_OI):
+        both = (w[rows].to(gram_II.dtype).masked_fill(dead_I, 0) * scale_I for w in (weight_OI, pruned.weight_OI))
+        dense_IO, kept_IO, mask_IO = (t.T.contiguous() for t in (*both, pruned.mask_OI[rows]))
         kept_IO = solve_rows(dense_IO, kept_IO, mask_IO, gram_II, num_steps=num_steps)
         refined_OI[rows] = (kept_IO.T / scale_I).to(weight_OI.dtype)
-    if not all_finite(refined_OI):
-        raise SparsepassError(
-            f"the refined weights do not fit {weight_OI.dtype} (damping {damping:g}); raise the damping, give more "
-            "calibration data, or prune in a dtype with more range"
-        )
-    return replace(pruned, weight_OI=canonical_zeros(refined_OI))
+    return replace(pruned, weight_OI=finished(refined_OI, "the refined weights", damping=damping))
 
 
 def solve_rows(dense_IO: Tensor, kept_IO: Tensor, support_IO: Tensor, gram_II: Tensor, *, num_steps: int) -> Tensor:

@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import (
-    GRAM_EPSILON,
-    CriterionOptions,
-    Pruned,
-    all_finite,
-    check_statistics,
-    check_weight,
-    working_dtype,
-)
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
+from sparsepass.passes.criteria.criterion import GRAM_EPSILON, CriterionOptions, Pruned, all_finite, check_matrix, finished
+from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest
 
 # Damping is raised tenfold until it is as large as the mean of the Hessian's diagonal.
 _LARGEST_DAMPING = 1.0
@@ -57,16 +49,11 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
     >>> sparsegpt(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), statistics, NMPattern(2, 4), options).weight_OI
     tensor([[0., 0., 4., 5.]])
     """
-    check_weight(weight_OI)
-    if weight_OI.dim() != 2:
-        raise SparsepassError(f"SparseGPT prunes one [out, in] matrix at a time, got shape {tuple(weight_OI.shape)}")
-    known = check_statistics(statistics, weight_OI.shape[1], criterion="sparsegpt", gram=True)
+    known = check_matrix(weight_OI, statistics, pattern, method="SparseGPT")
     gram_II = known.gram_II
     assert gram_II is not None
     in_features, m = weight_OI.shape[1], pattern.m
-    nm_mask(weight_OI[:0], pattern)  # complains of a width that M does not divide before any work is done
-
-    dtype = working_dtype(weight_OI)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     hinv_upper_II, dead_I, damping_used = inverse_cholesky(
         gram_II.to(device=weight_OI.device, dtype=dtype), known.num_tokens, options.damping
     )
@@ -99,18 +86,14 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
 
     mask_OI = mask_IO.T.contiguous()
     pruned_OI = weight_IO.T.masked_fill(~mask_OI, 0).to(weight_OI.dtype).contiguous()
-    if not all_finite(pruned_OI):
-        raise SparsepassError(
-            f"the weights that SparseGPT compensated do not fit {weight_OI.dtype} (damping {damping_used:g}); "
-            "raise the damping, give more calibration data, or prune in a dtype with more range"
-        )
+    pruned_OI = finished(pruned_OI, "the weights that SparseGPT compensated", damping=damping_used)
     note = None
     if damping_used != options.damping:
         note = (
             f"the Hessian was not positive definite with damping {options.damping:g}, so {damping_used:g} was used; "
             f"{known.num_tokens} calibration tokens for {in_features} features may be too few"
         )
-    return Pruned(weight_OI=canonical_zeros(pruned_OI), mask_OI=mask_OI, note=note)
+    return Pruned(weight_OI=pruned_OI, mask_OI=mask_OI, note=note)
 
 
 @torch.no_grad()
