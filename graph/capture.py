@@ -1,13 +1,13 @@
 """Capturing a model as a Program: torch.export in non-strict mode, through transformers' exporter for its models."""
 
 import contextlib
-import copy
 import gc
 import inspect
 import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def run_exporter(exporter: Any, model: nn.Module, inputs: Mapping[str, Tensor], 
 
     In older versions (5.17 to 5.20 seen) ``export`` returns it; in newer ones ``export_program`` does, with metadata beside it.
     """
-    given = copy.copy(dict(inputs))  # the exporter takes its own options out of it
+    given = dict(inputs)  # the exporter takes its own options out of it
     if hasattr(exporter, "export_program"):
         return exporter.export_program(model, given, config)[0]
     return exporter.export(model, given, config)
@@ -317,7 +317,7 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
             continue
         if node.target in ASSERTIONS or (node.op == "get_attr" and not node.users):
             continue
-        if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), fx.GraphModule):
+        if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), fx.GraphModule):
             raise CaptureError(
                 f"the model runs a nested graph ({node.target}: torch.cond, autocast or a loop), which passes cannot "
                 "rewrite yet; capture it outside of torch.autocast, or without that control flow"
@@ -343,16 +343,10 @@ def _write_outer_products(graph: fx.Graph) -> None:
                 node.target = torch.ops.aten.mul.Tensor
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
-    path, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(path), attribute)
-
-
 def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     aliases = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in every:
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if first.setdefault(id(tensor), name) != name:
             aliases[name] = first[id(tensor)]
     return aliases

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsepass.graph.nodes import ancestors
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError
 
@@ -89,16 +90,6 @@ def _cut(graph: fx.Graph, logits: fx.Node) -> tuple[set[fx.Node], fx.Node] | Non
             inside.add(source)
             stack.append(source)
     return inside, entry
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
-    seen, stack = {node}, [node]
-    while stack:
-        new = [source for source in stack.pop().all_input_nodes if source not in seen]
-        seen.update(new)
-        stack.extend(new)
-    return seen
 
 
 def _body(program: Program, result: fx.Node) -> Program:

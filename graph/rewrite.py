@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from sparsepass.graph.nodes import module_path
 from sparsepass.graph.program import Program, masked_weight, with_sparse
 from sparsepass.graph.records import BranchState, LearnedState, SparseState
 from sparsepass.graph.sites import Site
@@ -192,7 +193,7 @@ def finish(program: Program) -> None:
 def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, site: Site, k: int) -> fx.Node:
     segments = site.in_features // k
     # Siblings share it, so it belongs to the module that holds them; unless the layer is no module of its own.
-    in_own_module = _innermost(consumer) == site.name and _innermost(x) != site.name
+    in_own_module = module_path(consumer) == site.name and module_path(x) != site.name
     for user in x.users:
         if user.target is not _aten.unflatten.int or user.args != (x, -1, [segments, k]):
             continue
@@ -213,15 +214,10 @@ def _module_start(node: fx.Node, x: fx.Node) -> fx.Node:
 
     A node of the parent in the midst of a module's nodes would cut the call in two, and the hierarchy with it.
     """
-    path = _innermost(node)
-    while node.prev is not x and node.prev.op not in ("root", "placeholder") and _innermost(node.prev) == path:
+    path = module_path(node)
+    while node.prev is not x and node.prev.op not in ("root", "placeholder") and module_path(node.prev) == path:
         node = node.prev
     return node
-
-
-def _innermost(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def _move_before(consumer: fx.Node, nodes: tuple[fx.Node, ...]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph.hierarchy import Hierarchy
+from sparsepass.graph.nodes import module_path
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import EquivalenceError, evaluating
 
@@ -215,7 +216,7 @@ class ProgramArtifact(Artifact):
         by_name = {node.name: node for node in self._program.graph_module.graph.nodes}
         said = []
         for site in self._program.sites():
-            if layer not in {site.name, *(_innermost(by_name[name]) for name in site.nodes)}:
+            if layer not in {site.name, *(canonical_path(module_path(by_name[name])) for name in site.nodes)}:
                 continue
             state = self._program.sparse.get(site.weight)
             if state is None:
@@ -249,17 +250,12 @@ class _Watching(fx.Interpreter):
 def _step(node: fx.Node, matmuls: Collection[str]) -> Step:
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
     return Step(
-        path=_innermost(node),
+        path=canonical_path(module_path(node)),
         reads=tuple(source.name for source in node.all_input_nodes),
         writes=(node.name,),
         is_matmul=node.name in matmuls,
         is_tensor=len(returns) == 1 and str(returns[0].type) == "Tensor",
     )
-
-
-def _innermost(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return canonical_path(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def flat_outputs(output: Any) -> dict[str, Tensor]:
