@@ -4,6 +4,7 @@ Shape legend: B windows, T tokens of a window, N scored tokens, V vocabulary.
 """
 
 import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -210,15 +211,10 @@ def _windows(ids_T: Tensor, *, num_text: int, step: int, bos_id: int | None) -> 
 
 
 def _batches(windows: list[_Window], rows: int) -> Iterator[list[_Window]]:
-    batch: list[_Window] = []
-    for window in windows:
-        same = batch and (len(batch[0].ids), batch[0].first_scored) == (len(window.ids), window.first_scored)
-        if batch and (not same or len(batch) == rows):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+    for _, group in itertools.groupby(windows, key=lambda window: (len(window.ids), window.first_scored)):
+        same = list(group)
+        for start in range(0, len(same), rows):
+            yield same[start : start + rows]
 
 
 def _nll_sum(logits_BTV: Tensor, ids_BT: Tensor, first_scored: int, num_done: int) -> float:
@@ -379,11 +375,8 @@ def _config(model: "CausalLM | nn.Module") -> Mapping[str, Any]:
 
 
 def _device(model: "CausalLM | nn.Module") -> torch.device:
-    if isinstance(model, nn.Module):
-        for tensors in (model.parameters(), model.buffers()):
-            for tensor in tensors:
-                return tensor.device
-    return torch.device("cpu")
+    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _arithmetic(

@@ -1,6 +1,6 @@
 """One-shot pruning criteria, one file each, all behind one function signature."""
 
-from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, refine
+from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, keep_masked, refine
 from sparsepass.passes.criteria.table import CRITERIA
 
 __all__ = [
@@ -9,5 +9,6 @@ __all__ = [
     "CriterionOptions",
     "Pruned",
     "check_weight",
+    "keep_masked",
     "refine",
 ]

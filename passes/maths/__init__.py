@@ -12,7 +12,7 @@ from sparsepass.passes.maths.pattern import (
 )
 from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
 from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
-from sparsepass.passes.maths.statistics import InputStatistics
+from sparsepass.passes.maths.statistics import InputStatistics, relative_error
 
 __all__ = [
     "InputStatistics",
@@ -27,6 +27,7 @@ __all__ = [
     "keep_largest_of_groups",
     "nm_mask",
     "num_violations",
+    "relative_error",
     "slorb_least_squares",
     "slorb_mean_init",
     "token_error",
