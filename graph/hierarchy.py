@@ -73,10 +73,9 @@ def hierarchy(program: Program) -> Hierarchy:
             module = tree.get_submodule(path)
         except AttributeError:
             continue  # a parameter that the graph never reads
-        if attribute in module._parameters:
-            module._parameters[attribute] = tensor  # type: ignore[assignment]
-        elif attribute in module._buffers:
-            module._buffers[attribute] = tensor
+        for table in (module._parameters, module._buffers):
+            if attribute in table:
+                table[attribute] = tensor  # type: ignore[assignment]
     write_code(tree)
     tree.train(program.training)
     return Hierarchy(program, tree)

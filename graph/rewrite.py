@@ -38,8 +38,7 @@ def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> Non
         with graph.inserting_before(user[1]):
             mask_node = graph.get_attr(name)
             masked = graph.call_function(_MASKED, (user[0], mask_node))
-        for node in (mask_node, masked):
-            _inherit(node, anchor)
+        _inherit(anchor, mask_node, masked)
         user[1].replace_input_with(user[0], masked)
     program.sparse[site.weight] = SparseState(pattern=pattern, axis=site.nm_axis, mask=name)
 
@@ -68,8 +67,7 @@ def attach_logits(program: Program, site: Site, logits: Tensor, n: int, m: int) 
             with graph.inserting_before(node):
                 read = [graph.get_attr(name) for name in (learned.logits, learned.control)]
                 soft = graph.call_function(_LEARNED, (*node.args, *read, n, m, site.nm_axis))
-            for new in (*read, soft):
-                _inherit(new, node)
+            _inherit(node, *read, soft)
             node.replace_all_uses_with(soft)
             graph.erase_node(node)
     with_sparse(program, site.weight, learned=learned)
@@ -91,7 +89,7 @@ def detach_logits(program: Program, weight: str) -> None:
             source, mask, *read = node.args[:4]
             with graph.inserting_before(node):
                 masked = graph.call_function(_MASKED, (source, mask))
-            _inherit(masked, node)
+            _inherit(node, masked)
             node.replace_all_uses_with(masked)
             graph.erase_node(node)
             for unread in read:
@@ -149,8 +147,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
         projection=beside(site, "slorb_projection") if projection is not None else None,
     )
     program.set_tensor(state.weight, nn.Parameter(weight))
-    if projection is not None:
-        assert state.projection is not None
+    if projection is not None and state.projection is not None:
         program.set_tensor(state.projection, nn.Parameter(projection))
     by_name = {node.name: node for node in graph.nodes}
     for use in site.nodes:
@@ -163,8 +160,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
             else:
                 projection_node = graph.get_attr(state.projection)
                 projected = graph.call_function(_aten.linear.default, (x, projection_node))
-                _inherit(projection_node, node)
-                _inherit(projected, node)
+                _inherit(node, projection_node, projected)
         with graph.inserting_after(node):
             weight_node = graph.get_attr(state.weight)
         with graph.inserting_after(weight_node):
@@ -172,8 +168,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
         with graph.inserting_after(branch):
             total = graph.call_function(_aten.add.Tensor, (node, branch))
         node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
-        for new in (weight_node, branch, total):
-            _inherit(new, node)
+        _inherit(node, weight_node, branch, total)
     with_sparse(program, site.weight, branch=state)
 
 
@@ -204,8 +199,7 @@ def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, site: Site, k: 
     with graph.inserting_before(_module_start(consumer, x)):
         split = graph.call_function(_aten.unflatten.int, (x, -1, [segments, k]))
         total = graph.call_function(_aten.sum.dim_IntList, (split, [-1]))
-    for node in (split, total):
-        _inherit(node, consumer, levels_up=int(in_own_module))
+    _inherit(consumer, split, total, levels_up=int(in_own_module))
     return total
 
 
@@ -231,12 +225,13 @@ def _move_before(consumer: fx.Node, nodes: tuple[fx.Node, ...]) -> None:
         consumer.prepend(node)
 
 
-def _inherit(node: fx.Node, source: fx.Node, *, levels_up: int = 0) -> None:
+def _inherit(source: fx.Node, *nodes: fx.Node, levels_up: int = 0) -> None:
+    """Put new nodes into the module of another node, or so many levels above it."""
     stack = dict(source.meta.get("nn_module_stack") or {})
     for _ in range(min(levels_up, max(len(stack) - 1, 0))):
         stack.popitem()
-    if stack:
-        node.meta["nn_module_stack"] = stack
+    for node in nodes if stack else ():
+        node.meta["nn_module_stack"] = dict(stack)
 
 
 def _weight_users(program: Program, weight: str) -> list[tuple[fx.Node, fx.Node]]:

@@ -160,12 +160,10 @@ class _Run:
         first = items[0]
         chosen, skipped = first.choose(self.program)
         _require_work(first, chosen, skipped)
-        weights = {site.weight for site in chosen}
         for item in items[1:]:
-            chosen += [site for site in item.choose(self.program)[0] if site.weight not in weights]
-            weights = {site.weight for site in chosen}
-        order = {site.weight: i for i, site in enumerate(self.program.sites())}
-        groups = site_groups(sorted(chosen, key=lambda site: order[site.weight]))
+            chosen += item.choose(self.program)[0]
+        weights = {site.weight for site in chosen}
+        groups = site_groups([site for site in self.program.sites() if site.weight in weights])
         facts: dict[str, dict[str, Facts]] = {item.name: {} for item in items}
         reasons: dict[str, dict[str, str]] = {item.name: {} for item in items}
         reasons[first.name] = skipped

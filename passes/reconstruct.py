@@ -1,5 +1,6 @@
 """The pass `reconstruct`: it trains the kept weights of each block until the block gives what the dense block gave."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -114,7 +115,8 @@ class Reconstruct(Pass):
             state = program.sparse[site.weight]
             assert state.mask is not None
             mask_names[site.weight] = state.mask
-            refresh = _Refresh(site, NMPattern.parse(state.pattern)) if self.masks == "moving" else None
+            pattern = NMPattern.parse(state.pattern)
+            refresh = functools.partial(_largest, site, pattern) if self.masks == "moving" else None
             tensors[site.weight] = Trained(start=program.tensor(site.weight), mask=program.tensor(state.mask), refresh=refresh)
             if state.branch is not None:
                 tensors[state.branch.weight] = Trained(start=program.tensor(state.branch.weight))
@@ -152,12 +154,6 @@ class Reconstruct(Pass):
         return {site.name: facts for site in group.sites}
 
 
-@dataclass(frozen=True)
-class _Refresh:
+def _largest(site: Site, pattern: NMPattern, weight: Tensor) -> Tensor:
     """The mask of a site's largest weights."""
-
-    site: Site
-    pattern: NMPattern
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        return self.site.from_matrix(nm_mask(self.site.to_matrix(weight).abs(), self.pattern))
+    return site.from_matrix(nm_mask(site.to_matrix(weight).abs(), pattern))

@@ -222,7 +222,7 @@ def compare(a: Any, b: Any, inputs: Inputs, *, layers: bool = True, tolerance: f
     for name in reference.layers:
         if name not in found:
             not_compared.setdefault(name, f"{second.description} has no such layer")
-    outputs, unmatched = _matched(reference.tensors, candidate, first.description, second.description)
+    outputs, unmatched = _matched(reference, candidate, first.description, second.description)
     dtype = coarsest([dtype, *(t.dtype for pair in outputs.values() for t in pair)])
     return Comparison(
         reference=first.description,

@@ -1,7 +1,6 @@
 """Opening whatever can be compared (modules, programs and files), running it, and what it returned."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,17 @@ from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import EquivalenceError, SparsepassError
 
 
-@dataclass(frozen=True)
-class Outputs(Mapping[str, Tensor]):
+class Outputs(dict[str, Tensor]):
     """What an artifact returned: a mapping of flat output names to tensors. Final.
 
     Attributes:
-        tensors: The outputs.
         layers: Module path -> result of that layer, in the order in which layers finish; empty unless asked for. A
             later call of the same module is named ``path#1``.
     """
 
-    tensors: Mapping[str, Tensor]
-    layers: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
-
-    def __iter__(self) -> Any:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.layers = layers
 
 
 def run(artifact: Any, inputs: Inputs, *, layers: bool = False) -> Outputs:

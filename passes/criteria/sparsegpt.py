@@ -8,11 +8,9 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.criteria.criterion import GRAM_EPSILON, CriterionOptions, Pruned, all_finite, check_matrix, finished
-from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest
+from sparsepass.passes.maths import InputStatistics, NMPattern, dampings, keep_largest
 
-# Damping is raised tenfold until it is as large as the mean of the Hessian's diagonal.
-_LARGEST_DAMPING = 1.0
-_SMALLEST_RETRY_DAMPING = 0.01
+_RETRY_DAMPING = 0.01
 # Up to this size a triangular inverse is one library call; above it, splitting in two saves more than half of the work.
 _DIRECT_INVERSE_SIZE = 128
 
@@ -139,24 +137,21 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
     # full inverse.
     reversed_II = hessian_II.flip(0, 1)
     undamped_I = reversed_II.diagonal().clone()
-    tried = []
-    while True:
-        reversed_II.diagonal().copy_(undamped_I + damping * mean)
+    tried = dampings(damping, retry=_RETRY_DAMPING)
+    for used in tried:
+        reversed_II.diagonal().copy_(undamped_I + used * mean)
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
-        tried.append(f"{damping:g}")
         # Without damping, what is left of the diagonal may be rounding, whose sign is chance; with few tokens it is.
-        is_known = damping > 0 or bool(
+        is_known = used > 0 or bool(
             (lower_II.diagonal().square() > len(gram_II) * GRAM_EPSILON * undamped_I).all() & (num_live <= num_tokens)
         )
         if int(info) == 0 and all_finite(lower_II) and is_known:
-            return _lower_inverse(lower_II).flip(0, 1), dead_I, damping
-        if damping >= _LARGEST_DAMPING:
-            raise SparsepassError(
-                f"the Hessian of {num_tokens} tokens and {gram_II.shape[0]} features is not positive definite, "
-                f"with damping {', '.join(tried)}; use more calibration tokens, leave this layer alone, "
-                "or choose 'wanda' for it"
-            )
-        damping = min(max(damping * 10, _SMALLEST_RETRY_DAMPING), _LARGEST_DAMPING)
+            return _lower_inverse(lower_II).flip(0, 1), dead_I, used
+    raise SparsepassError(
+        f"the Hessian of {num_tokens} tokens and {gram_II.shape[0]} features is not positive definite, "
+        f"with damping {', '.join(f'{each:g}' for each in tried)}; use more calibration tokens, leave this layer alone, "
+        "or choose 'wanda' for it"
+    )
 
 
 def _lower_inverse(lower_II: Tensor) -> Tensor:

@@ -82,14 +82,9 @@ class CalibrationData:
 
     def _read(self) -> Iterator[CalibrationBatch]:
         rows = itertools.islice(self._source.rows(), self._num_sequences)
-        waiting: list[Row] = []
-        for row in rows:
-            if waiting and (len(waiting) == self._batch_size or _signature(row) != _signature(waiting[0])):
-                yield self._batch(waiting)
-                waiting = []
-            waiting.append(row)
-        if waiting:
-            yield self._batch(waiting)
+        for _, alike in itertools.groupby(rows, key=_signature):
+            while batch := list(itertools.islice(alike, self._batch_size)):
+                yield self._batch(batch)
 
     def _batch(self, rows: list[Row]) -> CalibrationBatch:
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

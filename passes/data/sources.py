@@ -246,13 +246,9 @@ def spread_order(count: int, seed: int) -> Iterator[int]:
 
 def _jsonl(path: Path, where: str, seed: int | None) -> Iterator[tuple[int, Record]]:
     with path.open("rb") as file:
-        lines = _lines(file) if seed is None else _spread_lines(file, seed)
-        for number, line in lines:
-            yield number, _record(line, f"{where}, line {number}")
-
-
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        for number, line in enumerate(file, start=1) if seed is None else _spread_lines(file, seed):
+            if line.strip():
+                yield number, _record(line, f"{where}, line {number}")
 
 
 def _spread_lines(file: IO[bytes], seed: int) -> Iterator[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from sparsepass.passes.maths.pattern import (
 )
 from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
 from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
-from sparsepass.passes.maths.statistics import InputStatistics, relative_error
+from sparsepass.passes.maths.statistics import InputStatistics, dampings, relative_error
 
 __all__ = [
     "InputStatistics",
@@ -20,6 +20,7 @@ __all__ = [
     "Trained",
     "add_prior",
     "canonical_zeros",
+    "dampings",
     "first_logits",
     "fit",
     "fixed_projection",

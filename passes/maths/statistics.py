@@ -256,6 +256,22 @@ def _features(bad_I: Tensor) -> str:
     return f"{'feature' if len(indices) == 1 else 'features'} {listed}{more}"
 
 
+def dampings(first: float, *, retry: float) -> list[float]:
+    """What to damp a matrix with, one after the other, until it is positive definite: ten times as much each time, up to 1.
+
+    Args:
+        first: A fraction of the mean of its diagonal.
+        retry: The second is at least this.
+
+    >>> dampings(0.0, retry=0.01)
+    [0.0, 0.01, 0.1, 1.0]
+    """
+    found = [first]
+    while found[-1] < 1:
+        found.append(min(max(found[-1] * 10, retry), 1.0))
+    return found
+
+
 def relative_error(missing: Tensor, weight: Tensor, statistics: Sequence[InputStatistics]) -> float:
     """Output error of a weight of which something is missing, relative to its output, over the calibration tokens.
 
