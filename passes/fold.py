@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from sparsepass.graph import Program, Site
 from sparsepass.graph.rewrite import fold_mask
@@ -25,8 +24,8 @@ class Fold(Pass):
     Exactness: bitwise.
     """
 
-    name: ClassVar[str] = "fold"
-    promise: ClassVar[Literal["exact", "approximate"]] = "exact"
+    name = "fold"
+    promise = "exact"
 
     @property
     def needs(self) -> Needs:

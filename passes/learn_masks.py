@@ -6,7 +6,6 @@ Shape suffixes: R rows (every axis of a weight but the one that N:M runs along),
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_logits
@@ -45,8 +44,8 @@ class LearnMasks(Pass):
     Source: MaskLLM, arXiv 2409.17481, sections 3 and 4.
     """
 
-    name: ClassVar[str] = "learn_masks"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "learn_masks"
+    promise = "approximate"
 
     alpha: float = 3.0
     init_std: float = 0.01

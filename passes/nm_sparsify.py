@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ class NMSparsify(Pass):
     2301.00774; ALPS, arXiv 2406.07831; ProxSparse, arXiv 2502.00258.
     """
 
-    name: ClassVar[str] = "nm_sparsify"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "nm_sparsify"
+    promise = "approximate"
 
     pattern: str = "2:4"
     criterion: str | None = None

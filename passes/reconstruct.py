@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class Reconstruct(Pass):
     steps relative to the weights and the moving masks are ours.
     """
 
-    name: ClassVar[str] = "reconstruct"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "reconstruct"
+    promise = "approximate"
 
     steps: int = 64
     lr: float = 0.01

@@ -5,7 +5,7 @@ Shape suffixes: O out, I in, R in/k.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -43,8 +43,8 @@ class SLoRB(Pass):
     Source: AST, arXiv 2407.20584, eqs. 5 and 6; the least squares are ours.
     """
 
-    name: ClassVar[str] = "slorb"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "slorb"
+    promise = "approximate"
 
     k: int = 16
     init: Literal["mean", "sum", "least_squares"] | None = None

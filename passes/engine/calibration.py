@@ -16,7 +16,7 @@ block:
 3. The pass rewrites the block, from these inputs and targets.
 4. The run goes back to the block's first operation and takes the block again, with its final weights.
 
-Shape suffixes: B batch, T tokens.
+Shape suffixes: B batch, T tokens, E experts, I in, K kernel positions.
 """
 
 import functools
@@ -29,9 +29,80 @@ from torch import Tensor, fx
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
 from sparsepass.passes.data import CalibrationBatch
-from sparsepass.passes.engine.blocks import Block, BlockRun, SiteGroup
+from sparsepass.passes.engine.blocks import Block, SiteGroup
 from sparsepass.passes.engine.runner import ComputeDtype, Runner
 from sparsepass.passes.maths import InputStatistics
+
+_aten = torch.ops.aten
+
+
+class BlockRun:
+    """A block while the run is in it, from before its first group is rewritten until it is rewritten itself.
+
+    The pass that rewrites it can run it meanwhile.
+    """
+
+    def __init__(self, block: Block, runner: Runner, dense: Runner, advance: Callable[[str], None]) -> None:
+        self.block = block
+        self._runner, self._advance = runner, advance
+        runner.run_before(block.before.next)
+        self._mark = runner.mark()
+        dense.run_before(block.after)
+        outputs = block.outputs()
+        self._targets = [tuple(dense.value(node, index) for node in outputs) for index in range(len(runner.batches))]
+        self._nodes: list[fx.Node] = []
+        self._outputs: list[fx.Node] = []
+
+    def finish(self, rewrite_block: Callable[[Block, "BlockRun"], None] | None) -> None:
+        """Rewrite the block, and send the run back to its beginning."""
+        assert rewrite_block is not None
+        self._nodes, self._outputs = self.block.nodes(), self.block.outputs()
+        self._runner.rewind(self._mark, self._nodes)
+        rewrite_block(self.block, self)
+        self._runner.rewritten(reused=False)
+        give_back_freed_memory()
+
+    @property
+    def name(self) -> str:
+        """Path of the block's module."""
+        return self.block.name
+
+    @property
+    def num_batches(self) -> int:
+        """Number of calibration batches."""
+        return len(self._targets)
+
+    def targets(self, batch: int) -> tuple[Tensor, ...]:
+        """What the block gave in the dense model, for one batch."""
+        return self._targets[batch]
+
+    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
+        """Which tokens of a batch are no padding; None if all are."""
+        return self._runner.batches[batch].valid_BT
+
+    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run the block, whose predecessors are rewritten already, with other values for some parameters and buffers."""
+        results = self._runner.run_block(self._nodes, self._mark.values[batch], tensors)
+        return tuple(results[node] for node in self._outputs)
+
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the one-dimensional parameters (norms, biases) that this block alone reads."""
+        inside = set(self._nodes)
+        readers: dict[str, set[fx.Node]] = {}
+        for node in self.block.before.graph.nodes:
+            if node.op == "get_attr":
+                readers.setdefault(str(node.target), set()).update(node.users)
+        names = [name for name, users in readers.items() if users and users <= inside]
+        tensors = {name: self._runner.parameter(name) for name in names}
+        return tuple(
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
+        )
+
+    def advance(self, word: str) -> None:
+        """Say that one of the steps of the pass's `BlockWork` is done."""
+        self._advance(f"{self.name}: {word}")
 
 
 def sweep(
@@ -66,7 +137,7 @@ def sweep(
     runner = Runner(program, batches, compute)
     dense = Runner(program, batches, compute) if blocks else None
     block_of = {site.weight: block for block in blocks for site in block.sites}
-    current: _Stretch | None = None
+    current: BlockRun | None = None
     by_name = {node.name: node for node in program.graph_module.graph.nodes}
     readers: dict[fx.Node, list[SiteGroup]] = {}
     last_reader: dict[str, fx.Node] = {}
@@ -84,7 +155,7 @@ def sweep(
             current.finish(rewrite_block)
             current = None
         if dense is not None and block is not None and current is None:
-            current = _Stretch(block, runner, dense, advance)
+            current = BlockRun(block, runner, dense, advance)
         runner.run_before(reader)
         for group in readers[reader]:
             key = group.sites[0].weight
@@ -107,68 +178,6 @@ def sweep(
                 advance(site.name)
     if current is not None:
         current.finish(rewrite_block)
-
-
-class _Stretch:
-    """A block while the run is in it, from before its first group is rewritten until it is rewritten itself."""
-
-    def __init__(self, block: Block, runner: Runner, dense: Runner, advance: Callable[[str], None]) -> None:
-        self.block = block
-        self._runner, self._advance = runner, advance
-        runner.run_before(block.before.next)
-        self._mark = runner.mark()
-        dense.run_before(block.after)
-        outputs = block.outputs()
-        self._targets = [tuple(dense.value(node, index) for node in outputs) for index in range(len(runner.batches))]
-        self._nodes: list[fx.Node] = []
-        self._outputs: list[fx.Node] = []
-
-    def finish(self, rewrite_block: Callable[[Block, BlockRun], None] | None) -> None:
-        """Rewrite the block, and send the run back to its beginning."""
-        assert rewrite_block is not None
-        self._nodes, self._outputs = self.block.nodes(), self.block.outputs()
-        self._runner.rewind(self._mark, self._nodes)
-        rewrite_block(self.block, self)
-        self._runner.rewritten(reused=False)
-        give_back_freed_memory()
-
-    @property
-    def name(self) -> str:
-        return self.block.name
-
-    @property
-    def num_batches(self) -> int:
-        return len(self._targets)
-
-    def targets(self, batch: int) -> tuple[Tensor, ...]:
-        return self._targets[batch]
-
-    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
-        return self._runner.batches[batch].valid_BT
-
-    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        results = self._runner.run_block(self._nodes, self._mark.values[batch], tensors)
-        return tuple(results[node] for node in self._outputs)
-
-    def own_vectors(self) -> tuple[str, ...]:
-        inside = set(self._nodes)
-        readers: dict[str, set[fx.Node]] = {}
-        for node in self.block.before.graph.nodes:
-            if node.op == "get_attr":
-                readers.setdefault(str(node.target), set()).update(node.users)
-        names = [name for name, users in readers.items() if users and users <= inside]
-        tensors = {name: self._runner.parameter(name) for name in names}
-        return tuple(
-            name
-            for name, tensor in tensors.items()
-            if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
-        )
-
-    def advance(self, word: str) -> None:
-        self._advance(f"{self.name}: {word}")
-
-
-_aten = torch.ops.aten
 
 
 def empty_statistics(site: Site, *, gram: bool, device: torch.device) -> tuple[InputStatistics, ...]:
