@@ -118,8 +118,7 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
             "built again; use program.hierarchy() for modules, or call the program itself"
         )
     kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
-    settings = copy.deepcopy(dict(origin.config))
-    config = kind.config_class.from_dict(settings)
+    config = kind.config_class.from_dict(copy.deepcopy(dict(origin.config)))
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
     with warnings.catch_warnings(), default_dtype(dtype), empty:

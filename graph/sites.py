@@ -255,21 +255,12 @@ def _swaps_last_two(node: fx.Node) -> bool:
     if node.target in (_aten.t.default, _aten.numpy_T.default, _aten.mT.default):
         return True
     if node.target is _aten.transpose.int:
-        return {node.args[1], node.args[2]} in ({-1, -2}, {0, 1}, {1, 2}) and not (
-            {node.args[1], node.args[2]} == {0, 1} and _rank(node) == 3
-        )
+        stored = _stored(node)
+        rank = _tensor_read(stored).dim() if stored.op == "get_attr" else 2
+        return {node.args[1], node.args[2]} in ({-2, -1}, {rank - 2, rank - 1})
     order = list(node.args[1])  # type: ignore[arg-type]
     rank = len(order)
     return [axis % rank for axis in order] == [*range(rank - 2), rank - 1, rank - 2]
-
-
-def _rank(node: fx.Node) -> int:
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.op == "call_function":
-        source = source.args[0]
-    if isinstance(source, fx.Node) and source.op == "get_attr":
-        return _tensor_read(source).dim()
-    return 2
 
 
 def _site(

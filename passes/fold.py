@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sparsepass.graph import Program, Site
 from sparsepass.graph.rewrite import fold_mask
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.base import Facts, GroupContext, Pass, not_sparse
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, num_violations
@@ -26,11 +26,7 @@ class Fold(Pass):
 
     name = "fold"
     promise = "exact"
-
-    @property
-    def needs(self) -> Needs:
-        """Nothing."""
-        return "nothing"
+    needs = "nothing"
 
     @property
     def requires(self) -> Mapping[Condition, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, Site, SparsepassError
-from sparsepass.passes.base import BlockWork, Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.base import BlockWork, Facts, GroupContext, Pass, not_sparse
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, Trained, canonical_zeros, fit, nm_mask, token_error
@@ -50,6 +50,7 @@ class Reconstruct(Pass):
 
     name = "reconstruct"
     promise = "approximate"
+    needs = "inputs"  # of each block
 
     steps: int = 64
     lr: float = 0.01
@@ -66,11 +67,6 @@ class Reconstruct(Pass):
                 raise SparsepassError(f"reconstruct: {option} expects a number of at least 1, got {getattr(self, option)}")
         if not 0 < self.lr < 1:
             raise SparsepassError(f"reconstruct: lr expects a fraction of the weights' size between 0 and 1, got {self.lr}")
-
-    @property
-    def needs(self) -> Needs:
-        """The block's inputs."""
-        return "inputs"
 
     @property
     def block_work(self) -> BlockWork:

@@ -30,15 +30,10 @@ if TYPE_CHECKING:
 Kind = Literal["folder", "hub", "gguf", "program", "memory"]
 
 _DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
+    torch.float32: ("float32", "fp32"),
+    torch.bfloat16: ("bfloat16", "bf16"),
+    torch.float16: ("float16", "fp16", "half"),
+    torch.float64: ("float64", "fp64"),
 }
 
 
@@ -94,8 +89,9 @@ def parse_dtype(dtype: "torch.dtype | str") -> torch.dtype:
         >>> parse_dtype("bf16")
         torch.bfloat16
     """
-    found = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype).lower().removeprefix("torch."))
-    if found is None or found not in _DTYPES.values():
+    name = str(dtype).lower().removeprefix("torch.")
+    found = next((known for known, names in _DTYPES.items() if name in names), None)
+    if found is None:
         raise SparsepassError(f"dtype {dtype} is not understood; expected float32, bfloat16, float16 or float64")
     return found
 

@@ -153,11 +153,9 @@ def _after_space(text: str, position: int) -> int:
 
 
 def _word(word: str) -> Any:
-    lowered = word.lower()
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    if lowered == "none":
-        return None
+    constants = {"true": True, "false": False, "none": None}
+    if word.lower() in constants:
+        return constants[word.lower()]
     for kind in (int, float):
         try:
             return kind(word)
