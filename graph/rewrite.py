@@ -1,4 +1,4 @@
-"""Graph surgery: what a rewrite inserts and removes. It knows where nodes go and no maths.
+"""Graph surgery: what a rewrite inserts and removes, for good or for a while. It knows where nodes go and no maths.
 
 Node metadata matters here: `nn_module_stack` says which module a node belongs to, and the hierarchy is built from it, so
 every new node takes the stack of the operation it serves and stands right beside it.

@@ -25,6 +25,29 @@ FORMAT_VERSION = 2
 
 PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
 
+JSON = Any
+
+_NAMESPACES = ("aten", "prims", "sparsepass", "transformers")
+_FUNCTIONS: dict[str, Any] = {
+    **{
+        f"operator.{name}": getattr(operator, name)
+        for name in (
+            "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge",
+            "and_", "or_", "not_",
+        )
+    },
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
+    **{
+        f"torch.{name}": getattr(torch, name)
+        for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
+    },
+}  # fmt: skip
+_INPUT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# torch.fx writes these names into the Python text it compiles, so nothing that could end a string may be in them.
+_TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f\"'\\{}]+")
+_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+_TORCH_TYPES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+
 
 def write_state(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write the two files of a program.
@@ -67,30 +90,6 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
             f"{place / TENSORS_FILE} is missing, truncated or damaged ({error}); copy the folder again"
         ) from error
     return document, tensors
-
-
-JSON = Any
-
-_NAMESPACES = ("aten", "prims", "sparsepass", "transformers")
-_FUNCTIONS: dict[str, Any] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in (
-            "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge",
-            "and_", "or_", "not_",
-        )
-    },
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
-    },
-}  # fmt: skip
-_INPUT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# torch.fx writes these names into the Python text it compiles, so nothing that could end a string may be in them.
-_TENSOR_NAME = re.compile(r"[^\x00-\x1f\x7f\"'\\{}]+")
-_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
-_TORCH_TYPES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
 def graph_to_json(graph: fx.Graph) -> JSON:

@@ -1,6 +1,9 @@
-"""N:M patterns: which of every M consecutive weights are kept, and whether a tensor keeps to a pattern.
+"""N:M patterns: which of every M consecutive weights are kept, whether a tensor keeps to a pattern, and a mask as logits.
 
-Shape suffixes: O out, I in, G groups, M weights of one group, X any dimensions flattened.
+The logits are those that masks are learned from; the axis that N:M runs along comes last in them.
+
+Shape suffixes: O out, I in, G groups, M weights of one group, X any dimensions flattened; of logits, R rows (all other axes)
+and C candidates.
 """
 
 import re
