@@ -188,8 +188,8 @@ class NMSparsify(Pass):
             facts[site.name] = self._facts(matrix, result, context)  # before the matrix, a view of the weight, changes
             mask = site.from_matrix(result.mask_OI)
             new = site.from_matrix(result.weight_OI)
-            has_negative_zero = bool(((weight == 0) & weight.signbit()).any())
-            if has_negative_zero or not torch.equal(new, torch.ops.sparsepass.masked_weight(weight, mask)):
+            is_same = torch.equal(new, torch.ops.sparsepass.masked_weight(weight, mask))
+            if not is_same or bool(((weight == 0) & weight.signbit()).any()):  # -0.0 becomes +0.0
                 program.write_tensor(site.weight, torch.where(mask, new, weight))
             pattern = self.pattern if self.masks is None else self._pack.masks[site.weight].pattern
             attach_mask(program, site, mask, pattern)
@@ -230,7 +230,9 @@ class NMSparsify(Pass):
     def _facts(self, matrix: Tensor, result: Pruned, context: GroupContext) -> Facts:
         facts: dict[str, float | int | str] = {}
         if context.measure:
-            facts["relative_error"] = relative_error(matrix.float() - result.weight_OI.float(), matrix, context.statistics)
+            pairs = zip(matrix, result.weight_OI, strict=True) if matrix.dim() == 3 else [(matrix, result.weight_OI)]
+            parts = ((dense_OI.float() - kept_OI.float(), dense_OI.float()) for dense_OI, kept_OI in pairs)
+            facts["relative_error"] = relative_error(parts, context.statistics)
         if context.statistics:
             facts["tokens"] = sum(known.num_tokens for known in context.statistics)
         if result.note:

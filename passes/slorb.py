@@ -138,7 +138,7 @@ class SLoRB(Pass):
                 if context.measure:
                     given_OI = branch_OR.float().repeat_interleave(self.k, dim=1)
                     missing_OI = original_OI.float() - masked_OI.float() - given_OI
-                    measured["relative_error"] = relative_error(missing_OI, original_OI, context.statistics)
+                    measured["relative_error"] = relative_error([(missing_OI, original_OI.float())], context.statistics)
             else:
                 assert self.init is not None
                 branch_OR = slorb_mean_init(site.to_matrix(weight), mask_OI, self.k, self.init)

@@ -4,7 +4,7 @@ Shape suffixes: T tokens, I in.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -272,24 +272,22 @@ def dampings(first: float, *, retry: float) -> list[float]:
     return found
 
 
-def relative_error(missing: Tensor, weight: Tensor, statistics: Sequence[InputStatistics]) -> float:
+def relative_error(parts: Iterable[tuple[Tensor, Tensor]], statistics: Sequence[InputStatistics]) -> float:
     """Output error of a weight of which something is missing, relative to its output, over the calibration tokens.
 
     Without tokens it is the error of the weight itself.
 
-    Shapes: ``[O, I]``, or ``[E, O, I]`` with E experts.
+    Shapes: both of a pair ``[O, I]``, fp32.
 
     Args:
-        missing: What is missing.
-        weight: The whole weight, any float dtype; computed in fp32.
+        parts: What is missing of a weight, and the whole weight: one pair, or one for each expert.
         statistics: Of the inputs: one, or one for each expert; or none.
 
-    >>> relative_error(torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]]), ())
+    >>> relative_error([(torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]]))], ())
     0.6
     """
-    matrices = [t.float().unsqueeze(0) if t.dim() == 2 else t.float() for t in (missing, weight)]
     error = total = 0.0
-    for index, (missing_OI, weight_OI) in enumerate(zip(*matrices, strict=True)):
+    for index, (missing_OI, weight_OI) in enumerate(parts):
         known = statistics[index] if statistics else None
         error += _output_size(missing_OI, known)
         total += _output_size(weight_OI, known)
