@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.cut import ancestors
+from sparsepass.graph.nodes import ancestors
 from sparsepass.graph.program import Program
 
 _aten = torch.ops.aten

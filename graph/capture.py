@@ -1,13 +1,13 @@
 """Capturing a model as a Program: torch.export in non-strict mode, through transformers' exporter for its models."""
 
 import contextlib
-import copy
 import gc
 import inspect
 import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparsepass.graph import structure
 from sparsepass.graph.examples import example_inputs_for
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
-from sparsepass.graph.support import CaptureError, first_line, quiet_export
+from sparsepass.graph.support import CaptureError, evaluating, first_line, quiet_export
 
 
 def capture(
@@ -187,10 +187,8 @@ def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> torch.export.ExportedProgram:
     shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_collection():
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings(), _without_collection():
             warnings.simplefilter("ignore")
             if _is_pretrained(model):
                 return _export_pretrained(model, named, shapes)
@@ -202,9 +200,6 @@ def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tu
             "in forward, inputs that the model does not take. Try other example_inputs, fixed sizes "
             "(dynamic_axes={}), or capture a submodule"
         ) from error
-    finally:
-        for module, training in was_training.items():
-            module.training = training
 
 
 def _export_pretrained(
@@ -222,7 +217,7 @@ def run_exporter(exporter: Any, model: nn.Module, inputs: Mapping[str, Tensor], 
 
     In older versions (5.17 to 5.20 seen) ``export`` returns it; in newer ones ``export_program`` does, with metadata beside it.
     """
-    given = copy.copy(dict(inputs))  # the exporter takes its own options out of it
+    given = dict(inputs)  # the exporter takes its own options out of it
     if hasattr(exporter, "export_program"):
         return exporter.export_program(model, given, config)[0]
     return exporter.export(model, given, config)
@@ -322,7 +317,7 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
             continue
         if node.target in ASSERTIONS or (node.op == "get_attr" and not node.users):
             continue
-        if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), fx.GraphModule):
+        if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), fx.GraphModule):
             raise CaptureError(
                 f"the model runs a nested graph ({node.target}: torch.cond, autocast or a loop), which passes cannot "
                 "rewrite yet; capture it outside of torch.autocast, or without that control flow"
@@ -348,16 +343,10 @@ def _write_outer_products(graph: fx.Graph) -> None:
                 node.target = torch.ops.aten.mul.Tensor
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
-    path, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(path), attribute)
-
-
 def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     aliases = {}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in every:
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if first.setdefault(id(tensor), name) != name:
             aliases[name] = first[id(tensor)]
     return aliases

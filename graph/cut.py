@@ -7,21 +7,14 @@ head on a few tokens at a time, and needs it apart from the rest for that.
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from sparsepass.graph.nodes import ancestors
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default}
-
-
-class Identity(nn.Module):
-    """The head of a program that could not be cut: its body returns the logits themselves. Final."""
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Return what came."""
-        return logits
 
 
 def cut_head(program: Program, output: str = "logits") -> tuple[Program, nn.Module]:
@@ -62,7 +55,7 @@ def cut_head(program: Program, output: str = "logits") -> tuple[Program, nn.Modu
     logits: fx.Node = results[names.index(output)]
     cut = _cut(graph, logits)
     if cut is None:
-        return _body(program, logits), Identity()
+        return _body(program, logits), nn.Identity()
     inside, entry = cut
     return _body(program, entry), _head(program, inside, entry, logits)
 
@@ -89,16 +82,6 @@ def _cut(graph: fx.Graph, logits: fx.Node) -> tuple[set[fx.Node], fx.Node] | Non
             inside.add(source)
             stack.append(source)
     return inside, entry
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
-    seen, stack = {node}, [node]
-    while stack:
-        new = [source for source in stack.pop().all_input_nodes if source not in seen]
-        seen.update(new)
-        stack.extend(new)
-    return seen
 
 
 def _body(program: Program, result: fx.Node) -> Program:

@@ -13,7 +13,7 @@ from sparsepass.graph.capture import capture
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import CaptureError, SparsepassError
+from sparsepass.graph.support import CaptureError, SparsepassError, default_dtype
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -49,14 +49,8 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
             f"the configuration in {source} names the architecture {names}, which this transformers does not "
             "have; load the model yourself and capture it"
         )
-    chosen = dtype or getattr(config, "dtype", None) or torch.float32
-    old = torch.get_default_dtype()
-    torch.set_default_dtype(chosen)
-    try:
-        with torch.device("meta"):
-            model = kind(config)
-    finally:
-        torch.set_default_dtype(old)
+    with default_dtype(dtype or getattr(config, "dtype", None) or torch.float32), torch.device("meta"):
+        model = kind(config)
     return capture(model, inplace=True)
 
 

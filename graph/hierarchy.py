@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export.unflatten import InterpreterModule, UnflattenedModule
 
 from sparsepass.graph import structure
@@ -61,7 +61,10 @@ def hierarchy(program: Program) -> Hierarchy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(program.graph_module, inputs, dynamic_shapes=shapes, strict=False)
-            _drop_assertions(exported.graph)
+            # What checks dtypes and sizes goes: under autocast the dtypes are others, and each check takes time.
+            for node in list(exported.graph.nodes):
+                if node.target in ASSERTIONS and not node.users:
+                    exported.graph.erase_node(node)
             tree = torch.export.unflatten(exported)
     except Exception as error:  # torch.export raises anything
         raise CaptureError(
@@ -73,20 +76,12 @@ def hierarchy(program: Program) -> Hierarchy:
             module = tree.get_submodule(path)
         except AttributeError:
             continue  # a parameter that the graph never reads
-        if attribute in module._parameters:
-            module._parameters[attribute] = tensor  # type: ignore[assignment]
-        elif attribute in module._buffers:
-            module._buffers[attribute] = tensor
+        for table in (module._parameters, module._buffers):
+            if attribute in table:
+                table[attribute] = tensor  # type: ignore[assignment]
     write_code(tree)
     tree.train(program.training)
     return Hierarchy(program, tree)
-
-
-def _drop_assertions(graph: fx.Graph) -> None:
-    """Drop what checks dtypes and sizes: under autocast the dtypes are others, and each check takes time."""
-    for node in list(graph.nodes):
-        if node.target in ASSERTIONS and not node.users:
-            graph.erase_node(node)
 
 
 def write_code(tree: nn.Module) -> None:

@@ -3,14 +3,13 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import CaptureError
+from sparsepass.graph.support import CaptureError, default_dtype
 
 
 class SLoRBLinear(nn.Module):
@@ -86,13 +85,15 @@ def to_model(program: Program) -> nn.Module:
     _share_ties(model, program)
     for name, _ in list(model.named_buffers()):  # rotary frequencies and other state that is never saved
         with contextlib.suppress(KeyError):
-            _set_buffer(model, name, program.tensor(name).detach().clone())
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = program.tensor(name).detach().clone()
     for weight, sparse in program.sparse.items():
         if sparse.branch is not None:
             _attach(model, program, weight)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    if left := [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and not _is_meta(program)]:
+    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left and not any(t.is_meta for t in program.tensors().values()):
         raise CaptureError(f"{', '.join(left)}: no values are known for these; load the checkpoint again and recapture")
     return model.eval()
 
@@ -117,26 +118,15 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
             "built again; use program.hierarchy() for modules, or call the program itself"
         )
     kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
-    settings = copy.deepcopy(dict(origin.config))
-    config = kind.config_class.from_dict(settings)
+    config = kind.config_class.from_dict(copy.deepcopy(dict(origin.config)))
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
-    with warnings.catch_warnings(), _default_dtype(dtype), empty:
+    with warnings.catch_warnings(), default_dtype(dtype), empty:
         warnings.simplefilter("ignore")
         model: nn.Module = kind(config)
     if origin.generation_config is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(origin.generation_config))  # type: ignore[assignment]
     return model
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    old = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(old)
 
 
 def _share_ties(model: nn.Module, program: Program) -> None:
@@ -147,11 +137,6 @@ def _share_ties(model: nn.Module, program: Program) -> None:
             model.get_submodule(path).register_parameter(attribute, parameters[name])
 
 
-def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, attribute = name.rpartition(".")
-    model.get_submodule(path)._buffers[attribute] = value
-
-
 def _attach(model: nn.Module, program: Program, weight: str) -> None:
     branch = program.sparse[weight].branch
     assert branch is not None
@@ -159,15 +144,6 @@ def _attach(model: nn.Module, program: Program, weight: str) -> None:
     parent, _, name = path.rpartition(".")
     base = model.get_submodule(path)
     projection = program.tensor(branch.projection).detach().clone() if branch.projection else None
-    layer = SLoRBLinear(
-        base,
-        program.tensor(branch.weight).detach().clone(),
-        branch.k,
-        projection,
-        transposed=type(base).__name__ == "Conv1D",
-    )
+    slorb_weight = program.tensor(branch.weight).detach().clone()
+    layer = SLoRBLinear(base, slorb_weight, branch.k, projection, transposed=type(base).__name__ == "Conv1D")
     setattr(model.get_submodule(parent), name, layer)
-
-
-def _is_meta(program: Program) -> bool:
-    return any(t.is_meta for t in program.tensors().values())

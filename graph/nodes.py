@@ -1,5 +1,6 @@
 """What single nodes of a graph say: their operator, their module, the tensor they read, how their result is cut."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,10 +34,19 @@ def module_type(node: fx.Node) -> str:
 
 def tensor_of(module: torch.nn.Module, name: str) -> Tensor:
     """The parameter or buffer of that name."""
-    path, _, attribute = name.rpartition(".")
-    tensor = getattr(module.get_submodule(path), attribute)
+    tensor = attrgetter(name)(module)
     assert isinstance(tensor, Tensor)
     return tensor
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        new = [source for source in stack.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return seen
 
 
 def splits_of(node: fx.Node, width: int) -> tuple[int, ...]:

@@ -4,10 +4,11 @@ Shape legend: B windows, T tokens of a window, N scored tokens, V vocabulary.
 """
 
 import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +162,7 @@ def perplexity(
     arithmetic, autocast = _arithmetic(model, dtype, device)
     call = _caller(model)
     nll_sum, num_scored, num_done = 0.0, 0, 0
-    with _evaluating(model), torch.no_grad(), autocast:
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext(), torch.no_grad(), autocast:
         _check_causal(model, call, windows[0].ids[None].to(device))
         for batch in _batches(windows, rows):
             ids_BT = torch.stack([window.ids for window in batch]).to(device)
@@ -210,15 +211,10 @@ def _windows(ids_T: Tensor, *, num_text: int, step: int, bos_id: int | None) -> 
 
 
 def _batches(windows: list[_Window], rows: int) -> Iterator[list[_Window]]:
-    batch: list[_Window] = []
-    for window in windows:
-        same = batch and (len(batch[0].ids), batch[0].first_scored) == (len(window.ids), window.first_scored)
-        if batch and (not same or len(batch) == rows):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+    for _, group in itertools.groupby(windows, key=lambda window: (len(window.ids), window.first_scored)):
+        same = list(group)
+        for start in range(0, len(same), rows):
+            yield same[start : start + rows]
 
 
 def _nll_sum(logits_BTV: Tensor, ids_BT: Tensor, first_scored: int, num_done: int) -> float:
@@ -379,11 +375,8 @@ def _config(model: "CausalLM | nn.Module") -> Mapping[str, Any]:
 
 
 def _device(model: "CausalLM | nn.Module") -> torch.device:
-    if isinstance(model, nn.Module):
-        for tensors in (model.parameters(), model.buffers()):
-            for tensor in tensors:
-                return tensor.device
-    return torch.device("cpu")
+    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _arithmetic(
@@ -401,21 +394,6 @@ def _arithmetic(
             f"bfloat16 or float16 (by autocast): load the model with dtype={str(wanted).removeprefix('torch.')} instead"
         )
     return f"{str(wanted).removeprefix('torch.')} autocast", torch.autocast(device.type, dtype=wanted)
-
-
-@contextmanager
-def _evaluating(model: "CausalLM | nn.Module") -> Iterator[None]:
-    """Put the model into eval mode, and each of its modules back into its own mode."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _name(model: object) -> str:

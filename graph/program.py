@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,15 +15,22 @@ from sparsepass.graph import structure
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
     PassRecord,
+    Report,
     SparseState,
     changes_told_by_history,
     pass_record_from_json,
     sparse_state_from_json,
     to_json,
 )
-from sparsepass.graph.report import Report
-from sparsepass.graph.saved import FORMAT_VERSION, PROGRAM_FILE, read_state, write_state
-from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json
+from sparsepass.graph.saved import (
+    FORMAT_VERSION,
+    PROGRAM_FILE,
+    check_tensor_name,
+    graph_from_json,
+    graph_to_json,
+    read_state,
+    write_state,
+)
 from sparsepass.graph.sites import Site, find_sites
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
@@ -203,9 +211,8 @@ class Program(nn.Module):
         Raises:
             KeyError: If there is none.
         """
-        path, _, attribute = self.aliases.get(name, name).rpartition(".")
         try:
-            found = getattr(self.graph_module.get_submodule(path), attribute)
+            found = attrgetter(self.aliases.get(name, name))(self.graph_module)
         except AttributeError as error:
             raise KeyError(name) from error
         if not isinstance(found, Tensor):
@@ -367,32 +374,24 @@ def _from_state(
     structure.check(document["output_structure"])
     for name in tensors:
         check_tensor_name(name)
-    root = nn.Module()
-    shell = fx.GraphModule(root, fx.Graph())
+    examples = {name: t for name, t in tensors.items() if name.startswith(_EXAMPLE_PREFIX)}
+    own = {name: t for name, t in tensors.items() if name not in examples}
+    own |= {name: nn.Parameter(own[name].detach(), grad) for name, grad in document["parameters"].items() if name in own}
+    origin = document["origin"]
+    lists = {name: tuple(origin[name]) for name in ("output_heads", "signature")}
     program = Program(
-        shell,
+        fx.GraphModule(nn.Module(), fx.Graph()),
         output_structure=document["output_structure"],
-        example_inputs={
-            name.removeprefix(_EXAMPLE_PREFIX): t for name, t in tensors.items() if name.startswith(_EXAMPLE_PREFIX)
-        },
+        example_inputs={name.removeprefix(_EXAMPLE_PREFIX): t for name, t in examples.items()},
         dynamic_axes={name: tuple(axes) for name, axes in document["dynamic_axes"].items()},
         aliases=document["aliases"],
-        origin=Origin(
-            **{
-                **document["origin"],
-                "output_heads": tuple(document["origin"]["output_heads"]),
-                "signature": tuple(document["origin"]["signature"]),
-            }
-        ),
+        origin=Origin(**(origin | lists)),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
         history=tuple(pass_record_from_json(record) for record in document["history"]),
         retraining=tuple(document.get("retraining", ())),
     )
-    for name, tensor in tensors.items():
-        if name.startswith(_EXAMPLE_PREFIX):
-            continue
-        requires_grad = document["parameters"].get(name)
-        program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
+    for name, tensor in own.items():
+        program.set_tensor(name, tensor)
     if document["format_version"] < 2:
         for weight, told in changes_told_by_history(program.history, program.retraining).items():
             if weight in program.sparse:
@@ -400,10 +399,8 @@ def _from_state(
     graph = graph if graph is not None else graph_from_json(document["graph"])
     check_program(program, graph, patterns=check_patterns)
     program.graph_module = fx.GraphModule(program.graph_module, graph)
-    for name, tensor in tensors.items():  # GraphModule keeps only what the graph reads
-        if not name.startswith(_EXAMPLE_PREFIX) and name not in program.tensors():
-            requires_grad = document["parameters"].get(name)
-            program.set_tensor(name, tensor if requires_grad is None else nn.Parameter(tensor.detach(), requires_grad))
+    for name in [name for name in own if name not in program.tensors()]:  # GraphModule keeps only what the graph reads
+        program.set_tensor(name, own[name])
     program.training = document["training"]
     return program
 

@@ -1,12 +1,16 @@
-"""Graph surgery: what a rewrite inserts and removes. It knows where nodes go and no maths.
+"""Graph surgery: what a rewrite inserts and removes, for good or for a while. It knows where nodes go and no maths.
 
 Node metadata matters here: `nn_module_stack` says which module a node belongs to, and the hierarchy is built from it, so
 every new node takes the stack of the operation it serves and stands right beside it.
 """
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor, fx, nn
 
+from sparsepass.graph.nodes import module_path
 from sparsepass.graph.program import Program, masked_weight, with_sparse
 from sparsepass.graph.records import BranchState, LearnedState, SparseState
 from sparsepass.graph.sites import Site
@@ -34,8 +38,7 @@ def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> Non
         with graph.inserting_before(user[1]):
             mask_node = graph.get_attr(name)
             masked = graph.call_function(_MASKED, (user[0], mask_node))
-        for node in (mask_node, masked):
-            _inherit(node, anchor)
+        _inherit(anchor, mask_node, masked)
         user[1].replace_input_with(user[0], masked)
     program.sparse[site.weight] = SparseState(pattern=pattern, axis=site.nm_axis, mask=name)
 
@@ -64,8 +67,7 @@ def attach_logits(program: Program, site: Site, logits: Tensor, n: int, m: int) 
             with graph.inserting_before(node):
                 read = [graph.get_attr(name) for name in (learned.logits, learned.control)]
                 soft = graph.call_function(_LEARNED, (*node.args, *read, n, m, site.nm_axis))
-            for new in (*read, soft):
-                _inherit(new, node)
+            _inherit(node, *read, soft)
             node.replace_all_uses_with(soft)
             graph.erase_node(node)
     with_sparse(program, site.weight, learned=learned)
@@ -87,7 +89,7 @@ def detach_logits(program: Program, weight: str) -> None:
             source, mask, *read = node.args[:4]
             with graph.inserting_before(node):
                 masked = graph.call_function(_MASKED, (source, mask))
-            _inherit(masked, node)
+            _inherit(node, masked)
             node.replace_all_uses_with(masked)
             graph.erase_node(node)
             for unread in read:
@@ -145,8 +147,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
         projection=beside(site, "slorb_projection") if projection is not None else None,
     )
     program.set_tensor(state.weight, nn.Parameter(weight))
-    if projection is not None:
-        assert state.projection is not None
+    if projection is not None and state.projection is not None:
         program.set_tensor(state.projection, nn.Parameter(projection))
     by_name = {node.name: node for node in graph.nodes}
     for use in site.nodes:
@@ -159,8 +160,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
             else:
                 projection_node = graph.get_attr(state.projection)
                 projected = graph.call_function(_aten.linear.default, (x, projection_node))
-                _inherit(projection_node, node)
-                _inherit(projected, node)
+                _inherit(node, projection_node, projected)
         with graph.inserting_after(node):
             weight_node = graph.get_attr(state.weight)
         with graph.inserting_after(weight_node):
@@ -168,8 +168,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
         with graph.inserting_after(branch):
             total = graph.call_function(_aten.add.Tensor, (node, branch))
         node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
-        for new in (weight_node, branch, total):
-            _inherit(new, node)
+        _inherit(node, weight_node, branch, total)
     with_sparse(program, site.weight, branch=state)
 
 
@@ -189,7 +188,7 @@ def finish(program: Program) -> None:
 def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, site: Site, k: int) -> fx.Node:
     segments = site.in_features // k
     # Siblings share it, so it belongs to the module that holds them; unless the layer is no module of its own.
-    in_own_module = _innermost(consumer) == site.name and _innermost(x) != site.name
+    in_own_module = module_path(consumer) == site.name and module_path(x) != site.name
     for user in x.users:
         if user.target is not _aten.unflatten.int or user.args != (x, -1, [segments, k]):
             continue
@@ -200,8 +199,7 @@ def _segment_sum(graph: fx.Graph, x: fx.Node, consumer: fx.Node, site: Site, k: 
     with graph.inserting_before(_module_start(consumer, x)):
         split = graph.call_function(_aten.unflatten.int, (x, -1, [segments, k]))
         total = graph.call_function(_aten.sum.dim_IntList, (split, [-1]))
-    for node in (split, total):
-        _inherit(node, consumer, levels_up=int(in_own_module))
+    _inherit(consumer, split, total, levels_up=int(in_own_module))
     return total
 
 
@@ -210,15 +208,10 @@ def _module_start(node: fx.Node, x: fx.Node) -> fx.Node:
 
     A node of the parent in the midst of a module's nodes would cut the call in two, and the hierarchy with it.
     """
-    path = _innermost(node)
-    while node.prev is not x and node.prev.op not in ("root", "placeholder") and _innermost(node.prev) == path:
+    path = module_path(node)
+    while node.prev is not x and node.prev.op not in ("root", "placeholder") and module_path(node.prev) == path:
         node = node.prev
     return node
-
-
-def _innermost(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def _move_before(consumer: fx.Node, nodes: tuple[fx.Node, ...]) -> None:
@@ -232,12 +225,13 @@ def _move_before(consumer: fx.Node, nodes: tuple[fx.Node, ...]) -> None:
         consumer.prepend(node)
 
 
-def _inherit(node: fx.Node, source: fx.Node, *, levels_up: int = 0) -> None:
+def _inherit(source: fx.Node, *nodes: fx.Node, levels_up: int = 0) -> None:
+    """Put new nodes into the module of another node, or so many levels above it."""
     stack = dict(source.meta.get("nn_module_stack") or {})
     for _ in range(min(levels_up, max(len(stack) - 1, 0))):
         stack.popitem()
-    if stack:
-        node.meta["nn_module_stack"] = stack
+    for node in nodes if stack else ():
+        node.meta["nn_module_stack"] = dict(stack)
 
 
 def _weight_users(program: Program, weight: str) -> list[tuple[fx.Node, fx.Node]]:
@@ -255,3 +249,22 @@ def _consumer(node: fx.Node) -> fx.Node:
     while node.target in (_aten.t.default, _aten.transpose.int, _aten.permute.default) and len(node.users) == 1:
         (node,) = node.users
     return node
+
+
+@contextlib.contextmanager
+def without_branches(program: Program, weights: Collection[str] | None = None) -> Iterator[None]:
+    """Switch SLoRB branches off for as long as the block runs, to measure the sparse weights alone.
+
+    Args:
+        program: It is as before afterwards.
+        weights: Names of the weights whose branches are meant; None for all.
+    """
+    branches = [state.branch for weight, state in program.sparse.items() if weights is None or weight in weights]
+    old = {branch.weight: program.tensor(branch.weight) for branch in branches if branch is not None}
+    try:
+        for name, tensor in old.items():
+            program.set_tensor(name, torch.zeros_like(tensor))
+        yield
+    finally:
+        for name, tensor in old.items():
+            program.set_tensor(name, tensor)

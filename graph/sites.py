@@ -6,13 +6,13 @@ Tensor shape legend: O out features, I in features (of one matmul, along which N
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 import sparsepass.graph.ops  # noqa: F401  (registers the operator that _MASKED names)
-from sparsepass.graph.nodes import module_path, module_type, op_name, splits_of, tensor_of
+from sparsepass.graph.nodes import ancestors, module_path, module_type, op_name, splits_of, tensor_of
 
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
@@ -169,16 +169,9 @@ def _match(node: fx.Node) -> _Use | None:
         return _weight_use(node, args[1], "conv1d_hf", args[0], None, computed_counts=False)
     if target in _CONVS:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        bound = dict(zip(names, args, strict=False)) | node.kwargs
-        groups = bound.get("groups", 1)
-        return _weight_use(
-            node,
-            bound["weight"],
-            _CONVS[target],
-            bound["input"],
-            bound.get("bias"),
-            groups=int(groups),  # type: ignore[arg-type]
-        )
+        bound: dict[str, Any] = dict(zip(names, args, strict=False)) | node.kwargs
+        groups = int(bound.get("groups", 1))
+        return _weight_use(node, bound["weight"], _CONVS[target], bound["input"], bound.get("bias"), groups=groups)
     if isinstance(target, torch._ops.OpOverload) and target._schema.name in _GROUPED_NAMES:
         return _weight_use(node, args[1], "experts_transposed", args[0], None)
     if target is _aten.embedding.default:
@@ -193,7 +186,7 @@ def _unsupported(node: fx.Node) -> list[_Use]:
     found = []
     for source in dict.fromkeys(map(_stored, node.all_input_nodes)):
         stored = source.op == "get_attr"
-        if stored and tensor_of(node.graph.owning_module, str(source.target)).dim() < 2:  # type: ignore[arg-type]
+        if stored and _tensor_read(source).dim() < 2:
             continue  # a bias
         if stored or _comes_from_weights(source):
             weight = str(source.target) if stored else None
@@ -203,18 +196,15 @@ def _unsupported(node: fx.Node) -> list[_Use]:
 
 def _comes_from_weights(node: fx.Node) -> bool:
     """Whether a value is computed from parameters alone, whatever the inputs."""
-    stack, seen, parameters = [node], {node}, 0
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder":
-            return False
-        if current.op == "get_attr":
-            tensor = tensor_of(node.graph.owning_module, str(current.target))  # type: ignore[arg-type]
-            parameters += isinstance(tensor, torch.nn.Parameter)
-        new = [source for source in current.all_input_nodes if source not in seen]
-        seen.update(new)
-        stack.extend(new)
-    return parameters > 0
+    above = ancestors(node)
+    if any(source.op == "placeholder" for source in above):
+        return False
+    read = [_tensor_read(source) for source in above if source.op == "get_attr"]
+    return any(isinstance(tensor, torch.nn.Parameter) for tensor in read)
+
+
+def _tensor_read(node: fx.Node) -> Tensor:
+    return tensor_of(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
 
 
 def _stored(node: fx.Node) -> fx.Node:
@@ -247,16 +237,10 @@ def _weight_use(
         if layout == "embedding" or not (computed_counts or _comes_from_weights(source)):
             return None  # a product of two activations, as in attention
         return _Use(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
-    swap = {
-        "linear": "conv1d_hf",
-        "conv1d_hf": "linear",
-        "experts_transposed": "experts",
-    }
-    if transposed and layout in swap:
-        layout = swap[layout]
-    tensor = tensor_of(node.graph.owning_module, str(source.target))  # type: ignore[arg-type]
-    if layout in ("linear", "conv1d_hf") and tensor.dim() == 3:
-        layout = {"linear": "experts", "conv1d_hf": "experts_transposed"}[layout]
+    if transposed:
+        layout = {"linear": "conv1d_hf", "conv1d_hf": "linear", "experts_transposed": "experts"}.get(layout, layout)
+    if _tensor_read(source).dim() == 3:
+        layout = {"linear": "experts", "conv1d_hf": "experts_transposed"}.get(layout, layout)
     return _Use(
         node=node,
         weight=str(source.target),
@@ -271,21 +255,12 @@ def _swaps_last_two(node: fx.Node) -> bool:
     if node.target in (_aten.t.default, _aten.numpy_T.default, _aten.mT.default):
         return True
     if node.target is _aten.transpose.int:
-        return {node.args[1], node.args[2]} in ({-1, -2}, {0, 1}, {1, 2}) and not (
-            {node.args[1], node.args[2]} == {0, 1} and _rank(node) == 3
-        )
+        stored = _stored(node)
+        rank = _tensor_read(stored).dim() if stored.op == "get_attr" else 2
+        return {node.args[1], node.args[2]} in ({-2, -1}, {rank - 2, rank - 1})
     order = list(node.args[1])  # type: ignore[arg-type]
     rank = len(order)
     return [axis % rank for axis in order] == [*range(rank - 2), rank - 1, rank - 2]
-
-
-def _rank(node: fx.Node) -> int:
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.op == "call_function":
-        source = source.args[0]
-    if isinstance(source, fx.Node) and source.op == "get_attr":
-        return tensor_of(node.graph.owning_module, str(source.target)).dim()  # type: ignore[arg-type]
-    return 2
 
 
 def _site(
@@ -302,6 +277,7 @@ def _site(
     main = matmuls[0] if matmuls else uses[0]
     of_interest = matmuls or uses
     if main.weight is None or main.layout == "computed":
+        computed = "its weight is computed in the graph, not stored: there is nothing to mask"
         unsupported = f"{op_name(main.node)} is not an operation that passes can rewrite"
         return Site(
             name=key.removesuffix(".weight"),
@@ -314,9 +290,7 @@ def _site(
             module_type=module_type(main.node),
             inputs=tuple(use.activation.name for use in of_interest),
             nodes=tuple(use.node.name for use in of_interest),
-            left_alone=unsupported
-            if main.weight
-            else "its weight is computed in the graph, not stored: there is nothing to mask",
+            left_alone=unsupported if main.weight else computed,
             can_be_named=False,
         )
     tensor = tensor_of(graph_module, main.weight)

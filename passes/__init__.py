@@ -9,8 +9,7 @@ from sparsepass.passes.manager import apply_passes
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
-from sparsepass.passes.table import PASSES
-from sparsepass.passes.text import parse_pipeline, pipeline_to_text
+from sparsepass.passes.table import PASSES, parse_pipeline, pipeline_to_text
 
 __all__ = [
     "PASSES",

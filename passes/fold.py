@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from sparsepass.graph import Program, Site
 from sparsepass.graph.rewrite import fold_mask
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.base import Facts, GroupContext, Pass, not_sparse
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, num_violations
@@ -25,13 +24,9 @@ class Fold(Pass):
     Exactness: bitwise.
     """
 
-    name: ClassVar[str] = "fold"
-    promise: ClassVar[Literal["exact", "approximate"]] = "exact"
-
-    @property
-    def needs(self) -> Needs:
-        """Nothing."""
-        return "nothing"
+    name = "fold"
+    promise = "exact"
+    needs = "nothing"
 
     @property
     def requires(self) -> Mapping[Condition, str]:

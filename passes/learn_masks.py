@@ -6,12 +6,13 @@ Shape suffixes: R rows (every axis of a weight but the one that N:M runs along),
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+
+import torch
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_logits
 from sparsepass.graph.soft_masks import noise_key, num_candidates
-from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.base import Facts, GroupContext, Pass, not_sparse
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, add_prior, first_logits
@@ -45,8 +46,9 @@ class LearnMasks(Pass):
     Source: MaskLLM, arXiv 2409.17481, sections 3 and 4.
     """
 
-    name: ClassVar[str] = "learn_masks"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "learn_masks"
+    promise = "approximate"
+    needs = "nothing"  # the mask that is there comes from other passes
 
     alpha: float = 3.0
     init_std: float = 0.01
@@ -61,11 +63,6 @@ class LearnMasks(Pass):
                 f"learn_masks: init_std expects a number above 0, got {self.init_std}: the prior is scaled to it, and equal "
                 "logits would all choose the first candidate"
             )
-
-    @property
-    def needs(self) -> Needs:
-        """Nothing: the mask that is there comes from other passes."""
-        return "nothing"
 
     @property
     def requires(self) -> Mapping[Condition, str]:
@@ -122,13 +119,10 @@ class LearnMasks(Pass):
             # Each site has numbers of its own, whichever sites are learned besides.
             seed = noise_key(self.seed, 0, zlib.crc32(site.weight.encode()))
             *rows, length = mask_RI.shape
-            logits_RCG = first_logits(
-                tuple(rows), length // pattern.m, pattern, std=self.init_std, seed=seed, device=before.device
-            )
-            weight = program.tensor(site.weight)
-            logits_RCG = add_prior(logits_RCG, mask_RI, pattern, self.alpha).to(
-                weight.dtype if weight.dtype.itemsize > 4 else logits_RCG.dtype
-            )
+            groups = length // pattern.m
+            start_RCG = first_logits(tuple(rows), groups, pattern, std=self.init_std, seed=seed, device=before.device)
+            dtype = torch.promote_types(program.tensor(site.weight).dtype, torch.float32)
+            logits_RCG = add_prior(start_RCG, mask_RI, pattern, self.alpha).to(dtype)
             attach_logits(program, site, logits_RCG, pattern.n, pattern.m)
             moved = int((program.tensor(state.mask) != before).sum())
             facts[site.name] = {"logits": logits_RCG.numel(), "moved_from_prior": moved / before.numel()}

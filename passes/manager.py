@@ -15,9 +15,8 @@ from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
-from sparsepass.graph.rewrite import finish
+from sparsepass.graph.rewrite import finish, without_branches
 from sparsepass.graph.spec import violations
-from sparsepass.graph.states import without_branches
 from sparsepass.graph.support import item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
@@ -25,7 +24,7 @@ from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibratio
 from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
 from sparsepass.passes.maths import InputStatistics
 from sparsepass.passes.preconditions import check_pipeline
-from sparsepass.passes.text import parse_pipeline, pass_to_text
+from sparsepass.passes.table import parse_pipeline, pass_to_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,12 +160,10 @@ class _Run:
         first = items[0]
         chosen, skipped = first.choose(self.program)
         _require_work(first, chosen, skipped)
-        weights = {site.weight for site in chosen}
         for item in items[1:]:
-            chosen += [site for site in item.choose(self.program)[0] if site.weight not in weights]
-            weights = {site.weight for site in chosen}
-        order = {site.weight: i for i, site in enumerate(self.program.sites())}
-        groups = site_groups(sorted(chosen, key=lambda site: order[site.weight]))
+            chosen += item.choose(self.program)[0]
+        weights = {site.weight for site in chosen}
+        groups = site_groups([site for site in self.program.sites() if site.weight in weights])
         facts: dict[str, dict[str, Facts]] = {item.name: {} for item in items}
         reasons: dict[str, dict[str, str]] = {item.name: {} for item in items}
         reasons[first.name] = skipped

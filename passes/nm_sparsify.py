@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from sparsepass.graph.rewrite import attach_mask
 from sparsepass.graph.support import nearest
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass
 from sparsepass.passes.conditions import Condition
-from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, refine
+from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, keep_masked, refine
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.masks import MaskPack, PackedMask
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros
+from sparsepass.passes.maths import InputStatistics, NMPattern, relative_error
 
 _DEFAULT_REFINE = 10
 
@@ -62,8 +62,8 @@ class NMSparsify(Pass):
     2301.00774; ALPS, arXiv 2406.07831; ProxSparse, arXiv 2502.00258.
     """
 
-    name: ClassVar[str] = "nm_sparsify"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "nm_sparsify"
+    promise = "approximate"
 
     pattern: str = "2:4"
     criterion: str | None = None
@@ -77,7 +77,7 @@ class NMSparsify(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         NMPattern.parse(self.pattern)
-        CriterionOptions(damping=self.damping, block_size=self.block_size)
+        _ = self._options  # complains of values out of range
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(CRITERIA))}")
         if self.masks is not None and self.criterion is not None:
@@ -128,6 +128,10 @@ class NMSparsify(Pass):
         return CRITERIA[self.criterion]
 
     @property
+    def _options(self) -> CriterionOptions:
+        return CriterionOptions(damping=self.damping, block_size=self.block_size)
+
+    @property
     def _pack(self) -> MaskPack:
         assert self.masks is not None
         return _read_pack(self.masks, os.stat(self.masks).st_mtime_ns if os.path.exists(self.masks) else None)
@@ -174,25 +178,19 @@ class NMSparsify(Pass):
             pruned = [self._prune(matrix, context.statistics) for matrix in matrices]
         else:
             stacked = self._prune(torch.cat(matrices) if len(matrices) > 1 else matrices[0], context.statistics)
-            sizes = [len(matrix) for matrix in matrices]
-            pruned = [
-                Pruned(weight_OI=weight_OI, mask_OI=mask_OI, note=stacked.note)
-                for weight_OI, mask_OI in zip(
-                    torch.split(stacked.weight_OI, sizes), torch.split(stacked.mask_OI, sizes), strict=True
-                )
-            ]
+            parts = (t.split([len(matrix) for matrix in matrices]) for t in (stacked.weight_OI, stacked.mask_OI))
+            pruned = [Pruned(weight_OI=w, mask_OI=mask, note=stacked.note) for w, mask in zip(*parts, strict=True)]
         if not self.compensate:
-            pruned = [
-                replace(found, weight_OI=canonical_zeros(matrix.masked_fill(~found.mask_OI, 0)))
-                for matrix, found in zip(matrices, pruned, strict=True)
-            ]
+            kept = [keep_masked(matrix, found.mask_OI) for matrix, found in zip(matrices, pruned, strict=True)]
+            pruned = [replace(masked, note=found.note) for masked, found in zip(kept, pruned, strict=True)]
         facts: dict[str, Facts] = {}
         for site, weight, matrix, result in zip(group.sites, weights, matrices, pruned, strict=True):
             facts[site.name] = self._facts(matrix, result, context)  # before the matrix, a view of the weight, changes
             mask = site.from_matrix(result.mask_OI)
-            kept = site.from_matrix(result.weight_OI)
-            if not torch.equal(kept, torch.ops.sparsepass.masked_weight(weight, mask)) or bool(_has_negative_zero(weight)):
-                program.write_tensor(site.weight, torch.where(mask, kept, weight))
+            new = site.from_matrix(result.weight_OI)
+            is_same = torch.equal(new, torch.ops.sparsepass.masked_weight(weight, mask))
+            if not is_same or bool(((weight == 0) & weight.signbit()).any()):  # -0.0 becomes +0.0
+                program.write_tensor(site.weight, torch.where(mask, new, weight))
             pattern = self.pattern if self.masks is None else self._pack.masks[site.weight].pattern
             attach_mask(program, site, mask, pattern)
         return facts
@@ -200,13 +198,11 @@ class NMSparsify(Pass):
     @staticmethod
     def _take(known: PackedMask, weight_OI: Tensor) -> Pruned:
         check_weight(weight_OI)
-        mask_OI = known.mask().to(weight_OI.device)
-        return Pruned(weight_OI=canonical_zeros(weight_OI.masked_fill(~mask_OI, 0)), mask_OI=mask_OI)
+        return keep_masked(weight_OI, known.mask().to(weight_OI.device))
 
     def _prune(self, weight_OI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
-        options = CriterionOptions(damping=self.damping, block_size=self.block_size)
         known = statistics[0] if statistics else None
-        pruned = self._criterion.function(weight_OI, known, NMPattern.parse(self.pattern), options)
+        pruned = self._criterion.function(weight_OI, known, NMPattern.parse(self.pattern), self._options)
         if not self.refine:
             return pruned
         return refine(weight_OI, pruned, known, damping=self.damping, num_steps=self.refine)
@@ -215,13 +211,11 @@ class NMSparsify(Pass):
         """Each expert by the tokens that were routed to it; by magnitude where there were none."""
         if not statistics:
             return self._prune(weight_EOI, ())
-        options = CriterionOptions(damping=self.damping, block_size=self.block_size)
-        pattern = NMPattern.parse(self.pattern)
         results, unseen = [], []
         for index, (weight_OI, known) in enumerate(zip(weight_EOI, statistics, strict=True)):
             if known.num_tokens == 0:
                 unseen.append(index)
-                results.append(CRITERIA["magnitude"].function(weight_OI, None, pattern, options))
+                results.append(CRITERIA["magnitude"].function(weight_OI, None, NMPattern.parse(self.pattern), self._options))
             else:
                 results.append(self._prune(weight_OI, (known,)))
         notes = {r.note for r in results if r.note}
@@ -236,7 +230,9 @@ class NMSparsify(Pass):
     def _facts(self, matrix: Tensor, result: Pruned, context: GroupContext) -> Facts:
         facts: dict[str, float | int | str] = {}
         if context.measure:
-            facts["relative_error"] = _relative_error(matrix, result.weight_OI, context.statistics)
+            pairs = zip(matrix, result.weight_OI, strict=True) if matrix.dim() == 3 else [(matrix, result.weight_OI)]
+            parts = ((dense_OI.float() - kept_OI.float(), dense_OI.float()) for dense_OI, kept_OI in pairs)
+            facts["relative_error"] = relative_error(parts, context.statistics)
         if context.statistics:
             facts["tokens"] = sum(known.num_tokens for known in context.statistics)
         if result.note:
@@ -249,26 +245,3 @@ def _read_pack(path: str, modified_ns: int | None) -> MaskPack:
     """Read a pack once for all its layers, and anew if the file has changed."""
     del modified_ns
     return MaskPack.load(path)
-
-
-def _relative_error(original: Tensor, pruned: Tensor, statistics: Sequence[InputStatistics]) -> float:
-    """Output error of the site, relative to its output, over the calibration tokens. Without tokens: that of the weight."""
-    if original.dim() == 2:
-        original, pruned = original.unsqueeze(0), pruned.unsqueeze(0)
-    error = total = 0.0
-    for index, (before_OI, after_OI) in enumerate(zip(original.float(), pruned.float(), strict=True)):
-        known = statistics[index] if statistics else None
-        difference_OI = before_OI - after_OI
-        if known is not None and known.has_gram:
-            gram_II = known.gram_II
-            error += float(((difference_OI @ gram_II) * difference_OI).sum())
-            total += float(((before_OI @ gram_II) * before_OI).sum())
-        else:
-            scale_I = known.norms() if known is not None else torch.ones((), device=before_OI.device)
-            error += float((difference_OI * scale_I).square().sum())
-            total += float((before_OI * scale_I).square().sum())
-    return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
-
-
-def _has_negative_zero(weight: Tensor) -> Tensor:
-    return ((weight == 0) & torch.signbit(weight)).any()

@@ -6,8 +6,7 @@ from sparsepass.graph import PassError, Program, SparsepassError
 from sparsepass.graph.records import SparseState
 from sparsepass.passes.base import Pass
 from sparsepass.passes.conditions import Condition
-from sparsepass.passes.table import passes_table
-from sparsepass.passes.text import parse_pipeline
+from sparsepass.passes.table import parse_pipeline, passes_table
 
 # What a pass does that brings a condition about.
 _DONE = {

@@ -1,14 +1,15 @@
 """The pass `reconstruct`: it trains the kept weights of each block until the block gives what the dense block gave."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, Site, SparsepassError
-from sparsepass.passes.base import BlockWork, Facts, GroupContext, Needs, Pass, not_sparse
+from sparsepass.passes.base import BlockWork, Facts, GroupContext, Pass, not_sparse
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import NMPattern, Trained, canonical_zeros, fit, nm_mask, token_error
@@ -47,8 +48,9 @@ class Reconstruct(Pass):
     steps relative to the weights and the moving masks are ours.
     """
 
-    name: ClassVar[str] = "reconstruct"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "reconstruct"
+    promise = "approximate"
+    needs = "inputs"  # of each block
 
     steps: int = 64
     lr: float = 0.01
@@ -65,11 +67,6 @@ class Reconstruct(Pass):
                 raise SparsepassError(f"reconstruct: {option} expects a number of at least 1, got {getattr(self, option)}")
         if not 0 < self.lr < 1:
             raise SparsepassError(f"reconstruct: lr expects a fraction of the weights' size between 0 and 1, got {self.lr}")
-
-    @property
-    def needs(self) -> Needs:
-        """The block's inputs."""
-        return "inputs"
 
     @property
     def block_work(self) -> BlockWork:
@@ -114,7 +111,8 @@ class Reconstruct(Pass):
             state = program.sparse[site.weight]
             assert state.mask is not None
             mask_names[site.weight] = state.mask
-            refresh = _Refresh(site, NMPattern.parse(state.pattern)) if self.masks == "moving" else None
+            pattern = NMPattern.parse(state.pattern)
+            refresh = functools.partial(_largest, site, pattern) if self.masks == "moving" else None
             tensors[site.weight] = Trained(start=program.tensor(site.weight), mask=program.tensor(state.mask), refresh=refresh)
             if state.branch is not None:
                 tensors[state.branch.weight] = Trained(start=program.tensor(state.branch.weight))
@@ -152,12 +150,6 @@ class Reconstruct(Pass):
         return {site.name: facts for site in group.sites}
 
 
-@dataclass(frozen=True)
-class _Refresh:
+def _largest(site: Site, pattern: NMPattern, weight: Tensor) -> Tensor:
     """The mask of a site's largest weights."""
-
-    site: Site
-    pattern: NMPattern
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        return self.site.from_matrix(nm_mask(self.site.to_matrix(weight).abs(), self.pattern))
+    return site.from_matrix(nm_mask(site.to_matrix(weight).abs(), pattern))

@@ -5,17 +5,16 @@ Shape suffixes: O out, I in, R in/k.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
-from torch import Tensor
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.rewrite import attach_branch
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, not_sparse
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
-from sparsepass.passes.maths import fixed_projection, slorb_least_squares, slorb_mean_init
+from sparsepass.passes.maths import fixed_projection, relative_error, slorb_least_squares, slorb_mean_init
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,8 @@ class SLoRB(Pass):
     Source: AST, arXiv 2407.20584, eqs. 5 and 6; the least squares are ours.
     """
 
-    name: ClassVar[str] = "slorb"
-    promise: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    name = "slorb"
+    promise = "approximate"
 
     k: int = 16
     init: Literal["mean", "sum", "least_squares"] | None = None
@@ -137,7 +136,9 @@ class SLoRB(Pass):
                 if fit.note:
                     measured["note"] = fit.note
                 if context.measure:
-                    measured["relative_error"] = _relative_error(original_OI, masked_OI, branch_OR, gram_II, self.k)
+                    given_OI = branch_OR.float().repeat_interleave(self.k, dim=1)
+                    missing_OI = original_OI.float() - masked_OI.float() - given_OI
+                    measured["relative_error"] = relative_error([(missing_OI, original_OI.float())], context.statistics)
             else:
                 assert self.init is not None
                 branch_OR = slorb_mean_init(site.to_matrix(weight), mask_OI, self.k, self.init)
@@ -147,11 +148,3 @@ class SLoRB(Pass):
             attach_branch(program, site, branch_OR.to(weight.dtype), self.k, projection)
             facts[site.name] = measured
         return facts
-
-
-def _relative_error(original_OI: Tensor, masked_OI: Tensor, branch_OR: Tensor, gram_II: Tensor, k: int) -> float:
-    """Output error of the layer with its branch, relative to its output, over the calibration tokens."""
-    left_OI = original_OI.float() - masked_OI.float() - branch_OR.float().repeat_interleave(k, dim=1)
-    error = float(((left_OI @ gram_II) * left_OI).sum())
-    total = float(((original_OI.float() @ gram_II) * original_OI.float()).sum())
-    return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0

@@ -11,14 +11,14 @@ CODE = sorted(path for folder in ("graph", "passes", "retrain", "export") for pa
 FACTS: dict[str, tuple[str, set[str]]] = {
     "position limit": (r"max_position_embeddings|n_positions|max_target_positions", {"graph/limits.py"}),
     "nearest name": (r"get_close_matches", {"graph/support/words.py"}),
-    "name patterns": (r"\bfnmatch|startswith\(\"re:\"\)", {"graph/support/names.py"}),
+    "name patterns": (r"\bfnmatch|startswith\(\"re:\"\)", {"graph/support/words.py"}),
     "first line of an error": (r"def _?first_line|splitlines\(\)\[0\](?!$)", {"graph/support/words.py"}),
-    "quieting transformers": (r"set_verbosity_error|disable_progress_bar\(", {"graph/support/quiet.py"}),
+    "quieting transformers": (r"set_verbosity_error|disable_progress_bar\(", {"graph/support/contexts.py"}),
     "masked weight of a site": (
         r"masked_weight\([^()]*program\.tensor|torch\.ops\.sparsepass\.masked_weight\(\w+\.detach\(\)",
         {"graph/program.py"},
     ),
-    "switching branches off": (r"def _?\w*(without|muted|mute)_branches\(program: Program[,)].*Iterator", {"graph/states.py"}),
+    "switching branches off": (r"def _?\w*(without|muted|mute)_branches\(program: Program[,)].*Iterator", {"graph/rewrite.py"}),
     "copying a program": (r"(?<![\w`\"])Program\($", {"graph/program.py", "graph/capture.py"}),
     "perplexity": (r"def perplexity|exp\((nll|loss|mean_nll)", {"graph/perplexity.py"}),
     "moving a file over another": (
@@ -34,13 +34,13 @@ FACTS: dict[str, tuple[str, set[str]]] = {
     ),
     "reading jsonl": (
         r"json\.loads\(line\)",
-        {"passes/data/reading.py", "retrain/run/metrics.py"},
+        {"passes/data/sources.py", "retrain/run/metrics.py"},
     ),  # the latter is its own file
     "whether a weight is the original one": (
         r"\bchanged_by=|history\b.*\bslorb|record\.text\.startswith",
         {"graph/program.py", "passes/manager.py", "retrain/trainee.py"},
     ),
-    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"passes/data/reading.py"}),
+    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"passes/data/sources.py"}),
 }
 
 

@@ -29,7 +29,7 @@ from sparsepass.passes import apply_passes
 from sparsepass.passes.criteria import CRITERIA
 from sparsepass.passes.data import PYTHON_DOCS
 from sparsepass.passes.maths import NMPattern
-from sparsepass.passes.text import parse_pipeline, pipeline_to_text
+from sparsepass.passes.table import parse_pipeline, pipeline_to_text
 
 _CHILD = "import sys; from sparsepass.export.stages.criteria import measure_to_file as m; sys.exit(m(*sys.argv[1:]))"
 _LOG = logging.getLogger(__name__)

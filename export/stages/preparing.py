@@ -26,7 +26,7 @@ from sparsepass.export.report import (
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import Program, capture
 from sparsepass.graph.load import LoadedModel, load_model
-from sparsepass.graph.states import without_branches
+from sparsepass.graph.rewrite import without_branches
 from sparsepass.graph.support import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sparsepass.graph.capture import program_from_graph_module
 from sparsepass.graph.program import Program
-from sparsepass.graph.report import Report
+from sparsepass.graph.records import Report
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes import Fold, Pass, apply_passes, parse_pipeline
 from sparsepass.passes.engine import ComputeDtype

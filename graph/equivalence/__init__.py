@@ -1,9 +1,8 @@
 """Whether two artifacts compute the same, and where they part."""
 
-from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest
+from sparsepass.graph.equivalence.artifact import Artifact, Inputs, Observe, coarsest
 from sparsepass.graph.equivalence.comparison import Comparison, assert_equivalent, compare, default_rtol
 from sparsepass.graph.equivalence.differences import Difference, difference
-from sparsepass.graph.equivalence.layers import Observe
 from sparsepass.graph.equivalence.onnx_file import OnnxFile, output_name
 
 __all__ = [

@@ -1,18 +1,107 @@
-"""Running modules and programs, with flat named outputs."""
+"""What can be compared: modules and programs, run with flat named outputs, and where the results of their layers stand.
+
+A layer is a module that owns a weight. It is known by its module path, and its result is the last value that is
+computed from its matmul within that module: past the bias, past a SLoRB branch, past the views around GPT-2's Conv1D.
+"""
 
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
 
-from sparsepass.graph.equivalence.layers import Observe, Step, canonical_path, layer_results
 from sparsepass.graph.hierarchy import Hierarchy
+from sparsepass.graph.nodes import module_path
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import EquivalenceError
+from sparsepass.graph.support import EquivalenceError, evaluating
+
+Observe = Callable[[str, Tensor], None]
+"""Takes the module path of a layer and its result, in the order in which layers finish."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One node of a graph, reduced to what is needed to find the results of layers.
+
+    Attributes:
+        path: Module path of the innermost module it was traced in.
+        reads: Names of the values it reads.
+        writes: Names of the values it computes.
+        is_matmul: Whether it multiplies by a weight.
+        is_tensor: Whether its first value is a single tensor that may be a layer's result.
+    """
+
+    path: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    is_matmul: bool
+    is_tensor: bool
+
+
+def layer_results(steps: Sequence[Step]) -> dict[str, str]:
+    """Find the value that each layer returns.
+
+    Args:
+        steps: The nodes in the order in which they run.
+
+    Returns:
+        Name of a value -> module path of the layer that returns it, in the order of the graph. A path occurs once for
+        each call of its module.
+    """
+    readers: dict[str, list[int]] = {}
+    for index, step in enumerate(steps):
+        for name in step.reads:
+            readers.setdefault(name, []).append(index)
+    found: dict[int, str] = {}
+    for index, step in enumerate(steps):
+        if step.is_matmul and step.path:
+            found[_last_within(steps, readers, index)] = step.path
+    return {steps[index].writes[0]: found[index] for index in sorted(found)}
+
+
+def _last_within(steps: Sequence[Step], readers: Mapping[str, list[int]], start: int) -> int:
+    path = steps[start].path
+    reached, stack = {start}, [start]
+    while stack:
+        for name in steps[stack.pop()].writes:
+            for index in readers.get(name, ()):
+                inside = steps[index].path == path or steps[index].path.startswith(f"{path}.")
+                if inside and index not in reached:
+                    reached.add(index)
+                    stack.append(index)
+    return max(index for index in reached if steps[index].is_tensor or index == start)
+
+
+class CallNumbers:
+    """Tells the calls of one module apart: ``mix``, ``mix#1``, ``mix#2``. Final."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def name(self, path: str) -> str:
+        """Name of the next call of a module."""
+        number = self._seen.get(path, 0)
+        self._seen[path] = number + 1
+        return f"{path}#{number}" if number else path
+
+
+def canonical_path(path: str) -> str:
+    """The model's own path of a module that stands in a wrapper (compiled, PEFT, a hierarchy's second call).
+
+    >>> canonical_path("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+    'model.layers.0.mlp.up_proj'
+    >>> canonical_path("mix@1")
+    'mix'
+    """
+    path = path.partition("@")[0]
+    for prefix in ("_orig_mod.", "tree.", "base_model.model."):
+        path = path.removeprefix(prefix)
+    return path.removesuffix(".base_layer")
+
 
 Inputs = Mapping[str, Tensor | None] | Tensor | Sequence[Tensor]
 
@@ -64,7 +153,7 @@ class ModuleArtifact(Artifact):
         """Compute the outputs; see `Artifact.run`."""
         module = self._module
         args, kwargs = self._arguments(inputs)
-        with torch.no_grad(), _evaluating(module), _hooks(module, observe):
+        with torch.no_grad(), evaluating(module), _hooks(module, observe):
             return flat_outputs(module(*args, **kwargs))
 
     def facts(self, layer: str) -> str:
@@ -127,7 +216,7 @@ class ProgramArtifact(Artifact):
         by_name = {node.name: node for node in self._program.graph_module.graph.nodes}
         said = []
         for site in self._program.sites():
-            if layer not in {site.name, *(_innermost(by_name[name]) for name in site.nodes)}:
+            if layer not in {site.name, *(canonical_path(module_path(by_name[name])) for name in site.nodes)}:
                 continue
             state = self._program.sparse.get(site.weight)
             if state is None:
@@ -161,17 +250,12 @@ class _Watching(fx.Interpreter):
 def _step(node: fx.Node, matmuls: Collection[str]) -> Step:
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
     return Step(
-        path=_innermost(node),
+        path=canonical_path(module_path(node)),
         reads=tuple(source.name for source in node.all_input_nodes),
         writes=(node.name,),
         is_matmul=node.name in matmuls,
         is_tensor=len(returns) == 1 and str(returns[0].type) == "Tensor",
     )
-
-
-def _innermost(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return canonical_path(str(list(stack.values())[-1][0])) if stack else ""
 
 
 def flat_outputs(output: Any) -> dict[str, Tensor]:
@@ -252,17 +336,6 @@ def _flags(module: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
     if getattr(getattr(module, "config", None), "return_dict", True) is False:
         flags["return_dict"] = True
     return flags
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    was_training = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in was_training.items():
-            m.training = training
 
 
 @contextlib.contextmanager

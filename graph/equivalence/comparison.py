@@ -17,23 +17,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest
-from sparsepass.graph.equivalence.differences import Difference, TensorDifference, difference, tensor_difference
-from sparsepass.graph.equivalence.layers import CallNumbers
-from sparsepass.graph.equivalence.opening import open_artifact
-from sparsepass.graph.equivalence.running import outputs_of, run
+from sparsepass.graph.equivalence.artifact import Artifact, CallNumbers, Inputs, coarsest
+from sparsepass.graph.equivalence.differences import Difference, TensorDifference, difference, figures, tensor_difference
+from sparsepass.graph.equivalence.running import open_artifact, outputs_of, run
 from sparsepass.graph.support import EquivalenceError
-
-__all__ = [
-    "DEFAULT_RTOL",
-    "Comparison",
-    "Difference",
-    "TensorDifference",
-    "assert_equivalent",
-    "compare",
-    "default_rtol",
-    "difference",
-]
 
 DEFAULT_RTOL: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -91,10 +78,7 @@ class Comparison:
     @property
     def first_divergence(self) -> str | None:
         """Module path of the first layer, as the reference runs them, beyond the tolerance; None if none is."""
-        return next((found.name for found in self.layers if self._parted(found)), None)
-
-    def _parted(self, found: TensorDifference) -> bool:
-        return found.relative_error > self.tolerance
+        return next((found.name for found in self.layers if found.relative_error > self.tolerance), None)
 
     def failures(
         self, *, atol: float | None = None, rtol: float | None = None, max_kl: float | None = None, exact: bool = False
@@ -238,18 +222,16 @@ def compare(a: Any, b: Any, inputs: Inputs, *, layers: bool = True, tolerance: f
     for name in reference.layers:
         if name not in found:
             not_compared.setdefault(name, f"{second.description} has no such layer")
-    outputs, unmatched = _matched(reference.tensors, candidate, first.description, second.description)
-    floating = [t.dtype for pair in outputs.values() for t in pair if t.is_floating_point()]
+    outputs, unmatched = _matched(reference, candidate, first.description, second.description)
+    dtype = coarsest([dtype, *(t.dtype for pair in outputs.values() for t in pair)])
     return Comparison(
         reference=first.description,
         candidate=second.description,
-        outputs=difference(
-            {name: pair[0] for name, pair in outputs.items()}, {name: pair[1] for name, pair in outputs.items()}
-        ),
+        outputs=difference(*({name: pair[side] for name, pair in outputs.items()} for side in (0, 1))),
         layers=tuple(found[name] for name in reference.layers if name in found),
         not_compared=unmatched | not_compared,
-        dtype=coarsest([dtype, *floating]),
-        tolerance=default_rtol(coarsest([dtype, *floating])) if tolerance is None else tolerance,
+        dtype=dtype,
+        tolerance=default_rtol(dtype) if tolerance is None else tolerance,
     )
 
 
@@ -382,8 +364,7 @@ def _message(failed: tuple[str, ...], found: Comparison, a: Artifact, b: Artifac
 
 
 def _row(found: TensorDifference) -> tuple[str, ...]:
-    kl = "" if found.kl is None else f"{found.kl:.3g}"
-    return found.name, f"{found.max_error:.3g}", f"{found.mean_error:.3g}", f"{found.relative_error:.3g}", kl
+    return found.name, *("" if value is None else f"{value:.3g}" for value in figures(found).values())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -50,14 +50,7 @@ class TensorDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
-        return {
-            "max_error": self.max_error,
-            "mean_error": self.mean_error,
-            "relative_error": self.relative_error,
-            "kl": self.kl,
-            "num_elements": self.num_elements,
-            "num_nan": self.num_nan,
-        }
+        return figures(self) | {"num_elements": self.num_elements, "num_nan": self.num_nan}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +98,12 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
-        return {
-            "max_error": self.max_error,
-            "mean_error": self.mean_error,
-            "relative_error": self.relative_error,
-            "kl": self.kl,
-            "outputs": {name: found.to_dict() for name, found in self.outputs.items()},
-        }
+        return figures(self) | {"outputs": {name: found.to_dict() for name, found in self.outputs.items()}}
+
+
+def figures(found: TensorDifference | Difference) -> dict[str, Any]:
+    """The figures that a difference has, of one tensor or of many."""
+    return {name: getattr(found, name) for name in ("max_error", "mean_error", "relative_error", "kl")}
 
 
 def difference(reference: Mapping[str, Tensor], candidate: Mapping[str, Tensor]) -> Difference:

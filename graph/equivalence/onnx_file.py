@@ -9,8 +9,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from sparsepass.graph.equivalence.artifact import Artifact, Inputs, coarsest, fitting
-from sparsepass.graph.equivalence.layers import Observe, Step, canonical_path, layer_results
+from sparsepass.graph.equivalence.artifact import (
+    Artifact,
+    Inputs,
+    Observe,
+    Step,
+    canonical_path,
+    coarsest,
+    fitting,
+    layer_results,
+)
 from sparsepass.graph.support import EquivalenceError
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}

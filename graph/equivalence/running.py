@@ -1,38 +1,29 @@
-"""Running an artifact, and what it returned."""
+"""Opening whatever can be compared (modules, programs and files), running it, and what it returned."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsepass.graph.equivalence.artifact import Artifact, Inputs
-from sparsepass.graph.equivalence.layers import CallNumbers
-from sparsepass.graph.equivalence.opening import open_artifact
+from sparsepass.graph.equivalence.artifact import Artifact, CallNumbers, Inputs, ModuleArtifact, ProgramArtifact
+from sparsepass.graph.equivalence.onnx_file import OnnxFile
+from sparsepass.graph.program import Program
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import EquivalenceError, SparsepassError
 
 
-@dataclass(frozen=True)
-class Outputs(Mapping[str, Tensor]):
+class Outputs(dict[str, Tensor]):
     """What an artifact returned: a mapping of flat output names to tensors. Final.
 
     Attributes:
-        tensors: The outputs.
         layers: Module path -> result of that layer, in the order in which layers finish; empty unless asked for. A
             later call of the same module is named ``path#1``.
     """
 
-    tensors: Mapping[str, Tensor]
-    layers: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
-
-    def __iter__(self) -> Any:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.layers = layers
 
 
 def run(artifact: Any, inputs: Inputs, *, layers: bool = False) -> Outputs:
@@ -88,3 +79,43 @@ def outputs_of(artifact: Artifact, inputs: Inputs, observe: Any) -> dict[str, Te
     if not outputs:
         raise EquivalenceError(f"{artifact.description} returns no tensors, so there is nothing to compare")
     return outputs
+
+
+def open_artifact(source: Any) -> Artifact:
+    """Take a module, a program, or the path of an ONNX file, of a folder holding one, or of a saved program.
+
+    Raises:
+        EquivalenceError: If it is none of these.
+    """
+    if isinstance(source, Artifact):
+        return source
+    if isinstance(source, Program):
+        return ProgramArtifact(source)
+    if isinstance(source, nn.Module):
+        return ModuleArtifact(source)
+    if isinstance(source, str | Path):
+        return _open_path(Path(source))
+    raise EquivalenceError(
+        f"a {type(source).__name__} cannot be compared: expected an nn.Module, a Program, or the path of an ONNX file, "
+        "of a folder holding model.onnx, or of a saved program; load a checkpoint first"
+    )
+
+
+def _open_path(path: Path) -> Artifact:
+    if path.is_file() and path.name != PROGRAM_FILE:
+        return OnnxFile(path)
+    if path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise EquivalenceError(f"{path} does not exist; check the path")
+    if (path / PROGRAM_FILE).is_file():
+        return ProgramArtifact(Program.load(path))
+    files = sorted(path.glob("*.onnx"))
+    if (path / "model.onnx").is_file():
+        files = [path / "model.onnx"]
+    if len(files) != 1:
+        found = f"several ONNX files ({', '.join(f.name for f in files)})" if files else "neither model.onnx"
+        raise EquivalenceError(
+            f"{path} holds {found}" + ("; name one of them" if files else f" nor {PROGRAM_FILE}; load the model first")
+        )
+    return OnnxFile(files[0])

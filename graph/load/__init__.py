@@ -1,10 +1,5 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
-from sparsepass.graph.load.loaded import LoadedModel
-from sparsepass.graph.load.model import load_model, parse_dtype
+from sparsepass.graph.load.model import LoadedModel, load_model, parse_dtype
 
-__all__ = [
-    "LoadedModel",
-    "load_model",
-    "parse_dtype",
-]
+__all__ = ["LoadedModel", "load_model", "parse_dtype"]

@@ -1,33 +1,79 @@
 """Loading what a user names: a folder, a hub id, a GGUF file, a saved program, or a model in memory."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from sparsepass.graph.load.checks import check_complete, check_not_quantized, check_weights, explained, read_config
-from sparsepass.graph.load.classes import TASKS, model_class_of
-from sparsepass.graph.load.companions import companions_in
-from sparsepass.graph.load.gguf import from_gguf, lone_gguf
-from sparsepass.graph.load.hub import download, is_hub_id
-from sparsepass.graph.load.loaded import Kind, LoadedModel, origin_of
+from sparsepass.graph.load.checkpoint import (
+    TASKS,
+    check_complete,
+    check_not_quantized,
+    check_weights,
+    companions_in,
+    explained,
+    model_class_of,
+    read_config,
+)
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, closest, first_line, quiet_loading
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["folder", "hub", "gguf", "program", "memory"]
+
 _DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
+    torch.float32: ("float32", "fp32"),
+    torch.bfloat16: ("bfloat16", "bf16"),
+    torch.float16: ("float16", "fp16", "half"),
+    torch.float64: ("float64", "fp64"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with what came beside it.
+
+    Args:
+        model: The model in eval mode, of its own class; a Program if a saved program was named.
+        tokenizer: Its tokenizer, if it has one.
+        processor: Its image processor, feature extractor or whole processor, if it has one.
+        source: What the user named.
+        kind: Where it came from.
+        provenance: JSON-ready facts for the report: class, dtype, parameters, files, versions, notes.
+    """
+
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    processor: Any = None
+    source: str
+    kind: Kind
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def program(self) -> Program | None:
+        """The model, if it is a Program."""
+        return self.model if isinstance(self.model, Program) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """A model that is to be read from files, and how; see `load_model`."""
+
+    name: str
+    dtype: torch.dtype | None
+    task: str | None
+    gguf_file: str | None
+    revision: str | None
+    trust_remote_code: bool
+    token: str | None
 
 
 def parse_dtype(dtype: "torch.dtype | str") -> torch.dtype:
@@ -43,8 +89,9 @@ def parse_dtype(dtype: "torch.dtype | str") -> torch.dtype:
         >>> parse_dtype("bf16")
         torch.bfloat16
     """
-    found = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype).lower().removeprefix("torch."))
-    if found is None or found not in _DTYPES.values():
+    name = str(dtype).lower().removeprefix("torch.")
+    found = next((known for known, names in _DTYPES.items() if name in names), None)
+    if found is None:
         raise SparsepassError(f"dtype {dtype} is not understood; expected float32, bfloat16, float16 or float64")
     return found
 
@@ -98,8 +145,8 @@ def load_model(
     if isinstance(source, nn.Module):
         loaded = _from_memory(source)
     else:
-        loaded = _from_name(
-            source,
+        asked = _Wanted(
+            name=str(source),
             dtype=wanted,
             task=task,
             gguf_file=gguf_file,
@@ -107,54 +154,86 @@ def load_model(
             trust_remote_code=trust_remote_code,
             token=token,
         )
+        loaded = _from_name(asked, is_path=isinstance(source, Path))
     model = loaded.model
     if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
         model = model.to(dtype=wanted)
     if place is not None:
         model = model.to(device=place)
-    return replace(loaded, model=model, provenance=loaded.provenance | _facts(model))  # type: ignore[operator]
+    origin = {
+        "source": loaded.source,
+        "kind": loaded.kind,
+        "versions": {package: metadata.version(package) for package in ("torch", "transformers")},
+    }
+    return replace(loaded, model=model, provenance=origin | loaded.provenance | _facts(model))  # type: ignore[operator]
 
 
-def _from_name(
-    source: "str | Path",
-    *,
-    dtype: torch.dtype | None,
-    task: str | None,
-    gguf_file: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    token: str | None,
-) -> LoadedModel:
-    name = str(source)
-    path = Path(name).expanduser()
-    kind: Kind
-    commit = None
+def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
+    name, path = wanted.name, Path(wanted.name).expanduser()
+    kind: Kind = "folder"
+    facts: dict[str, object] = {}
     if path.is_file():
         if path.suffix != ".gguf":
             raise SparsepassError(
                 f"model {name} is a file; expected a folder, a hub id or a .gguf file. For a single weights file, "
                 "name the folder it lies in"
             )
-        folder, gguf_file, kind = path.parent, path.name, "gguf"
+        folder, wanted = path.parent, replace(wanted, gguf_file=path.name)
     elif path.is_dir():
         if (path / PROGRAM_FILE).is_file():
             return _from_program(path, name)
-        folder, kind = path, "folder"
-    elif isinstance(source, Path) or not is_hub_id(name):
+        folder = path
+    elif is_path or not _is_hub_id(name):
         raise SparsepassError(
             f"model {name} does not exist; expected a folder, a .gguf file, a saved program, or a hub id such as "
             "'organisation/name'"
         )
     else:
-        folder, commit = download(
-            name, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code, token=token
-        )
-        kind = "hub"
-    gguf_file = gguf_file or lone_gguf(folder, name)
-    facts: dict[str, object] = {"revision": revision, "commit": commit} if kind == "hub" else {}
+        folder, kind = _download(wanted), "hub"
+        facts = {"revision": wanted.revision, "commit": folder.name}
+    gguf_file = wanted.gguf_file or _lone_gguf(folder, name)
     if gguf_file is not None:
-        return from_gguf(folder, gguf_file, name, dtype=dtype, task=task, facts=facts)
-    return _from_folder(folder, name, kind, dtype=dtype, task=task, trust_remote_code=trust_remote_code, facts=facts)
+        return _from_gguf(folder, gguf_file, wanted, facts)
+    return _from_folder(folder, kind, wanted, facts)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name could be that of a repository on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    if name.endswith((".gguf", ".safetensors", ".bin")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _download(wanted: _Wanted) -> Path:
+    """Fetch a hub repository's configuration, tokenizer and safe weights, never a pickle; the commit names the folder."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, patterns = wanted.name, ["*.json", "*.txt", "*.model", "*.jinja", wanted.gguf_file or "model*.safetensors"]
+    patterns += ["*.py"] if wanted.trust_remote_code else []
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=wanted.revision, token=wanted.token, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else "the hub cannot be reached"
+        raise SparsepassError(
+            f"model {name} is no folder here, and as a hub id it is not in the local cache while {why}; check the "
+            "spelling or the network, or name a local folder or .gguf file"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise SparsepassError(
+            f"model {name} is no folder here, and could not be downloaded from the hub: {type(error).__name__}: "
+            f"{first_line(error)}. Check the spelling, the revision and, for gated models, the token"
+        ) from error
+    return Path(folder)
 
 
 def _from_memory(model: nn.Module) -> LoadedModel:
@@ -167,59 +246,98 @@ def _from_memory(model: nn.Module) -> LoadedModel:
         )
     config = getattr(model, "config", None)
     check_not_quantized(getattr(config, "quantization_config", None), name)
-    kind: Kind = "program" if isinstance(model, Program) else "memory"
-    return LoadedModel(model=model, tokenizer=None, processor=None, source=name, kind=kind, provenance=origin_of(name, kind))
+    return LoadedModel(model=model, source=name, kind="program" if isinstance(model, Program) else "memory")
 
 
 def _from_program(folder: Path, name: str) -> LoadedModel:
     program = Program.load(folder)
     program.eval()
     tokenizer, processor, notes = companions_in(folder, name, trust_remote_code=False)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return LoadedModel(
         model=program,
         tokenizer=tokenizer,
         processor=processor,
         source=name,
         kind="program",
-        provenance=origin_of(name, "program") | {"recipe": program.recipe, "files": _files(folder), "notes": notes},
+        provenance={"recipe": program.recipe, "files": files, "notes": notes},
     )
 
 
-def _from_folder(
-    folder: Path,
-    name: str,
-    kind: Kind,
-    *,
-    dtype: torch.dtype | None,
-    task: str | None,
-    trust_remote_code: bool,
-    facts: dict[str, object],
-) -> LoadedModel:
-    config = read_config(folder, name, trust_remote_code=trust_remote_code)
+def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
+    name, trust = wanted.name, wanted.trust_remote_code
+    config = read_config(folder, name, trust_remote_code=trust)
     weights = check_weights(folder, name)
-    model_class = model_class_of(config, task, name, trust_remote_code=trust_remote_code)
+    model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
     with quiet_loading(), explained(name):
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    notes = check_complete(info, type(model).__name__, name)
-    # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
-    model.config.name_or_path = model.name_or_path = name
-    tokenizer, processor, more_notes = companions_in(folder, name, trust_remote_code=trust_remote_code)
+        options = {"dtype": wanted.dtype or "auto", "use_safetensors": True, "trust_remote_code": trust}
+        model, notes = _built(model_class, folder, name, config=config, **options)
+    tokenizer, processor, more_notes = companions_in(folder, name, trust_remote_code=trust)
     return LoadedModel(
-        model=model.eval(),
+        model=model,
         tokenizer=tokenizer,
         processor=processor,
         source=name,
         kind=kind,
-        provenance=origin_of(name, kind) | facts | {"files": weights, "notes": notes + more_notes},
+        provenance={**facts, "files": weights, "notes": notes + more_notes},
     )
+
+
+def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
+    """Load a GGUF file; its weights are dequantized."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name, path = wanted.name, folder / file
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise SparsepassError(f"model {name} has no GGUF file {file}; the .gguf files there: {there}")
+    if util.find_spec("gguf") is None:
+        raise SparsepassError(f'model {name} is a GGUF file, and the package gguf is missing: pip install "sparsepass[gguf]"')
+    with path.open("rb") as opened:
+        magic = opened.read(4)
+    if magic != b"GGUF":
+        raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
+    doubt = f"{path}: the file may be truncated, or of an architecture transformers cannot read"
+    with quiet_loading(), explained(name, doubt):
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
+        dtype = wanted.dtype or torch.float32
+        model, notes = _built(model_class, folder, name, config=config, gguf_file=file, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+    notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
+    # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        source=name,
+        kind="gguf",
+        provenance={**facts, "gguf_file": file, "files": {file: path.stat().st_size}, "notes": notes},
+    )
+
+
+def _lone_gguf(folder: Path, name: str) -> str | None:
+    """The one GGUF file of a folder without a config.json; None if there is none."""
+    if (folder / "config.json").is_file():
+        return None
+    found = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise SparsepassError(f"model {name} holds several GGUF files ({', '.join(found)}); choose one with gguf_file")
+    return found[0] if found else None
+
+
+def _built(model_class: Any, folder: Path, name: str, **options: Any) -> tuple[Any, list[str]]:
+    """A model in eval mode with the weights in a folder, and notes.
+
+    Raises:
+        SparsepassError: If a weight that its class needs is missing.
+    """
+    model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
+    model.config.name_or_path = model.name_or_path = name
+    return model.eval(), check_complete(info, type(model).__name__, name)
 
 
 def _device(device: "torch.device | str") -> torch.device:
@@ -239,7 +357,3 @@ def _facts(model: nn.Module) -> dict[str, object]:
         "dtype": "+".join(dtypes),
         "num_parameters": sum(p.numel() for p in model.parameters()),
     }
-
-
-def _files(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}

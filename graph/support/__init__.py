@@ -1,15 +1,18 @@
 """What every other room uses: errors, files, progress, memory, arithmetic."""
 
-from sparsepass._docs import attribute_docs
+from sparsepass.graph.support.contexts import (
+    default_dtype,
+    evaluating,
+    item_progress,
+    quiet_export,
+    quiet_loading,
+    shows_progress,
+)
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder, write_text
-from sparsepass.graph.support.memory import give_back_freed_memory
-from sparsepass.graph.support.names import is_open, name_matches
+from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
-from sparsepass.graph.support.precision import fast_low_precision
-from sparsepass.graph.support.progress import item_progress, shows_progress
-from sparsepass.graph.support.quiet import quiet_export, quiet_loading
-from sparsepass.graph.support.words import closest, first_line, nearest
+from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
     "CaptureError",
@@ -17,10 +20,11 @@ __all__ = [
     "PassError",
     "ProgramFormatError",
     "SparsepassError",
-    "attribute_docs",
     "build",
     "check_free",
     "closest",
+    "default_dtype",
+    "evaluating",
     "fast_low_precision",
     "first_line",
     "give_back_freed_memory",

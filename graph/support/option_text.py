@@ -35,22 +35,20 @@ def parse_items(text: str, what: str) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     position = 0
     while position < len(text):
-        end = next((i for i in range(position, len(text)) if text[i] in "{,}"), len(text))
-        name = text[position:end].strip()
+        word, position = _until("{,}", text, position)
+        name = word.strip()
         options: dict[str, Any] = {}
-        if end < len(text) and text[end] == "}":
-            raise _unreadable(text, end, "a '}' without its '{'")
-        position = end
-        if position < len(text) and text[position] == "{":
+        if text.startswith("}", position):
+            raise _unreadable(text, position, "a '}' without its '{'")
+        if text.startswith("{", position):
             options, position = _options(text, position + 1)
-            if position < len(text) and text[position : position + 1].strip() not in (",", ""):
+            if text[position : position + 1].strip() not in (",", ""):
                 raise _unreadable(text, position, f"expected ',' before another {what}")
         if not name:
             raise _unreadable(text, position, f"expected the name of a {what}")
         found.append((name, options))
-        while position < len(text) and text[position].isspace():
-            position += 1
-        if position < len(text) and text[position] == ",":
+        position = _after_space(text, position)
+        if text.startswith(",", position):
             position += 1
             if not text[position:].strip():
                 raise _unreadable(text, position, f"expected another {what} after ','")
@@ -116,45 +114,48 @@ def _value_to_text(value: Any) -> str:
 def _options(text: str, position: int) -> tuple[dict[str, Any], int]:
     options: dict[str, Any] = {}
     while True:
-        while position < len(text) and text[position] in " \n\t":
-            position += 1
-        if position < len(text) and text[position] == "}":
+        position = _after_space(text, position)
+        if text.startswith("}", position):
             return options, position + 1
-        equals = text.find("=", position)
-        stop = next((i for i in range(position, len(text)) if text[i] in ",}"), len(text))
-        if equals < 0 or equals > stop:
+        word, equals = _until("=,}", text, position)
+        if not text.startswith("=", equals):
             raise _unreadable(text, position, "expected option=value")
-        key = text[position:equals].strip()
+        key = word.strip()
         if key in options:
             raise _unreadable(text, position, f"the option {key!r} is given twice")
-        position = equals + 1
-        while position < len(text) and text[position] == " ":
-            position += 1
-        if position < len(text) and text[position] in '"[':
+        position = _after_space(text, equals + 1)
+        if text.startswith(('"', "["), position):
             try:
                 value, position = json.JSONDecoder().raw_decode(text, position)
             except ValueError as error:
                 raise _unreadable(text, position, f"the value of {key!r} is no JSON ({error})") from error
         else:
-            end = next((i for i in range(position, len(text)) if text[i] in ",}"), len(text))
-            value, position = _word(text[position:end].strip()), end
+            word, position = _until(",}", text, position)
+            value = _word(word.strip())
         options[key] = value
-        while position < len(text) and text[position] in " \n\t":
-            position += 1
-        if position >= len(text):
+        position = _after_space(text, position)
+        if position == len(text):
             raise _unreadable(text, position, "a '}' is missing")
-        if text[position] == ",":
+        if text.startswith(",", position):
             position += 1
-        elif text[position] != "}":
+        elif not text.startswith("}", position):
             raise _unreadable(text, position, "expected ',' or '}'")
 
 
+def _until(stops: str, text: str, position: int) -> tuple[str, int]:
+    """The text before the next of some characters, and where that stands."""
+    end = next((i for i in range(position, len(text)) if text[i] in stops), len(text))
+    return text[position:end], end
+
+
+def _after_space(text: str, position: int) -> int:
+    return len(text) - len(text[position:].lstrip())
+
+
 def _word(word: str) -> Any:
-    lowered = word.lower()
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    if lowered == "none":
-        return None
+    constants = {"true": True, "false": False, "none": None}
+    if word.lower() in constants:
+        return constants[word.lower()]
     for kind in (int, float):
         try:
             return kind(word)

@@ -1,7 +1,11 @@
-"""Words of an error: the known name that is nearest to an unknown one, and what another library's error says in a line."""
+"""Words of a user, an error or a model: the known name nearest to an unknown one, the first line of an error, name patterns."""
 
 import difflib
+import fnmatch
+import re
 from collections.abc import Iterable, Sequence
+
+from sparsepass.graph.support.errors import SparsepassError
 
 
 def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -35,3 +39,45 @@ def nearest(word: str, known: Sequence[str]) -> str:
         return f"; did you mean {close!r}?"
     shown = ", ".join(map(repr, sorted(set(known))[:8]))
     return f"; known: {shown}{', ...' if len(set(known)) > 8 else ''}" if shown else ""
+
+
+def name_matches(pattern: str, names: Iterable[str]) -> bool:
+    r"""Tell whether a name pattern means one of the names.
+
+    This is the one place that says what a name pattern means. It is one of three things, each of which must fit a name from
+    its first to its last character:
+
+    - the name itself, even if it holds characters that globs use;
+    - a glob: ``*`` is any text (dots too), ``?`` any character, ``[12]`` one of those given; case counts;
+    - ``re:`` and a regular expression.
+
+    Args:
+        pattern: The name pattern.
+        names: All names of one thing.
+
+    Returns:
+        Whether one of them is meant.
+
+    Raises:
+        SparsepassError: If the regular expression is not valid.
+
+    Example:
+        >>> name_matches("*.q_proj", ["layers.0.q_proj"]), name_matches("re:layers\\.[12]\\..*", ["layers.0.q_proj"])
+        (True, False)
+        >>> name_matches("re:layers", ["layers.0.q_proj"])
+        False
+    """
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise SparsepassError(
+                f"{pattern!r} is not a valid name pattern: after 're:' it is no regular expression ({error})"
+            ) from error
+        return any(compiled.fullmatch(name) for name in names)
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def is_open(pattern: str) -> bool:
+    """Tell whether a pattern may mean other names than the one that it spells."""
+    return pattern.startswith("re:") or any(char in pattern for char in "*?[")

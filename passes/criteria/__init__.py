@@ -1,7 +1,6 @@
 """One-shot pruning criteria, one file each, all behind one function signature."""
 
-from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight
-from sparsepass.passes.criteria.refinement import refine
+from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, keep_masked, refine
 from sparsepass.passes.criteria.table import CRITERIA
 
 __all__ = [
@@ -10,5 +9,6 @@ __all__ = [
     "CriterionOptions",
     "Pruned",
     "check_weight",
+    "keep_masked",
     "refine",
 ]

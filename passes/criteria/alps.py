@@ -6,18 +6,8 @@ Shape suffixes: O out, I in, M columns of one group.
 import torch
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import (
-    CriterionOptions,
-    Pruned,
-    all_finite,
-    check_statistics,
-    check_weight,
-    unit_gram,
-    working_dtype,
-)
-from sparsepass.passes.criteria.refinement import PIECE_WEIGHTS, solve_rows
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
+from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_matrix, finished, pieces, solve_rows, unit_gram
+from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest
 
 _FIRST_RHO = 0.1
 # How much rho grows at a check: a row whose support moved by more than this share of its kept weights, by this factor.
@@ -71,17 +61,10 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
     >>> alps(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), statistics, NMPattern(2, 4), options).weight_OI.round(decimals=4)
     tensor([[0., 0., 4., 5.]])
     """
-    check_weight(weight_OI)
-    if weight_OI.dim() != 2:
-        raise SparsepassError(f"ALPS prunes one [out, in] matrix at a time, got shape {tuple(weight_OI.shape)}")
-    known = check_statistics(statistics, weight_OI.shape[1], criterion="alps", gram=True)
-    (out_features, in_features), m = weight_OI.shape, pattern.m
-    nm_mask(weight_OI[:0], pattern)  # complains of a width that M does not divide before any work is done
-
-    dtype = working_dtype(weight_OI)
-    gram_II, scale_I, dead_I = unit_gram(known, options.damping, dtype=dtype, device=weight_OI.device)
+    known = check_matrix(weight_OI, statistics, pattern, method="ALPS")
+    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, options.damping)
     # Features in the order: all groups' first, all groups' second, ... A plain view then has a group along its first axis.
-    order_I = torch.arange(in_features, device=weight_OI.device).view(-1, m).T.reshape(-1)
+    order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device).view(-1, pattern.m).T.reshape(-1)
     gram_II = gram_II[order_I[:, None], order_I]
     eigenvalues_I, basis_II = torch.linalg.eigh(gram_II)
     eigenvalues_I.clamp_(min=0)
@@ -90,21 +73,16 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
 
     pruned_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
     mask_OI = torch.empty_like(pruned_OI, dtype=torch.bool)
-    piece = max(1, PIECE_WEIGHTS // max(in_features, 1))
-    for start in range(0, out_features, piece):
-        scaled_OI = weight_OI[start : start + piece].to(dtype).masked_fill(dead_I, 0) * scale_I
+    for rows in pieces(weight_OI):
+        scaled_OI = weight_OI[rows].to(gram_II.dtype).masked_fill(dead_I, 0) * scale_I
         scaled_IO = scaled_OI[:, order_I].T.contiguous()
         goal_IO = gram_II @ scaled_IO
         kept_IO, support_IO = _admm(scaled_IO, goal_IO, eigenvalues_I, basis_II, pattern)
         kept_IO = solve_rows(scaled_IO, kept_IO, support_IO, gram_II, num_steps=_GRADIENT_STEPS)
-        mask_OI[start : start + piece] = support_IO.T[:, restore_I]
-        pruned_OI[start : start + piece] = (kept_IO.T[:, restore_I] / scale_I).to(weight_OI.dtype)
-    if not all_finite(pruned_OI):
-        raise SparsepassError(
-            f"the weights that ALPS reconstructed do not fit {weight_OI.dtype} (damping {options.damping:g}); "
-            "raise the damping, give more calibration data, or prune in a dtype with more range"
-        )
-    return Pruned(weight_OI=canonical_zeros(pruned_OI), mask_OI=mask_OI)
+        mask_OI[rows] = support_IO.T[:, restore_I]
+        pruned_OI[rows] = (kept_IO.T[:, restore_I] / scale_I).to(weight_OI.dtype)
+    pruned_OI = finished(pruned_OI, "the weights that ALPS reconstructed", damping=options.damping)
+    return Pruned(weight_OI=pruned_OI, mask_OI=mask_OI)
 
 
 def _admm(

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import (
-    CriterionOptions,
-    Pruned,
-    check_statistics,
-    check_weight,
-    keep_masked,
-    unit_gram,
-    working_dtype,
-)
-from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest, nm_mask
+from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_matrix, keep_masked, pieces, unit_gram
+from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest
 
 # The regulariser's strength times the step, for weights whose root mean square is one.
 _FIRST_STRENGTH, _LAST_STRENGTH = 0.02, 1.0
@@ -72,32 +64,25 @@ def proxsparse(weight_OI: Tensor, statistics: InputStatistics | None, pattern: N
     >>> proxsparse(torch.tensor([[1.0, -1.0, 0.6, 0.5]]), statistics, NMPattern(2, 4), CriterionOptions()).weight_OI
     tensor([[0.0000, 0.0000, 0.6000, 0.5000]])
     """
-    check_weight(weight_OI)
-    if weight_OI.dim() != 2:
-        raise SparsepassError(f"ProxSparse prunes one [out, in] matrix at a time, got shape {tuple(weight_OI.shape)}")
     if pattern.m > _LARGEST_M:
         raise SparsepassError(
             f"ProxSparse's regulariser has a product for every {pattern.n + 1} of {pattern.m} weights, too many for {pattern}; "
             f"choose a pattern with M up to {_LARGEST_M}, or another criterion"
         )
-    known = check_statistics(statistics, weight_OI.shape[1], criterion="proxsparse", gram=True)
-    nm_mask(weight_OI[:0], pattern)  # complains of a width that M does not divide before any work is done
-
-    dtype = working_dtype(weight_OI)
-    gram_II, scale_I, dead_I = unit_gram(known, options.damping, dtype=dtype, device=weight_OI.device)
+    known = check_matrix(weight_OI, statistics, pattern, method="ProxSparse")
+    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, options.damping)
     # Features in the order: all groups' first, all groups' second, ... A plain view then has a group along its first axis.
     order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device).view(-1, pattern.m).T.reshape(-1)
     restore_I = order_I.argsort()
     gram_II = gram_II[order_I[:, None], order_I]
     step = 1 / float(torch.linalg.eigvalsh(gram_II)[-1])
     mask_OI = torch.empty(weight_OI.shape, dtype=torch.bool, device=weight_OI.device)
-    piece = max(1, _PIECE_WEIGHTS // weight_OI.shape[1])
-    for start in range(0, len(weight_OI), piece):
-        scaled_OI = weight_OI[start : start + piece].detach().to(dtype).masked_fill(dead_I, 0) * scale_I
+    for rows in pieces(weight_OI, _PIECE_WEIGHTS):
+        scaled_OI = weight_OI[rows].detach().to(gram_II.dtype).masked_fill(dead_I, 0) * scale_I
         size_O1 = scaled_OI.square().mean(1, keepdim=True).sqrt()
         scaled_OI /= size_O1.masked_fill(size_O1 == 0, 1)
         support_IO = _learn(scaled_OI[:, order_I].T.contiguous(), gram_II, step, pattern)
-        mask_OI[start : start + piece] = support_IO.T[:, restore_I]
+        mask_OI[rows] = support_IO.T[:, restore_I]
     return keep_masked(weight_OI, mask_OI)
 
 

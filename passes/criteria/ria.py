@@ -7,14 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import (
-    CriterionOptions,
-    Pruned,
-    check_statistics,
-    check_weight,
-    keep_masked,
-    working_dtype,
-)
+from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_statistics, keep_masked
 from sparsepass.passes.maths import InputStatistics, NMPattern, nm_mask
 
 
@@ -50,11 +43,10 @@ def ria(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatter
     tensor([[9., 2., 0., 0.],
             [0., 0., 8., 8.]])
     """
-    check_weight(weight_OI)
     if weight_OI.dim() < 2:
         raise SparsepassError(f"RIA compares the rows of an [out, in] matrix, got shape {tuple(weight_OI.shape)}")
-    known = check_statistics(statistics, weight_OI.shape[-1], criterion="ria", gram=False)
-    dtype = working_dtype(weight_OI)
+    known = check_statistics(weight_OI, statistics, criterion="ria", gram=False)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     size_OI = weight_OI.detach().to(dtype).abs()
     share_OI = size_OI / _nonzero(size_OI.sum(-2, keepdim=True)) + size_OI / _nonzero(size_OI.sum(-1, keepdim=True))
     root_norms_I = known.sum_squares_I.to(device=weight_OI.device, dtype=dtype).sqrt().sqrt()

@@ -7,20 +7,10 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import (
-    GRAM_EPSILON,
-    CriterionOptions,
-    Pruned,
-    all_finite,
-    check_statistics,
-    check_weight,
-    working_dtype,
-)
-from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros, keep_largest, nm_mask
+from sparsepass.passes.criteria.criterion import GRAM_EPSILON, CriterionOptions, Pruned, all_finite, check_matrix, finished
+from sparsepass.passes.maths import InputStatistics, NMPattern, dampings, keep_largest
 
-# Damping is raised tenfold until it is as large as the mean of the Hessian's diagonal.
-_LARGEST_DAMPING = 1.0
-_SMALLEST_RETRY_DAMPING = 0.01
+_RETRY_DAMPING = 0.01
 # Up to this size a triangular inverse is one library call; above it, splitting in two saves more than half of the work.
 _DIRECT_INVERSE_SIZE = 128
 
@@ -57,16 +47,11 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
     >>> sparsegpt(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), statistics, NMPattern(2, 4), options).weight_OI
     tensor([[0., 0., 4., 5.]])
     """
-    check_weight(weight_OI)
-    if weight_OI.dim() != 2:
-        raise SparsepassError(f"SparseGPT prunes one [out, in] matrix at a time, got shape {tuple(weight_OI.shape)}")
-    known = check_statistics(statistics, weight_OI.shape[1], criterion="sparsegpt", gram=True)
+    known = check_matrix(weight_OI, statistics, pattern, method="SparseGPT")
     gram_II = known.gram_II
     assert gram_II is not None
     in_features, m = weight_OI.shape[1], pattern.m
-    nm_mask(weight_OI[:0], pattern)  # complains of a width that M does not divide before any work is done
-
-    dtype = working_dtype(weight_OI)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     hinv_upper_II, dead_I, damping_used = inverse_cholesky(
         gram_II.to(device=weight_OI.device, dtype=dtype), known.num_tokens, options.damping
     )
@@ -99,18 +84,14 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
 
     mask_OI = mask_IO.T.contiguous()
     pruned_OI = weight_IO.T.masked_fill(~mask_OI, 0).to(weight_OI.dtype).contiguous()
-    if not all_finite(pruned_OI):
-        raise SparsepassError(
-            f"the weights that SparseGPT compensated do not fit {weight_OI.dtype} (damping {damping_used:g}); "
-            "raise the damping, give more calibration data, or prune in a dtype with more range"
-        )
+    pruned_OI = finished(pruned_OI, "the weights that SparseGPT compensated", damping=damping_used)
     note = None
     if damping_used != options.damping:
         note = (
             f"the Hessian was not positive definite with damping {options.damping:g}, so {damping_used:g} was used; "
             f"{known.num_tokens} calibration tokens for {in_features} features may be too few"
         )
-    return Pruned(weight_OI=canonical_zeros(pruned_OI), mask_OI=mask_OI, note=note)
+    return Pruned(weight_OI=pruned_OI, mask_OI=mask_OI, note=note)
 
 
 @torch.no_grad()
@@ -156,24 +137,21 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
     # full inverse.
     reversed_II = hessian_II.flip(0, 1)
     undamped_I = reversed_II.diagonal().clone()
-    tried = []
-    while True:
-        reversed_II.diagonal().copy_(undamped_I + damping * mean)
+    tried = dampings(damping, retry=_RETRY_DAMPING)
+    for used in tried:
+        reversed_II.diagonal().copy_(undamped_I + used * mean)
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
-        tried.append(f"{damping:g}")
         # Without damping, what is left of the diagonal may be rounding, whose sign is chance; with few tokens it is.
-        is_known = damping > 0 or bool(
+        is_known = used > 0 or bool(
             (lower_II.diagonal().square() > len(gram_II) * GRAM_EPSILON * undamped_I).all() & (num_live <= num_tokens)
         )
         if int(info) == 0 and all_finite(lower_II) and is_known:
-            return _lower_inverse(lower_II).flip(0, 1), dead_I, damping
-        if damping >= _LARGEST_DAMPING:
-            raise SparsepassError(
-                f"the Hessian of {num_tokens} tokens and {gram_II.shape[0]} features is not positive definite, "
-                f"with damping {', '.join(tried)}; use more calibration tokens, leave this layer alone, "
-                "or choose 'wanda' for it"
-            )
-        damping = min(max(damping * 10, _SMALLEST_RETRY_DAMPING), _LARGEST_DAMPING)
+            return _lower_inverse(lower_II).flip(0, 1), dead_I, used
+    raise SparsepassError(
+        f"the Hessian of {num_tokens} tokens and {gram_II.shape[0]} features is not positive definite, "
+        f"with damping {', '.join(f'{each:g}' for each in tried)}; use more calibration tokens, leave this layer alone, "
+        "or choose 'wanda' for it"
+    )
 
 
 def _lower_inverse(lower_II: Tensor) -> Tensor:

@@ -3,16 +3,10 @@
 Shape suffixes: O out, I in.
 """
 
+import torch
 from torch import Tensor
 
-from sparsepass.passes.criteria.criterion import (
-    CriterionOptions,
-    Pruned,
-    check_statistics,
-    check_weight,
-    keep_masked,
-    working_dtype,
-)
+from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_statistics, keep_masked
 from sparsepass.passes.maths import InputStatistics, NMPattern, nm_mask
 
 
@@ -36,13 +30,11 @@ def wanda(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatt
 
     Source: arXiv 2306.11695, equation 1; Exactness: kept weights bitwise equal.
 
-    >>> import torch
     >>> statistics = InputStatistics(num_tokens=1, sum_squares_I=torch.tensor([100.0, 1.0, 1.0, 1.0]))
     >>> wanda(torch.tensor([[0.5, -3.0, 1.0, 1.0]]), statistics, NMPattern(2, 4), CriterionOptions()).weight_OI
     tensor([[ 0.5000, -3.0000,  0.0000,  0.0000]])
     """
-    check_weight(weight_OI)
-    known = check_statistics(statistics, weight_OI.shape[-1], criterion="wanda", gram=False)
-    dtype = working_dtype(weight_OI)
+    known = check_statistics(weight_OI, statistics, criterion="wanda", gram=False)
+    dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     norms_I = known.sum_squares_I.to(device=weight_OI.device, dtype=dtype).sqrt()
     return keep_masked(weight_OI, nm_mask(weight_OI.detach().to(dtype).abs() * norms_I, pattern))

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.data.inputs import MASK, ModelInputs, Row
-from sparsepass.passes.data.packing import Packer
-from sparsepass.passes.data.reading import records, spread_order
-from sparsepass.passes.data.sources import check_one_split, load_data_set, locate, path_kind
-from sparsepass.passes.data.texts import open_bytes
+from sparsepass.passes.data.sources import check_one_split, load_data_set, locate, path_kind, records, spread_order
+from sparsepass.passes.data.texts import Packer, open_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,14 +82,9 @@ class CalibrationData:
 
     def _read(self) -> Iterator[CalibrationBatch]:
         rows = itertools.islice(self._source.rows(), self._num_sequences)
-        waiting: list[Row] = []
-        for row in rows:
-            if waiting and (len(waiting) == self._batch_size or _signature(row) != _signature(waiting[0])):
-                yield self._batch(waiting)
-                waiting = []
-            waiting.append(row)
-        if waiting:
-            yield self._batch(waiting)
+        for _, alike in itertools.groupby(rows, key=_signature):
+            while batch := list(itertools.islice(alike, self._batch_size)):
+                yield self._batch(batch)
 
     def _batch(self, rows: list[Row]) -> CalibrationBatch:
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -1,13 +1,13 @@
 """The blocks of a graph: the repeated layers of a model, each a stretch of operations that can be run and trained alone."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from sparsepass.graph import Program, Site
 
@@ -30,33 +30,6 @@ def site_groups(sites: Sequence[Site]) -> list[SiteGroup]:
         alone = site.layout not in ("linear", "conv1d_hf") or len(site.nodes) > 1
         groups.setdefault(site.weight if alone else (site.inputs, site.in_features), []).append(site)
     return [SiteGroup(sites=tuple(found)) for found in groups.values()]
-
-
-class BlockRun(Protocol):
-    """A block of the graph that a pass can run while it rewrites it; the calibration engine's."""
-
-    @property
-    def name(self) -> str:
-        """Path of the block's module."""
-
-    @property
-    def num_batches(self) -> int:
-        """Number of calibration batches."""
-
-    def targets(self, batch: int) -> tuple[Tensor, ...]:
-        """What the block gave in the dense model, for one batch."""
-
-    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
-        """Which tokens of a batch are no padding; None if all are."""
-
-    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Run the block, whose predecessors are rewritten already, with other values for some parameters and buffers."""
-
-    def own_vectors(self) -> tuple[str, ...]:
-        """Names of the one-dimensional parameters (norms, biases) that this block alone reads."""
-
-    def advance(self, word: str) -> None:
-        """Say that one of the steps of the pass's `BlockWork` is done."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,22 +16,93 @@ block:
 3. The pass rewrites the block, from these inputs and targets.
 4. The run goes back to the block's first operation and takes the block again, with its final weights.
 
-Shape suffixes: B batch, T tokens.
+Shape suffixes: B batch, T tokens, E experts, I in, K kernel positions.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph import PassError, Program, SparsepassError
+from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
 from sparsepass.passes.data import CalibrationBatch
-from sparsepass.passes.engine.blocks import Block, BlockRun, SiteGroup
-from sparsepass.passes.engine.inputs import add_inputs, empty_statistics
+from sparsepass.passes.engine.blocks import Block, SiteGroup
 from sparsepass.passes.engine.runner import ComputeDtype, Runner
 from sparsepass.passes.maths import InputStatistics
+
+_aten = torch.ops.aten
+
+
+class BlockRun:
+    """A block while the run is in it, from before its first group is rewritten until it is rewritten itself.
+
+    The pass that rewrites it can run it meanwhile.
+    """
+
+    def __init__(self, block: Block, runner: Runner, dense: Runner, advance: Callable[[str], None]) -> None:
+        self.block = block
+        self._runner, self._advance = runner, advance
+        runner.run_before(block.before.next)
+        self._mark = runner.mark()
+        dense.run_before(block.after)
+        outputs = block.outputs()
+        self._targets = [tuple(dense.value(node, index) for node in outputs) for index in range(len(runner.batches))]
+        self._nodes: list[fx.Node] = []
+        self._outputs: list[fx.Node] = []
+
+    def finish(self, rewrite_block: Callable[[Block, "BlockRun"], None] | None) -> None:
+        """Rewrite the block, and send the run back to its beginning."""
+        assert rewrite_block is not None
+        self._nodes, self._outputs = self.block.nodes(), self.block.outputs()
+        self._runner.rewind(self._mark, self._nodes)
+        rewrite_block(self.block, self)
+        self._runner.rewritten(reused=False)
+        give_back_freed_memory()
+
+    @property
+    def name(self) -> str:
+        """Path of the block's module."""
+        return self.block.name
+
+    @property
+    def num_batches(self) -> int:
+        """Number of calibration batches."""
+        return len(self._targets)
+
+    def targets(self, batch: int) -> tuple[Tensor, ...]:
+        """What the block gave in the dense model, for one batch."""
+        return self._targets[batch]
+
+    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
+        """Which tokens of a batch are no padding; None if all are."""
+        return self._runner.batches[batch].valid_BT
+
+    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run the block, whose predecessors are rewritten already, with other values for some parameters and buffers."""
+        results = self._runner.run_block(self._nodes, self._mark.values[batch], tensors)
+        return tuple(results[node] for node in self._outputs)
+
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the one-dimensional parameters (norms, biases) that this block alone reads."""
+        inside = set(self._nodes)
+        readers: dict[str, set[fx.Node]] = {}
+        for node in self.block.before.graph.nodes:
+            if node.op == "get_attr":
+                readers.setdefault(str(node.target), set()).update(node.users)
+        names = [name for name, users in readers.items() if users and users <= inside]
+        tensors = {name: self._runner.parameter(name) for name in names}
+        return tuple(
+            name
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
+        )
+
+    def advance(self, word: str) -> None:
+        """Say that one of the steps of the pass's `BlockWork` is done."""
+        self._advance(f"{self.name}: {word}")
 
 
 def sweep(
@@ -66,7 +137,7 @@ def sweep(
     runner = Runner(program, batches, compute)
     dense = Runner(program, batches, compute) if blocks else None
     block_of = {site.weight: block for block in blocks for site in block.sites}
-    current: _Stretch | None = None
+    current: BlockRun | None = None
     by_name = {node.name: node for node in program.graph_module.graph.nodes}
     readers: dict[fx.Node, list[SiteGroup]] = {}
     last_reader: dict[str, fx.Node] = {}
@@ -84,7 +155,7 @@ def sweep(
             current.finish(rewrite_block)
             current = None
         if dense is not None and block is not None and current is None:
-            current = _Stretch(block, runner, dense, advance)
+            current = BlockRun(block, runner, dense, advance)
         runner.run_before(reader)
         for group in readers[reader]:
             key = group.sites[0].weight
@@ -109,60 +180,88 @@ def sweep(
         current.finish(rewrite_block)
 
 
-class _Stretch:
-    """A block while the run is in it, from before its first group is rewritten until it is rewritten itself."""
+def empty_statistics(site: Site, *, gram: bool, device: torch.device) -> tuple[InputStatistics, ...]:
+    """Statistics of no tokens yet: one, or one for each expert."""
+    features = site.in_features
+    if site.layout in ("conv1d", "conv2d"):
+        features = site.num_weights // site.shape[0]
+    count = site.shape[0] if site.layout.startswith("experts") else 1
+    return tuple(InputStatistics.zeros(features, gram=gram, device=device) for _ in range(count))
 
-    def __init__(self, block: Block, runner: Runner, dense: Runner, advance: Callable[[str], None]) -> None:
-        self.block = block
-        self._runner, self._advance = runner, advance
-        runner.run_before(block.before.next)
-        self._mark = runner.mark()
-        dense.run_before(block.after)
-        outputs = block.outputs()
-        self._targets = [tuple(dense.value(node, index) for node in outputs) for index in range(len(runner.batches))]
-        self._nodes: list[fx.Node] = []
-        self._outputs: list[fx.Node] = []
 
-    def finish(self, rewrite_block: Callable[[Block, BlockRun], None] | None) -> None:
-        """Rewrite the block, and send the run back to its beginning."""
-        assert rewrite_block is not None
-        self._nodes, self._outputs = self.block.nodes(), self.block.outputs()
-        self._runner.rewind(self._mark, self._nodes)
-        rewrite_block(self.block, self)
-        self._runner.rewritten(reused=False)
-        give_back_freed_memory()
+def add_inputs(
+    statistics: tuple[InputStatistics, ...],
+    site: Site,
+    reader: fx.Node,
+    argument: Callable[[int], Any],
+    batch: CalibrationBatch,
+) -> None:
+    """Add what a site reads in one batch to its statistics. Padding is left out.
 
-    @property
-    def name(self) -> str:
-        return self.block.name
+    Args:
+        statistics: From `empty_statistics`.
+        site: The site.
+        reader: The operation that reads its weight, and has not run yet.
+        argument: Index of one of the operation's arguments -> its value.
+        batch: The batch.
 
-    @property
-    def num_batches(self) -> int:
-        return len(self._targets)
+    Raises:
+        SparsepassError: If a value is NaN or Inf.
+    """
+    x = argument(1 if reader.target is _aten.addmm.default else 0)
+    if site.layout.startswith("experts"):
+        _update_experts(statistics, x, argument(2))
+        return
+    if site.layout in ("conv1d", "conv2d"):
+        x = _unfolded(x, site, argument, reader)
+    elif batch.valid_BT is not None:
+        x = _without_padding(x, batch.valid_BT.to(x.device))
+    statistics[0].update(x.reshape(-1, x.shape[-1]))
 
-    def targets(self, batch: int) -> tuple[Tensor, ...]:
-        return self._targets[batch]
 
-    def valid_BT(self, batch: int) -> Tensor | None:  # noqa: N802
-        return self._runner.batches[batch].valid_BT
+def _without_padding(x: Tensor, valid_BT: Tensor) -> Tensor:
+    if x.dim() >= 2 and x.shape[:2] == valid_BT.shape:
+        return x[valid_BT]
+    if x.dim() == 2 and x.shape[0] == valid_BT.numel():
+        return x[valid_BT.reshape(-1)]
+    return x
 
-    def outputs(self, batch: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        results = self._runner.run_block(self._nodes, self._mark.values[batch], tensors)
-        return tuple(results[node] for node in self._outputs)
 
-    def own_vectors(self) -> tuple[str, ...]:
-        inside = set(self._nodes)
-        readers: dict[str, set[fx.Node]] = {}
-        for node in self.block.before.graph.nodes:
-            if node.op == "get_attr":
-                readers.setdefault(str(node.target), set()).update(node.users)
-        names = [name for name, users in readers.items() if users and users <= inside]
-        tensors = {name: self._runner.parameter(name) for name in names}
-        return tuple(
-            name
-            for name, tensor in tensors.items()
-            if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
-        )
+def _update_experts(statistics: tuple[InputStatistics, ...], x_TI: Tensor, offsets_E: Any) -> None:
+    """Tokens are sorted by expert; the offsets say where each expert's tokens end."""
+    if not isinstance(offsets_E, Tensor):
+        for known in statistics:
+            known.update(x_TI)
+        return
+    start = 0
+    for known, end in zip(statistics, offsets_E.tolist(), strict=True):
+        known.update(x_TI[start : int(end)])
+        start = int(end)
 
-    def advance(self, word: str) -> None:
-        self._advance(f"{self.name}: {word}")
+
+def _unfolded(x: Tensor, site: Site, argument: Callable[[int], Any], reader: fx.Node) -> Tensor:
+    """What a convolution multiplies its weight with, in the order of `Site.to_matrix`: [B*T, K*I]."""
+    names = ("stride", "padding", "dilation")
+    bound = {name: argument(i) for i, name in enumerate(names, 3) if i < len(reader.args)} | dict(reader.kwargs)
+    kernel = tuple(site.shape[2:])
+    stride, dilation = bound.get("stride", 1), bound.get("dilation", 1)
+    padding = bound.get("padding", 0)
+    if site.layout == "conv1d":
+        x, kernel = x.unsqueeze(2), (1, *kernel)
+        stride, dilation = ((1, _one(stride)), (1, _one(dilation)))
+    if isinstance(padding, str):
+        steps = dilation if isinstance(dilation, list | tuple) else (dilation, dilation)
+        total = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)] if padding == "same" else [0, 0]
+        left = [t // 2 for t in total]
+        x = torch.nn.functional.pad(x, (left[1], total[1] - left[1], left[0], total[0] - left[0]))
+        padding = (0, 0)
+    elif site.layout == "conv1d":
+        padding = (0, _one(padding))
+    columns = torch.nn.functional.unfold(x.float(), kernel, dilation=dilation, padding=padding, stride=stride)
+    batch, _, places = columns.shape
+    channels = site.shape[1]
+    return columns.reshape(batch, channels, -1, places).permute(0, 3, 2, 1).reshape(batch * places, -1)
+
+
+def _one(value: Any) -> int:
+    return int(value[0] if isinstance(value, list | tuple) else value)

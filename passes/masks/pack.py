@@ -37,6 +37,7 @@ VERSION: Final = 1
 _WORD_BITS: Final = 63  # of a signed 64-bit word
 _LARGEST_M: Final = 16
 _HEADER: Final = "sparsepass"
+_FACTS: Final = ("dense_digest", "recipe", "model_class", "about")
 
 
 @final
@@ -102,10 +103,7 @@ class MaskPack:
         header = {
             "format": FORMAT,
             "version": VERSION,
-            "dense_digest": self.dense_digest,
-            "recipe": self.recipe,
-            "model_class": self.model_class,
-            "about": self.about,
+            **{name: getattr(self, name) for name in _FACTS},
             "masks": {
                 name: {"pattern": known.pattern, "shape": list(known.shape), "digest": known.digest}
                 for name, known in self.masks.items()
@@ -152,13 +150,7 @@ class MaskPack:
             if known.words.shape != (expected,) or known.words.dtype != torch.int64:
                 raise SparsepassError(f"{place} is damaged: the mask of {name} does not have {expected} words; copy it again")
             masks[name] = known
-        return MaskPack(
-            masks=masks,
-            dense_digest=header["dense_digest"],
-            recipe=header["recipe"],
-            model_class=header["model_class"],
-            about=header["about"],
-        )
+        return MaskPack(masks=masks, **{name: header[name] for name in _FACTS})
 
     def check_model(self, program: Program, *, values: bool = True) -> None:
         """Make sure that a program has the weights that the pack has masks for, and the values that it was made with.
@@ -356,7 +348,7 @@ def num_words(shape: Iterable[int], pattern: NMPattern) -> int:
 
 def kept_digest(weight_OI: Tensor, mask_OI: Tensor) -> str:
     """SHA-256 of the kept entries' type and bytes."""
-    return _digest([weight_OI[mask_OI]])
+    return _digest(weight_OI[mask_OI])
 
 
 def _dense_digest(program: Program, masked: Iterable[str]) -> str:
@@ -366,15 +358,13 @@ def _dense_digest(program: Program, masked: Iterable[str]) -> str:
     names = sorted(name for name in dict(program.graph_module.named_parameters()) if name not in left_out)
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name} {_digest([program.tensor(name).detach()])}\n".encode())
+        digest.update(f"{name} {_digest(program.tensor(name).detach())}\n".encode())
     return digest.hexdigest()
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

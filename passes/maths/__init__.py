@@ -1,9 +1,10 @@
 """Tensor maths that know no graph: patterns, statistics, low-rank branches, reconstruction."""
 
-from sparsepass.passes.maths.learn_masks import add_prior, first_logits
 from sparsepass.passes.maths.pattern import (
     NMPattern,
+    add_prior,
     canonical_zeros,
+    first_logits,
     keep_largest,
     keep_largest_of_groups,
     nm_mask,
@@ -11,7 +12,7 @@ from sparsepass.passes.maths.pattern import (
 )
 from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
 from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
-from sparsepass.passes.maths.statistics import InputStatistics
+from sparsepass.passes.maths.statistics import InputStatistics, dampings, relative_error
 
 __all__ = [
     "InputStatistics",
@@ -19,6 +20,7 @@ __all__ = [
     "Trained",
     "add_prior",
     "canonical_zeros",
+    "dampings",
     "first_logits",
     "fit",
     "fixed_projection",
@@ -26,6 +28,7 @@ __all__ = [
     "keep_largest_of_groups",
     "nm_mask",
     "num_violations",
+    "relative_error",
     "slorb_least_squares",
     "slorb_mean_init",
     "token_error",

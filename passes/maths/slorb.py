@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
+from sparsepass.passes.maths.statistics import dampings
 
-# Damping is raised tenfold until it is as large as the mean of the diagonal.
-_LARGEST_DAMPING = 1.0
-_SMALLEST_RETRY_DAMPING = 1e-4
+_RETRY_DAMPING = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -181,19 +180,17 @@ def slorb_least_squares(original_OI: Tensor, masked_OI: Tensor, gram_II: Tensor,
     gram_RR[:, dead_R] = 0
     target_OR[:, dead_R] = 0
     undamped_R = diag_R + dead_R
-    tried, used = [], damping
-    while True:
+    tried = dampings(damping, retry=_RETRY_DAMPING)
+    for used in tried:
         diag_R.copy_(undamped_R + used * mean)
         lower_RR, info = torch.linalg.cholesky_ex(gram_RR)
-        tried.append(f"{used:g}")
         if int(info) == 0 and (used > 0 or bool((lower_RR.diagonal().square() > rounding_R).all())):
             break
-        if used >= _LARGEST_DAMPING:
-            raise SparsepassError(
-                f"the Gram matrix of SLoRB's {rank} segments is not positive definite, "
-                f"with damping {', '.join(tried)}; use more calibration tokens, or SLoRB's mean initialisation"
-            )
-        used = min(max(used * 10, _SMALLEST_RETRY_DAMPING), _LARGEST_DAMPING)
+    else:
+        raise SparsepassError(
+            f"the Gram matrix of SLoRB's {rank} segments is not positive definite, with damping "
+            f"{', '.join(f'{each:g}' for each in tried)}; use more calibration tokens, or SLoRB's mean initialisation"
+        )
     branch_OR = torch.cholesky_solve(target_OR.T, lower_RR).T.to(original_OI.dtype).contiguous()
     diag_R.copy_(undamped_R)  # the error itself is not damped
     known_OR = branch_OR.to(torch.float64)

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, I in.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class InputStatistics:
             [ 2.,  4.]]))
     """
 
-    __slots__ = ("_gram_II", "_is_mirrored", "_num_tokens", "_sum_squares_I")
+    __slots__ = ("_gram_II", "_is_mirrored", "_sum_squares_I", "num_tokens")
 
     def __init__(self, *, num_tokens: int, sum_squares_I: Tensor | None = None, gram_II: Tensor | None = None) -> None:
         if (sum_squares_I is None) == (gram_II is None):
@@ -49,7 +50,7 @@ class InputStatistics:
             raise SparsepassError(f"sum_squares_I must be [in], got shape {tuple(sum_squares_I.shape)}")
         if gram_II is not None and (gram_II.dim() != 2 or gram_II.shape[0] != gram_II.shape[1]):
             raise SparsepassError(f"gram_II must be [in, in], got shape {tuple(gram_II.shape)}")
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
         self._sum_squares_I = None if sum_squares_I is None else sum_squares_I.detach().to(torch.float32)
         self._gram_II = None if gram_II is None else gram_II.detach().to(torch.float32)
         self._is_mirrored = True
@@ -72,11 +73,6 @@ class InputStatistics:
         if gram:
             return InputStatistics(num_tokens=0, gram_II=torch.zeros(in_features, in_features, device=device))
         return InputStatistics(num_tokens=0, sum_squares_I=torch.zeros(in_features, device=device))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens summed so far."""
-        return self._num_tokens
 
     @property
     def in_features(self) -> int:
@@ -190,7 +186,7 @@ class InputStatistics:
         for start in range(0, num_tokens, piece):
             self._add(x_TI[start : start + piece].to(device=self.device, dtype=torch.float32))
         self._check_finite(x_TI)
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
 
     @torch.no_grad()
     def extend(self, other: "InputStatistics") -> None:
@@ -213,7 +209,7 @@ class InputStatistics:
         # What lies below the diagonal is summed too, and is as good as the less fresh of the two.
         self._is_mirrored = self._is_mirrored and other._is_mirrored
         self._storage.add_(other._storage.to(self.device))
-        self._num_tokens += other.num_tokens
+        self.num_tokens += other.num_tokens
 
     @property
     def _storage(self) -> Tensor:
@@ -258,3 +254,48 @@ def _features(bad_I: Tensor) -> str:
     listed = ", ".join(str(index) for index in indices[:8])
     more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
     return f"{'feature' if len(indices) == 1 else 'features'} {listed}{more}"
+
+
+def dampings(first: float, *, retry: float) -> list[float]:
+    """What to damp a matrix with, one after the other, until it is positive definite: ten times as much each time, up to 1.
+
+    Args:
+        first: A fraction of the mean of its diagonal.
+        retry: The second is at least this.
+
+    >>> dampings(0.0, retry=0.01)
+    [0.0, 0.01, 0.1, 1.0]
+    """
+    found = [first]
+    while found[-1] < 1:
+        found.append(min(max(found[-1] * 10, retry), 1.0))
+    return found
+
+
+def relative_error(parts: Iterable[tuple[Tensor, Tensor]], statistics: Sequence[InputStatistics]) -> float:
+    """Output error of a weight of which something is missing, relative to its output, over the calibration tokens.
+
+    Without tokens it is the error of the weight itself.
+
+    Shapes: both of a pair ``[O, I]``, fp32.
+
+    Args:
+        parts: What is missing of a weight, and the whole weight: one pair, or one for each expert.
+        statistics: Of the inputs: one, or one for each expert; or none.
+
+    >>> relative_error([(torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]]))], ())
+    0.6
+    """
+    error = total = 0.0
+    for index, (missing_OI, weight_OI) in enumerate(parts):
+        known = statistics[index] if statistics else None
+        error += _output_size(missing_OI, known)
+        total += _output_size(weight_OI, known)
+    return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
+
+
+def _output_size(weight_OI: Tensor, known: InputStatistics | None) -> float:
+    """Sum of squares of all outputs."""
+    if known is not None and known.gram_II is not None:
+        return float(((weight_OI @ known.gram_II) * weight_OI).sum())
+    return float((weight_OI if known is None else weight_OI * known.norms()).square().sum())

@@ -8,7 +8,7 @@ from tests.families import BY_NAME, FAMILIES, captured
 from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, Program, capture
-from sparsepass.graph.cut import Identity, cut_head
+from sparsepass.graph.cut import cut_head
 from sparsepass.graph.hierarchy import Hierarchy, blocks
 
 CAUSAL = [family.name for family in FAMILIES if family.generates]
@@ -21,7 +21,7 @@ def test_the_halves_are_the_whole(name: str) -> None:
     inputs = BY_NAME[name].inputs(3, 5)
     body, head = cut_head(program)
     hidden = body(**inputs)
-    assert not isinstance(head, Identity)
+    assert not isinstance(head, nn.Identity)
     assert hidden.shape[-1] < 96
     assert torch.equal(head(hidden), program(**inputs).logits)
     # One token at a time, as a loss in chunks calls it.
@@ -74,7 +74,7 @@ def of(kind: str) -> tuple[Program, dict[str, Tensor]]:
 def test_heads_of_all_kinds(kind: str, is_cut: bool) -> None:
     program, inputs = of(kind)
     body, head = cut_head(program, "output")
-    assert isinstance(head, Identity) is not is_cut
+    assert isinstance(head, nn.Identity) is not is_cut
     assert body(**inputs).shape == (2, 6 if is_cut else inputs["y"].shape[1])
     assert torch.equal(head(body(**inputs)), program(**inputs))
 

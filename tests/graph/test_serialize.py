@@ -18,7 +18,7 @@ from sparsepass.graph.records import (
     sparse_state_from_json,
     to_json,
 )
-from sparsepass.graph.serialize import check_tensor_name, graph_from_json, graph_to_json, module_stack
+from sparsepass.graph.saved import check_tensor_name, graph_from_json, graph_to_json, module_stack
 
 _aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsepass.graph import Program
 from sparsepass.graph.program import Origin, masked_weight
-from sparsepass.graph.states import without_branches
+from sparsepass.graph.rewrite import without_branches
 from sparsepass.passes import apply_passes
 
 

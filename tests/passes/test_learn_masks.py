@@ -15,8 +15,7 @@ from sparsepass.graph.rewrite import attach_mask
 from sparsepass.graph.soft_masks import hard_mask, num_candidates
 from sparsepass.passes import apply_passes
 from sparsepass.passes.masks.pack import pack_program
-from sparsepass.passes.maths.learn_masks import add_prior, first_logits
-from sparsepass.passes.maths.pattern import NMPattern, nm_mask
+from sparsepass.passes.maths.pattern import NMPattern, add_prior, first_logits, nm_mask
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.0.mlp.down_proj.weight"

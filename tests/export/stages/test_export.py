@@ -18,7 +18,7 @@ from sparsepass.export.stages.preparing import prepare
 from sparsepass.export.stages.settings import Calibration, Evaluation
 from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.states import without_branches
+from sparsepass.graph.rewrite import without_branches
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
 EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}

@@ -16,6 +16,7 @@ from tests.export.tiny import save_tiny_llama
 from torch import nn
 from typer.testing import CliRunner
 
+from sparsepass._docs import attribute_docs
 from sparsepass.export import export, read_report
 from sparsepass.export.cli.app import app
 from sparsepass.export.stages.recipe import recipe_of
@@ -23,7 +24,6 @@ from sparsepass.export.targets import TARGETS, HuggingFace, Onnx, SemiStructured
 from sparsepass.export.targets.tensorrt import EngineOptions
 from sparsepass.export.targets.torch import SemiStructuredOptions
 from sparsepass.graph import Program, SparsepassError, capture
-from sparsepass.graph.support import attribute_docs
 
 TARGETS_WITH_OPTIONS: tuple[Target, ...] = (
     *(kind() for kind in TARGETS.values()),

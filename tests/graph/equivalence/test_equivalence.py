@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
 from sparsepass.graph.equivalence import differences as difference_module
-from sparsepass.graph.equivalence.comparison import assert_equivalent, compare, difference
-from sparsepass.graph.equivalence.layers import Step, layer_results
+from sparsepass.graph.equivalence.artifact import Step, layer_results
+from sparsepass.graph.equivalence.comparison import assert_equivalent, compare
+from sparsepass.graph.equivalence.differences import difference
 from sparsepass.graph.equivalence.running import run
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import attach_branch, attach_mask, finish, fold_mask

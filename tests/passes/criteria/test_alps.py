@@ -6,7 +6,7 @@ from tests.layers import check_form, inputs, output_error, random, statistics_of
 from torch import Tensor
 
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.passes.criteria import alps as alps_module
+from sparsepass.passes.criteria import alps as alps_module, criterion as criterion_module
 from sparsepass.passes.criteria.alps import alps
 from sparsepass.passes.criteria.sparsegpt import sparsegpt
 from sparsepass.passes.criteria.table import CriterionOptions
@@ -99,7 +99,7 @@ def test_rows_end_at_different_iterations_and_at_the_last_one_anyhow(monkeypatch
 def test_pieces_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, statistics = random(7, 32), statistics_of(inputs(200, 32))
     whole = alps(weight_OI, statistics, P24, DEFAULT)
-    monkeypatch.setattr(alps_module, "PIECE_WEIGHTS", 100)
+    monkeypatch.setattr(criterion_module, "PIECE_WEIGHTS", 100)
     pieces = alps(weight_OI, statistics, P24, DEFAULT)
     assert torch.equal(whole.mask_OI, pieces.mask_OI)
     torch.testing.assert_close(whole.weight_OI, pieces.weight_OI, rtol=1e-10, atol=1e-12)

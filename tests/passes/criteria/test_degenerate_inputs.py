@@ -6,8 +6,7 @@ from hypothesis import given, settings, strategies as st
 from tests.layers import check_form, inputs, output_error, random, statistics_of
 from torch import Tensor
 
-from sparsepass.passes.criteria.criterion import working_dtype
-from sparsepass.passes.criteria.refinement import refine
+from sparsepass.passes.criteria.criterion import refine
 from sparsepass.passes.criteria.sparsegpt import inverse_cholesky, sparsegpt
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions, Pruned
 from sparsepass.passes.maths import NMPattern
@@ -73,7 +72,8 @@ def test_sparsegpt_leaves_the_error_that_its_definition_leaves(layer: tuple[Tens
     pruned = sparsegpt(weight_OI, statistics, P24, CriterionOptions(damping=damping))
     check_form(weight_OI, pruned, P24)
     assert statistics.gram_II is not None
-    *_, used = inverse_cholesky(statistics.gram_II.to(working_dtype(weight_OI)), statistics.num_tokens, damping)
+    known_II = statistics.gram_II.to(torch.promote_types(weight_OI.dtype, torch.float32))
+    *_, used = inverse_cholesky(known_II, statistics.num_tokens, damping)
     upper_II, dead_I, still_used = inverse_cholesky(statistics.gram_II.double(), statistics.num_tokens, used)
     assert still_used == used
     expected_OI = remade(weight_OI.masked_fill(dead_I, 0), pruned.mask_OI, upper_II)

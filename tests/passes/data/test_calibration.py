@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.passes.data.calibration import calibration_batches
-from sparsepass.passes.data.python_docs import default_text
-from sparsepass.passes.data.reading import spread_order
+from sparsepass.passes.data.sources import spread_order
+from sparsepass.passes.data.texts import default_text
 
 BOTH = ("input_ids", "attention_mask")
 

@@ -17,8 +17,7 @@ from tests.passes.data.number_words import make_tokenizer, words
 from torch import Tensor
 
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.passes.data.python_docs import default_text
-from sparsepass.passes.data.texts import text_pieces
+from sparsepass.passes.data.texts import default_text, text_pieces
 from sparsepass.retrain.data.order import permutation, spread
 from sparsepass.retrain.data.stream import Place, TokenStream
 from sparsepass.retrain.data.tokens import Part, TokenTable, part_of_rows

@@ -20,7 +20,7 @@ from sparsepass.export.targets.tensorrt.profiles import Profile
 from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.graph import EquivalenceError
 from sparsepass.graph.equivalence.comparison import assert_equivalent
-from sparsepass.graph.equivalence.opening import open_artifact
+from sparsepass.graph.equivalence.running import open_artifact
 
 
 def value(name: str, dtype: str, *axes: str | int) -> OnnxValue:

@@ -1,4 +1,4 @@
-"""What is checked of a checkpoint: its configuration, the headers of its weights files, and that no weight is missing."""
+"""What a checkpoint holds, and what is checked of it: its configuration, weights, model class, tokenizer and processor."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,11 @@ from sparsepass.graph.support import SparsepassError, first_line, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -145,16 +150,116 @@ def explained(name: str, what: str = "") -> Iterator[None]:
         yield
     except SparsepassError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        ImportError,
-        IndexError,
-        safetensors.SafetensorError,
-    ) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
         raise SparsepassError(
             f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {first_line(error)}"
         ) from error
+
+
+# Task -> the tables of transformers that name a model class for it, and the Auto class for models with code of their
+# own.
+TASKS: dict[str, tuple[tuple[str, str], ...]] = {
+    "text-generation": (("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),),
+    "feature-extraction": (("MODEL_MAPPING_NAMES", "AutoModel"),),
+    "fill-mask": (("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),),
+    "text-classification": (("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForSequenceClassification"),),
+    "token-classification": (("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "AutoModelForTokenClassification"),),
+    "question-answering": (("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "AutoModelForQuestionAnswering"),),
+    "text2text-generation": (("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),),
+    "image-classification": (("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForImageClassification"),),
+    "image-text-to-text": (("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),),
+    "zero-shot-image-classification": (
+        ("MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES", "AutoModelForZeroShotImageClassification"),
+    ),
+    "audio-classification": (("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "AutoModelForAudioClassification"),),
+    "automatic-speech-recognition": (
+        ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "AutoModelForSpeechSeq2Seq"),
+        ("MODEL_FOR_CTC_MAPPING_NAMES", "AutoModelForCTC"),
+    ),
+}
+
+
+def model_class_of(config: "PretrainedConfig", task: str | None, name: str, *, trust_remote_code: bool) -> Any:
+    """The class for the task, or the one that config.json names.
+
+    Raises:
+        SparsepassError: If there is none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    own_code: Mapping[str, str] = getattr(config, "auto_map", None) or {}
+    if task is not None:
+        for table, auto_class in TASKS[task]:
+            if trust_remote_code and auto_class in own_code:
+                return getattr(transformers, auto_class)
+            found = getattr(modeling_auto, table).get(config.model_type)
+            if found is not None:
+                return getattr(transformers, found if isinstance(found, str) else found[0])
+        raise SparsepassError(
+            f"model {name} is a {config.model_type} model, and transformers {transformers.__version__} has no class "
+            f"for the task {task} of such a model; leave the task out to load the class that config.json names"
+        )
+    architectures = config.architectures or []
+    for architecture in architectures:
+        model_class = getattr(transformers, architecture, None)
+        if model_class is not None:
+            return model_class
+    if trust_remote_code:
+        for reference in own_code:
+            if reference.startswith("AutoModel"):
+                return getattr(transformers, reference)
+    if architectures:
+        raise SparsepassError(
+            f"model {name} is of the class {', '.join(architectures)}, which transformers {transformers.__version__} "
+            "does not have; upgrade transformers, or pass trust_remote_code if the checkpoint brings its own code and "
+            "you trust it"
+        )
+    raise SparsepassError(
+        f"config.json of model {name} does not name the model's class (architectures); say which with task, for "
+        "example text-generation"
+    )
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "tekken.json",
+)
+
+
+def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[Any, Any, list[str]]:
+    """Return the tokenizer and the processor that lie in a folder, each None if it has none, and notes."""
+    import transformers
+
+    tokenizer = processor = None
+    notes: list[str] = []
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with quiet_loading(), explained(name, "its tokenizer or processor files"):
+        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
+        if kind is not None:
+            try:
+                processor = getattr(transformers, kind).from_pretrained(folder, **options)
+            except ImportError as error:
+                # Images need Pillow, which neither capture nor pruning does.
+                notes.append(f"its processor was not loaded: {first_line(error)}")
+    return tokenizer, processor, notes
+
+
+def _processor_kind(folder: Path, *, has_tokenizer: bool) -> str | None:
+    """Return the Auto class for a folder's processor; AutoProcessor itself fails where only a part is there."""
+    if (folder / "processor_config.json").is_file():
+        return "AutoProcessor"
+    if not (folder / "preprocessor_config.json").is_file():
+        return None
+    settings = read_json(folder / "preprocessor_config.json")
+    if has_tokenizer and settings.get("processor_class"):
+        return "AutoProcessor"
+    return "AutoFeatureExtractor" if "sampling_rate" in settings else "AutoImageProcessor"

@@ -1,6 +1,19 @@
-"""Which 16-bit type a device computes products in faster than in float32."""
+"""What the machine does: memory that it keeps, and the 16-bit type that it is fast in."""
+
+import ctypes
+import sys
 
 import torch
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps it, in pieces that may not fit what is needed next.
+
+    In a calibration of SmolLM2-135M that is up to 250 MiB. Elsewhere than with glibc there is no such call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def fast_low_precision(device: torch.device | str) -> torch.dtype | None:
