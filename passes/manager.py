@@ -103,7 +103,7 @@ def apply_passes(
             tokenizer=tokenizer,
             input_names=program.input_names,
             num_sequences=num_sequences,
-            context=context or default_context(program.origin.config),
+            context=default_context(program.origin.config) if context is None else context,
             batch_size=min([batch_size, *(p.block_work.batch_size for p in pipeline if p.block_work is not None)]),
             seed=seed,
             vocab_size=_vocabulary(program),
