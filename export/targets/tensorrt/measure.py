@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx import OnnxGraph
-from sparsepass.export.targets.tensorrt.profiles import Profile
+from sparsepass.export.targets.tensorrt.profiles import Profile, axis_length
 
 Timer = Callable[[Mapping[str, Tensor]], float]
 """Gives the time of one run on given inputs, in milliseconds."""
@@ -67,7 +67,7 @@ def inputs_of(graph: OnnxGraph, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     past = sizes.get("past_sequence", 0)
     found = {}
     for value in graph.inputs:
-        shape = tuple(axis if isinstance(axis, int) else _length(axis, sizes) for axis in value.axes)
+        shape = tuple(axis_length(axis, sizes) for axis in value.axes)
         if value.name.endswith("attention_mask"):
             found[value.name] = torch.ones(shape, dtype=_INTEGERS.get(value.dtype, torch.int64))
         elif value.name == "position_ids":
@@ -79,10 +79,3 @@ def inputs_of(graph: OnnxGraph, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         else:
             found[value.name] = torch.randn(shape, generator=generator).mul(0.1).to(_FLOATS[value.dtype])
     return found
-
-
-def _length(axis: str, sizes: Mapping[str, int]) -> int:
-    if axis in sizes:
-        return sizes[axis]
-    parts = ("past_sequence", "sequence") if axis == "total_sequence" else axis.split("+")
-    return sum(sizes[part.strip()] for part in parts)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from sparsepass.export.targets.onnx import OnnxArtifact, OnnxGraph
-from sparsepass.export.targets.tensorrt.build import Shapes
 from sparsepass.export.targets.tensorrt.options import EngineTarget, Range
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError
 
 MAX_BATCH, MAX_TOKENS = 8, 2048
 """Largest lengths where nothing else is said; the model's own limit is the other bound of the tokens."""
+
+Lengths = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, most common and largest shape of an input."""
 
 _TOKEN_AXES: Final = ("sequence", "encoder_sequence", "decoder_sequence")
 
@@ -34,6 +36,20 @@ class Profile:
 
     name: str
     ranges: Mapping[str, Range]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """An optimization profile as the builder takes it.
+
+    Attributes:
+        name: Such as ``prefill``.
+        shapes: Input -> its smallest, most common and largest shape.
+    """
+
+    name: str
+    shapes: Mapping[str, Lengths]
 
 
 @final
@@ -106,23 +122,28 @@ def shapes(graph: OnnxGraph, profile: Profile) -> Shapes:
         {'ids': ((1, 1), (1, 8), (4, 16))}
     """
     made = {}
+    corners = [{axis: lengths[place] for axis, lengths in profile.ranges.items()} for place in range(3)]
     for value in graph.inputs:
         if any(isinstance(axis, str) for axis in value.axes):
-            low, common, high = (tuple(_length(axis, profile, place) for axis in value.axes) for place in range(3))
+            low, common, high = (tuple(axis_length(axis, corner) for axis in value.axes) for corner in corners)
             made[value.name] = (low, common, high)
     return Shapes(name=profile.name, shapes=made)
 
 
-def _length(axis: str | int, profile: Profile, place: int) -> int:
+def axis_length(axis: str | int, lengths: Mapping[str, int]) -> int:
+    """Length of an axis of an input, given the lengths of the axes that vary by themselves.
+
+    Example:
+        >>> axis_length("past_sequence + sequence", {"past_sequence": 3, "sequence": 1})
+        4
+    """
     if isinstance(axis, int):
         return axis
-    if axis in profile.ranges:
-        return profile.ranges[axis][place]
-    return sum(profile.ranges[part][place] for part in _parts(axis))
+    return lengths[axis] if axis in lengths else sum(lengths[part] for part in _parts(axis))
 
 
 def _parts(axis: str) -> tuple[str, ...]:
-    """An axis that is the sum of others: the attention mask covers the past and the tokens."""
+    """The axes that an axis is the sum of (the attention mask covers the past and the tokens); most axes are no sum."""
     return ("past_sequence", "sequence") if axis == "total_sequence" else tuple(part.strip() for part in axis.split("+"))
 
 
@@ -138,7 +159,7 @@ def _free_axes(graph: OnnxGraph) -> dict[str, str]:
     for value in graph.inputs:
         for axis in value.axes:
             if isinstance(axis, str):
-                for part in _parts(axis) if axis == "total_sequence" or "+" in axis else (axis,):
+                for part in _parts(axis):
                     found.setdefault(part, value.name)
     return found
 
@@ -150,11 +171,11 @@ def _ranges(
     limit: int,
     examples: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Range]:
-    found = {}
-    for axis, holder in _free_axes(graph).items():
-        said = given.get(profile, {}).get(axis, given.get("", {}).get(axis))
-        found[axis] = said if said is not None else _default(graph, profile, axis, holder, limit, examples)
-    return found
+    said = {**given.get("", {}), **given.get(profile, {})}
+    return {
+        axis: said[axis] if axis in said else _default(graph, profile, axis, holder, limit, examples)
+        for axis, holder in _free_axes(graph).items()
+    }
 
 
 def _default(

@@ -20,12 +20,12 @@ from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.exporting import export
 from sparsepass.export.targets.tensorrt import child as tensorrt_child, lower as tensorrt
-from sparsepass.export.targets.tensorrt.artifact import TensorrtArtifact
 from sparsepass.export.targets.tensorrt.build import BuildError
 from sparsepass.export.targets.tensorrt.lower import ENGINES_FILE, check_patterns, lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Installed, find
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE
 from sparsepass.export.targets.tensorrt.target import TensorRT
+from sparsepass.export.targets.tensorrt.verify import TensorrtArtifact
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
 
