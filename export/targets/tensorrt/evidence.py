@@ -220,7 +220,10 @@ def surroundings(path: Path) -> dict[tuple[str, str], Around]:
             if chain is None or chain[0] not in graph.initializers:
                 continue
             other = node.inputs[0] if index else (node.inputs[1] if len(node.inputs) > 1 else None)
-            requantized = _feeds(node.outputs[0], "QuantizeLinear") if _made_by(other, "DequantizeLinear") else None
+            producer = other.producer() if other is not None else None
+            requantized = None
+            if producer is not None and producer.op_type == "DequantizeLinear":
+                requantized = any(usage.node.op_type == "QuantizeLinear" for usage in node.outputs[0].uses())
             found[node.name or "", chain[0]] = Around(between=chain[1], plugin=plugin, is_requantized=requantized)
     return found
 
@@ -235,12 +238,3 @@ def _chain(value: ir.Value | None) -> tuple[str, tuple[str, ...]] | None:
         between.append(producer.op_type)
         value = producer.inputs[0] if producer.inputs else None
     return None
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == op_type
-
-
-def _feeds(value: ir.Value, op_type: str) -> bool:
-    return any(usage.node.op_type == op_type for usage in value.uses())

@@ -23,10 +23,9 @@ from sparsepass.export.targets.onnx import OnnxArtifact, lower_onnx
 from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine, build_torch_engine
 from sparsepass.export.targets.tensorrt.evidence import Observed, gather, surroundings
 from sparsepass.export.targets.tensorrt.log import SparsityLog, parse_inspection, parse_log
-from sparsepass.export.targets.tensorrt.measure import measure
 from sparsepass.export.targets.tensorrt.options import EngineTarget, check_sm
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed, abilities, choose, gpus
-from sparsepass.export.targets.tensorrt.profiles import EnginePlan, plan_engines, shapes
+from sparsepass.export.targets.tensorrt.profiles import EnginePlan, measure, plan_engines, shapes
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE, session_configuration
 from sparsepass.export.targets.tensorrt.verify import Engine, TensorrtArtifact, engine_files, why_not_run
 from sparsepass.graph.load import parse_dtype
@@ -135,7 +134,7 @@ def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) 
     out = Path(folder)
     if options.timing_cache is not None:
         options = replace(options, timing_cache=options.timing_cache.absolute())
-    check_patterns(program)
+    check_two_four(program, "TensorRT", "use the onnx target")
     here = gpus()
     installed = choose(options.runtime, here)
     targets = resolve_targets(options, installed, here)
@@ -176,15 +175,6 @@ def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) 
     _write_json(out / ENGINES_FILE, {"runtime": written.runtime, "engines": [engine.to_dict() for engine in engines]})
     _write_json(out / CONFIGURATION_FILE, session_configuration(plans, dtype=artifact.dtype, sparse=options.sparse))
     return written
-
-
-def check_patterns(program: Program) -> None:
-    """Refuse patterns that sparse tensor cores do not know.
-
-    Raises:
-        SparsepassError: If a weight has another pattern than 2:4.
-    """
-    check_two_four({name: str(state.pattern) for name, state in program.sparse.items()}, "TensorRT", "use the onnx target")
 
 
 def resolve_targets(options: EngineTarget, installed: Installed, here: tuple[Gpu, ...]) -> tuple[int, ...]:

@@ -13,9 +13,8 @@ from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx.artifact import OnnxGraph, OnnxValue
 from sparsepass.export.targets.tensorrt import lower as tensorrt, verify as tensorrt_verify
 from sparsepass.export.targets.tensorrt.build import Built
-from sparsepass.export.targets.tensorrt.measure import grid, inputs_of, measure
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed
-from sparsepass.export.targets.tensorrt.profiles import Profile
+from sparsepass.export.targets.tensorrt.profiles import Profile, grid, inputs_of, measure
 from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.export.targets.tensorrt.verify import DecoderEngines, EngineFile
 from sparsepass.graph import EquivalenceError
