@@ -8,21 +8,39 @@ from sparsepass.export.pattern.bits import BitView
 from sparsepass.graph.support import is_open, name_matches
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One use of one stored weight, found but not yet read.
+class Use:
+    """One use of one stored weight.
 
     Attributes:
-        file: Name of the file it stands in, relative to the source; "" for a model in memory.
-        node: Name of the operation that uses it; the module path in a safetensors file.
+        file: File it stands in, relative to the source; "" for a model in memory.
+        node: Operation that uses it; the module path in a safetensors file.
         op: Operation type ("MatMul", "Gemm", ...), or "tensor" in a safetensors file.
         weight: Name under which the tensor is stored.
-        aliases: Other names that mean this weight: those it takes on its way to the operation.
-        parameter: The parameter it was in the model this file was exported from, where the file tells; else "".
+        parameter: The parameter it was in the model the file was exported from, where the file tells (torch.onnx notes
+            it); else "".
         shape: Stored shape (unpacked where the file packs several values into a byte).
         dtype: Stored element type, in lower case.
-        axis: Axis of the stored tensor along which K runs; None where it cannot be told.
+        axis: Axis of the stored tensor along which K runs, and so along which groups are counted; None if unknown.
+    """
+
+    file: str = ""
+    node: str = ""
+    op: str = ""
+    weight: str
+    parameter: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    axis: int | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Use):
+    """A use that was found and is not yet read.
+
+    Attributes:
+        aliases: Other names that mean this weight: those it takes on its way to the operation.
         key: Equal for two candidates that read the same bytes the same way.
         read: Reads the bits; None where `problem` says why it cannot.
         problem: Why this use cannot be checked, or None.
@@ -33,15 +51,7 @@ class Candidate:
             these values cannot be computed.
     """
 
-    file: str
-    node: str
-    op: str
-    weight: str
     aliases: tuple[str, ...] = ()
-    parameter: str = ""
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    axis: int | None = None
     key: object = None
     read: Callable[[], BitView] | None = None
     problem: str | None = None

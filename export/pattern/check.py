@@ -14,7 +14,7 @@ each weight is reduced. In a safetensors file, the conventions of Hugging Face t
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from sparsepass.export.pattern.bits import GroupCount, count_groups, is_conforming
-from sparsepass.export.pattern.candidates import Candidate, NamePatterns
+from sparsepass.export.pattern.candidates import Candidate, NamePatterns, Use
 from sparsepass.export.pattern.cause import Cause, likely_cause, wrong_axis
 from sparsepass.export.pattern.checkpoints import safetensors_candidates, safetensors_files, tensor_candidates
 from sparsepass.export.pattern.onnx import onnx_candidates, onnx_files, read_onnx
@@ -185,19 +185,15 @@ def _plan(candidate: Candidate, wanted: _Wanted) -> _Plan:
             skip = candidate.aside
     if skip is not None:
         return _Plan(pattern=pattern, required=False, finding=_Finding(verdict="left out", reason=skip))
-    required = bool(expected) or candidate.aside is None
-    return _Plan(pattern=pattern, required=required, finding=_known(candidate, pattern))
-
-
-def _known(candidate: Candidate, pattern: NMPattern) -> _Finding | None:
-    """Judge what needs no data."""
+    finding = None
     if candidate.problem is not None:
-        return _Finding(verdict="not checkable", reason=candidate.problem)
-    assert candidate.axis is not None, "a candidate without a problem knows its axis"
-    num_in = candidate.shape[candidate.axis]
-    if num_in % pattern.m:
-        return _Finding(verdict="not eligible", reason=f"not eligible: K={num_in} is not a multiple of {pattern.m}")
-    return None
+        finding = _Finding(verdict="not checkable", reason=candidate.problem)
+    else:
+        assert candidate.axis is not None, "a candidate without a problem knows its axis"
+        num_in = candidate.shape[candidate.axis]
+        if num_in % pattern.m:
+            finding = _Finding(verdict="not eligible", reason=f"not eligible: K={num_in} is not a multiple of {pattern.m}")
+    return _Plan(pattern=pattern, required=bool(expected) or candidate.aside is None, finding=finding)
 
 
 def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
@@ -262,14 +258,7 @@ def _with_causes(judged: Iterable[tuple[Candidate, _Plan, _Finding]]) -> list[Pa
 
 def _entry(candidate: Candidate, plan: _Plan, finding: _Finding) -> PatternEntry:
     return PatternEntry(
-        file=candidate.file,
-        node=candidate.node,
-        op=candidate.op,
-        weight=candidate.weight,
-        parameter=candidate.parameter,
-        shape=candidate.shape,
-        dtype=candidate.dtype,
-        axis=candidate.axis,
+        **{field.name: getattr(candidate, field.name) for field in fields(Use)},
         pattern=str(plan.pattern),
         verdict=finding.verdict,
         required=plan.required,

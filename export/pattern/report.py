@@ -8,6 +8,7 @@ from typing import Any, Literal, final
 from rich.console import Console
 from rich.table import Table
 
+from sparsepass.export.pattern.candidates import Use
 from sparsepass.export.pattern.cause import Cause
 
 Verdict = Literal["conforms", "violates", "not eligible", "not checkable", "missing", "left out"]
@@ -24,19 +25,10 @@ _NUM_ROWS_SHOWN = 60
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class PatternEntry:
-    """One use of one stored weight, judged.
+class PatternEntry(Use):
+    """A use that was judged. What is known of the use itself stands first; see `Use`.
 
     Attributes:
-        file: File it stands in, relative to the source; "" for a model in memory.
-        node: Operation that uses it; the module path in a safetensors file.
-        op: Operation type, or "tensor" in a safetensors file.
-        weight: Name under which the tensor is stored.
-        parameter: The parameter it was in the model the file was exported from, where the file tells (torch.onnx notes
-            it); else "".
-        shape: Stored shape.
-        dtype: Stored element type.
-        axis: Axis of the stored tensor along which K runs, and so along which groups were counted; None if unknown.
         pattern: The pattern asked for, such as "2:4".
         verdict: "conforms", "violates", "not eligible" (K is not a multiple of M), "not checkable", "missing" (expected
             and not in the file), or "left out" (ignored, or dense on purpose; its data was not read).
@@ -53,14 +45,6 @@ class PatternEntry:
         cause: For a required weight that violates: what probably happened to it; else None.
     """
 
-    file: str = ""
-    node: str = ""
-    op: str = ""
-    weight: str
-    parameter: str = ""
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    axis: int | None = None
     pattern: str
     verdict: Verdict
     required: bool

@@ -91,6 +91,13 @@ def option(default: Any, help: str | None = None, *, flag: str | None = None, pa
     return field(default=default, metadata={"help": help, "flag": flag, "parse": parse})
 
 
+def option_error(said: str) -> ValueError:
+    """A `SparsepassError` for a value that cannot be used. Its class is imported only now: see 3 above."""
+    from sparsepass.graph.support import SparsepassError
+
+    return SparsepassError(said)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target(ABC):
     """A form in which a program leaves. Its fields are its options, and the help of the command line is read from here.
@@ -120,8 +127,8 @@ class Target(ABC):
 
     @property
     def model_task(self) -> str | None:
-        """What the model is for, if an option says so; it is loaded as that."""
-        return None
+        """What the model is for, if an option `task` says so; it is loaded as that."""
+        return getattr(self, "task", None)
 
     @abstractmethod
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:

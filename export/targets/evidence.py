@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final
+
+if TYPE_CHECKING:
+    from sparsepass.graph import Program
 
 Known = Literal["yes", "no", "unknown"]
 
@@ -133,21 +136,18 @@ def break_even(points: Iterable[Point]) -> str:
     )
 
 
-def check_two_four(patterns: Mapping[str, str], runtime: str, otherwise: str) -> None:
+def check_two_four(program: "Program", runtime: str, otherwise: str) -> None:
     """Refuse patterns that sparse tensor cores do not know.
 
     Args:
-        patterns: Weight -> its pattern.
+        program: What is lowered.
         runtime: Whose kernels are meant, for the message.
         otherwise: What to do instead of pruning again, for the message.
 
     Raises:
         SparsepassError: If a weight has another pattern than 2:4.
-
-    Example:
-        >>> check_two_four({"fc.weight": "2:4"}, "torch", "use the target hf")
     """
-    other = {name: pattern for name, pattern in patterns.items() if pattern != "2:4"}
+    other = {name: state.pattern for name, state in program.sparse.items() if state.pattern != "2:4"}
     if other:
         from sparsepass.graph.support import SparsepassError
 

@@ -19,8 +19,6 @@ from sparsepass.graph.support import SparsepassError
 from sparsepass.passes import Fold, Pass, apply_passes, parse_pipeline
 from sparsepass.passes.engine import ComputeDtype
 
-__all__ = ["SparsePassQuantizer"]
-
 _BATCH = 8  # calibration sequences run at once, where the graph leaves the choice
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ Every operation of the graph, of its subgraphs and of its local functions is loo
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
@@ -75,7 +76,7 @@ class _Finder:
         elif node.domain not in DOMAINS:
             return
         elif node.op_type in _PACKED:
-            yield self._packed(node, name)
+            yield from self._checked(node, name, 1, partial(self._packed, node, name))
         elif node.op_type == "Einsum":
             yield from self._einsum(node, name)
         elif node.op_type in WITHOUT_RULE:
@@ -87,19 +88,24 @@ class _Finder:
             taken = {0, *(operand.index for operand in operands)}
             if not all(self._is_constant(node, index) for index in taken):
                 for operand in operands:
-                    yield from self._operand(node, name, operand)
+                    yield from self._checked(node, name, operand.index, partial(self._operand, node, name, operand))
+
+    def _checked(self, node: ir.Node, name: str, index: int, find: Callable[[], Candidate | None]) -> Iterator[Candidate]:
+        """What is found for an operand; if a `Problem` comes up, that it cannot be checked."""
+        try:
+            found = find()
+        except Problem as problem:
+            found = self._uncheckable(node, name, index, str(problem))
+        if found is not None:
+            yield found
 
     def _is_constant(self, node: ir.Node, index: int) -> bool:
         return self.follower.is_constant(input_of(node, index))
 
-    def _operand(self, node: ir.Node, name: str, operand: Operand) -> Iterator[Candidate]:
-        try:
-            constant = self.follower.follow(input_of(node, operand.index), gather=operand.side == "right")
-        except Problem as problem:
-            yield self._uncheckable(node, name, operand.index, str(problem))
-            return
+    def _operand(self, node: ir.Node, name: str, operand: Operand) -> Candidate | None:
+        constant = self.follower.follow(input_of(node, operand.index), gather=operand.side == "right")
         if constant is None:
-            return
+            return None
         rank = len(constant.axes)
         flipped = bool(operand.transpose and int_of(node, operand.transpose, 0))
         if operand.side == "conv":
@@ -109,23 +115,17 @@ class _Finder:
         else:
             axis = rank - (1 if flipped else 2)
         axis = max(axis, 0)
-        try:
-            if operand.zero_point is not None:
-                column_axis = 0 if operand.side == "conv" or flipped else rank - 1
-                zero = self.follower.zero_point(input_of(node, operand.zero_point), constant, column_axis, 0)
-                constant = settle(constant, zero)
-            elif constant.quantized_by is not None:
-                raise Problem(f"{node.op_type} takes quantized values without a zero point")
-        except Problem as problem:
-            yield self._uncheckable(node, name, operand.index, str(problem))
-            return
+        if operand.zero_point is not None:
+            column_axis = 0 if operand.side == "conv" or flipped else rank - 1
+            zero = self.follower.zero_point(input_of(node, operand.zero_point), constant, column_axis, 0)
+            constant = settle(constant, zero)
+        elif constant.quantized_by is not None:
+            raise Problem(f"{node.op_type} takes quantized values without a zero point")
         if (operand.side == "conv" and rank < 3) or rank == 0:
-            yield self._uncheckable(node, name, operand.index, f"a weight of rank {rank} has no such axis")
-            return
+            raise Problem(f"a weight of rank {rank} has no such axis")
         if any(int_of(node, flag, 0) for flag in ("transBatchA", "transBatchB")):
-            yield self._uncheckable(node, name, operand.index, "FusedMatMul with transBatch is not supported")
-            return
-        yield self._found(node, name, constant, axis, operand.index)
+            raise Problem("FusedMatMul with transBatch is not supported")
+        return self._found(node, name, constant, axis, operand.index)
 
     def _found(self, node: ir.Node, name: str, constant: Constant, axis: int, index: int) -> Candidate:
         tensor, stored = constant.tensor, constant.axes[axis]
@@ -177,10 +177,7 @@ class _Finder:
         return read
 
     def _packed(self, node: ir.Node, name: str) -> Candidate:
-        try:
-            packed = _read_packed(node, self.follower)
-        except Problem as problem:
-            return self._uncheckable(node, name, 1, str(problem))
+        packed = _read_packed(node, self.follower)
         return Candidate(
             file=self.file,
             node=name,
@@ -238,19 +235,19 @@ class _Finder:
         equation = node.attributes["equation"].as_string().replace(" ", "")
         terms, _, output = equation.partition("->")
         labels = terms.split(",")
+
+        def find(index: int, term: str) -> Candidate | None:
+            found = self.follower.follow(node.inputs[index])
+            if found is None:
+                return None
+            others = "".join(labels[:index] + labels[index + 1 :])
+            summed = [label for label in term if label not in output and label in others]
+            if "->" not in equation or "." in term or len(summed) != 1 or len(set(term)) != len(term):
+                raise Problem(f"Einsum {equation!r} does not reduce over exactly one axis of this operand")
+            return self._found(node, name, found, term.index(summed[0]), index)
+
         for index, term in enumerate(labels):
-            try:
-                found = self.follower.follow(node.inputs[index])
-                if found is None:
-                    continue
-                others = "".join(labels[:index] + labels[index + 1 :])
-                summed = [label for label in term if label not in output and label in others]
-                if "->" not in equation or "." in term or len(summed) != 1 or len(set(term)) != len(term):
-                    raise Problem(f"Einsum {equation!r} does not reduce over exactly one axis of this operand")
-            except Problem as problem:
-                yield self._uncheckable(node, name, index, str(problem))
-                continue
-            yield self._found(node, name, found, term.index(summed[0]), index)
+            yield from self._checked(node, name, index, partial(find, index, term))
 
 
 def _parameter(node: ir.Node) -> str:

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sparsepass.export.targets.hf.disk import package_version
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.support import SparsepassError, quiet_loading
@@ -27,17 +26,6 @@ from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = [
-    "ADAPTER_FOLDER",
-    "adapter_config",
-    "adapter_tensors",
-    "branched",
-    "check_adapter",
-    "read_adapter",
-    "with_adapter",
-    "write_adapter",
-]
 
 ADAPTER_FOLDER = "adapter"
 _LORA_A, _LORA_B = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
@@ -187,7 +175,7 @@ def with_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
 
     with quiet_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 calls what transformers 5.23 has renamed
-        return PeftModel.from_pretrained(model, folder).eval(), f"peft {package_version('peft')}"
+        return PeftModel.from_pretrained(model, folder).eval(), f"peft {metadata.version('peft')}"
 
 
 def _hook_adapter(model: nn.Module, folder: Path) -> None:

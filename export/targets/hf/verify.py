@@ -1,6 +1,7 @@
 """Verification of the target `hf`: load what was written with plain transformers (and peft), and check what was kept."""
 
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,11 @@ from torch import Tensor, nn
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
-from sparsepass.export.targets.hf.disk import auto_class, package_version, stored_weights
+from sparsepass.export.targets.hf.lower import auto_class, stored_weights
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
-
-__all__ = ["load_plain", "verify_hf"]
 
 # Relative error of the outputs that is taken for rounding without a further look, by the checkpoint's dtype.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -77,7 +76,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         "weights": weights,
         "outputs": outputs,
         "adapter_read_by": read_by,
-        "versions": {name: package_version(name) for name in ("torch", "transformers", "safetensors", "peft")},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors", "peft")},
     }
 
 
@@ -155,3 +154,11 @@ def _flat_outputs(program: Program, outputs: Any) -> dict[str, Tensor]:
             value = value[int(part)] if part.isdigit() else value[part]
         found[name] = value
     return found
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,11 +1,12 @@
 """What an ONNX export wrote: files, graphs, and where each weight of the program went."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
 
 from sparsepass.graph.support import SparsepassError
 
@@ -99,7 +100,7 @@ class OnnxArtifact:
     graphs: tuple[OnnxGraph, ...]
     weights: Mapping[str, tuple[StoredWeight, ...]]
     expected_sparse: Mapping[str, Mapping[str, str]]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -129,16 +130,9 @@ class OnnxArtifact:
             SparsepassError: If the document is something else.
         """
         try:
-            return OnnxArtifact(
-                **{
-                    **document,
-                    "graphs": tuple(_graph(graph) for graph in document["graphs"]),
-                    "weights": {name: tuple(_stored(s) for s in found) for name, found in document["weights"].items()},
-                    "notes": tuple(document["notes"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise SparsepassError(f"this is no record of an ONNX export ({error!r}); export the model again") from error
+            return TypeAdapter(OnnxArtifact).validate_python(document)
+        except ValidationError as error:
+            raise SparsepassError(f"this is no record of an ONNX export ({error}); export the model again") from error
 
 
 def apply_view(array: Array, view: tuple[Step, ...]) -> Array:
@@ -166,15 +160,3 @@ def apply_view(array: Array, view: tuple[Step, ...]) -> Array:
             assert kind == "unsqueeze"
             array = np.expand_dims(array, numbers)
     return array
-
-
-def _graph(document: Mapping[str, Any]) -> OnnxGraph:
-    def values(found: Any) -> tuple[OnnxValue, ...]:
-        return tuple(OnnxValue(**{**value, "axes": tuple(value["axes"])}) for value in found)
-
-    return OnnxGraph(**{**document, "inputs": values(document["inputs"]), "outputs": values(document["outputs"])})
-
-
-def _stored(document: Mapping[str, Any]) -> StoredWeight:
-    view = tuple((kind, tuple(numbers)) for kind, numbers in document["view"])
-    return StoredWeight(**{**document, "shape": tuple(document["shape"]), "view": view})

@@ -13,7 +13,7 @@ import inspect
 import io
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -26,7 +26,9 @@ from sparsepass.graph.support import SparsepassError, first_line
 
 Axes = tuple[str | None, ...]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_PREFIX = "model."
+PREFIX = "model."
+"""What stands before the program's weight names in those of a piece's module."""
+
 _EXAMPLE_PAST, _EXAMPLE_STEP = 5, 3  # differ from each other, from the batch and from 0 and 1, which export bakes in
 
 
@@ -38,19 +40,17 @@ class Piece:
         role: What it is for.
         module: What computes it; takes keyword arguments.
         inputs: Example inputs, by argument name.
-        input_names: Argument name -> name in the file.
+        input_names: Argument name -> name in the file, if that is another.
         output_names: Names of the outputs, in order.
         axes: Input name in the file -> axis names; None for an axis that is fixed.
-        prefix: What stands before the program's weight names in the module's.
     """
 
     role: Role
     module: nn.Module
     inputs: Mapping[str, Tensor]
-    input_names: Mapping[str, str]
+    input_names: Mapping[str, str] = field(default_factory=dict)
     output_names: tuple[str, ...]
     axes: Mapping[str, Axes]
-    prefix: str = ""
 
 
 class CacheUnsupportedError(SparsepassError):
@@ -70,9 +70,10 @@ def to_ir(piece: Piece, opset: int) -> ir.Model:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     auto = torch.export.Dim.AUTO
+    names = [piece.input_names.get(name, name) for name in piece.inputs]
     shapes = {
-        name: {n: auto for n, axis in enumerate(piece.axes[piece.input_names[name]]) if axis is not None}
-        for name in piece.inputs
+        argument: {n: auto for n, axis in enumerate(piece.axes[name]) if axis is not None}
+        for argument, name in zip(piece.inputs, names, strict=True)
     }
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset, optimize=False)
     try:
@@ -85,8 +86,8 @@ def to_ir(piece: Piece, opset: int) -> ir.Model:
         ) from error
     model: ir.Model = getattr(found, "model", found)  # older versions give torch's ONNXProgram
     graph = model.graph
-    for value, name in zip(graph.inputs, piece.inputs, strict=True):
-        value.name = piece.input_names[name]
+    for value, name in zip(graph.inputs, names, strict=True):
+        value.name = name
     for value in list(graph.inputs):
         if value.name == "position_ids" and not value.uses():
             graph.inputs.remove(value)
@@ -114,10 +115,8 @@ def plain_piece(
         role="model",
         module=_Plain(graph_module),
         inputs=inputs,
-        input_names={name: name for name in inputs},
         output_names=shown,
         axes=axes,
-        prefix=_PREFIX,
     )
 
 
@@ -144,19 +143,15 @@ def decoder_piece(model: nn.Module, example_ids: Tensor) -> Piece:
         positions = torch.arange(_EXAMPLE_PAST, _EXAMPLE_PAST + _EXAMPLE_STEP)
         inputs["position_ids"] = positions[None].repeat(batch, 1)
         axes["position_ids"] = ("batch", "sequence")
-    names = {name: name for name in inputs}
-    past, outputs = _past("", pairs)
-    inputs |= {name: tensor for name, (tensor, _) in past.items()}
-    names |= {name: shown for name, (_, shown) in past.items()}
-    axes |= {shown: ("batch", None, "past_sequence", None) for _, shown in past.values()}
+    past, names, outputs = _past("", pairs)
+    axes |= dict.fromkeys(names.values(), ("batch", None, "past_sequence", None))
     return Piece(
         role="model",
         module=_Decoder(model, len(pairs)),
-        inputs=inputs,
+        inputs=inputs | past,
         input_names=names,
         output_names=("logits", *outputs),
         axes=axes,
-        prefix=_PREFIX,
     )
 
 
@@ -190,36 +185,29 @@ def encoder_decoder_pieces(model: nn.Module, inputs: Mapping[str, Tensor]) -> tu
     encoder_axes = {
         name: text if tensor.dim() == 2 else ("batch", *[None] * (tensor.dim() - 1)) for name, tensor in given.items()
     }
-    cross_past, cross_present = _past("encoder.", cross)
+    cross_past, cross_names, cross_present = _past("encoder.", cross)
     encoder = Piece(
         role="encoder",
         module=_Encoder(model, main),
         inputs=given,
-        input_names={name: name for name in given},
         output_names=("last_hidden_state", *cross_present),
         axes=encoder_axes,
-        prefix=_PREFIX,
     )
-    own_past, own_present = _past("decoder.", own)
+    own_past, own_names, own_present = _past("decoder.", own)
     step: dict[str, Tensor] = {"input_ids": ids[:, :_EXAMPLE_STEP]}
     axes: dict[str, Axes] = {"input_ids": ("batch", "sequence")}
     if masked:
         step["encoder_attention_mask"] = given["attention_mask"]
         axes["encoder_attention_mask"] = text
-    names = {name: name for name in step}
-    length = "encoder_sequence" if masked else None
-    for past, axis in ((own_past, "past_sequence"), (cross_past, length)):
-        step |= {name: tensor for name, (tensor, _) in past.items()}
-        names |= {name: shown for name, (_, shown) in past.items()}
-        axes |= {shown: ("batch", None, axis, None) for _, shown in past.values()}
+    axes |= dict.fromkeys(own_names.values(), ("batch", None, "past_sequence", None))
+    axes |= dict.fromkeys(cross_names.values(), ("batch", None, "encoder_sequence" if masked else None, None))
     decoder = Piece(
         role="decoder",
         module=_CrossDecoder(model, len(own), output.encoder_last_hidden_state.shape[-1]),
-        inputs=step,
-        input_names=names,
+        inputs=step | own_past | cross_past,
+        input_names=own_names | cross_names,
         output_names=("logits", *own_present),
         axes=axes,
-        prefix=_PREFIX,
     )
     return encoder, decoder
 
@@ -305,15 +293,15 @@ def _present(cache: Any) -> dict[str, Tensor]:
     }
 
 
-def _past(half: str, pairs: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, tuple[Tensor, str]], tuple[str, ...]]:
-    """Argument name -> (example, name in the file) for the past, and the names of the present."""
+def _past(half: str, pairs: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
+    """Of the past, argument name -> example, and argument name -> name in the file; and the names of the present."""
     prefix = f"past_{half.rstrip('.')}" if half else "past"
-    past = {
-        f"{prefix}_{layer}_{part}": (tensor.detach().clone(), f"past_key_values.{layer}.{half}{part}")
-        for layer, pair in enumerate(pairs)
-        for part, tensor in zip(("key", "value"), pair, strict=True)
-    }
-    return past, tuple(shown.replace("past_key_values", "present") for _, shown in past.values())
+    examples, names = {}, {}
+    for layer, pair in enumerate(pairs):
+        for part, tensor in zip(("key", "value"), pair, strict=True):
+            examples[f"{prefix}_{layer}_{part}"] = tensor.detach().clone()
+            names[f"{prefix}_{layer}_{part}"] = f"past_key_values.{layer}.{half}{part}"
+    return examples, names, tuple(name.replace("past_key_values", "present") for name in names.values())
 
 
 def _cache_pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,6 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -25,20 +24,12 @@ from sparsepass.export.targets.onnx.artifact import Array, OnnxGraph, OnnxValue,
 
 _LAYOUT_OPS = {"Transpose", "Split", "Squeeze", "Unsqueeze"}
 _CONVS = {"Conv", "ConvTranspose"}
+_WHOLE = ("past_sequence + sequence", "sequence + past_sequence")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tidied:
-    """A graph that is ready to be written.
-
-    Attributes:
-        model: The model.
-        views: Initializer -> (weight of the program, steps from that weight to the initializer).
-    """
-
-    model: ir.Model
-    views: Mapping[str, tuple[str, tuple[Step, ...]]]
+Views = dict[str, tuple[str, tuple[Step, ...]]]
+"""Initializer -> (weight of the program, steps from that weight to the initializer)."""
 
 
 def tidy(
@@ -46,41 +37,40 @@ def tidy(
     *,
     weight_names: Callable[[str], str | None],
     axis_names: Mapping[str, tuple[str | None, ...]],
-    fixed_axes: Mapping[str, str] | None = None,
-) -> Tidied:
+) -> Views:
     """Bring an exported model into the form that is written; see the rules at the top of this file.
 
     Args:
         model: Changed in place.
         weight_names: Name of an initializer -> name of the program's weight, None if it is none.
         axis_names: Input -> a name for each of its axes (None: whatever it is called).
-        fixed_axes: Expression of axis names -> a name for it, such as "past_sequence + sequence" -> "total_sequence".
 
     Returns:
-        The model, and where each weight went.
+        Where each weight went.
     """
     if model.functions:
         ir_passes.InlinePass()(model)
     ir_passes.IdentityEliminationPass()(model)
-    _lift(model)
+    # Every constant becomes an initializer, so that there is one place to look for it.
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     names = _rename_weights(model.graph, weight_names)
     views = _settle_layouts(model, names)
     _settle_reshapes(model.graph)
     _optimize(model, {name for name, _ in views.values()} | set(views))
     views = {name: view for name, view in views.items() if name in model.graph.initializers}
-    _name_axes(model.graph, axis_names, fixed_axes or {})
+    _name_axes(model.graph, axis_names)
     ir_passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     for tensor in (value.const_value for value in model.graph.initializers.values()):
         assert tensor is not None
         tensor.metadata_props.clear()
-    return Tidied(model=model, views=views)
+    return views
 
 
-def stored_weights(tidied: Tidied, file: str) -> Iterator[tuple[str, StoredWeight]]:
+def stored_weights(model: ir.Model, views: Views, file: str) -> Iterator[tuple[str, StoredWeight]]:
     """Tell for each weight of the program in which initializer it stands, and along which axis that is reduced."""
-    for name, (weight, view) in tidied.views.items():
-        value = tidied.model.graph.initializers[name]
+    for name, (weight, view) in views.items():
+        value = model.graph.initializers[name]
         uses = [_reduced(usage.node, usage.idx, value) for usage in value.uses()] or [("", None)]
         op, axis = next((use for use in uses if use[1] is not None), uses[0])
         assert value.shape is not None
@@ -106,18 +96,9 @@ def _describe(value: ir.Value) -> OnnxValue:
     return OnnxValue(name=value.name, dtype=value.dtype.name.lower(), axes=axes)
 
 
-def _lift(model: ir.Model) -> None:
-    """Make every Constant an initializer, so that there is one place to look for it."""
-    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-
-
 def _rename_weights(graph: ir.Graph, weight_names: Callable[[str], str | None]) -> set[str]:
     """Give initializers the program's names; returns those that are weights of the program."""
-    found = {}
-    for name in list(graph.initializers):
-        weight = weight_names(name)
-        if weight is not None:
-            found[name] = weight
+    found = {name: weight for name in graph.initializers if (weight := weight_names(name)) is not None}
     assert len(set(found.values())) == len(found), "two initializers hold one weight"
     taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
     for name, weight in found.items():
@@ -129,9 +110,9 @@ def _rename_weights(graph: ir.Graph, weight_names: Callable[[str], str | None]) 
     return set(found.values())
 
 
-def _settle_layouts(model: ir.Model, names: set[str]) -> dict[str, tuple[str, tuple[Step, ...]]]:
+def _settle_layouts(model: ir.Model, names: set[str]) -> Views:
     graph = model.graph
-    views: dict[str, tuple[str, tuple[Step, ...]]] = {}
+    views: Views = {}
     settled: list[str] = []
     made: list[ir.Value] = []
     for name in sorted(names):
@@ -284,7 +265,7 @@ def _linear_rules() -> Iterator[None]:
         rewriter._DEFAULT_REWRITE_RULES = original
 
 
-def _name_axes(graph: ir.Graph, axis_names: Mapping[str, tuple[str | None, ...]], fixed: Mapping[str, str]) -> None:
+def _name_axes(graph: ir.Graph, axis_names: Mapping[str, tuple[str | None, ...]]) -> None:
     symbols: dict[str, str] = {}
     for value in graph.inputs:
         for axis, name in zip(value.shape or (), axis_names.get(value.name or "", ()), strict=False):
@@ -295,7 +276,7 @@ def _name_axes(graph: ir.Graph, axis_names: Mapping[str, tuple[str | None, ...]]
         if not isinstance(axis, ir.SymbolicDim) or axis.value is None:
             return axis
         text = _SYMBOL.sub(lambda match: symbols.get(match[0], match[0]), symbols.get(str(axis.value), str(axis.value)))
-        return ir.SymbolicDim(fixed.get(text, text))
+        return ir.SymbolicDim("total_sequence" if text in _WHOLE else text)
 
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in values:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, Kind, OnnxArtifact, StoredWeight
 from sparsepass.export.targets.onnx.capture import (
+    PREFIX,
     Axes,
     CacheUnsupportedError,
     Piece,
@@ -48,12 +49,8 @@ _PLAIN_TASKS = (
     "question-answering", "image-classification", "image-text-to-text", "zero-shot-image-classification",
     "audio-classification",
 )  # fmt: skip
-_ONNX_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TOKENS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-_FIXED_AXES = {
-    "past_sequence + sequence": "total_sequence",
-    "sequence + past_sequence": "total_sequence",
-}
 
 
 def lower_onnx(
@@ -109,7 +106,7 @@ def lower_onnx(
     past = _wants_past(program, task, with_past)
     own = _dtype_of(program)
     wanted = parse_dtype(dtype) if dtype is not None else own
-    if wanted not in _ONNX_DTYPES:
+    if wanted not in _DTYPES:
         raise SparsepassError(f"dtype {wanted} is not supported by the onnx target; use float32, float16 or bfloat16")
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
@@ -170,17 +167,15 @@ def _dtype_of(program: Program) -> torch.dtype:
 
 
 def _pieces(program: Program, wanted: torch.dtype, past: bool | None) -> tuple[Kind, tuple[Piece, ...], tuple[str, ...]]:
-    reason = ""
+    notes: tuple[str, ...] = ()
     if past is not False:
         try:
-            kind, pieces, notes = _generative(program, wanted)
+            return _generative(program, wanted)
         except CacheUnsupportedError as error:
-            reason = str(error)
-        else:
-            return kind, pieces, notes
-        if past:
-            raise SparsepassError(f"a graph with a cache cannot be written: {reason}; leave with_past out for a plain one")
-    notes = (f"one plain graph without a cache was written: {reason}",) if reason else ()
+            if past:
+                said = f"a graph with a cache cannot be written: {error}; leave with_past out for a plain one"
+                raise SparsepassError(said) from error
+            notes = (f"one plain graph without a cache was written: {error}",)
     return "forward", (_plain(program, wanted),), notes
 
 
@@ -189,25 +184,23 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     if origin.model_class is None:
         raise CacheUnsupportedError("the model's class is not known to transformers, so it cannot be run with a cache")
     config = origin.config or {}
-    notes: list[str] = []
     inputs = {name: tensor.clone() for name, tensor in program.example_inputs.items()}
     if config.get("is_encoder_decoder"):
         if "decoder_input_ids" not in inputs:
             raise CacheUnsupportedError("the program was captured without decoder_input_ids")
-        model = _converted(program, wanted)
-        inputs = {name: t.to(wanted) if t.is_floating_point() else t for name, t in inputs.items()}
-        return "encoder-decoder-with-past", encoder_decoder_pieces(model, inputs), ()
+        return "encoder-decoder-with-past", encoder_decoder_pieces(_converted(program, wanted), _cast(inputs, wanted)), ()
     if other := sorted(set(inputs) - _TOKENS):
         raise CacheUnsupportedError(f"the program also takes {', '.join(other)}, and only text models get a cache so far")
     if "input_ids" not in inputs:
         raise CacheUnsupportedError("the program was captured without input_ids")
-    model = _converted(program, wanted)
+    piece = decoder_piece(_converted(program, wanted), inputs["input_ids"])
     window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True):
-        notes.append(
-            f"sliding window of {window}: the whole past is taken and returned, and the attention mask applies the window"
-        )
-    return "decoder-with-past", (decoder_piece(model, inputs["input_ids"]),), tuple(notes)
+    said = f"sliding window of {window}: the whole past is taken and returned, and the attention mask applies the window"
+    return "decoder-with-past", (piece,), (said,) if window and config.get("use_sliding_window", True) else ()
+
+
+def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
 def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
@@ -246,7 +239,7 @@ def plain_program(program: Program, wanted: torch.dtype) -> Program:
                 f"the program is {own} and comes from a module that cannot be built again, so it cannot be exported as "
                 f"{wanted}; convert the module before capturing it (module.to({wanted}))"
             )
-        inputs = {n: t.to(wanted) if t.is_floating_point() else t for n, t in program.example_inputs.items()}
+        inputs = _cast(program.example_inputs, wanted)
         program = capture(_converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
     return _folded(program)
 
@@ -315,18 +308,18 @@ def _write(
     weights: dict[str, tuple[StoredWeight, ...]] = {}
     expected: dict[str, dict[str, str]] = {}
     models: dict[str, ir.Model] = {}
+
+    def weight_name(name: str) -> str | None:
+        own = program.aliases.get(name.removeprefix(PREFIX), name.removeprefix(PREFIX))
+        return own if name.startswith(PREFIX) and own in names else None
+
     for piece in pieces:
-
-        def weight_name(name: str, prefix: str = piece.prefix) -> str | None:
-            own = program.aliases.get(name.removeprefix(prefix), name.removeprefix(prefix))
-            return own if name.startswith(prefix) and own in names else None
-
         file = _FILES[piece.role]
-        tidied = tidy(to_ir(piece, opset), weight_names=weight_name, axis_names=piece.axes, fixed_axes=_FIXED_AXES)
-        model = tidied.model
+        model = to_ir(piece, opset)
+        views = tidy(model, weight_names=weight_name, axis_names=piece.axes)
         _stamp(model, program)
         expected[file] = {}
-        for name, stored in stored_weights(tidied, file):
+        for name, stored in stored_weights(model, views, file):
             weights[name] = (*weights.get(name, ()), stored)
             if name in program.sparse and stored.axis is not None:
                 expected[file][stored.initializer] = program.sparse[name].pattern
@@ -347,7 +340,7 @@ def _write(
     }
     return OnnxArtifact(
         kind=kind,
-        dtype=_ONNX_DTYPES[dtype],
+        dtype=str(dtype).removeprefix("torch."),
         opset=opset,
         files=written,
         graphs=tuple(graphs),

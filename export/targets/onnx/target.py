@@ -32,11 +32,6 @@ class Onnx(Target):
     opset: int | None = None
     task: str | None = None
 
-    @property
-    def model_task(self) -> str | None:
-        """The option `task`."""
-        return self.task
-
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the graphs, tokenizer and processor."""
         from sparsepass.export.targets.onnx.lower import lower_onnx

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 import onnx
@@ -23,7 +23,6 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 # A float32 difference above the tolerance is rounding if the file is at most this many times further from the float64
 # result than the program is, and nowhere further than the second number. Above the third, float64 takes too much memory.
 _ROUNDING_FACTOR, _LARGEST_ROUNDING, _LARGEST_IN_FLOAT64 = 4.0, 1e-2, 2_000_000_000
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def verify_onnx(
@@ -91,7 +90,7 @@ def _pattern(path: Path, artifact: OnnxArtifact) -> dict[str, Any]:
 
 def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> dict[str, Any]:
     models = {graph.file: ir.load(place / graph.file) for graph in artifact.graphs}
-    wanted = _DTYPES[artifact.dtype]
+    wanted: torch.dtype = getattr(torch, artifact.dtype)
     differing, num_converted = [], 0
     for name, found in artifact.weights.items():
         weight = masked_weight(program, name).cpu()
@@ -101,12 +100,12 @@ def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> d
             if tensor is None:
                 differing.append(stored.initializer)
                 continue
-            in_file = _bits(np.asarray(tensor.numpy(), order="C"))
+            in_file = np.asarray(tensor.numpy(), order="C")
             expected = weight
             if weight.is_floating_point() and tensor.dtype.name.lower() != _onnx_name(weight.dtype):
                 expected, num_converted = canonical_zeros(weight.to(wanted)), num_converted + 1
             laid_out = apply_view(_tensor_bits(expected), stored.view)
-            if not np.array_equal(laid_out, in_file):
+            if not np.array_equal(laid_out, in_file.view(f"i{in_file.dtype.itemsize}")):
                 differing.append(stored.initializer)
     return {"num_checked": sum(map(len, artifact.weights.values())), "num_converted": num_converted, "differing": differing}
 
@@ -117,7 +116,7 @@ def _compare_outputs(program: Program, place: Path, artifact: OnnxArtifact, limi
     kind = cases[artifact.kind]
     try:
         with torch.no_grad():
-            mine = list(kind(program, place, _ProgramForward(program)))
+            mine = list(kind(program, place, _Forward(program)))
             found["cases"] = [{"case": name, **_difference(expected, got, limit)} for name, expected, got in mine]
             if artifact.dtype == "float32" and not all(case["holds"] for case in found["cases"]):
                 _weigh_by_rounding(mine, list(_exact_cases(program, place, kind)), found["cases"])
@@ -127,7 +126,7 @@ def _compare_outputs(program: Program, place: Path, artifact: OnnxArtifact, limi
     return found
 
 
-def _exact_cases(program: Program, place: Path, kind: "Callable[[Program, Path, Forward], Cases]") -> "Cases":
+def _exact_cases(program: Program, place: Path, kind: "Callable[[Program, Path, _Forward], Cases]") -> "Cases":
     """The same cases with outputs computed in float64; none where that cannot be done."""
     num_weights = sum(tensor.numel() for tensor in program.tensors().values())
     if program.origin.model_class is None or num_weights > _LARGEST_IN_FLOAT64:
@@ -169,27 +168,18 @@ Case = tuple[str, Tensor, Array]
 Cases = Iterator[Case]
 
 
-class Forward(Protocol):
-    """What computes the expected outputs."""
-
-    def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """All outputs of the program, in its order."""
-
-    def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
-        """Logits of (decoder) tokens; no token is padding."""
-
-
-@final
-class _ProgramForward:
-    """The program itself."""
+class _Forward:
+    """What computes the expected outputs: the program itself."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """All outputs of the program, in its order."""
         return list(self.program.graph_module(*inputs.values()))
 
     def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
+        """Logits of (decoder) tokens; no token is padding."""
         program = self.program
         main = "decoder_input_ids" if "decoder_input_ids" in program.input_names else "input_ids"
         given = {main: ids.to(program.device), **{n: t.to(program.device) for n, t in others.items()}}
@@ -204,11 +194,12 @@ class _ProgramForward:
 
 
 @final
-class _ExactForward:
+class _ExactForward(_Forward):
     """The program's model in float64."""
 
     def __init__(self, program: Program) -> None:
-        self.program, self.model = program, program.to_model().cpu().double()
+        super().__init__(program)
+        self.model = program.to_model().cpu().double()
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         found = self.model(**{n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()})
@@ -220,7 +211,7 @@ class _ExactForward:
         return self.model(**{main: ids}, **given).logits  # type: ignore[no-any-return]
 
 
-def _plain_cases(program: Program, place: Path, forward: Forward) -> Cases:
+def _plain_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     session = open_session(place / MODEL_FILE)
     example = {name: program.example_inputs[name] for name in program.input_names}
     variants = {"example inputs": example}
@@ -236,7 +227,7 @@ def _plain_cases(program: Program, place: Path, forward: Forward) -> Cases:
             yield f"{variant}: {name}", reference, got
 
 
-def _decoder_cases(program: Program, place: Path, forward: Forward) -> Cases:
+def _decoder_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     session = open_session(place / MODEL_FILE)
     ids = _long_enough(program.example_inputs["input_ids"].cpu())
     ids = ids if ids.shape[0] > 1 else ids.repeat(2, 1)
@@ -244,19 +235,9 @@ def _decoder_cases(program: Program, place: Path, forward: Forward) -> Cases:
     full = forward.logits(ids)
 
     def run(*chunks: Tensor, mask: Tensor | None = None) -> Array:
-        runner = Runner(session)
-        padding = torch.ones(chunks[0].shape[0], sum(chunk.shape[1] for chunk in chunks), dtype=torch.long)
-        padding = padding if mask is None else mask
-        seen = 0
-        for chunk in chunks:
-            seen += chunk.shape[1]
-            logits = runner.step(chunk.numpy(), padding[:, :seen].numpy())
-        return logits
+        return _run_chunks(Runner(session), chunks, mask)
 
-    yield "prefill", full, run(ids)
-    yield "decode one token", full[:, -1:], run(ids[:, :-1], ids[:, -1:])
-    yield "two tokens after a past, batch of 1", full[:1, -2:], run(ids[:1, :-2], ids[:1, -2:])
-    yield "one token without a past", full[:1, :1], run(ids[:1, :1])
+    yield from _stepped(ids, full, run)
     if "attention_mask" in {value.name for value in session.get_inputs()}:
         short = ids[:1, : length - 3]
         padded = torch.cat([torch.cat([short[:, :1].repeat(1, 2), short], 1), ids[1:2, : length - 1]], 0)
@@ -268,7 +249,7 @@ def _decoder_cases(program: Program, place: Path, forward: Forward) -> Cases:
         yield "left padding, decode", alone[:, -1:], run(padded, step, mask=mask)[:1]
 
 
-def _two_sided_cases(program: Program, place: Path, forward: Forward) -> Cases:
+def _two_sided_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     encoder, decoder = open_session(place / ENCODER_FILE), open_session(place / DECODER_FILE)
     inputs = {name: tensor.cpu() for name, tensor in program.example_inputs.items()}
     ids = _long_enough(inputs.pop("decoder_input_ids"))
@@ -276,14 +257,24 @@ def _two_sided_cases(program: Program, place: Path, forward: Forward) -> Cases:
     full = forward.logits(ids, **given)
 
     def run(*chunks: Tensor) -> Array:
-        rows = chunks[0].shape[0]
-        runner = Runner(decoder, encoder, {name: tensor[:rows] for name, tensor in given.items()})
-        seen = 0
-        for chunk in chunks:
-            seen += chunk.shape[1]
-            logits = runner.step(chunk.numpy(), np.ones((rows, seen), np.int64))
-        return logits
+        return _run_chunks(Runner(decoder, encoder, {name: t[: len(chunks[0])] for name, t in given.items()}), chunks)
 
+    yield from _stepped(ids, full, run)
+
+
+def _run_chunks(runner: Runner, chunks: tuple[Tensor, ...], mask: Tensor | None = None) -> Array:
+    """Feed tokens chunk by chunk, each with the mask of all so far; the last chunk's logits."""
+    ids = torch.cat(chunks, 1)
+    mask = torch.ones_like(ids) if mask is None else mask
+    seen = 0
+    for chunk in chunks:
+        seen += chunk.shape[1]
+        logits = runner.step(chunk.numpy(), mask[:, :seen].numpy())
+    return logits
+
+
+def _stepped(ids: Tensor, full: Tensor, run: Callable[..., Array]) -> Cases:
+    """The cases of a graph with a cache that need no padding; `full` are the logits of all tokens at once."""
     yield "prefill", full, run(ids)
     yield "decode one token", full[:, -1:], run(ids[:, :-1], ids[:, -1:])
     yield "two tokens after a past, batch of 1", full[:1, -2:], run(ids[:1, :-2], ids[:1, -2:])
@@ -292,10 +283,6 @@ def _two_sided_cases(program: Program, place: Path, forward: Forward) -> Cases:
 
 def _long_enough(ids: Tensor) -> Tensor:
     return ids if ids.shape[1] >= 6 else ids.repeat(1, -(-6 // ids.shape[1]))
-
-
-def _bits(array: Array) -> Array:
-    return array.view({1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[array.dtype.itemsize])
 
 
 def _tensor_bits(tensor: Tensor) -> Array:

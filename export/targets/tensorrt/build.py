@@ -1,4 +1,8 @@
-"""Building in a child process: a time limit, and a native crash that becomes an error message."""
+"""Building engines in a child process: there is a time limit, and a native crash becomes an error message.
+
+TensorRT builds from an ONNX file, torch-tensorrt from the program's own graph. torch-tensorrt needs a CUDA build of torch and
+raises plain exceptions at import.
+"""
 
 import json
 import os
@@ -7,34 +11,28 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
+import torch
+
+from sparsepass.export.targets.onnx import plain_program
+from sparsepass.export.targets.tensorrt.options import EngineTarget
+from sparsepass.export.targets.tensorrt.profiles import EnginePlan, Lengths, Shapes, shapes
+from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
 
 CHILD: Final = Path(__file__).with_name("child.py")
+TORCH_CHILD: Final = Path(__file__).with_name("through_torch_child.py")
 _NUM_LINES_SHOWN = 12
 _TAIL_BYTES = 65536
 
 
 class BuildError(SparsepassError):
     """An engine that cannot be built: refused, crashed, or not ready in time."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """One optimization profile.
-
-    Attributes:
-        name: Such as ``prefill``.
-        shapes: Input -> its smallest, most common and largest shape.
-    """
-
-    name: str
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 @final
@@ -97,21 +95,94 @@ def build_engine(request: BuildRequest, *, timeout_s: float) -> Built:
     Raises:
         BuildError: If TensorRT refuses the graph, crashes or takes too long, with the log's last lines.
     """
-    asked = {
-        "module": request.module,
-        "onnx": str(request.onnx),
-        "engine": str(request.engine),
-        "profiles": [{"name": each.name, "shapes": dict(each.shapes)} for each in request.profiles],
-        "capabilities": list(request.capabilities),
-        "sparse": request.sparse,
-        "hardware_compatible": request.hardware_compatible,
-        "timing_cache": None if request.timing_cache is None else str(request.timing_cache),
-        "inspect": request.inspect,
+    command = [sys.executable, "-P", str(CHILD)]
+    return Built(**run_child(command, asdict(request), log=request.log, timeout_s=timeout_s, what=request.engine.name))
+
+
+def build_torch_engine(
+    program: Program, plan: EnginePlan, engine: Path, log: Path, options: EngineTarget, dtype: torch.dtype
+) -> Built:
+    """Build one engine with torch-tensorrt, in a child process: from the program's own graph, without ONNX in between.
+
+    Precision comes from the program's dtype, so there is no list of precisions to give.
+
+    Args:
+        program: The program; it is not changed.
+        plan: Profile of the engine; it has one.
+        engine: Where the engine goes.
+        log: Where the log goes.
+        options: How it is built.
+        dtype: Type of the weights and of the arithmetic.
+
+    Raises:
+        BuildError: If torch-tensorrt cannot be imported, refuses the graph, crashes or takes too long.
+    """
+    (profile,) = plan.profiles
+    lengths = shapes(plan.graph, profile).shapes
+    exported = engine.with_suffix(".pt2")
+    try:
+        plain = plain_program(program, dtype)
+        torch.export.save(exported_program(plain, lengths), exported)
+        request = {
+            "program": exported,
+            "engine": engine,
+            "arguments": arguments(options),
+            "inputs": [[name, lengths[name] if varying_axes(lengths.get(name)) else None] for name in plain.input_names],
+        }
+        command = [sys.executable, "-P", str(TORCH_CHILD)]
+        return Built(**run_child(command, request, log=log, timeout_s=options.timeout_s, what=engine.name))
+    finally:
+        exported.unlink(missing_ok=True)
+
+
+def arguments(options: EngineTarget) -> dict[str, Any]:
+    """Keyword arguments for ``torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine``.
+
+    Example:
+        >>> from sparsepass.export.targets import TensorRT
+        >>> arguments(TensorRT())["sparse_weights"]
+        True
+    """
+    found: dict[str, Any] = {
+        "sparse_weights": options.sparse,
+        "hardware_compatible": options.hardware_compatible,
+        "require_full_compilation": True,
+        "disable_tf32": False,
     }
-    answer = run_child(
-        [sys.executable, "-P", str(CHILD)], asked, log=request.log, timeout_s=timeout_s, what=request.engine.name
-    )
-    return Built(**answer)
+    if options.timing_cache is not None:
+        found["timing_cache_path"] = str(options.timing_cache)
+    return found
+
+
+def exported_program(program: Program, lengths: Mapping[str, Lengths]) -> torch.export.ExportedProgram:
+    """Export a program's graph, with the axes that a profile lets vary.
+
+    Args:
+        program: The program; it is not changed.
+        lengths: Input -> its smallest, most common and largest shape.
+
+    Raises:
+        SparsepassError: If torch cannot export it with these lengths.
+    """
+    inputs = {name: program.example_inputs[name] for name in program.input_names}
+    dynamic = tuple(dict.fromkeys(varying_axes(lengths.get(name)), torch.export.Dim.AUTO) for name in inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(program.graph_module, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises anything
+        raise SparsepassError(f"the program cannot be exported for torch-tensorrt: {type(error).__name__}: {error}") from error
+
+
+def varying_axes(lengths: Lengths | None) -> tuple[int, ...]:
+    """The axes whose length a profile lets vary; none without a profile.
+
+    Example:
+        >>> varying_axes(((1, 8), (1, 8), (4, 8)))
+        (0,)
+    """
+    low, _, high = lengths or ((), (), ())
+    return tuple(axis for axis, (shortest, longest) in enumerate(zip(low, high, strict=True)) if shortest != longest)
 
 
 def run_child(command: list[str], request: Mapping[str, Any], *, log: Path, timeout_s: float, what: str) -> dict[str, Any]:
@@ -119,7 +190,7 @@ def run_child(command: list[str], request: Mapping[str, Any], *, log: Path, time
 
     Args:
         command: What to run.
-        request: What it reads, as JSON.
+        request: What it reads, as JSON; paths become text.
         log: File for all that it prints.
         timeout_s: Seconds after which it is ended, with its own children.
         what: What is being made, for errors.
@@ -132,7 +203,7 @@ def run_child(command: list[str], request: Mapping[str, Any], *, log: Path, time
     """
     with tempfile.TemporaryDirectory(prefix="sparsepass-build-") as folder:
         question, answer = Path(folder, "request.json"), Path(folder, "answer.json")
-        question.write_text(json.dumps(request), encoding="utf-8")
+        question.write_text(json.dumps(request, default=str), encoding="utf-8")
         started = time.monotonic()
         with log.open("wb") as file:
             child = subprocess.Popen(

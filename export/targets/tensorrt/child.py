@@ -1,8 +1,8 @@
 """The process that calls TensorRT: it builds one engine from one ONNX file and tells what happened in a JSON file.
 
-It is run by path, with the standard library and the runtime's own package only, so that it starts at once and a native
-crash takes nothing else with it. `tensorrt_build.py` is the other side. What the native libraries print and what the
-builder logs goes to standard output, in one order.
+It is run by path, with the standard library and the runtime's own package only. So it starts at once, and a native crash
+ends nothing else. `build.py` is the other side. Standard output gets what the native libraries print and what the builder
+logs, in one order.
 """
 
 import importlib

@@ -9,18 +9,38 @@ Whether a layer *ran sparse* follows: yes if one was chosen, no if any state say
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, final
+
+import onnx_ir as ir
 
 from sparsepass.export.pattern import PatternEntry
 from sparsepass.export.targets.evidence import Known, LayerEvidence
-from sparsepass.export.targets.tensorrt.graph import Around
 from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, Timing, Told
 
 _SPARSE_DTYPES: Final = ("float16", "bfloat16", "int8", "float8e4m3fn")
 """What sparse tensor cores multiply in 2:4. For float32 (TF32) their pattern is 1:2, which 2:4 does not imply."""
 
 _ON_PURPOSE: Final = "left out"
+_DEFAULT_DOMAINS: Final = ("", "ai.onnx")
+_PRODUCTS: Final = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    """The neighbourhood of one use of a weight.
+
+    Attributes:
+        between: Operations between the stored weight and the one that multiplies it, from the weight on.
+        plugin: Type and domain of the operation that multiplies it, if ONNX does not define it; else empty.
+        is_requantized: Whether the product of a quantized input is quantized again at once; None if nothing is quantized.
+    """
+
+    between: tuple[str, ...] = ()
+    plugin: str = ""
+    is_requantized: bool | None = None
 
 
 @final
@@ -117,7 +137,7 @@ def _judge(entry: PatternEntry, around: Around, seen: Observed) -> LayerEvidence
         dense_ms=timing.dense_ms,
         sparse_ms=timing.sparse_ms,
     )
-    return LayerEvidence(**{**asdict(evidence), "reason": _reason(evidence, rule, around, seen, on_purpose)})
+    return replace(evidence, reason=_reason(evidence, rule, around, seen, on_purpose))
 
 
 def _reason(found: LayerEvidence, rule: str, around: Around, seen: Observed, on_purpose: bool) -> str:
@@ -181,3 +201,40 @@ def _told(layer: str, line: Told | None, eligible: Told | None) -> Known:
 
 def _known(value: bool) -> Known:
     return "yes" if value else "no"
+
+
+def surroundings(path: Path) -> dict[tuple[str, str], Around]:
+    """Read the graph of a file, without its weights.
+
+    Returns:
+        (node, stored weight) -> what stands around that use.
+    """
+    graph = ir.load(path).graph
+    found = {}
+    for node in graph:
+        plugin = "" if node.domain in _DEFAULT_DOMAINS else f"{node.op_type} of {node.domain}"
+        if node.op_type not in _PRODUCTS and not plugin:
+            continue
+        for index, value in enumerate(node.inputs):
+            chain = _chain(value)
+            if chain is None or chain[0] not in graph.initializers:
+                continue
+            other = node.inputs[0] if index else (node.inputs[1] if len(node.inputs) > 1 else None)
+            producer = other.producer() if other is not None else None
+            requantized = None
+            if producer is not None and producer.op_type == "DequantizeLinear":
+                requantized = any(usage.node.op_type == "QuantizeLinear" for usage in node.outputs[0].uses())
+            found[node.name or "", chain[0]] = Around(between=chain[1], plugin=plugin, is_requantized=requantized)
+    return found
+
+
+def _chain(value: ir.Value | None) -> tuple[str, tuple[str, ...]] | None:
+    """The stored weight behind a value, and the operations on the way; None if it is computed from inputs."""
+    between: list[str] = []
+    while value is not None:
+        producer = value.producer()
+        if producer is None:
+            return (value.name or "", tuple(reversed(between)))
+        between.append(producer.op_type)
+        value = producer.inputs[0] if producer.inputs else None
+    return None

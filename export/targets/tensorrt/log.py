@@ -16,10 +16,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-_OLD_ELIGIBLE: Final = re.compile(r"Layers eligible for sparse math:(.*)")
-_OLD_CHOSEN: Final = re.compile(r"TRT inference plan picked sparse implementation for layers:(.*)")
-_NEW_ELIGIBLE: Final = re.compile(r"Found (\d+) layer\(s\) eligible to use sparse tactics(?::(.*))?")
-_NEW_CHOSEN: Final = re.compile(r"Chose (\d+) layer\(s\) using sparse tactics(?::(.*))?")
+_ELIGIBLE: Final = (
+    re.compile(r"Layers eligible for sparse math:(?P<names>.*)"),
+    re.compile(r"Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics(?::(?P<names>.*))?"),
+)
+_CHOSEN: Final = (
+    re.compile(r"TRT inference plan picked sparse implementation for layers:(?P<names>.*)"),
+    re.compile(r"Chose (?P<count>\d+) layer\(s\) using sparse tactics(?::(?P<names>.*))?"),
+)
 _RUNNER: Final = re.compile(r"Timing Runner: (.+) \([A-Za-z]\w*(?:\[[^\]]*\])?\)\s*$")
 _TACTIC_NAME: Final = re.compile(r"Tactic Name: (\S+) Tactic: (\S+)(?: Time: ([\d.eE+-]+))?")
 _TACTIC_TIME: Final = re.compile(r"Tactic: (\S+) Time: ([\d.eE+-]+)")
@@ -101,14 +105,10 @@ def parse_log(lines: Iterable[str]) -> SparsityLog:
         if (match := _REGISTERED.search(line)) and match[1] != match[2]:
             nodes[match[1]] = match[2]
         elif "(Sparsity)" in line:
-            if match := _OLD_ELIGIBLE.search(line):
-                eligible, chosen = _listed(match[1]), None
-            elif match := _OLD_CHOSEN.search(line):
-                chosen = _listed(match[1])
-            elif match := _NEW_ELIGIBLE.search(line):
-                eligible, chosen = _counted(match[1], match[2]), None
-            elif match := _NEW_CHOSEN.search(line):
-                chosen = _counted(match[1], match[2])
+            if told := _told(line, _ELIGIBLE):
+                eligible, chosen = told, None
+            elif told := _told(line, _CHOSEN):
+                chosen = told
         elif "Tactic" in line or "Timing Runner" in line:
             times.read(line)
     return SparsityLog(
@@ -202,16 +202,19 @@ class _Times:
         }
 
 
-def _listed(text: str) -> Told:
-    layers = [layer for layer in text.split(", ") if layer.strip()]
-    return Told(count=len(layers), names=_certain(text))
+def _told(line: str, wordings: tuple[re.Pattern[str], ...]) -> Told | None:
+    """What a line tells in one of the wordings; None if it is another line.
 
-
-def _counted(count: str, text: str | None) -> Told:
-    """The names hold only if there are as many as the line counts: a line that was cut off proves nothing."""
-    number = int(count)
-    layers = [layer for layer in (text or "").split(", ") if layer.strip()]
-    return Told(count=number, names=_certain(text or "") if len(layers) == number else None)
+    The names hold only if there are as many as the line counts: a line that was cut off proves nothing.
+    """
+    match = next(filter(None, (wording.search(line) for wording in wordings)), None)
+    if match is None:
+        return None
+    found = match.groupdict()
+    text = found["names"] or ""
+    num_named = sum(bool(layer.strip()) for layer in text.split(", "))
+    count = int(found.get("count", num_named))
+    return Told(count=count, names=_certain(text) if count == num_named else None)
 
 
 def _of_nodes(told: Told | None, nodes: Mapping[str, str]) -> Told | None:

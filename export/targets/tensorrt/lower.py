@@ -11,27 +11,23 @@ import gzip
 import json
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.evidence import LayerEvidence, check_two_four
 from sparsepass.export.targets.onnx import OnnxArtifact, lower_onnx
-from sparsepass.export.targets.tensorrt.artifact import Engine, TensorrtArtifact
-from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine
-from sparsepass.export.targets.tensorrt.evidence import Observed, gather
-from sparsepass.export.targets.tensorrt.graph import surroundings
+from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine, build_torch_engine
+from sparsepass.export.targets.tensorrt.evidence import Observed, gather, surroundings
 from sparsepass.export.targets.tensorrt.log import SparsityLog, parse_inspection, parse_log
-from sparsepass.export.targets.tensorrt.measure import measure
 from sparsepass.export.targets.tensorrt.options import EngineTarget, check_sm
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed, abilities, choose, gpus
-from sparsepass.export.targets.tensorrt.profiles import EnginePlan, plan_engines, shapes
+from sparsepass.export.targets.tensorrt.profiles import EnginePlan, measure, plan_engines, shapes
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE, session_configuration
-from sparsepass.export.targets.tensorrt.through_torch import build_torch_engine
-from sparsepass.export.targets.tensorrt.verify import engine_files, why_not_run
+from sparsepass.export.targets.tensorrt.verify import Engine, TensorrtArtifact, engine_files, why_not_run
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
@@ -41,11 +37,81 @@ AHEAD_OF_TIME: Final = (80, 86, 89, 120)
 """What tensorrt-rtx builds for where no GPU is and none is named."""
 
 
-def lower_tensorrt(
-    program: Program,
-    folder: str | Path,
-    options: EngineTarget,
-) -> TensorrtArtifact:
+@final
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all engines of one export are built from.
+
+    Attributes:
+        program: The program.
+        onnx: Its graphs.
+        out: Folder of the graphs and the engines.
+        options: How the engines are built.
+        installed: What builds them.
+        targets: Compute capabilities that the builder is told; empty to build for the GPU that is there.
+        here: GPUs of this machine.
+    """
+
+    program: Program
+    onnx: OnnxArtifact
+    out: Path
+    options: EngineTarget
+    installed: Installed
+    targets: tuple[int, ...]
+    here: tuple[Gpu, ...]
+
+    def build(self, plan: EnginePlan, *, inspect: bool = False) -> Built:
+        """Build an engine into the folder; its log lies beside it."""
+        engine, log = self.out / f"{plan.name}.engine", self.out / f"{plan.name}.log"
+        if self.installed.runtime.name == "torch-tensorrt":
+            return build_torch_engine(self.program, plan, engine, log, self.options, parse_dtype(self.onnx.dtype))
+        request = BuildRequest(
+            module=self.installed.module,
+            onnx=self.out / plan.graph.file,
+            engine=engine,
+            log=log,
+            profiles=tuple(shapes(plan.graph, profile) for profile in plan.profiles),
+            capabilities=self.targets,
+            sparse=self.options.sparse,
+            hardware_compatible=self.options.hardware_compatible,
+            timing_cache=self.options.timing_cache,
+            inspect=inspect,
+        )
+        return build_engine(request, timeout_s=self.options.timeout_s)
+
+    def engine(self, plan: EnginePlan, built: Built, told: SparsityLog) -> Engine:
+        """The record of a built engine."""
+        return Engine(
+            name=plan.name,
+            file=f"{plan.name}.engine",
+            log=f"{plan.name}.log.gz",
+            graph=plan.graph.file,
+            profiles={profile.name: dict(profile.ranges) for profile in plan.profiles},
+            targets=self.targets or tuple(gpu.sm for gpu in self.here[:1]),
+            size_bytes=built.size_bytes,
+            num_layers=built.num_layers,
+            seconds=round(built.seconds, 2),
+            flag_requested=self.options.sparse,
+            num_eligible=None if told.eligible is None else told.eligible.count,
+            num_chosen=None if told.chosen is None else told.chosen.count,
+        )
+
+    def evidence(self, plan: EnginePlan, built: Built, told: SparsityLog) -> tuple[LayerEvidence, ...]:
+        """What is known of each weight in a built engine."""
+        path = self.out / plan.graph.file
+        report = check_pattern(path, expected_sparse=self.onnx.expected_sparse[plan.graph.file])
+        seen = Observed(
+            engine=plan.name,
+            runtime=self.installed.runtime.name,
+            sparse=self.options.sparse,
+            on_gpu=bool(self.here),
+            log=told,
+            inspected=parse_inspection(built.inspection, told.nodes),
+        )
+        return gather(report.entries, surroundings(path), seen)
+
+
+def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) -> TensorrtArtifact:
     """Write a program as ONNX, and build engines from it.
 
     Args:
@@ -68,7 +134,7 @@ def lower_tensorrt(
     out = Path(folder)
     if options.timing_cache is not None:
         options = replace(options, timing_cache=options.timing_cache.absolute())
-    check_patterns(program)
+    check_two_four(program, "TensorRT", "use the onnx target")
     here = gpus()
     installed = choose(options.runtime, here)
     targets = resolve_targets(options, installed, here)
@@ -80,17 +146,18 @@ def lower_tensorrt(
     layers: list[LayerEvidence] = []
     notes = [*artifact.notes, *_notes(installed, artifact, here)]
     version = installed.version
+    job = Job(program=program, onnx=artifact, out=out, options=options, installed=installed, targets=targets, here=here)
     for plan in plans:
-        log = out / f"{plan.name}.log"
-        built = _build(program, artifact, plan, out, log, options, installed, targets, inspect=bool(here))
+        built = job.build(plan, inspect=bool(here))
         version = built.version
         if built.inspection is not None and "error" in built.inspection:
             notes.append(f"the engine inspector could not read {plan.name}.engine: {built.inspection['error']}")
+        log = out / f"{plan.name}.log"
         with log.open(encoding="utf-8", errors="replace") as lines:
             told = parse_log(lines)
         _compress(log)
-        engines.append(_engine(plan, built, told, options, targets or tuple(gpu.sm for gpu in here[:1])))
-        layers += _evidence(out, artifact, plan, built, told, options, installed, on_gpu=bool(here))
+        engines.append(job.engine(plan, built, told))
+        layers += job.evidence(plan, built, told)
     written = TensorrtArtifact(
         onnx=artifact,
         runtime=installed.runtime.name,
@@ -102,21 +169,12 @@ def lower_tensorrt(
     )
     if options.measure and options.sparse and not why_not_run(written):
         try:
-            written = replace(written, measured=_measure(program, plans, out, written, options, installed, targets))
+            written = replace(written, measured=_measure(job, plans, written))
         except (SparsepassError, torch.OutOfMemoryError) as error:  # the engines stand, and are not lost for want of times
             written = replace(written, notes=(*written.notes, f"dense and sparse engines were not timed: {error}"))
     _write_json(out / ENGINES_FILE, {"runtime": written.runtime, "engines": [engine.to_dict() for engine in engines]})
     _write_json(out / CONFIGURATION_FILE, session_configuration(plans, dtype=artifact.dtype, sparse=options.sparse))
     return written
-
-
-def check_patterns(program: Program) -> None:
-    """Refuse patterns that sparse tensor cores do not know.
-
-    Raises:
-        SparsepassError: If a weight has another pattern than 2:4.
-    """
-    check_two_four({name: str(state.pattern) for name, state in program.sparse.items()}, "TensorRT", "use the onnx target")
 
 
 def resolve_targets(options: EngineTarget, installed: Installed, here: tuple[Gpu, ...]) -> tuple[int, ...]:
@@ -140,104 +198,25 @@ def resolve_targets(options: EngineTarget, installed: Installed, here: tuple[Gpu
     return ()
 
 
-def _build(
-    program: Program,
-    artifact: OnnxArtifact,
-    plan: EnginePlan,
-    out: Path,
-    log: Path,
-    options: EngineTarget,
-    installed: Installed,
-    targets: tuple[int, ...],
-    *,
-    inspect: bool,
-) -> Built:
-    engine = out / f"{plan.name}.engine"
-    if installed.runtime.name == "torch-tensorrt":
-        return build_torch_engine(program, plan, engine, log, options, parse_dtype(artifact.dtype))
-    request = BuildRequest(
-        module=installed.module,
-        onnx=out / plan.graph.file,
-        engine=engine,
-        log=log,
-        profiles=tuple(shapes(plan.graph, profile) for profile in plan.profiles),
-        capabilities=targets,
-        sparse=options.sparse,
-        hardware_compatible=options.hardware_compatible,
-        timing_cache=options.timing_cache,
-        inspect=inspect,
-    )
-    return build_engine(request, timeout_s=options.timeout_s)
-
-
-def _measure(
-    program: Program,
-    plans: tuple[EnginePlan, ...],
-    out: Path,
-    written: TensorrtArtifact,
-    options: EngineTarget,
-    installed: Installed,
-    targets: tuple[int, ...],
-) -> dict[str, Any]:
+def _measure(job: Job, plans: tuple[EnginePlan, ...], written: TensorrtArtifact) -> dict[str, Any]:
     """Build each engine again without the flag, beside the folder, and time both."""
     found = {}
     with tempfile.TemporaryDirectory(prefix="sparsepass-dense-") as folder:
         place = Path(folder)
+        without = replace(job, out=place, options=replace(job.options, sparse=False))
         for graph in {plan.graph.file for plan in plans}:
-            for path in out.glob(f"{graph}*"):
+            for path in job.out.glob(f"{graph}*"):
                 (place / path.name).symlink_to(path.absolute())
         for plan in plans:
-            log = place / f"{plan.name}.log"
-            _build(program, written.onnx, plan, place, log, replace(options, sparse=False), installed, targets, inspect=False)
+            without.build(plan)
             # One pair at a time: all engines of a large model together do not fit the GPU's memory.
             pair = replace(written, engines=tuple(engine for engine in written.engines if engine.name == plan.name))
-            dense, sparse = engine_files(place, pair), engine_files(out, pair)
+            dense, sparse = engine_files(place, pair), engine_files(job.out, pair)
             for profile in plan.profiles:
                 found[profile.name] = measure(plan.graph, profile, dense[profile.name].time_ms, sparse[profile.name].time_ms)
             del dense, sparse
             (place / f"{plan.name}.engine").unlink()
     return found
-
-
-def _engine(plan: EnginePlan, built: Built, told: SparsityLog, options: EngineTarget, targets: tuple[int, ...]) -> Engine:
-    return Engine(
-        name=plan.name,
-        file=f"{plan.name}.engine",
-        log=f"{plan.name}.log.gz",
-        graph=plan.graph.file,
-        profiles={profile.name: dict(profile.ranges) for profile in plan.profiles},
-        targets=targets,
-        size_bytes=built.size_bytes,
-        num_layers=built.num_layers,
-        seconds=round(built.seconds, 2),
-        flag_requested=options.sparse,
-        num_eligible=None if told.eligible is None else told.eligible.count,
-        num_chosen=None if told.chosen is None else told.chosen.count,
-    )
-
-
-def _evidence(
-    out: Path,
-    artifact: OnnxArtifact,
-    plan: EnginePlan,
-    built: Built,
-    told: SparsityLog,
-    options: EngineTarget,
-    installed: Installed,
-    *,
-    on_gpu: bool,
-) -> tuple[LayerEvidence, ...]:
-    path = out / plan.graph.file
-    report = check_pattern(path, expected_sparse=artifact.expected_sparse[plan.graph.file])
-    seen = Observed(
-        engine=plan.name,
-        runtime=installed.runtime.name,
-        sparse=options.sparse,
-        on_gpu=on_gpu,
-        log=told,
-        inspected=parse_inspection(built.inspection, told.nodes),
-    )
-    return gather(report.entries, surroundings(path), seen)
 
 
 def _notes(installed: Installed, artifact: OnnxArtifact, here: tuple[Gpu, ...]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sparsepass.export.targets.contract import Target, option
+from sparsepass.export.targets.contract import Target, option, option_error
 from sparsepass.export.targets.evidence import LOWEST_SM
 
 DEFAULT_TIMEOUT_S: Final = 3600.0
@@ -30,7 +30,7 @@ def parse_sm(text: str) -> tuple[int, ...]:
     for item in text.split(","):
         match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", item.strip().lower())
         if match is None:
-            raise _refusal(f"--sm {item.strip()!r} is no compute capability; expected such as 86, sm_86 or 8.6")
+            raise option_error(f"--sm {item.strip()!r} is no compute capability; expected such as 86, sm_86 or 8.6")
         number = int(match[1] + match[2])
         check_sm(number)
         if number not in found:
@@ -46,7 +46,7 @@ def check_sm(number: int) -> None:
     """
     if number < LOWEST_SM:
         family = f" ({_NAMES[number]})" if number in _NAMES else ""
-        raise _refusal(
+        raise option_error(
             f"SM{number}{family} has no 2:4 kernels: they need Ampere (SM{LOWEST_SM}) or newer; name another --sm, or use the "
             "onnx target and run the model dense"
         )
@@ -74,11 +74,11 @@ class EngineTarget(Target):
             from sparsepass.export.targets.tensorrt.packages import RUNTIMES
 
             if self.runtime not in RUNTIMES:
-                raise _refusal(f"unknown runtime {self.runtime!r} (known are {', '.join(RUNTIMES)})")
+                raise option_error(f"unknown runtime {self.runtime!r} (known are {', '.join(RUNTIMES)})")
         for number in self.sm:
             check_sm(number)
         if self.timeout_s <= 0:
-            raise _refusal(f"--timeout must be a positive number of seconds, got {self.timeout_s:g}")
+            raise option_error(f"--timeout must be a positive number of seconds, got {self.timeout_s:g}")
         _ = self.ranges
 
     @property
@@ -95,19 +95,12 @@ class EngineTarget(Target):
 def _parse_range(item: str) -> tuple[str, str, Range]:
     match = re.fullmatch(r"(?:(\w+)\.)?(\w+)=(\d+)(?::(\d+):(\d+))?", item)
     if match is None:
-        raise _refusal(
+        raise option_error(
             f"--profile {item!r} cannot be read; expected AXIS=N or AXIS=MIN:COMMON:MAX, such as batch=1:1:8, or with an "
             "engine before it, decode.batch=1:8:32"
         )
     low = int(match[3])
     lengths = (low, int(match[4] or low), int(match[5] or low))
     if not lengths[0] <= lengths[1] <= lengths[2]:
-        raise _refusal(f"--profile {item!r}: the lengths must not fall, expected MIN <= COMMON <= MAX")
+        raise option_error(f"--profile {item!r}: the lengths must not fall, expected MIN <= COMMON <= MAX")
     return match[1] or "", match[2], lengths
-
-
-def _refusal(said: str) -> ValueError:
-    """The error for a user; its class is not imported before it is needed (see the contract of targets, 3)."""
-    from sparsepass.graph.support import SparsepassError
-
-    return SparsepassError(said)

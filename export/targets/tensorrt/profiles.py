@@ -1,4 +1,4 @@
-"""Which engines a program becomes, and over which lengths each is optimized.
+"""Which engines a program becomes, over which lengths each is optimized, and how they are timed over these lengths.
 
 1. A plain graph is one engine, ``model``; the encoder of an encoder-decoder is ``encoder``.
 2. A decoder with a cache is two engines (or one with two profiles): ``prefill`` takes a whole prompt and no past,
@@ -6,12 +6,16 @@
 3. Lengths come from the command line, else from the model's limit and the program's example inputs.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+import torch
+from torch import Tensor
+
+from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx import OnnxArtifact, OnnxGraph
-from sparsepass.export.targets.tensorrt.build import Shapes
 from sparsepass.export.targets.tensorrt.options import EngineTarget, Range
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError
@@ -19,7 +23,17 @@ from sparsepass.graph.support import SparsepassError
 MAX_BATCH, MAX_TOKENS = 8, 2048
 """Largest lengths where nothing else is said; the model's own limit is the other bound of the tokens."""
 
+Lengths = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, most common and largest shape of an input."""
+
+Timer = Callable[[Mapping[str, Tensor]], float]
+"""Gives the time of one run on given inputs, in milliseconds."""
+
 _TOKEN_AXES: Final = ("sequence", "encoder_sequence", "decoder_sequence")
+_INTEGERS: Final = {"int64": torch.int64, "int32": torch.int32}
+_FLOATS: Final = {"float": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
+_LENGTHS: Final = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @final
@@ -34,6 +48,20 @@ class Profile:
 
     name: str
     ranges: Mapping[str, Range]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """An optimization profile as the builder takes it.
+
+    Attributes:
+        name: Such as ``prefill``.
+        shapes: Input -> its smallest, most common and largest shape.
+    """
+
+    name: str
+    shapes: Mapping[str, Lengths]
 
 
 @final
@@ -106,23 +134,89 @@ def shapes(graph: OnnxGraph, profile: Profile) -> Shapes:
         {'ids': ((1, 1), (1, 8), (4, 16))}
     """
     made = {}
+    corners = [{axis: lengths[place] for axis, lengths in profile.ranges.items()} for place in range(3)]
     for value in graph.inputs:
         if any(isinstance(axis, str) for axis in value.axes):
-            low, common, high = (tuple(_length(axis, profile, place) for axis in value.axes) for place in range(3))
+            low, common, high = (tuple(axis_length(axis, corner) for axis in value.axes) for corner in corners)
             made[value.name] = (low, common, high)
     return Shapes(name=profile.name, shapes=made)
 
 
-def _length(axis: str | int, profile: Profile, place: int) -> int:
+def axis_length(axis: str | int, lengths: Mapping[str, int]) -> int:
+    """Length of an axis of an input, given the lengths of the axes that vary by themselves.
+
+    Example:
+        >>> axis_length("past_sequence + sequence", {"past_sequence": 3, "sequence": 1})
+        4
+    """
     if isinstance(axis, int):
         return axis
-    if axis in profile.ranges:
-        return profile.ranges[axis][place]
-    return sum(profile.ranges[part][place] for part in _parts(axis))
+    return lengths[axis] if axis in lengths else sum(lengths[part] for part in _parts(axis))
+
+
+def measure(graph: OnnxGraph, profile: Profile, dense: Timer, sparse: Timer) -> dict[str, Any]:
+    """Time two engines of one graph over the sizes that a profile allows.
+
+    Args:
+        graph: The graph, for its inputs.
+        profile: Its profile.
+        dense: Times the dense engine.
+        sparse: Times the sparse engine.
+
+    Returns:
+        The points, and the break-even in words, for the report.
+    """
+    points = []
+    for sizes in grid(profile):
+        inputs = inputs_of(graph, sizes)
+        points.append(
+            Point(
+                batch=sizes.get("batch", 1),
+                sequence=next((sizes[axis] for axis in ("sequence", "encoder_sequence") if axis in sizes), 1),
+                past=sizes.get("past_sequence", 0),
+                dense_ms=dense(inputs),
+                sparse_ms=sparse(inputs),
+            )
+        )
+    return {"points": [point.to_dict() for point in points], "break_even": break_even(points)}
+
+
+def grid(profile: Profile) -> list[dict[str, int]]:
+    """Sizes to time: powers of two of batch and tokens within the profile, all else at its common length.
+
+    Example:
+        >>> grid(Profile(name="decode", ranges={"batch": (1, 1, 2), "sequence": (1, 1, 1), "past_sequence": (1, 64, 127)}))
+        [{'batch': 1, 'sequence': 1, 'past_sequence': 64}, {'batch': 2, 'sequence': 1, 'past_sequence': 64}]
+    """
+    lengths: dict[str, Sequence[int]] = {}
+    for axis, (low, common, high) in profile.ranges.items():
+        steps = {"batch": _BATCHES, "sequence": _LENGTHS, "encoder_sequence": _LENGTHS}.get(axis, ())
+        lengths[axis] = [step for step in steps if low <= step <= high] or [common]
+    return [dict(zip(lengths, sizes, strict=True)) for sizes in itertools.product(*lengths.values())]
+
+
+def inputs_of(graph: OnnxGraph, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inputs of given lengths: token ids, masks of ones, positions behind the past, and a cache of small numbers."""
+    generator = torch.Generator().manual_seed(0)
+    past = sizes.get("past_sequence", 0)
+    found = {}
+    for value in graph.inputs:
+        shape = tuple(axis_length(axis, sizes) for axis in value.axes)
+        if value.name.endswith("attention_mask"):
+            found[value.name] = torch.ones(shape, dtype=_INTEGERS.get(value.dtype, torch.int64))
+        elif value.name == "position_ids":
+            found[value.name] = torch.arange(past, past + shape[-1]).expand(shape).contiguous()
+        elif value.name == "token_type_ids" or value.dtype == "bool":
+            found[value.name] = torch.zeros(shape, dtype=torch.bool if value.dtype == "bool" else torch.int64)
+        elif value.dtype in _INTEGERS:
+            found[value.name] = torch.randint(0, 100, shape, generator=generator, dtype=_INTEGERS[value.dtype])
+        else:
+            found[value.name] = torch.randn(shape, generator=generator).mul(0.1).to(_FLOATS[value.dtype])
+    return found
 
 
 def _parts(axis: str) -> tuple[str, ...]:
-    """An axis that is the sum of others: the attention mask covers the past and the tokens."""
+    """The axes that an axis is the sum of (the attention mask covers the past and the tokens); most axes are no sum."""
     return ("past_sequence", "sequence") if axis == "total_sequence" else tuple(part.strip() for part in axis.split("+"))
 
 
@@ -138,7 +232,7 @@ def _free_axes(graph: OnnxGraph) -> dict[str, str]:
     for value in graph.inputs:
         for axis in value.axes:
             if isinstance(axis, str):
-                for part in _parts(axis) if axis == "total_sequence" or "+" in axis else (axis,):
+                for part in _parts(axis):
                     found.setdefault(part, value.name)
     return found
 
@@ -150,11 +244,11 @@ def _ranges(
     limit: int,
     examples: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Range]:
-    found = {}
-    for axis, holder in _free_axes(graph).items():
-        said = given.get(profile, {}).get(axis, given.get("", {}).get(axis))
-        found[axis] = said if said is not None else _default(graph, profile, axis, holder, limit, examples)
-    return found
+    said = {**given.get("", {}), **given.get(profile, {})}
+    return {
+        axis: said[axis] if axis in said else _default(graph, profile, axis, holder, limit, examples)
+        for axis, holder in _free_axes(graph).items()
+    }
 
 
 def _default(

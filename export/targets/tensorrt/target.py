@@ -49,11 +49,6 @@ class TensorRT(EngineTarget):
     name: ClassVar[str] = "tensorrt"
     description: ClassVar[str] = "TensorRT engines with sparse weights, and for each layer whether they were used"
 
-    @property
-    def model_task(self) -> str | None:
-        """The option `task`."""
-        return self.task
-
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the graphs, and the engines that are built from them."""
         from sparsepass.export.targets.tensorrt.lower import lower_tensorrt

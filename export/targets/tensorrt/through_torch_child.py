@@ -1,7 +1,7 @@
 """The process that calls torch-tensorrt: it builds one engine from one exported program.
 
 It is run by path and imports torch and torch-tensorrt only. An exception ends it, and the log that is its output tells which:
-torch-tensorrt raises plain exceptions, at import too. `tensorrt_torch.py` is the other side.
+torch-tensorrt raises plain exceptions, at import too. `build.py` is the other side.
 """
 
 import importlib

@@ -4,6 +4,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.targets.torch.choice import MIN_GAIN as MIN_GAIN, Timing as Timing
+    from sparsepass.export.targets.torch.kernels import (
+        check_device as check_device,
+        refusal as refusal,
+        semi_structured as semi_structured,
+    )
     from sparsepass.export.targets.torch.layer import (
         SemiStructuredLinear as SemiStructuredLinear,
         choose as choose,
@@ -18,7 +23,6 @@ if TYPE_CHECKING:
         time_layers as time_layers,
         time_ms as time_ms,
     )
-    from sparsepass.export.targets.torch.packing import semi_structured as semi_structured
     from sparsepass.export.targets.torch.record import (
         RECORD_FILE as RECORD_FILE,
         TO_BE_MEASURED as TO_BE_MEASURED,
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
         Record as Record,
         read_record as read_record,
     )
-    from sparsepass.export.targets.torch.rules import check_device as check_device, refusal as refusal
     from sparsepass.export.targets.torch.target import (
         SemiStructured as SemiStructured,
         SemiStructuredOptions as SemiStructuredOptions,

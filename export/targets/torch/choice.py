@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
+from sparsepass.export.targets.contract import option_error
 from sparsepass.export.targets.evidence import Point, break_even
 
 MIN_GAIN: Final = 1.02
@@ -38,9 +39,7 @@ class ChoiceRules:
 
     def __post_init__(self) -> None:
         if any(batch < 1 or sequence < 1 for batch, sequence in self.shapes):
-            from sparsepass.graph.support import SparsepassError
-
-            raise SparsepassError(f"shapes are pairs of batch and sequence, each at least 1; got {self.shapes}")
+            raise option_error(f"shapes are pairs of batch and sequence, each at least 1; got {self.shapes}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -108,9 +107,7 @@ def parse_shapes(text: str) -> Shapes:
     for item in text.split(","):
         batch, _, sequence = item.strip().lower().partition("x")
         if not (batch.isdecimal() and sequence.isdecimal()):
-            from sparsepass.graph.support import SparsepassError
-
-            raise SparsepassError(
+            raise option_error(
                 f"--measure-shapes {item.strip()!r} cannot be read; expected BATCHxSEQUENCE, such as 1x512 or 8x4096, "
                 "separated by commas"
             )

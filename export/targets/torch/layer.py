@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from sparsepass.export.targets.hf import ADAPTER_FOLDER, load_plain, read_adapter
 from sparsepass.export.targets.torch.choice import decide
-from sparsepass.export.targets.torch.packing import semi_structured
+from sparsepass.export.targets.torch.kernels import refusals, semi_structured
 from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord, Measured, Record
-from sparsepass.export.targets.torch.rules import refusals
 from sparsepass.graph.model import SLoRBLinear, skeleton, slorb_branch
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError, quiet_loading

@@ -9,10 +9,10 @@ from typing import Final
 import torch
 from torch import nn
 
+from sparsepass.export.targets.torch.kernels import check_device, check_dtype
 from sparsepass.export.targets.torch.layer import apply_record, choose, load_dense
 from sparsepass.export.targets.torch.measure import default_shapes, measure_layers, probe
 from sparsepass.export.targets.torch.record import Measured, Record, read_record, write_record
-from sparsepass.export.targets.torch.rules import check_device, check_dtype
 from sparsepass.export.targets.torch.target import SemiStructured
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError

@@ -18,10 +18,10 @@ import torch
 from sparsepass.export.targets.evidence import Known, LayerEvidence, break_even, counts
 from sparsepass.export.targets.hf import HfArtifact, lower_hf
 from sparsepass.export.targets.torch.choice import ChoiceRules
+from sparsepass.export.targets.torch.kernels import check_device, check_dtype, check_patterns, gpu_is_here, short
 from sparsepass.export.targets.torch.layer import choose, survey
 from sparsepass.export.targets.torch.measure import default_shapes, measure_layers
 from sparsepass.export.targets.torch.record import RECORD_FILE, LayerRecord, Measured, Record, read_timings, write_record
-from sparsepass.export.targets.torch.rules import check_device, check_dtype, check_patterns, gpu_is_here, short
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program

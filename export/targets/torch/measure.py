@@ -8,16 +8,16 @@ Tensor shape legend: O out features, I in features, B batch, T tokens.
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from sparsepass.export.targets.torch.choice import Shapes, Timing
+from sparsepass.export.targets.torch.kernels import BACKENDS, check_device, convert, refusal, short
 from sparsepass.export.targets.torch.layer import SemiStructuredLinear
-from sparsepass.export.targets.torch.packing import convert
 from sparsepass.export.targets.torch.record import LayerRecord, Measured, Times
-from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, short
 from sparsepass.graph.support import first_line
 
 Call = Callable[[], Any]
@@ -159,7 +159,8 @@ def time_layers(
     """
     if compiled:
         torch.compiler.reset()  # or the recompilation limit would turn later sizes back into uncompiled ones
-    calls = {name: _call(layer, x_BTI, compiled) for name, layer in layers.items()}
+    runs = {name: torch.compile(layer, dynamic=False) if compiled else layer for name, layer in layers.items()}
+    calls = {name: partial(run, x_BTI) for name, run in runs.items()}
     times: Mapping[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -195,8 +196,3 @@ def time_ms(call: Call) -> float:
         call()
     median: float = TorchTimer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median
     return median * 1000
-
-
-def _call(layer: nn.Module, x_BTI: Tensor, compiled: bool) -> Call:
-    run = torch.compile(layer, dynamic=False) if compiled else layer
-    return lambda: run(x_BTI)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from sparsepass.export.targets.torch.choice import ChoiceRules, Timing, Verdict
-from sparsepass.export.targets.torch.rules import BACKENDS, Device, check_generation
+from sparsepass.export.targets.torch.kernels import BACKENDS, Device, check_generation
 from sparsepass.graph.support import SparsepassError, write_text
 
 RECORD_FILE: Final = "torch_semi_structured.json"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
-from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
+from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option, option_error
 from sparsepass.export.targets.hf import HuggingFace
 from sparsepass.export.targets.torch.choice import ChoiceRules, Shapes, parse_shapes
 
@@ -46,9 +46,7 @@ class SemiStructured(Target):
         super().__post_init__()
         _ = self.rules
         if self.timings is not None and (self.shapes or self.compiled):
-            from sparsepass.graph.support import SparsepassError
-
-            raise SparsepassError(
+            raise option_error(
                 "times are taken from a file (timings), so nothing is measured: leave shapes and compiled out, or leave "
                 "timings out"
             )

@@ -7,11 +7,10 @@ from typing import Final
 import torch
 
 from sparsepass.export.targets.contract import Check
+from sparsepass.export.targets.torch.kernels import check_packing, gpu_is_here
 from sparsepass.export.targets.torch.layer import apply_record, load_dense
 from sparsepass.export.targets.torch.measure import probe
-from sparsepass.export.targets.torch.packing import check_packing
 from sparsepass.export.targets.torch.record import Record, read_record
-from sparsepass.export.targets.torch.rules import gpu_is_here
 from sparsepass.graph.equivalence import compare
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError

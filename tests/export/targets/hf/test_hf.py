@@ -18,7 +18,6 @@ from sparsepass.export.targets.hf import (
     ADAPTER_FOLDER,
     HfArtifact,
     HuggingFace,
-    disk as hf_disk,
     lower as hf,
     lower_hf,
     verify as hf_verify,
@@ -131,14 +130,14 @@ def test_the_axis_of_a_converted_weight_is_found_where_it_is_on_disk(tmp_path: P
     ]
     fused = "model.layers.0.self_attn.kv_proj.weight"
     sizes = {down: 4 * 32 * 64, fused: 2 * 16 * 32, f"{q}.weight": 32 * 32}
-    assert hf_disk._on_disk(program, down, model, sizes) == {down: (1, 4 * 32 * 64)}
-    assert hf_disk._on_disk(program, f"{q}.weight", model, sizes) == {f"{q}.weight": (1, 32 * 32)}
-    assert hf_disk._on_disk(program, f"{k}.weight", model, sizes) == {fused: (1, 16 * 32)}
-    assert hf_disk._on_disk(program, f"{k}.weight", model, {}) == {}
+    assert hf._on_disk(program, down, model, sizes) == {down: (1, 4 * 32 * 64)}
+    assert hf._on_disk(program, f"{q}.weight", model, sizes) == {f"{q}.weight": (1, 32 * 32)}
+    assert hf._on_disk(program, f"{k}.weight", model, sizes) == {fused: (1, 16 * 32)}
+    assert hf._on_disk(program, f"{k}.weight", model, {}) == {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_disk, "_sizes", lambda _: sizes)
+        patch.setattr(hf, "_sizes", lambda _: sizes)
         program.sparse = {name: program.sparse[name] for name in (f"{k}.weight", f"{q}.weight")}
-        stored = hf_disk.stored_weights(program, model, tmp_path)
+        stored = hf.stored_weights(program, model, tmp_path)
     assert stored.fused_with_dense == (fused,)  # v_proj is dense here
     assert stored.expected_sparse == {f"{q}.weight": "2:4"}
 

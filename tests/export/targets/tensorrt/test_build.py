@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tests.export.targets.tensorrt.fake import FAKE
 
-from sparsepass.export.targets.tensorrt.build import BuildError, BuildRequest, Shapes, build_engine, run_child
+from sparsepass.export.targets.tensorrt.build import BuildError, BuildRequest, build_engine, run_child
+from sparsepass.export.targets.tensorrt.profiles import Shapes
 
 
 @pytest.fixture

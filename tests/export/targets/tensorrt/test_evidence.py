@@ -10,8 +10,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from sparsepass.export.pattern import PatternEntry, check_pattern
 from sparsepass.export.targets.evidence import LayerEvidence, counts
-from sparsepass.export.targets.tensorrt.evidence import Observed, gather, obstacle
-from sparsepass.export.targets.tensorrt.graph import Around, surroundings
+from sparsepass.export.targets.tensorrt.evidence import Around, Observed, gather, obstacle, surroundings
 from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, Timing, Told
 
 ENTRY = PatternEntry(

@@ -13,11 +13,10 @@ from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx.artifact import OnnxGraph, OnnxValue
 from sparsepass.export.targets.tensorrt import lower as tensorrt, verify as tensorrt_verify
 from sparsepass.export.targets.tensorrt.build import Built
-from sparsepass.export.targets.tensorrt.engines import DecoderEngines, EngineFile
-from sparsepass.export.targets.tensorrt.measure import grid, inputs_of, measure
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed
-from sparsepass.export.targets.tensorrt.profiles import Profile
+from sparsepass.export.targets.tensorrt.profiles import Profile, grid, inputs_of, measure
 from sparsepass.export.targets.tensorrt.target import TensorRT
+from sparsepass.export.targets.tensorrt.verify import DecoderEngines, EngineFile
 from sparsepass.graph import EquivalenceError
 from sparsepass.graph.equivalence.comparison import assert_equivalent
 from sparsepass.graph.equivalence.running import open_artifact
@@ -120,9 +119,9 @@ def test_an_engine_without_a_gpu_says_so(tmp_path: Path) -> None:
 def ampere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a GPU on which builds succeed, and no engine can be opened."""
 
-    def build(program: Any, artifact: Any, plan: Any, out: Path, log: Path, *_: Any, **__: Any) -> Built:
-        (out / f"{plan.name}.engine").write_bytes(b"engine")
-        log.write_text("")
+    def build(job: Any, plan: Any, **_: Any) -> Built:
+        (job.out / f"{plan.name}.engine").write_bytes(b"engine")
+        (job.out / f"{plan.name}.log").write_text("")
         return Built(version="1", num_layers=3, size_bytes=6, seconds=0.1)
 
     def cannot(folder: Path, artifact: Any) -> Any:
@@ -131,7 +130,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     rtx = Installed(runtime=RUNTIMES["tensorrt-rtx"], module="tensorrt_rtx", version="1")
     monkeypatch.setattr(tensorrt, "gpus", lambda: (Gpu(name="RTX A5000", sm=86),))
     monkeypatch.setattr(tensorrt, "choose", lambda name, gpus: rtx)
-    monkeypatch.setattr(tensorrt, "_build", build)
+    monkeypatch.setattr(tensorrt.Job, "build", build)
     monkeypatch.setattr(tensorrt, "engine_files", cannot)
     monkeypatch.setattr(tensorrt_verify, "engine_files", cannot)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -12,10 +12,10 @@ from tests.graph.load.packages import package_folder
 from sparsepass.export.cli.demo import smollm2
 from sparsepass.export.stages.preparing import prepare
 from sparsepass.export.targets.tensorrt import lower as tensorrt
-from sparsepass.export.targets.tensorrt.artifact import TensorrtArtifact
 from sparsepass.export.targets.tensorrt.lower import lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import find
 from sparsepass.export.targets.tensorrt.target import TensorRT
+from sparsepass.export.targets.tensorrt.verify import TensorrtArtifact
 from sparsepass.passes import NMSparsify
 
 pytestmark = pytest.mark.skipif(

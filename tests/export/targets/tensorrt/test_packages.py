@@ -126,7 +126,7 @@ def names_called(path: Path) -> set[str]:
     return found - {"__members__", "__version__", "__init__", "errors", "log_tells_more", "unknown", "write_bytes"}
 
 
-RUN = CHILD.with_name("engines.py")
+RUN = CHILD.with_name("verify.py")
 
 
 @pytest.mark.parametrize(("path", "fewest"), [(CHILD, 25), (RUN, 12)])

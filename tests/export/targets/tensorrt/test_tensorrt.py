@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.exporting import export
+from sparsepass.export.targets.evidence import check_two_four
 from sparsepass.export.targets.tensorrt import child as tensorrt_child, lower as tensorrt
-from sparsepass.export.targets.tensorrt.artifact import TensorrtArtifact
 from sparsepass.export.targets.tensorrt.build import BuildError
-from sparsepass.export.targets.tensorrt.lower import ENGINES_FILE, check_patterns, lower_tensorrt
+from sparsepass.export.targets.tensorrt.lower import ENGINES_FILE, lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Installed, find
 from sparsepass.export.targets.tensorrt.session import CONFIGURATION_FILE
 from sparsepass.export.targets.tensorrt.target import TensorRT
+from sparsepass.export.targets.tensorrt.verify import TensorrtArtifact
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
 
@@ -176,7 +177,7 @@ def test_other_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(
         SparsepassError, match=f"0.weight is {pattern}, and 1 more are not 2:4: TensorRT has sparse kernels for 2:4"
     ):
-        check_patterns(two_layers(pattern=pattern))
+        check_two_four(two_layers(pattern=pattern), "TensorRT", "use the onnx target")
 
 
 class Determinants(nn.Module):

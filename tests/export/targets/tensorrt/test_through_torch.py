@@ -12,12 +12,11 @@ from tests.families import BY_NAME
 from torch import nn
 
 from sparsepass.export.targets.onnx.lower import lower_onnx
-from sparsepass.export.targets.tensorrt.build import BuildError
+from sparsepass.export.targets.tensorrt.build import BuildError, arguments, build_torch_engine, exported_program
 from sparsepass.export.targets.tensorrt.lower import lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import Gpu
 from sparsepass.export.targets.tensorrt.profiles import EnginePlan, plan_engines
 from sparsepass.export.targets.tensorrt.target import TensorRT
-from sparsepass.export.targets.tensorrt.through_torch import arguments, build_torch_engine, exported_program
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
 

@@ -9,8 +9,8 @@ import torch
 from tests.export.targets.torch.torch_cpu import emulated_kernels, pruned, tiny_gpt2, tiny_llama, two_four
 from torch import Tensor, nn
 
+from sparsepass.export.targets.torch.kernels import convert
 from sparsepass.export.targets.torch.layer import SemiStructuredLinear, apply_record, matrix_of, survey
-from sparsepass.export.targets.torch.packing import convert
 from sparsepass.export.targets.torch.record import LayerRecord, Record
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.model import SLoRBLinear, to_model

@@ -10,6 +10,7 @@ from tests.export.targets.torch.torch_cpu import CPU, GPU, emulated_kernels, lay
 from torch import nn
 
 from sparsepass.export.targets.torch import measure as torch_measure
+from sparsepass.export.targets.torch.kernels import check_packing
 from sparsepass.export.targets.torch.measure import (
     default_shapes,
     measure_layers,
@@ -18,7 +19,6 @@ from sparsepass.export.targets.torch.measure import (
     random_two_four,
     time_ms,
 )
-from sparsepass.export.targets.torch.packing import check_packing
 
 BF16 = torch.bfloat16
 

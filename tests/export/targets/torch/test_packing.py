@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from tests.export.targets.torch.torch_cpu import emulated_kernels, two_four
 from torch import Tensor
 
-from sparsepass.export.targets.torch import packing as torch_packing
-from sparsepass.export.targets.torch.packing import check_packing, convert, dense_of, packed, semi_structured, unpacked
+from sparsepass.export.targets.torch import kernels as torch_kernels
+from sparsepass.export.targets.torch.kernels import check_packing, convert, dense_of, packed, semi_structured, unpacked
 from sparsepass.graph import SparsepassError
 
 VALUES = (0.0, -0.0, 1.0, -1.0, 0.5, 3.0, 1e-30, -2e-38, 65280.0)
@@ -86,7 +86,7 @@ def test_weights_that_a_kernel_would_change_are_refused(change: list[float], sai
 def test_a_packer_that_loses_something_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = two_four(1056, 64)  # more rows than are packed at once
     name = "sparse_semi_structured_from_dense_cutlass"
-    whole: Callable[[Tensor], tuple[Tensor, Tensor]] = getattr(torch_packing, name)
+    whole: Callable[[Tensor], tuple[Tensor, Tensor]] = getattr(torch_kernels, name)
 
     def lossy(dense: Tensor) -> tuple[Tensor, Tensor]:
         values, positions = whole(dense)
@@ -94,7 +94,7 @@ def test_a_packer_that_loses_something_is_caught(monkeypatch: pytest.MonkeyPatch
             values[4, :] = 0
         return values, positions
 
-    monkeypatch.setattr(torch_packing, name, lossy)
+    monkeypatch.setattr(torch_kernels, name, lossy)
     with pytest.raises(
         SparsepassError, match=r"of 2048 weights do not come back out of torch's packed form; .* a defect of torch"
     ):
@@ -103,6 +103,6 @@ def test_a_packer_that_loses_something_is_caught(monkeypatch: pytest.MonkeyPatch
 
 def test_a_kernel_that_computes_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = two_four(32, 64)
-    monkeypatch.setattr(torch_packing, "convert", lambda tensor, backend: tensor.roll(1, 0))
+    monkeypatch.setattr(torch_kernels, "convert", lambda tensor, backend: tensor.roll(1, 0))
     with pytest.raises(SparsepassError, match="do not come back out of cutlass's tensor"):
         semi_structured("w", weight, "cutlass")

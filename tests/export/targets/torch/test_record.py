@@ -10,8 +10,8 @@ import torch
 from tests.export.targets.torch.torch_cpu import TIMINGS
 
 from sparsepass.export.targets.torch.choice import ChoiceRules, parse_shapes
+from sparsepass.export.targets.torch.kernels import BACKENDS, check_device, refusal, refusals
 from sparsepass.export.targets.torch.record import RECORD_FILE, LayerRecord, Record, read_record, read_timings, write_record
-from sparsepass.export.targets.torch.rules import BACKENDS, check_device, refusal, refusals
 from sparsepass.export.targets.torch.target import SemiStructured
 from sparsepass.graph import SparsepassError
 

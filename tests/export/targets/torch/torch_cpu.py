@@ -15,8 +15,8 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from sparsepass.export.targets.torch import load, lower, measure as torch_measure
+from sparsepass.export.targets.torch.kernels import Device
 from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord
-from sparsepass.export.targets.torch.rules import Device
 from sparsepass.graph import Program, capture
 from sparsepass.passes import apply_passes
 
