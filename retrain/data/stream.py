@@ -15,8 +15,7 @@ import numpy as np
 
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.data import RecordError
-from sparsepass.retrain.data.order import permutation
-from sparsepass.retrain.data.sequences import Reading, Sequences
+from sparsepass.retrain.data.sequences import Reading, Sequences, cut, permutation
 from sparsepass.retrain.data.tokens import IDS, MASK, Columns, Part, hash_columns
 
 Encode: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Part]
@@ -231,33 +230,30 @@ class StreamedSequences(Sequences):
     def _load(self) -> None:
         """Read the block, from where the stream stands, or from the block's own place."""
         if self._stream is None:
-            self._stream = TokenStream(self._data, self._encode, self._block.place, self._what)
+            self._stream = TokenStream(self._data, self._encode, self._block.place, self._reading.what)
         loaded = self._read(self._stream)
         if self._block.check is not None and not _is_checked(loaded, self._block.check):
             # The data set's own state was not exact (a shuffled stream's is not): read up to here from the beginning.
-            self._stream = TokenStream(self._data, self._encode, Place(), self._what)
+            self._stream = TokenStream(self._data, self._encode, Place(), self._reading.what)
             self._stream.skip_to(self._block.place.passed)
             loaded = self._read(self._stream)
             if not _is_checked(loaded, self._block.check):
                 raise SparsepassError(
-                    f"{self._what}: the stream gives other text than before at sequence {self._block.first} of epoch "
+                    f"{self._reading.what}: the stream gives other text than before at sequence {self._block.first} of epoch "
                     f"{self._block.epoch}; training can only go on with a stream that is the same whenever it is read. Give "
                     "it without shuffling of its own (shuffle_buffer does that), or streaming=False"
                 )
         self._loaded, self._offset = loaded, 0
         if loaded:
             self._block = dataclasses.replace(self._block, check=hash_columns(loaded[0]))
-        key = (self._block.epoch, self._block.first)
-        self._order = np.arange(len(loaded)) if self._seed is None else permutation(len(loaded), self._seed, *key)
+        seed, key = self._reading.seed, (self._block.epoch, self._block.first)
+        self._order = np.arange(len(loaded)) if seed is None else permutation(len(loaded), seed, *key)
 
     def _read(self, stream: TokenStream) -> list[Columns]:
         wanted = self._block_size
         if self._limit is not None:
             wanted = min(wanted, self._start.first + self._limit - self._block.first)
-        size = self.shape.num_body
-        columns = stream.read(wanted * size)
-        count = len(columns[IDS]) // size
-        return [{name: values[i * size : (i + 1) * size] for name, values in columns.items()} for i in range(count)]
+        return cut(stream.read(wanted * self.shape.num_body), self.shape.num_body)
 
     def _place(self) -> dict[str, Any]:
         return {"block": dataclasses.asdict(self._block), "offset": self._offset, "num_sequences": self._known_length}

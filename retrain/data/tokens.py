@@ -51,9 +51,15 @@ class Encoder:
     2. What the tokenizer itself puts before a text (BOS, for some models) begins every sequence, not every document:
        models that were trained so expect it there.
     3. An empty text gives nothing.
+
+    Args:
+        tokenizer: Makes the ids.
+        framed: Whether each document is a sequence of its own, and so begins like one.
+        what: For messages.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
+    framed: bool
     what: str
 
     @cached_property
@@ -93,7 +99,9 @@ class Encoder:
                     f"{self.what}, row {first_row + index}: the text column holds {type(text).__name__}, not text; name "
                     "the column of texts with text_column"
                 )
-        return [_array([*ids, *self.eos] if ids else []) for ids in self._ids([text or "" for text in texts])]  # type: ignore[misc]  # checked above
+        begin = self.before if self.framed else []
+        encoded = self._ids([text or "" for text in texts])  # type: ignore[misc]  # checked above
+        return [_array([*begin, *ids, *self.eos] if ids else []) for ids in encoded]
 
     def encode_pieces(self, rows: Sequence[Mapping[str, Any]]) -> list[Array]:
         """Return the ids of each piece of a text file; each row tells whether the file begins and ends with it."""
