@@ -18,7 +18,7 @@ from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, steps_of
 from sparsepass.retrain.data import TrainingData
-from sparsepass.retrain.learner import StepLoss, make_learner, shares
+from sparsepass.retrain.learner import Learner, StepLoss, shares
 from sparsepass.retrain.run import (
     CHECKPOINTS,
     METRICS,
@@ -29,14 +29,12 @@ from sparsepass.retrain.run import (
     any_process,
     make_accelerator,
     memory_bytes,
-    random_states,
-    set_random_states,
     together,
     total,
     tracking,
 )
 from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
-from sparsepass.retrain.state import TrainingState
+from sparsepass.retrain.state import TrainingState, random_states, set_random_states
 from sparsepass.retrain.teacher import Teacher, online_teacher
 from sparsepass.retrain.trainee import make_trainee
 
@@ -139,7 +137,7 @@ class Training:
         self.config = config = config.resolve(self.device)
         self.data, self.folder = data, folder
         self.num_steps = config.num_steps(data.train.shape.context)
-        shares(config, self.accelerator.num_processes)  # a mistake shows before anything expensive starts
+        share, micro = shares(config, self.accelerator.num_processes)  # a mistake shows before anything expensive starts
         self._validate_every = config.validate_every or max(1, self.num_steps // 10)
         self._checkpoint_every = config.checkpoint_every or self._validate_every
         torch.manual_seed(config.seed)
@@ -148,7 +146,9 @@ class Training:
         self.guide = online_teacher(teacher, config, self.accelerator, unpadded=data.unpadded)
         self.guide.check(self.trainee.student)
         self._identity["teacher"] = self.guide.about.get("fingerprint")
-        self.learner = make_learner(self.trainee, self.guide, config, self.accelerator)
+        self.learner = Learner(
+            trainee=self.trainee, guide=self.guide, config=config, accelerator=self.accelerator, share=share, micro=micro
+        )
         self._checkpoints = _checkpoints(folder, config)
         self.state = TrainingState()
         gc.collect()  # what capture left behind lies in cycles
@@ -290,7 +290,7 @@ class Training:
             state.flip_rate = 0.0
             return
         flips = trainee.masks.refresh()
-        sums = iter(self._over_processes(n for known in flips.values() for n in known.counts()))
+        sums = iter(self._over_processes(n for known in flips.values() for n in known))
         last = first = entries = 0.0
         for name in flips:
             of_last, of_first, of_all = next(sums), next(sums), next(sums)
@@ -298,10 +298,7 @@ class Training:
             last, first, entries = last + of_last, first + of_first, entries + of_all
         state.flip_rate, state.flips_since_first = last / entries, first / entries
         if known := trainee.learned.settled():
-            fields = ("num_decided", "num_groups", "kept", "whole")
-            decided, groups, kept, everything = self._over_processes(
-                sum(getattr(one, name) for one in known) for name in fields
-            )
+            decided, groups, kept, everything = self._over_processes(sum(column) for column in zip(*known, strict=True))
             state.decided, state.kept_norm = decided / groups, kept / everything
 
     def _over_processes(self, numbers: Iterator[float]) -> list[float]:

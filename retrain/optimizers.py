@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsepass.graph.ops import where_kept
 from sparsepass.graph.support import SparsepassError
-from sparsepass.retrain.masks import local
+from sparsepass.retrain.run import local
 
 # Elements per piece. On a processor a piece of each of the six tensors of a step should fit in the second-level cache;
 # on a GPU fewer and larger kernels are better.

@@ -14,10 +14,9 @@ from sparsepass.graph.program import with_sparse
 from sparsepass.graph.rewrite import detach_logits, finish
 from sparsepass.retrain.cast import attach_scales, fold_scales
 from sparsepass.retrain.config import RetrainConfig
-from sparsepass.retrain.learned_masks import LearnedMasks, LearnedSite, check_method
-from sparsepass.retrain.masks import MaskedSite, MovingMasks, local
+from sparsepass.retrain.masks import LearnedMasks, LearnedSite, MaskedSite, MovingMasks, check_method
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW, MaskedOptimizer
-from sparsepass.retrain.run import checkpoint_activations, replicate, shard, whole
+from sparsepass.retrain.run import checkpoint_activations, local, replicate, shard, whole
 from sparsepass.retrain.student import Slots, Student, choose_trained, halves, masked_sites, set_behind
 
 
@@ -143,23 +142,20 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     trained = {name: slots[name] for name in names if name in slots}
     moving: dict[str, MaskedSite] = {}
     forward_masks: dict[str, Tensor] = {}
-    learning: dict[str, LearnedSite] = {}
     for name, (site, pattern, mask_name) in sites.items():
         moved = slots[mask_name]
         if config.method == "cast":
             forward_masks[name] = moved
             moved = moved.detach().clone()
             local(forward_masks[name]).fill_(True)
-        logits = None
-        if config.method == "maskllm":
-            if name not in learned:
-                continue
+        if config.method != "maskllm":
+            moves = slots[name].requires_grad  # a weight that is not trained keeps the mask it came with
+            moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved, moves=moves)
+        elif name in learned:
             logits, control = slots[learned[name].logits], slots[learned[name].control]
-            learning[name] = LearnedSite(
+            moving[name] = LearnedSite(
                 site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits, control=control
             )
-        moves = logits is not None or slots[name].requires_grad  # a weight that is not trained keeps the mask it came with
-        moving[name] = MaskedSite(site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits, moves=moves)
     masks = {known.weight: known.mask for known in moving.values() if known.weight.requires_grad}
     optimizer = _optimizer(config, trained, masks)
     optimizer.initialize()
@@ -173,7 +169,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
         masks=MovingMasks(moving),
         forward_masks=forward_masks,
         scales=scales,
-        learned=LearnedMasks(learning, seed=config.seed),
+        learned=LearnedMasks({n: known for n, known in moving.items() if isinstance(known, LearnedSite)}, seed=config.seed),
     )
 
 

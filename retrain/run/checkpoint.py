@@ -22,10 +22,18 @@ import safetensors.torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError, replaced_folder
-from sparsepass.retrain.run.manifest import MANIFEST_FILE, Checkpoint, DamagedError, file_hash, read_manifest, write_manifest
+from sparsepass.retrain.run.manifest import (
+    MANIFEST_FILE,
+    Checkpoint,
+    DamagedError,
+    differences,
+    file_hash,
+    read_manifest,
+    to_json_text,
+    write_manifest,
+)
 from sparsepass.retrain.run.pieces import check_fit, read_pieces, write_pieces
 from sparsepass.retrain.run.processes import num_processes, process_rank, together
-from sparsepass.retrain.run.state import differences, to_json_text
 
 JSON = Any
 
