@@ -1,6 +1,6 @@
 """What CAST changes in a program: two learnable scales per row beside each masked weight, folded in at the end.
 
-Shape suffixes: O rows, I in, of the matrix that N:M runs along the last axis of.
+Shape suffixes, of the matrix along whose last axis N:M runs: O rows, I columns.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,10 +52,8 @@ def fold_scales(program: Program, scales: Mapping[str, str], sites: Mapping[str,
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is _MASKED and node.args[0].op == "call_function":
-            names = _ancestors_read(node.args[0])
-            weight = next((name for name in names if name in scales), None)
-            if weight is not None:
-                (source,) = (n for n in graph.nodes if n.op == "get_attr" and n.target == weight and _feeds(n, node))
+            source = _scaled_source(node, scales)
+            if source is not None:
                 node.replace_input_with(node.args[0], source)
     graph.eliminate_dead_code()
     for weight, name in scales.items():
@@ -74,19 +72,14 @@ def scaled(site: Site, weight: Tensor, scales_O2: Tensor) -> Tensor:
 
 def _scale(masked: fx.Node, source: fx.Node, site: Site, name: str) -> None:
     graph = masked.graph
-    half = site.in_features // 2
+    axis = site.nm_axis
     with graph.inserting_before(masked):
         scales = graph.get_attr(name)
-        if site.nm_axis == 1:
-            split = graph.call_function(_aten.unflatten.int, (source, 1, [2, half]))
-            wide = graph.call_function(_aten.unsqueeze.default, (scales, 2))
-        else:
-            split = graph.call_function(_aten.unflatten.int, (source, 0, [2, half]))
-            turned = graph.call_function(_aten.transpose.int, (scales, 0, 1))
-            wide = graph.call_function(_aten.unsqueeze.default, (turned, 1))
+        split = graph.call_function(_aten.unflatten.int, (source, axis, [2, site.in_features // 2]))
+        along = scales if axis == 1 else graph.call_function(_aten.transpose.int, (scales, 0, 1))
+        wide = graph.call_function(_aten.unsqueeze.default, (along, axis + 1))
         product = graph.call_function(_aten.mul.Tensor, (split, wide))
-        first = 1 if site.nm_axis == 1 else 0
-        result = graph.call_function(_aten.flatten.using_ints, (product, first, first + 1))
+        result = graph.call_function(_aten.flatten.using_ints, (product, axis, axis + 1))
     node = scales
     while node is not masked:
         if stack := masked.meta.get("nn_module_stack"):
@@ -95,21 +88,12 @@ def _scale(masked: fx.Node, source: fx.Node, site: Site, name: str) -> None:
     masked.replace_input_with(source, result)
 
 
-def _ancestors_read(node: fx.Node) -> set[str]:
-    found, stack = set(), [node]
+def _scaled_source(masked: fx.Node, scales: Mapping[str, str]) -> fx.Node | None:
+    """The node that reads the weight which `_scale` multiplied, if it stands before this mask."""
+    stack = list(masked.all_input_nodes)
     while stack:
-        current = stack.pop()
-        if current.op == "get_attr":
-            found.add(str(current.target))
-        stack.extend(current.all_input_nodes)
-    return found
-
-
-def _feeds(source: fx.Node, node: fx.Node) -> bool:
-    stack = list(node.all_input_nodes)
-    while stack:
-        current = stack.pop()
-        if current is source:
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
+        node = stack.pop()
+        if node.op == "get_attr" and node.target in scales:
+            return node
+        stack.extend(node.all_input_nodes)
+    return None

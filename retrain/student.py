@@ -5,6 +5,7 @@ The loss is computed inside the module's forward, so that DDP and FSDP2, which w
 Tensor shape legend: B batch, T tokens, H hidden features.
 """
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -166,21 +167,17 @@ class States:
             self.recorded.append(tensors[0])
 
 
-class recording:  # noqa: N801  # used as a context manager only
-    """Gives the list that states are recorded into; a recomputation in the backward pass records nothing."""
-
-    def __init__(self, states: States | None) -> None:
-        self._states = states
-
-    def __enter__(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        if self._states is not None:
-            self._states.recorded = found
-        return found
-
-    def __exit__(self, *error: object) -> None:
-        if self._states is not None:
-            self._states.recorded = None
+@contextlib.contextmanager
+def recording(states: States | None) -> Iterator[list[Tensor]]:
+    """Give the list that states are recorded into while a block runs; what the backward pass computes again is not recorded."""
+    found: list[Tensor] = []
+    if states is not None:
+        states.recorded = found
+    try:
+        yield found
+    finally:
+        if states is not None:
+            states.recorded = None
 
 
 class Slots:

@@ -185,21 +185,18 @@ class Sequences(ABC):
         shape: How tokens become sequences.
         position: How many sequences have been taken, by all processes together.
         num_tokens: How many tokens have been taken, by all processes together, without padding.
+        num_sequences: Sequences of an epoch; None while that is not known.
     """
 
     def __init__(self, reading: Reading) -> None:
         self.shape, self._reading = reading.shape, reading
         self.position = self.num_tokens = 0
+        self.num_sequences: int | None = None
 
     @property
     @abstractmethod
     def epoch(self) -> int:
         """The epoch of the next sequence, from 0."""
-
-    @property
-    @abstractmethod
-    def num_sequences(self) -> int | None:
-        """Sequences of an epoch; None while that is not known."""
 
     @abstractmethod
     def _walk(self, count: int, wanted: frozenset[int]) -> tuple[list[int], dict[int, Columns], int]:
@@ -271,11 +268,11 @@ class Sequences(ABC):
         self.position, self.num_tokens = int(state["position"]), int(state["num_tokens"])
 
 
-def table_sequence(table: TokenTable, shape: Shape, row_ends: Any, place: int) -> Columns:
+def table_sequence(table: TokenTable, shape: Shape, place: int) -> Columns:
     """Return one sequence of a table."""
     if shape.packing:
         return shape.framed(table.read(place * shape.num_body, (place + 1) * shape.num_body))
-    end, length = int(row_ends[place]), int(table.lengths[place])
+    end, length = int(table.row_ends[place]), int(table.lengths[place])
     columns = table.read(end - length, end - length + min(length, shape.context))
     part = Part(columns=columns, lengths=np.asarray([len(columns[IDS])], dtype=np.int64))
     return padded(part, shape.context, shape.pad_id).columns
@@ -293,8 +290,7 @@ class TableSequences(Sequences):
 
     def __init__(self, table: TokenTable, places: Any, reading: Reading) -> None:
         super().__init__(reading)
-        self._table, self._places = table, places
-        self._row_ends = np.cumsum(table.lengths)
+        self._table, self._places, self.num_sequences = table, places, len(places)
         self._order: tuple[int, Any] | None = None
 
     @property
@@ -302,19 +298,14 @@ class TableSequences(Sequences):
         """The epoch of the next sequence, from 0."""
         return self.position // len(self._places)
 
-    @property
-    def num_sequences(self) -> int:
-        """Sequences of an epoch."""
-        return len(self._places)
-
     def _walk(self, count: int, wanted: frozenset[int]) -> tuple[list[int], dict[int, Columns], int]:
         places = [self._place_of(self.position + row) for row in range(count)]
-        columns = {row: table_sequence(self._table, self.shape, self._row_ends, places[row]) for row in wanted}
+        columns = {row: table_sequence(self._table, self.shape, places[row]) for row in wanted}
         if self.shape.packing:
             return places, columns, count * self.shape.context
         if MASK not in self._table.names:
             return places, columns, int(np.minimum(self._table.lengths[places], self.shape.context).sum())
-        everything = (table_sequence(self._table, self.shape, self._row_ends, place) for place in places)
+        everything = (table_sequence(self._table, self.shape, place) for place in places)
         return places, columns, sum(int(sequence[MASK].sum()) for sequence in everything)
 
     def _place_of(self, number: int) -> int:

@@ -138,8 +138,15 @@ class TokenStream:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class _Block:
-    """Where a block begins, and what tells that it was found again."""
+class Block:
+    """Where a block begins, and what tells that it was found again.
+
+    Args:
+        epoch: Which time the stream is read.
+        first: The number of the block's first sequence.
+        place: Where that begins.
+        check: Its hash; None if it has not been read.
+    """
 
     epoch: int
     first: int
@@ -154,31 +161,16 @@ class StreamedSequences(Sequences):
     Args:
         data: A ``datasets.IterableDataset``; it has to give the same rows in every epoch.
         encode: Turns rows into tokens; into padded rows if the shape does not pack.
-        start: Where an epoch begins: behind what is held out.
-        first: The number of the sequence that begins there.
-        check: Hash of the sequence that begins there.
+        start: Where an epoch begins, behind what is held out.
         block: Sequences of a block.
         limit: Sequences of an epoch at most.
         reading: See `Reading`.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        encode: Encode,
-        *,
-        start: Place,
-        first: int,
-        check: str,
-        block: int,
-        limit: int | None,
-        reading: Reading,
-    ) -> None:
+    def __init__(self, data: Any, encode: Encode, *, start: Block, block: int, limit: int | None, reading: Reading) -> None:
         super().__init__(reading)
         self._data, self._encode = data, encode
-        self._block_size, self._limit = block, limit
-        self._start = _Block(epoch=0, first=first, place=start, check=check)
-        self._known_length: int | None = None
+        self._start, self._block_size, self._limit = start, block, limit
         self._block, self._offset = self._start, 0
         self._stream: TokenStream | None = None
         self._loaded: list[Columns] | None = None
@@ -188,11 +180,6 @@ class StreamedSequences(Sequences):
     def epoch(self) -> int:
         """The epoch of the latest block."""
         return self._block.epoch
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Sequences of an epoch; None before one has been read to its end."""
-        return self._known_length
 
     def _walk(self, count: int, wanted: frozenset[int]) -> tuple[list[int], dict[int, Columns], int]:
         places: list[int] = []
@@ -220,7 +207,7 @@ class StreamedSequences(Sequences):
             self._block = dataclasses.replace(block, first=following, place=self._stream.place, check=None)
             self._load()
             if not self._loaded:
-                self._known_length = following - self._start.first
+                self.num_sequences = following - self._start.first
                 self._block = dataclasses.replace(self._start, epoch=block.epoch + 1)
                 self._stream = None
                 self._load()
@@ -256,12 +243,12 @@ class StreamedSequences(Sequences):
         return cut(stream.read(wanted * self.shape.num_body), self.shape.num_body)
 
     def _place(self) -> dict[str, Any]:
-        return {"block": dataclasses.asdict(self._block), "offset": self._offset, "num_sequences": self._known_length}
+        return {"block": dataclasses.asdict(self._block), "offset": self._offset, "num_sequences": self.num_sequences}
 
     def _go_to(self, place: Mapping[str, Any]) -> None:
         block = dict(place["block"])
-        self._block = _Block(**{**block, "place": Place(**block["place"])})
-        self._known_length = place["num_sequences"]
+        self._block = Block(**{**block, "place": Place(**block["place"])})
+        self.num_sequences = place["num_sequences"]
         self._stream = None
         self._load()
         self._offset = int(place["offset"])

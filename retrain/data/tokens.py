@@ -281,6 +281,7 @@ class TokenTable:
         lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in self._parts)])
         # An empty row has no tokens, so that the ends of the others stay where they are.
         self.lengths: Array = lengths[lengths > 0]
+        self.row_ends = np.cumsum(self.lengths)
         self.num_empty = len(lengths) - len(self.lengths)
 
     def __len__(self) -> int:

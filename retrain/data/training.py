@@ -22,7 +22,7 @@ from sparsepass.graph.support import SparsepassError
 from sparsepass.retrain.data.prepare import Prepared, prepare
 from sparsepass.retrain.data.sequences import Batch, Reading, Sequences, TableSequences, batch_of, cut, spread, table_sequence
 from sparsepass.retrain.data.sources import FORMS, DataConfig, open_source
-from sparsepass.retrain.data.stream import Place, StreamedSequences, TokenStream
+from sparsepass.retrain.data.stream import Block, Place, StreamedSequences, TokenStream
 from sparsepass.retrain.data.tokens import IDS, Columns, hash_columns
 
 if TYPE_CHECKING:
@@ -280,9 +280,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
     train = StreamedSequences(
         data.stream,
         data.encode,
-        start=start,
-        first=number,
-        check=hash_columns(first),
+        start=Block(epoch=0, first=number, place=start, check=hash_columns(first)),
         block=config.shuffle_buffer,
         limit=_limit(config),
         reading=_reading(data, config, _settings(data, config, number)),
@@ -315,8 +313,7 @@ def _read_sequences(stream: TokenStream, count: int, data: Prepared) -> list[Col
 
 def _rows_of_table(data: Prepared, places: Any) -> list[Columns]:
     assert data.table is not None
-    row_ends = np.cumsum(data.table.lengths)
-    return [table_sequence(data.table, data.shape, row_ends, int(place)) for place in places]
+    return [table_sequence(data.table, data.shape, int(place)) for place in places]
 
 
 def _facts(data: Prepared, config: DataConfig) -> dict[str, object]:

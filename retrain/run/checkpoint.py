@@ -230,19 +230,15 @@ class Checkpoints:
             check_fit(table, into, partial=partial)
             together(lambda path=found.path, rows=table: read_pieces(path, rows, into))  # type: ignore[misc]
             notes = (*found.notes, *damaged)
-            common = {"path": found.path, "step": found.step, "metric": found.metric, "state": state}
+            restored = Restored(path=found.path, step=found.step, metric=found.metric, state=state, notes=notes)
             if found.num_processes != num_processes():
                 note = (
                     f"{found.path.name} was written by {found.num_processes} process(es) and is read by {num_processes()}: the "
                     "states of single processes (random generators, data positions) were not restored"
                 )
-                return Restored(**common, notes=(*notes, note))
-            return Restored(
-                **common,
-                notes=notes,
-                local_state=parts[process_rank()]["local_state"],
-                local_tensors=safetensors.torch.load_file(_local_file(found.path, process_rank())),
-            )
+                return replace(restored, notes=(*notes, note))
+            local_tensors = safetensors.torch.load_file(_local_file(found.path, process_rank()))
+            return replace(restored, local_state=parts[process_rank()]["local_state"], local_tensors=local_tensors)
         kind = {"newest": "", "best": " with a metric"}.get(str(which), f" of step {which}")
         found_none = f"no intact checkpoint{kind} ({'; '.join(damaged)})" if damaged else f"no checkpoint{kind}"
         raise SparsepassError(f"{self._folder} has {found_none}; start anew, or name another folder")

@@ -17,6 +17,7 @@ JSON = Any
 
 FORMAT = 1
 MANIFEST_FILE = "checkpoint.json"
+_PLAIN = ("step", "metric", "serial", "num_processes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +58,7 @@ def write_manifest(checkpoint: Checkpoint) -> None:
         ...     read_manifest(here).step
         5
     """
-    manifest = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "metric": checkpoint.metric,
-        "serial": checkpoint.serial,
-        "num_processes": checkpoint.num_processes,
-        "files": {name: list(entry) for name, entry in checkpoint.files.items()},
-    }
+    manifest = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in (*_PLAIN, "files")}}
     text = json.dumps({"manifest": manifest, "sha256": _digest(manifest)}, indent=1)
     (checkpoint.path / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -89,10 +83,7 @@ def read_manifest(path: Path) -> Checkpoint:
             raise unlike
         checkpoint = Checkpoint(
             path=path,
-            step=manifest["step"],
-            metric=manifest["metric"],
-            serial=manifest["serial"],
-            num_processes=manifest["num_processes"],
+            **{name: manifest[name] for name in _PLAIN},
             files={Path(name).name: (size, digest) for name, (size, digest) in manifest["files"].items()},
         )
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -2,7 +2,7 @@
 
 A folder with `teacher_cache.json` (what was cached, of which teacher, for which data) and safetensors shards of whole
 sequences. For each position a shard holds the k most probable tokens, their logits relative to the largest, and for each
-temperature the log-probability of all others together. `teacher_cache.write_teacher_cache` writes it.
+temperature the log-probability of all others together. `write_teacher_cache` writes it.
 
 Tensor shape legend: B batch, T tokens, N rows, X flattened positions, V vocabulary, K kept entries.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError, write_text
 from sparsepass.retrain.loss import TeacherTargets, TopKDistribution, log_probabilities
-from sparsepass.retrain.teacher.contract import Teacher
+from sparsepass.retrain.teacher.online import Teacher
 
 MANIFEST_FILE = "teacher_cache.json"
 _FORMAT = 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
 from sparsepass.graph.support import SparsepassError, item_progress
-from sparsepass.retrain.teacher.contract import fingerprint
+from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
 
