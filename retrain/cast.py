@@ -6,7 +6,7 @@ Shape suffixes, of the matrix along whose last axis N:M runs: O rows, I columns.
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sparsepass.graph import Program, Site
 from sparsepass.graph.rewrite import beside, finish
@@ -59,15 +59,11 @@ def fold_scales(program: Program, scales: Mapping[str, str], sites: Mapping[str,
     for weight, name in scales.items():
         tensor = program.tensor(weight)
         with torch.no_grad():
-            tensor.copy_(scaled(sites[weight], tensor, program.tensor(name)))
+            halves_O2I = torch.unflatten(sites[weight].to_matrix(tensor), -1, (2, -1))
+            scaled_OI = (halves_O2I * program.tensor(name).unsqueeze(-1)).flatten(-2)
+            tensor.copy_(sites[weight].from_matrix(scaled_OI))
         program.delete_tensor(name)
     finish(program)
-
-
-def scaled(site: Site, weight: Tensor, scales_O2: Tensor) -> Tensor:
-    """Return a stored weight with its two scales per row multiplied in."""
-    matrix_OI = site.to_matrix(weight)
-    return site.from_matrix((torch.unflatten(matrix_OI, -1, (2, -1)) * scales_O2.unsqueeze(-1)).flatten(-2))
 
 
 def _scale(masked: fx.Node, source: fx.Node, site: Site, name: str) -> None:

@@ -18,7 +18,7 @@ from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, steps_of
 from sparsepass.retrain.data import TrainingData
-from sparsepass.retrain.learner import Learner, StepLoss, shares
+from sparsepass.retrain.learner import Learner, shares
 from sparsepass.retrain.run import (
     CHECKPOINTS,
     METRICS,
@@ -138,6 +138,7 @@ class Training:
         self.data, self.folder = data, folder
         self.num_steps = config.num_steps(data.train.shape.context)
         share, micro = shares(config, self.accelerator.num_processes)  # a mistake shows before anything expensive starts
+        self._step_tokens = config.batch_size * data.train.shape.context
         self._validate_every = config.validate_every or max(1, self.num_steps // 10)
         self._checkpoint_every = config.checkpoint_every or self._validate_every
         torch.manual_seed(config.seed)
@@ -227,17 +228,13 @@ class Training:
         seconds = time.perf_counter() - began
         state.seconds += seconds
         state.last_validation = None
-        return self._measured(found, norm, lr, seconds)
-
-    def _measured(self, found: StepLoss, norm: float, lr: float, seconds: float) -> dict[str, Any]:
-        state = self.state
         return {
             "step": state.step,
             "tokens": state.num_tokens,
             **asdict(found),
             "grad_norm": norm,
             "lr": lr,
-            "decay": self.trainee.optimizer.param_groups[0].get("decay", 0.0),
+            "decay": trainee.optimizer.param_groups[0].get("decay", 0.0),
             "flip_rate": state.flip_rate,
             "flips_since_first": state.flips_since_first,
             **state.settled(),
@@ -245,10 +242,6 @@ class Training:
             "tokens_per_second": self._step_tokens / seconds,
             "memory_bytes": memory_bytes(),
         }
-
-    @property
-    def _step_tokens(self) -> int:
-        return self.config.batch_size * self.data.train.shape.context
 
     def _set_schedule(self) -> float:
         """Set the rates of the next step; return its learning rate."""

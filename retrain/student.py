@@ -247,7 +247,7 @@ def set_behind(program: Program, behind: "str | float") -> None:
         tensor.copy_(site.from_matrix(put_behind(matrix_OI, mask_OI, behind, pattern)))
 
 
-def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+def choose_trained(program: Program, frozen: Collection[str], only: Collection[str] | None = None) -> list[str]:
     """Ask for the gradients of all floating-point parameters but the frozen ones.
 
     Args:
@@ -262,8 +262,7 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
         SparsepassError: If a pattern names no parameter, or parameters are not float32.
     """
     parameters: Mapping[str, nn.Parameter] = dict(program.graph_module.named_parameters())
-    patterns = list(frozen)
-    for pattern in patterns:
+    for pattern in frozen:
         if not any(_named(name, pattern, program) for name in parameters):
             raise SparsepassError(
                 f"frozen: no parameter is named {pattern!r}; names look like {next(iter(parameters), '')!r}; "
@@ -271,7 +270,7 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
             )
     trained = []
     for name, parameter in parameters.items():
-        wanted = parameter.is_floating_point() and not any(_named(name, pattern, program) for pattern in patterns)
+        wanted = parameter.is_floating_point() and not any(_named(name, pattern, program) for pattern in frozen)
         wanted = wanted and (only is None or name in only)
         parameter.requires_grad_(wanted)
         if wanted:

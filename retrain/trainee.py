@@ -156,7 +156,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
             moving[name] = LearnedSite(
                 site=site, pattern=pattern, weight=slots[name], mask=moved, logits=logits, control=control
             )
-    masks = {known.weight: known.mask for known in moving.values() if known.weight.requires_grad}
+    masks = {known.weight: known.mask.detach() for known in moving.values() if known.weight.requires_grad}
     optimizer = _optimizer(config, trained, masks)
     optimizer.initialize()
     return Trainee(
@@ -180,7 +180,6 @@ def _optimizer(config: RetrainConfig, trained: Mapping[str, Tensor], masks: dict
     groups: list[dict[str, Any]] = []
     groups += [{"params": matrices, "weight_decay": config.weight_decay, "hold": hold}] if matrices else []
     groups += [{"params": others, "weight_decay": 0.0}] if others else []
-    masks = {parameter: mask.detach() for parameter, mask in masks.items()}
     if config.method == "cast":
         return AdamS(groups, masks, lr=config.lr, betas=config.betas, eps=config.eps, decay=config.decay)
     if config.optimizer == "sgd":

@@ -1,6 +1,6 @@
 """What keeps a training run alive and told: checkpoints, processes, signals, progress, metrics."""
 
-from sparsepass.retrain.run.checkpoint import CHECKPOINTS, STATE_FILE, Checkpoints, step_of, stored_names
+from sparsepass.retrain.run.checkpoint import CHECKPOINTS, Checkpoints, step_of
 from sparsepass.retrain.run.metrics import METRICS, MetricsFile, read_metrics, tracking
 from sparsepass.retrain.run.pieces import local, local_box
 from sparsepass.retrain.run.processes import (
@@ -21,7 +21,6 @@ from sparsepass.retrain.run.progress import ProgressLine, memory_bytes
 __all__ = [
     "CHECKPOINTS",
     "METRICS",
-    "STATE_FILE",
     "Checkpoints",
     "MetricsFile",
     "ProgressLine",
@@ -38,7 +37,6 @@ __all__ = [
     "replicate",
     "shard",
     "step_of",
-    "stored_names",
     "together",
     "total",
     "tracking",

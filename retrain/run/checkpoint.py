@@ -24,10 +24,12 @@ from torch import Tensor
 from sparsepass.graph.support import SparsepassError, replaced_folder
 from sparsepass.retrain.run.manifest import (
     MANIFEST_FILE,
+    STATE_FILE,
     Checkpoint,
     DamagedError,
     differences,
     file_hash,
+    part_file,
     read_manifest,
     to_json_text,
     write_manifest,
@@ -37,7 +39,6 @@ from sparsepass.retrain.run.processes import num_processes, process_rank, togeth
 
 JSON = Any
 
-STATE_FILE = "state.json"
 CHECKPOINTS = "checkpoints"
 """The folder of them inside a run folder."""
 
@@ -142,7 +143,7 @@ class Checkpoints:
             def write() -> dict[str, tuple[int, str]]:
                 stem = f"rank-{rank:05d}"
                 table = {"pieces": write_pieces(staging, stem, tensors), "local_state": local_state}
-                _part(staging, rank).write_text(json.dumps(table), encoding="utf-8")
+                part_file(staging, rank).write_text(json.dumps(table), encoding="utf-8")
                 local = {name: tensor.detach().contiguous() for name, tensor in (local_tensors or {}).items()}
                 safetensors.torch.save_file(local, _local_file(staging, rank))
                 if rank == 0:
@@ -219,13 +220,13 @@ class Checkpoints:
             if reason := _wrong_contents(found):
                 damaged.append(f"{found.path.name} was passed over: {reason}")
                 continue
-            state = json.loads((found.path / STATE_FILE).read_text(encoding="utf-8"))
+            state = found.state()
             if unlike := differences(wanted, {key: state.get(key) for key in wanted}):
                 raise SparsepassError(
                     f"{found.path} is a checkpoint of another run: {'; '.join(unlike)}; resume with the same settings, or "
                     "start anew in another folder (--from-checkpoint takes its weights there)"
                 )
-            parts = _parts(found)
+            parts = found.parts()
             table = [row for part in parts for row in part["pieces"]]
             check_fit(table, into, partial=partial)
             together(lambda path=found.path, rows=table: read_pieces(path, rows, into))  # type: ignore[misc]
@@ -284,15 +285,6 @@ class Checkpoints:
         _remove(self._folder.glob(".step-*.removed"))
 
 
-def stored_names(found: Checkpoint) -> set[str]:
-    """The tensors of a checkpoint."""
-    return {row["name"] for part in _parts(found) for row in part["pieces"]}
-
-
-def _parts(found: Checkpoint) -> list[JSON]:
-    return [json.loads(_part(found.path, rank).read_text(encoding="utf-8")) for rank in range(found.num_processes)]
-
-
 def step_of(path: Path) -> int | None:
     """The step of a checkpoint's folder; None of any other.
 
@@ -301,10 +293,6 @@ def step_of(path: Path) -> int | None:
     """
     found = re.fullmatch(r"step-(\d{8,})", path.name)
     return int(found[1]) if found else None
-
-
-def _part(path: Path, rank: int) -> Path:
-    return path / f"rank-{rank:05d}.json"
 
 
 def _local_file(path: Path, rank: int) -> Path:

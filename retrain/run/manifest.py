@@ -16,7 +16,7 @@ from sparsepass.graph.support import SparsepassError
 JSON = Any
 
 FORMAT = 1
-MANIFEST_FILE = "checkpoint.json"
+MANIFEST_FILE, STATE_FILE = "checkpoint.json", "state.json"
 _PLAIN = ("step", "metric", "serial", "num_processes")
 
 
@@ -42,9 +42,26 @@ class Checkpoint:
     files: Mapping[str, tuple[int, str]]
     notes: tuple[str, ...] = ()
 
+    def state(self) -> JSON:
+        """The run's state, as it was saved."""
+        return json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
+
+    def parts(self) -> list[JSON]:
+        """What each process wrote: a table of its pieces of tensors, and its own state."""
+        return [json.loads(part_file(self.path, rank).read_text(encoding="utf-8")) for rank in range(self.num_processes)]
+
+    def tensor_names(self) -> set[str]:
+        """The tensors that it holds."""
+        return {row["name"] for part in self.parts() for row in part["pieces"]}
+
 
 class DamagedError(SparsepassError):
     """A checkpoint with files missing, or of other sizes or contents than its manifest says."""
+
+
+def part_file(folder: Path, rank: int) -> Path:
+    """The file of a checkpoint in which a process tells what it wrote."""
+    return folder / f"rank-{rank:05d}.json"
 
 
 def write_manifest(checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from sparsepass.graph.support import SparsepassError
@@ -193,8 +193,7 @@ def shard(
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every process; any other tensor as it is."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if gather is None else gather().detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def total(accelerator: Accelerator, *values: float) -> list[float]:

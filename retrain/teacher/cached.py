@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
 
@@ -189,9 +190,7 @@ class Shards:
 
     def __init__(self, folder: Path, manifest: CacheManifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._starts = [0]
-        for _, count, _ in manifest.shards:
-            self._starts.append(self._starts[-1] + count)
+        self._starts = list(accumulate((count for _, count, _ in manifest.shards), initial=0))
         self._opened: dict[int, Any] = {}
 
     def sequence(self, index: int, names: Collection[str]) -> dict[str, Tensor]:
