@@ -193,8 +193,8 @@ class Training:
         with contextlib.ExitStack() as stack:
             line = ProgressLine(self.num_steps, start=self.state.step, enabled=progress and first)
             self._line = stack.enter_context(line)
-            settings = asdict(self.config)
-            self._track = stack.enter_context(tracking(self.accelerator, "retrain", settings, resumed_at=resumed_at))
+            trackers = tracking(self.accelerator, "retrain", asdict(self.config), resumed_at=resumed_at)
+            self._track = stack.enter_context(trackers)
             self._metrics: MetricsFile | None = None
             if self.folder is not None:
                 metrics = MetricsFile(self.folder / METRICS, resumed_at=resumed_at, enabled=first)
@@ -217,7 +217,7 @@ class Training:
             self._refresh_masks()
         batch = self.data.train.take(config.batch_size, rows=self.learner.rows())
         found = self.learner.gradients(batch)
-        trainee.learned.reward_norm(straight(state.step, num_steps=self.num_steps, start=config.mask_norm, end=0.0))
+        trainee.learned.reward_norm(straight(state.step, self.num_steps, config.mask_norm, 0.0))
         norm = self.learner.clip(batch, found, state.step)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
@@ -261,11 +261,10 @@ class Training:
                 group["decay"] = annealed_decay(step, decay=config.decay, decay_steps=steps_of(config.decay_warmup, num_steps))
             if config.method == "cast":
                 group["progress"] = step / num_steps
-        (scale, last_scale), (temperature, last_temperature) = config.mask_scale, config.mask_temperature
         self.trainee.learned.draw(
             step,
-            scale=straight(step, num_steps=num_steps, start=scale, end=last_scale),
-            temperature=straight(step, num_steps=num_steps, start=temperature, end=last_temperature),
+            scale=straight(step, num_steps, *config.mask_scale),
+            temperature=straight(step, num_steps, *config.mask_temperature),
         )
         return lr
 

@@ -40,10 +40,10 @@ def learning_rate(
     return peak + (end - peak) * share
 
 
-def straight(step: int, *, num_steps: int, start: float, end: float) -> float:
+def straight(step: int, num_steps: int, start: float, end: float) -> float:
     """Return what goes in a line from ``start`` at the first step to ``end`` at the last.
 
-    >>> [straight(step, num_steps=5, start=4.0, end=0.0) for step in range(5)]
+    >>> [straight(step, 5, 4.0, 0.0) for step in range(5)]
     [4.0, 3.0, 2.0, 1.0, 0.0]
     """
     return start + (end - start) * step / max(num_steps - 1, 1)

@@ -20,12 +20,9 @@ from sparsepass.retrain.data.tokens import (
     Encoder,
     Part,
     TokenTable,
-    check_part,
     hash_columns,
-    padded,
     part_of_rows,
     parts_of_arrow,
-    without_padding,
 )
 
 if TYPE_CHECKING:
@@ -167,7 +164,7 @@ class _Job:
         """Make all tokens."""
         packing, is_data_set = self.config.packing, not self.source.texts and not isinstance(self.source.data, np.ndarray)
         parts = (self._checked(part) for part in self._parts())
-        table = TokenTable(without_padding(part) if packing else part for part in parts)
+        table = TokenTable(part.without_padding() if packing else part for part in parts)
         facts = self._facts()
         prepared = Prepared(
             source=self.source,
@@ -200,7 +197,7 @@ class _Job:
             if not config.packing:
                 counts["num_truncated"] += int((part.lengths > config.context).sum())
             counts["num_empty"] += int((part.lengths == 0).sum())
-            return without_padding(part) if config.packing else padded(part, config.context, self.shape.pad_id)
+            return part.without_padding() if config.packing else part.padded(config.context, self.shape.pad_id)
 
         sequence = TokenStream(data, encode, Place(), self.what).read(self.shape.num_body)
         if len(sequence[IDS]) < self.shape.num_body:
@@ -262,7 +259,7 @@ class _Job:
         )
 
     def _checked(self, part: Part) -> Part:
-        check_part(part, vocab_size=self.vocab_size, what=self.what)
+        part.check(vocab_size=self.vocab_size, what=self.what)
         return part
 
     def _facts(self) -> dict[str, object]:

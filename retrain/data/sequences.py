@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.retrain.data.tokens import IDS, IGNORED_LABEL, LABELS, MASK, Columns, Part, TokenTable, padded
+from sparsepass.retrain.data.tokens import IDS, IGNORED_LABEL, LABELS, MASK, Columns, Part, TokenTable
 
 Rows: TypeAlias = slice | Sequence[int] | None
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -275,7 +275,7 @@ def table_sequence(table: TokenTable, shape: Shape, place: int) -> Columns:
     end, length = int(table.row_ends[place]), int(table.lengths[place])
     columns = table.read(end - length, end - length + min(length, shape.context))
     part = Part(columns=columns, lengths=np.asarray([len(columns[IDS])], dtype=np.int64))
-    return padded(part, shape.context, shape.pad_id).columns
+    return part.padded(shape.context, shape.pad_id).columns
 
 
 @final

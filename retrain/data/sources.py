@@ -270,9 +270,9 @@ def _rows_of_files(files: list[str], config: DataConfig) -> Any:
         return datasets.Dataset.from_generator(_file_rows, features=features, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise (
-            cause if isinstance(cause, RecordError) else RecordError(f"{type(cause).__name__}: {first_line(cause)}")
-        ) from error
+        if not isinstance(cause, RecordError):
+            cause = RecordError(f"{type(cause).__name__}: {first_line(cause)}")
+        raise cause from error
 
 
 def _file_rows(

@@ -40,6 +40,73 @@ class Part:
     def __len__(self) -> int:
         return int(self.columns[IDS].shape[0])
 
+    def check(self, *, vocab_size: int | None, what: str) -> None:
+        """Check ids, labels and masks.
+
+        Raises:
+            SparsepassError: If an id or a label lies outside the vocabulary, or a mask is neither 0 nor 1.
+        """
+        if not len(self):
+            return
+        low, high = int(self.columns[IDS].min()), int(self.columns[IDS].max())
+        if low < 0:
+            raise SparsepassError(
+                f"{what} holds the negative id {low}; padding is told by attention_mask, not by {IGNORED_LABEL}"
+            )
+        if vocab_size is not None and high >= vocab_size:
+            raise SparsepassError(
+                f"{what} holds the id {high}, and the model's vocabulary has {vocab_size}; was another model's tokenizer used?"
+            )
+        if (labels := self.columns.get(LABELS)) is not None:
+            wrong = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= (vocab_size or 2**31 - 1))
+            if wrong.any():
+                raise SparsepassError(
+                    f"{what} holds the label {int(labels[wrong][0])}; labels are token ids"
+                    + (f" below {vocab_size}" if vocab_size else "")
+                    + f", or {IGNORED_LABEL} where nothing is to be learned"
+                )
+        if (mask := self.columns.get(MASK)) is not None and not ((mask == 0) | (mask == 1)).all():
+            raise SparsepassError(f"{what}: attention_mask may hold only 0 (padding) and 1")
+
+    def without_padding(self) -> "Part":
+        """Leave out the positions where the mask is 0, and the mask."""
+        mask = self.columns.get(MASK)
+        if mask is None:
+            return self
+        columns = {name: values for name, values in self.columns.items() if name != MASK}
+        if mask.all():
+            return Part(columns=columns, lengths=self.lengths)
+        kept = mask.astype(bool)
+        before = np.concatenate([[0], np.cumsum(kept)])
+        ends = np.cumsum(self.lengths)
+        return Part(
+            columns={name: values[kept] for name, values in columns.items()},
+            lengths=before[ends] - before[ends - self.lengths],
+        )
+
+    def padded(self, context: int, pad_id: int) -> "Part":
+        """Bring every row to ``context`` tokens: longer ones are cut, shorter ones padded on the right; empty ones left out.
+
+        Returns:
+            The rows with an ``attention_mask`` that is 0 on padding; labels are -100 there.
+
+        Example:
+            >>> part = part_of_rows({"input_ids": [[5, 6, 7], [8]]}, "data")
+            >>> part.padded(2, 0).columns["input_ids"].tolist(), part.padded(2, 0).columns["attention_mask"].tolist()
+            ([5, 6, 8, 0], [1, 1, 1, 0])
+        """
+        starts = np.cumsum(self.lengths) - self.lengths
+        rows = [(int(start), int(min(length, context))) for start, length in zip(starts, self.lengths, strict=True) if length]
+        given = {MASK: np.ones(len(self), np.int32), **self.columns}
+        columns: Columns = {}
+        for name, values in given.items():
+            fill = {IDS: pad_id, LABELS: IGNORED_LABEL, MASK: 0}[name]
+            filled = np.full((len(rows), context), fill, dtype=np.int32)
+            for index, (start, length) in enumerate(rows):
+                filled[index, :length] = values[start : start + length]
+            columns[name] = filled.reshape(-1)
+        return Part(columns=columns, lengths=np.full(len(rows), context, dtype=np.int64))
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -200,74 +267,6 @@ def _same_lengths(lengths: Mapping[str, Any], what: str) -> Array:
                 f"{what}: a row has {int(arrays[IDS][row])} input_ids and {int(array[row])} {name}; they have to be equal"
             )
     return arrays[IDS]
-
-
-def check_part(part: Part, *, vocab_size: int | None, what: str) -> None:
-    """Check ids, labels and masks.
-
-    Raises:
-        SparsepassError: If an id or a label lies outside the vocabulary, or a mask is neither 0 nor 1.
-    """
-    if not len(part):
-        return
-    low, high = int(part.columns[IDS].min()), int(part.columns[IDS].max())
-    if low < 0:
-        raise SparsepassError(f"{what} holds the negative id {low}; padding is told by attention_mask, not by {IGNORED_LABEL}")
-    if vocab_size is not None and high >= vocab_size:
-        raise SparsepassError(
-            f"{what} holds the id {high}, and the model's vocabulary has {vocab_size}; was another model's tokenizer used?"
-        )
-    if (labels := part.columns.get(LABELS)) is not None:
-        wrong = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= (vocab_size or 2**31 - 1))
-        if wrong.any():
-            raise SparsepassError(
-                f"{what} holds the label {int(labels[wrong][0])}; labels are token ids"
-                + (f" below {vocab_size}" if vocab_size else "")
-                + f", or {IGNORED_LABEL} where nothing is to be learned"
-            )
-    if (mask := part.columns.get(MASK)) is not None and not ((mask == 0) | (mask == 1)).all():
-        raise SparsepassError(f"{what}: attention_mask may hold only 0 (padding) and 1")
-
-
-def without_padding(part: Part) -> Part:
-    """Leave out the positions where the mask is 0, and the mask."""
-    mask = part.columns.get(MASK)
-    if mask is None:
-        return part
-    columns = {name: values for name, values in part.columns.items() if name != MASK}
-    if mask.all():
-        return Part(columns=columns, lengths=part.lengths)
-    kept = mask.astype(bool)
-    before = np.concatenate([[0], np.cumsum(kept)])
-    ends = np.cumsum(part.lengths)
-    return Part(
-        columns={name: values[kept] for name, values in columns.items()},
-        lengths=before[ends] - before[ends - part.lengths],
-    )
-
-
-def padded(part: Part, context: int, pad_id: int) -> Part:
-    """Bring every row to ``context`` tokens: longer ones are cut, shorter ones padded on the right; empty ones left out.
-
-    Returns:
-        The rows with an ``attention_mask`` that is 0 on padding; labels are -100 there.
-
-    Example:
-        >>> part = part_of_rows({"input_ids": [[5, 6, 7], [8]]}, "data")
-        >>> padded(part, 2, 0).columns["input_ids"].tolist(), padded(part, 2, 0).columns["attention_mask"].tolist()
-        ([5, 6, 8, 0], [1, 1, 1, 0])
-    """
-    ends = np.cumsum(part.lengths)
-    rows = [(int(end - length), int(min(length, context))) for end, length in zip(ends, part.lengths, strict=True) if length]
-    given = {MASK: np.ones(len(part), np.int32), **part.columns}
-    columns: Columns = {}
-    for name, values in given.items():
-        fill = {IDS: pad_id, LABELS: IGNORED_LABEL, MASK: 0}[name]
-        filled = np.full((len(rows), context), fill, dtype=np.int32)
-        for index, (start, length) in enumerate(rows):
-            filled[index, :length] = values[start : start + length]
-        columns[name] = filled.reshape(-1)
-    return Part(columns=columns, lengths=np.full(len(rows), context, dtype=np.int64))
 
 
 @final

@@ -74,17 +74,14 @@ class MetricsFile:
         if self._descriptor is not None:
             os.write(self._descriptor, _to_line(values).encode())
 
-    def close(self) -> None:
-        """Close the file; what is written afterwards is dropped."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        """Close the file; what is written afterwards is dropped."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, JSON]]:

@@ -26,7 +26,6 @@ from sparsepass.graph.support import SparsepassError
 T = TypeVar("T")
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def process_rank() -> int:
@@ -236,7 +235,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._received = None
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self._old = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
