@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
-from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, steps_of
+from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.learner import Learner, shares
 from sparsepass.retrain.run import (
@@ -33,7 +33,6 @@ from sparsepass.retrain.run import (
     total,
     tracking,
 )
-from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
 from sparsepass.retrain.state import TrainingState, random_states, set_random_states
 from sparsepass.retrain.teacher import Teacher, online_teacher
 from sparsepass.retrain.trainee import make_trainee

@@ -48,8 +48,7 @@ def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool 
     weights = {f"weights/{name}": tensor.detach() for name, tensor in found.tensors().items()}
     into = {key: tensor for key, tensor in weights.items() if key in stored}
     into |= {f"masks/{name}": found.tensor(mask) for name, (_, _, mask) in masked_sites(found).items()}
-    shapes = {name: list(found.tensor(name).shape) for name in found.sparse}
-    of_this = {"recipe": found.recipe, "sparse_weights": shapes}
+    of_this = {"recipe": found.recipe, "sparse_weights": {name: list(found.tensor(name).shape) for name in found.sparse}}
     with torch.no_grad():
         restored = checkpoints.restore("newest" if step is None else step, into, expected=of_this, partial=True)
     return found, "; ".join([*restored.notes, f"weights and masks are those of {restored.path}"])

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, final
 
@@ -107,63 +108,56 @@ def prepare(
         columns = data.column_names if len(data) else []
     if not columns:
         raise SparsepassError(f"{what} is empty: it has no rows")
-    encoder = None if IDS in columns else _encoder(source, config, tokenizer, columns, what)
-    job = _Job(
-        source=source,
-        config=config,
-        columns=[name for name in (IDS, LABELS, MASK) if name in columns],
-        encoder=encoder,
-        shape=_shape(config, tokenizer, encoder),
-        vocab_size=vocab_size,
-        what=what,
-    )
+    job = _Job(source=source, config=config, tokenizer=tokenizer, columns=columns, vocab_size=vocab_size, what=what)
     return job.stream(data) if isinstance(data, datasets.IterableDataset) else job.table()
-
-
-def _encoder(
-    source: Source, config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", columns: Sequence[str], what: str
-) -> Encoder:
-    if tokenizer is None:
-        raise SparsepassError(
-            f"{what} is text, and there is no tokenizer to turn it into ids; pass tokenizer=..., or rows with {IDS}"
-        )
-    if not source.texts and config.text_column not in columns:
-        raise SparsepassError(
-            f"{what} has the columns {', '.join(columns)}: neither {IDS} nor the text column {config.text_column!r}; name it "
-            "with text_column"
-        )
-    return Encoder(tokenizer=tokenizer, framed=not config.packing, what=what)
-
-
-def _shape(config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", encoder: Encoder | None) -> Shape:
-    before = () if encoder is None or not config.packing else tuple(encoder.before)
-    if len(before) >= config.context:
-        raise SparsepassError(
-            f"context of {config.context} tokens leaves no room beside the tokenizer's {len(before)} special tokens; "
-            "choose a larger context"
-        )
-    pad_id = None if tokenizer is None else tokenizer.pad_token_id
-    if tokenizer is not None and pad_id is None:
-        pad_id = tokenizer.eos_token_id
-    return Shape(context=config.context, packing=config.packing, before=before, pad_id=int(pad_id or 0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A source on its way to tokens; ``columns`` are those of tokens that it has, and ``encoder`` makes tokens of text."""
+    """A source on its way to tokens."""
 
     source: Source
     config: DataConfig
-    columns: list[str]
-    encoder: Encoder | None
-    shape: Shape
+    tokenizer: "PreTrainedTokenizerBase | None"
+    columns: Sequence[str]
     vocab_size: int | None
     what: str
 
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """What makes tokens of text; None where the source has tokens."""
+        if IDS in self.columns:
+            return None
+        if self.tokenizer is None:
+            raise SparsepassError(
+                f"{self.what} is text, and there is no tokenizer to turn it into ids; pass tokenizer=..., or rows with {IDS}"
+            )
+        if not self.source.texts and self.config.text_column not in self.columns:
+            raise SparsepassError(
+                f"{self.what} has the columns {', '.join(self.columns)}: neither {IDS} nor the text column "
+                f"{self.config.text_column!r}; name it with text_column"
+            )
+        return Encoder(tokenizer=self.tokenizer, framed=not self.config.packing, what=self.what)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """How the tokens become sequences."""
+        context, packing, tokenizer = self.config.context, self.config.packing, self.tokenizer
+        before = tuple(self.encoder.before) if self.encoder is not None and packing else ()
+        if len(before) >= context:
+            raise SparsepassError(
+                f"context of {context} tokens leaves no room beside the tokenizer's {len(before)} special tokens; choose a "
+                "larger context"
+            )
+        pad_id = None if tokenizer is None else tokenizer.pad_token_id
+        if tokenizer is not None and pad_id is None:
+            pad_id = tokenizer.eos_token_id
+        return Shape(context=context, packing=packing, before=before, pad_id=int(pad_id or 0))
+
     def table(self) -> Prepared:
         """Make all tokens."""
-        packing, is_data_set = self.config.packing, not self.source.texts and not isinstance(self.source.data, np.ndarray)
-        parts = (self._checked(part) for part in self._parts())
+        packing = self.config.packing
+        parts = (part.checked(vocab_size=self.vocab_size, what=self.what) for part in self._parts())
         table = TokenTable(part.without_padding() if packing else part for part in parts)
         facts = self._facts()
         prepared = Prepared(
@@ -177,7 +171,7 @@ class _Job:
         if prepared.num_sequences == 0:
             raise self._too_short(len(table))
         facts |= {"num_sequences_in_source": prepared.num_sequences, "num_tokens_in_source": len(table)}
-        if is_data_set:
+        if not self.source.texts and not isinstance(self.source.data, np.ndarray):
             counts = {"num_read": len(table.lengths) + table.num_empty, "num_empty": table.num_empty}
             cut = {} if packing else {"num_truncated": int((table.lengths > self.config.context).sum())}
             facts["rows"] = counts | cut
@@ -192,7 +186,7 @@ class _Job:
             facts["rows"] = counts
 
         def encode(rows: Sequence[Mapping[str, Any]]) -> Part:
-            part = self._checked(self._part(rows))
+            part = self._part(rows).checked(vocab_size=self.vocab_size, what=self.what)
             counts["num_read"] += len(part.lengths)
             if not config.packing:
                 counts["num_truncated"] += int((part.lengths > config.context).sum())
@@ -223,14 +217,15 @@ class _Job:
         elif self.encoder is not None:
             yield from parts_of_arrow(self._tokenized(data, self.encoder).data.table, self.what)
         else:
-            rows_of_ids = data.select_columns(self.columns)
+            rows_of_ids = data.select_columns([name for name in (IDS, LABELS, MASK) if name in self.columns])
             if rows_of_ids._indices is not None:
                 rows_of_ids = rows_of_ids.flatten_indices()
             yield from parts_of_arrow(rows_of_ids.data.table, self.what)
 
     def _part(self, rows: Sequence[Mapping[str, Any]]) -> Part:
         if self.encoder is None:
-            return part_of_rows({name: [row.get(name) for row in rows] for name in self.columns}, self.what)
+            names = [name for name in (IDS, LABELS, MASK) if name in self.columns]
+            return part_of_rows({name: [row.get(name) for row in rows] for name in names}, self.what)
         if self.source.texts:
             return part_of_rows({IDS: self.encoder.encode_pieces(rows)}, self.what)
         return part_of_rows({IDS: self.encoder.encode([row.get(self.config.text_column) for row in rows])}, self.what)
@@ -257,10 +252,6 @@ class _Job:
             new_fingerprint=Hasher.hash(facts),
             desc="Tokenizing",
         )
-
-    def _checked(self, part: Part) -> Part:
-        part.check(vocab_size=self.vocab_size, what=self.what)
-        return part
 
     def _facts(self) -> dict[str, object]:
         facts: dict[str, object] = {"context": self.config.context, "packing": self.config.packing}

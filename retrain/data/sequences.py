@@ -140,19 +140,10 @@ def cut(columns: Columns, size: int) -> list[Columns]:
 
 def batch_of(sequences: Sequence[Columns], names: Sequence[str], context: int, indices: list[int], places: list[int]) -> Batch:
     """Stack sequences."""
-    tensors = {
-        name: torch.from_numpy(np.stack([columns[name] for columns in sequences]).astype(np.int64))
-        if sequences
-        else torch.empty(0, context, dtype=torch.int64)
-        for name in names
-    }
-    return Batch(
-        input_ids=tensors[IDS],
-        attention_mask=tensors.get(MASK),
-        labels=tensors.get(LABELS),
-        indices=indices,
-        places=places,
-    )
+    none = np.empty((0, context), np.int64)
+    stacked = {name: np.stack([columns[name] for columns in sequences]) if sequences else none for name in names}
+    tensors = {name: torch.from_numpy(values.astype(np.int64)) for name, values in stacked.items()}
+    return Batch(**tensors, indices=indices, places=places)
 
 
 @final

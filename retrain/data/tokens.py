@@ -40,14 +40,14 @@ class Part:
     def __len__(self) -> int:
         return int(self.columns[IDS].shape[0])
 
-    def check(self, *, vocab_size: int | None, what: str) -> None:
-        """Check ids, labels and masks.
+    def checked(self, *, vocab_size: int | None, what: str) -> "Part":
+        """Return the part itself if its ids, labels and masks are in order.
 
         Raises:
             SparsepassError: If an id or a label lies outside the vocabulary, or a mask is neither 0 nor 1.
         """
         if not len(self):
-            return
+            return self
         low, high = int(self.columns[IDS].min()), int(self.columns[IDS].max())
         if low < 0:
             raise SparsepassError(
@@ -67,6 +67,7 @@ class Part:
                 )
         if (mask := self.columns.get(MASK)) is not None and not ((mask == 0) | (mask == 1)).all():
             raise SparsepassError(f"{what}: attention_mask may hold only 0 (padding) and 1")
+        return self
 
     def without_padding(self) -> "Part":
         """Leave out the positions where the mask is 0, and the mask."""

@@ -185,8 +185,8 @@ def _overlap(which: str) -> SparsepassError:
     )
 
 
-def _settings(data: Prepared, config: DataConfig, num_held_out: int) -> dict[str, object]:
-    return {
+def _reading(data: Prepared, config: DataConfig, num_held_out: int, mixture: Mapping[str, object] | None = None) -> Reading:
+    settings = {
         "data": data.fingerprint,
         "streamed": data.stream is not None,
         "context": config.context,
@@ -196,10 +196,8 @@ def _settings(data: Prepared, config: DataConfig, num_held_out: int) -> dict[str
         "shuffle": config.shuffle,
         "shuffle_buffer": config.shuffle_buffer if data.stream is not None else None,
         "seed": config.seed,
+        **(mixture or {}),
     }
-
-
-def _reading(data: Prepared, config: DataConfig, settings: Mapping[str, object]) -> Reading:
     seed = config.seed if config.shuffle else None
     return Reading(shape=data.shape, names=data.names, settings=settings, seed=seed, what=_TRAINING)
 
@@ -231,18 +229,18 @@ def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None, 
     held = spread(number, total) if number else np.empty(0, np.int64)
     places = np.setdiff1d(np.arange(total), held, assume_unique=True)
     table, limit = data.table, _limit(config)
-    settings, facts = _settings(data, config, number), _facts(data, config)
+    facts, mixture = _facts(data, config), None
     if beside is not None:
         assert beside.table is not None
         own, theirs = _mixture(len(places), beside.num_sequences, config.beside_share, limit)
         table = table.followed_by(beside.table, data.shape.num_body)
         first = -(-len(data.table) // data.shape.num_body)
         places = np.concatenate([places[spread(own, len(places))], first + spread(theirs, beside.num_sequences)])
-        settings |= {"mixed in": beside.fingerprint, "its share": config.beside_share}
+        mixture = {"mixed in": beside.fingerprint, "its share": config.beside_share}
         facts["mixed_in"] = {"source": beside.source.name, "kind": beside.source.kind, "num_sequences": theirs, **beside.facts}
     elif limit is not None and limit < len(places):
         places = places[spread(limit, len(places))]
-    train = TableSequences(table, places, _reading(data, config, settings))
+    train = TableSequences(table, places, _reading(data, config, number, mixture))
     found = TrainingData(train, facts)
     if not number:
         return found
@@ -283,7 +281,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
         start=Block(epoch=0, first=number, place=start, check=hash_columns(first)),
         block=config.shuffle_buffer,
         limit=_limit(config),
-        reading=_reading(data, config, _settings(data, config, number)),
+        reading=_reading(data, config, number),
     )
     found = TrainingData(train, _facts(data, config))
     if not number:

@@ -157,11 +157,9 @@ class Checkpoints:
                 if rank:
                     return
                 serial = 1 + max((c.serial for c in self._scan()[0]), default=0)
-                write_manifest(
-                    Checkpoint(
-                        path=staging, step=step, metric=metric, serial=serial, num_processes=num_processes(), files=files
-                    )
-                )
+                count = num_processes()
+                written = Checkpoint(path=staging, step=step, metric=metric, serial=serial, num_processes=count, files=files)
+                write_manifest(written)
                 _settle(staging / MANIFEST_FILE)
                 stack.close()  # moves the folder to its place
                 _settle_names(self._folder)

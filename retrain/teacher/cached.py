@@ -81,8 +81,7 @@ class CacheManifest:
 
     def write(self, folder: Path) -> None:
         """Write it beside its place and move it over."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_text(folder / MANIFEST_FILE, text)
+        write_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @final

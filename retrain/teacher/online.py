@@ -225,13 +225,12 @@ def online_teacher(
 def _store_low(teacher: Program, parts: Halves) -> None:
     """Store the weights of linear layers in bfloat16; one that is looked up as well keeps its precision there."""
     low: dict[int, nn.Parameter] = {}
-    looked_up = {site.weight for site in teacher.sites() if not site.can_be_named}
     for site in teacher.sites():
         if site.layout in ("linear", "conv1d_hf") and site.weight:
             tensor = teacher.tensor(site.weight)
             if tensor.dtype == torch.float32:
                 low[id(tensor)] = nn.Parameter(tensor.detach().to(torch.bfloat16), requires_grad=False)
-    keep = {id(teacher.tensor(name)) for name in looked_up if name}
+    keep = {id(teacher.tensor(site.weight)) for site in teacher.sites() if site.weight and not site.can_be_named}
     for root, spared in ((parts.body, keep), (parts.head, set())):
         for module in root.modules():
             for name, parameter in list(module._parameters.items()):

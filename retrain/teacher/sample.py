@@ -146,14 +146,8 @@ def sample_to_file(
     path = check_file(out, force=force)
     prompt = _prompt(tokenizer, config.start)
     count, batch_size = -(-config.num_tokens // config.length), config.batch_size
-    facts = {
-        "length": config.length,
-        "prompt": prompt,
-        "batch_size": batch_size,
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "model": fingerprint(model.parameters()),
-    }
+    facts = {name: getattr(config, name) for name in ("length", "batch_size", "temperature", "seed")}
+    facts |= {"prompt": prompt, "model": fingerprint(model.parameters())}
     beside = path.with_name(f".{path.name}.partial")
     done = _rows_done(beside, facts, force=force)
     with (
