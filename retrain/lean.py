@@ -1,6 +1,6 @@
-"""A module tree made lean for training: what its backward pass would keep or compute without need is left out.
+"""Makes a module tree lean for training: its backward pass keeps and computes no more than it needs.
 
-Shape suffixes: I in, O out.
+Shape suffixes: I input features, O output features.
 """
 
 from collections.abc import Callable

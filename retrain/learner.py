@@ -1,4 +1,6 @@
-"""The numbers of a step: forward, backward and validation of the student, on one process or many; and what is not finite.
+"""The numbers of a step: forward, backward and validation of the student, on one process or many.
+
+Where a loss is not finite, it tells where that began and what to change.
 
 Tensor shape legend: B sequences of one process, T tokens.
 """

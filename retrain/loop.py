@@ -293,7 +293,7 @@ class Training:
             state.decided, state.kept_norm = decided / groups, kept / everything
 
     def _over_processes(self, numbers: Iterator[float]) -> list[float]:
-        """Sums over the processes where each has a shard of the masks; where each has all of them, the numbers themselves."""
+        """Add numbers up over the processes, if each holds a shard of the masks. If each holds all masks, nothing is added."""
         return total(self.accelerator, *numbers) if self.trainee.masks.are_sharded else list(numbers)
 
     def validate(self) -> None:

@@ -5,7 +5,7 @@ program holds the hard one.
 
 Everything here works on what a process holds of a tensor: of a sharded one its own shard, which holds whole groups.
 
-Shape suffixes, of the matrix along whose last axis N:M runs: O rows, I columns; G groups of a row, M entries of a group.
+Shape suffixes: a weight as a matrix has O rows and I columns. Its N:M groups lie along a row: G groups, each of M entries.
 """
 
 import contextlib
@@ -291,7 +291,7 @@ def pack(mask: Tensor) -> Tensor:
     bits = mask.reshape(-1).view(torch.uint8)
     if bits.numel() % 8 or bits.storage_offset() % 8:
         bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
-    # One integer of eight bytes; the product moves bit 8 i, of byte i, to bit 56 + i, and lets nothing else meet there.
+    # Eight bytes are read as one integer. The product moves bit 8 i, that of byte i, to bit 56 + i; no two bits meet there.
     packed = bits.view(torch.int64) * sum(1 << 56 - 7 * place for place in range(8))
     return packed.bitwise_right_shift_(56).bitwise_and_(0xFF).to(torch.uint8)
 

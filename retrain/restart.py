@@ -1,4 +1,4 @@
-"""Going on otherwise: a checkpoint's weights and masks as a program, for a new run with other settings."""
+"""A checkpoint's weights and masks as a program, for a new run with other settings."""
 
 import copy
 from pathlib import Path

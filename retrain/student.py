@@ -26,14 +26,14 @@ from sparsepass.retrain.masks import put_behind
 
 
 class Body(nn.Module):
-    """A program without its head, called with what it takes of ids and mask. Final.
+    """A program without its head. Final.
 
     Shapes: input_ids_BT and attention_mask_BT [B, T] -> hidden states [B, T, H].
 
     Args:
         hierarchy: The body.
-        input_names: What it takes.
-        longest: T of the longest sequences it is right for, if its attention has been told that nothing is padding.
+        input_names: Names of the program's inputs: ids, and perhaps a mask.
+        longest: The largest T that it takes, if its attention was told that nothing is padding; None for no limit.
     """
 
     def __init__(self, hierarchy: Hierarchy, input_names: Iterable[str], longest: int | None = None) -> None:

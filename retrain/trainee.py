@@ -2,7 +2,7 @@
 
 CAST changes the program too: two learnable scales per row stand beside each masked weight, and are folded into it at the end.
 
-Shape suffixes, of the matrix along whose last axis N:M runs: O rows, I columns.
+Shape suffixes: a weight as a matrix has O rows and I columns, and its N:M groups lie along a row.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ class Trainee:
 
     Attributes:
         program: Gets its tensors back at the end, see `give_back`.
-        student: The module itself.
-        model: It, as DDP wraps it; the student where nothing does.
+        student: The module that is trained.
+        model: What is called: the student as DDP wraps it, or the student itself.
         slots: The program's tensors, where they are now.
         trained: Name -> trained parameter.
-        optimizer: Over these.
+        optimizer: Of the trained parameters.
         masks: Moved by `refresh`.
         forward_masks: Weight name -> the mask that the forward pass reads, where that is not the one that moves (CAST).
         scales: Weight name -> name of CAST's scales.
@@ -113,7 +113,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     """Make a program ready for training.
 
     Args:
-        program: Its tensors are trained in place, or on the way to `Trainee.give_back` where they are sharded.
+        program: Its tensors are trained in place. Sharded ones come back with `Trainee.give_back`.
         config: The settings.
         accelerator: Process and device.
         unpadded: The length of all sequences, if none has padding.
@@ -186,7 +186,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
 def attach_scales(program: Program, sites: Iterable[Site]) -> dict[str, str]:
     """Multiply each masked linear weight by learnable scales: ``W_eff[r, c] = W[r, c] A[r, c // (in/2)]``, A starting at one.
 
-    Layers of other kinds, and such with an odd number of input features, have none.
+    Other kinds of layers, and layers with an odd number of input features, get no scales.
 
     Args:
         program: Changed in place.
@@ -266,7 +266,7 @@ def _scale(masked: fx.Node, source: fx.Node, site: Site, name: str) -> None:
 
 
 def _scaled_source(masked: fx.Node, scales: Mapping[str, str]) -> fx.Node | None:
-    """The node that reads the weight which `_scale` multiplied, if it stands before this mask."""
+    """The node above a mask that reads a weight with scales; None if there is none."""
     stack = list(masked.all_input_nodes)
     while stack:
         node = stack.pop()

@@ -178,7 +178,7 @@ class _Job:
         return prepared
 
     def stream(self, data: Any) -> Prepared:
-        """Make ready to read the tokens; one sequence is read, to see whether there are so many."""
+        """Make ready to read the tokens; one sequence is read, to see whether the source is long enough."""
         config, facts = self.config, self._facts()
         # Counted as they are read, and again if they are read again.
         counts = {"num_read": 0, "num_empty": 0} | ({} if config.packing else {"num_truncated": 0})

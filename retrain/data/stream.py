@@ -80,7 +80,7 @@ class TokenStream:
     """
 
     def __init__(self, data: Any, encode: Encode, place: Place, what: str = "the data") -> None:
-        # A copy: where it stands is the user's own affair.
+        # A copy: the user's own object stays where it stands.
         self._data = copy.copy(data)
         if not _has_form(self._data.state_dict(), place.source):
             place = dataclasses.replace(place, source=None, skip=place.passed)
@@ -259,7 +259,7 @@ def _is_checked(loaded: Sequence[Columns], check: str) -> bool:
 
 
 def _has_form(own: Any, saved: Any) -> bool:
-    """Whether a data set can take up a saved state: one of another reader has other fields."""
+    """Whether a saved state fits a data set: the states of another kind of reader have other fields."""
     if saved is None or not isinstance(own, dict):
         return True
     same = isinstance(saved, dict) and own.keys() == saved.keys() and own.get("type") == saved.get("type")

@@ -1,4 +1,4 @@
-"""What keeps a training run alive and told: checkpoints, processes, signals, progress, metrics."""
+"""What a training run needs around its steps: checkpoints, processes, signals, progress, metrics."""
 
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS, Checkpoints, step_of
 from sparsepass.retrain.run.metrics import METRICS, MetricsFile, read_metrics, tracking

@@ -40,7 +40,7 @@ from sparsepass.retrain.run.processes import num_processes, process_rank, togeth
 JSON = Any
 
 CHECKPOINTS = "checkpoints"
-"""The folder of them inside a run folder."""
+"""Name of the folder, inside a run folder, that holds the checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)

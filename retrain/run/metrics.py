@@ -19,7 +19,7 @@ from sparsepass.graph.support import SparsepassError, write_text
 JSON = Any
 
 METRICS = "metrics.jsonl"
-"""The file in a run folder."""
+"""Name of the file in a run folder."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""A teacher whose top-k logits lie on disk, and what the folder they lie in looks like.
+"""A teacher whose top-k logits lie on disk, and the layout of their folder.
 
 A folder with `teacher_cache.json` (what was cached, of which teacher, for which data) and safetensors shards of whole
 sequences. For each position a shard holds the k most probable tokens, their logits relative to the largest, and for each

@@ -164,7 +164,7 @@ class OnlineParts:
             )
 
     def without_cache(self) -> "OnlineParts":
-        """What there is for sequences other than those of the training: a cache knows nothing of them."""
+        """The same, without a cached teacher: for sequences outside of the training, which a cache does not hold."""
         return self if isinstance(self.teacher, OnlineTeacher) else replace(self, teacher=None)
 
     def look(self, batch: Batch) -> tuple[TeacherTargets | None, list[Tensor] | None]:
@@ -223,7 +223,7 @@ def online_teacher(
 
 
 def _store_low(teacher: Program, parts: Halves) -> None:
-    """Store the weights of linear layers in bfloat16; one that is looked up as well keeps its precision there."""
+    """Store the weights of linear layers in bfloat16. A weight that an embedding reads too keeps its precision there."""
     low: dict[int, nn.Parameter] = {}
     for site in teacher.sites():
         if site.layout in ("linear", "conv1d_hf") and site.weight:

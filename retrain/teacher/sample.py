@@ -1,4 +1,4 @@
-"""Text that a model writes itself: to distil from where there is no text, or none that is broad enough.
+"""Text that a model writes itself, to distil from where there is no text, or only a narrow one.
 
 Tensor shape legend: B batch, P tokens of a prompt, T tokens.
 """
