@@ -1,6 +1,10 @@
-"""The settings of a training run: plain fields, checked when they are made, readable from a recipe file."""
+"""The settings of a training run: plain fields, checked when they are made, readable from a recipe file.
+
+How learning rate and decays change over a run are pure functions of the step.
+"""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -137,34 +141,29 @@ class RetrainConfig:
         for name in ("max_steps", "max_tokens", "batch_size", "micro_batch_size", "mask_interval", "validate_every",
                      "checkpoint_every", "keep_checkpoints", "log_every", "chunk_tokens"):  # fmt: skip
             value, least = getattr(self, name), 0 if name == "keep_checkpoints" else 1
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise SparsepassError(f"{name} expects a whole number of at least {least}, got {value!r}")
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            self._expect(name, f"a whole number of at least {least}", value is None or (is_number and value >= least))
         for name in ("method", "optimizer", "lr_shape", "dtype", "parallel"):
             choices = get_args(get_type_hints(RetrainConfig)[name])
-            if getattr(self, name) not in choices:
-                raise SparsepassError(f"{name} expects one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            self._expect(name, f"one of {', '.join(choices)}", getattr(self, name) in choices)
         for name in ("lr", "min_lr", "warmup", "eps", "weight_decay", "decay", "decay_warmup", "hidden_weight", "mask_norm"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise SparsepassError(f"{name} expects a number of at least 0, got {getattr(self, name)!r}")
+            self._expect(name, "a number of at least 0", 0 <= getattr(self, name) < float("inf"))
         for name in ("final_linear", "freeze_masks_after", "kd_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SparsepassError(f"{name} expects a fraction from 0 to 1, got {getattr(self, name)!r}")
+            self._expect(name, "a fraction from 0 to 1", 0 <= getattr(self, name) <= 1)
         if self.min_lr > self.lr:
             raise SparsepassError(f"min_lr {self.min_lr} is above lr {self.lr}; the rate descends from lr to min_lr")
-        if not self.temperature > 0:
-            raise SparsepassError(f"temperature expects a number above 0, got {self.temperature}")
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise SparsepassError(f"clip_grad_norm expects a number above 0 or null, got {self.clip_grad_norm}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise SparsepassError(f"betas expects two numbers from 0 to below 1, got {self.betas}")
-        if not 0 <= self.momentum < 1:
-            raise SparsepassError(f"momentum expects a number from 0 to below 1, got {self.momentum}")
-        if self.behind not in ("original", "zeros", "clipped") if isinstance(self.behind, str) else not 0 <= self.behind <= 1:
-            raise SparsepassError(f"behind expects original, zeros, clipped or a factor from 0 to 1, got {self.behind!r}")
+        self._expect("temperature", "a number above 0", self.temperature > 0)
+        self._expect("clip_grad_norm", "a number above 0 or null", self.clip_grad_norm is None or self.clip_grad_norm > 0)
+        fits = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self._expect("betas", "two numbers from 0 to below 1", fits)
+        self._expect("momentum", "a number from 0 to below 1", 0 <= self.momentum < 1)
+        behind = self.behind
+        fits = behind in ("original", "zeros", "clipped") if isinstance(behind, str) else 0 <= behind <= 1
+        self._expect("behind", "original, zeros, clipped or a factor from 0 to 1", fits)
         for name in ("mask_scale", "mask_temperature"):
             ends = getattr(self, name)
-            if len(ends) != 2 or not all(0 < end < float("inf") for end in ends):
-                raise SparsepassError(f"{name} expects two numbers above 0, at the first and the last step, got {ends}")
+            fits = len(ends) == 2 and all(0 < end < float("inf") for end in ends)
+            self._expect(name, "two numbers above 0, at the first and the last step", fits)
         if self.trackers:
             _check_trackers(self.trackers)
         if self.method == "cast" and self.optimizer != "adamw":
@@ -173,6 +172,10 @@ class RetrainConfig:
             raise SparsepassError(
                 "method maskllm chooses among all weights as they are, to the end: leave out behind and freeze_masks_after"
             )
+
+    def _expect(self, name: str, expected: str, fits: bool) -> None:
+        if not fits:
+            raise SparsepassError(f"{name} expects {expected}, got {getattr(self, name)!r}")
 
     def resolve(self, device: torch.device | str) -> "RetrainConfig":
         """The same settings, with ``dtype: auto`` decided for a device."""
@@ -250,6 +253,63 @@ def steps_of(length: float, num_steps: int) -> int:
     (5, 20)
     """
     return int(length) if length >= 1 else round(length * num_steps)
+
+
+def learning_rate(
+    step: int, *, num_steps: int, peak: float, floor: float, warmup_steps: int, final_steps: int, shape: str = "cosine"
+) -> float:
+    """Return the learning rate of a step: up in a line, down to a floor, and in a line to zero at the end.
+
+    Where the decay of masked weights dominates, AdamW's step is near ``lr * sign(W)`` whatever the decay's size, so the rate
+    has to end near zero.
+
+    Args:
+        step: 0 for the first step.
+        num_steps: Steps of the whole run.
+        peak: Rate after the warm-up.
+        floor: Rate at which the descent ends.
+        warmup_steps: Steps until the peak is reached.
+        final_steps: Steps of the line to zero.
+        shape: ``cosine``, ``linear``, or ``constant`` (stays at the peak until the line to zero).
+
+    Returns:
+        The rate, in the units of ``peak``.
+
+    Source: arXiv 2407.20584, appendix (settings); methods.md section 2.
+
+    >>> [round(learning_rate(s, num_steps=10, peak=1.0, floor=0.1, warmup_steps=2, final_steps=2), 2) for s in range(10)]
+    [0.5, 1.0, 1.0, 0.94, 0.78, 0.55, 0.33, 0.16, 0.1, 0.05]
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    start_of_end = num_steps - final_steps
+    end = floor if shape != "constant" else peak
+    if step >= start_of_end:
+        return end * (num_steps - step) / max(final_steps, 1)
+    share = (step - warmup_steps) / max(start_of_end - warmup_steps, 1)
+    if shape == "cosine":
+        return floor + (peak - floor) * (1 + math.cos(math.pi * share)) / 2
+    return peak + (end - peak) * share
+
+
+def straight(step: int, num_steps: int, start: float, end: float) -> float:
+    """Return what goes in a line from ``start`` at the first step to ``end`` at the last.
+
+    >>> [straight(step, 5, 4.0, 0.0) for step in range(5)]
+    [4.0, 3.0, 2.0, 1.0, 0.0]
+    """
+    return start + (end - start) * step / max(num_steps - 1, 1)
+
+
+def annealed_decay(step: int, *, decay: float, decay_steps: int) -> float:
+    """Return the decay of masked weights: up in a line to ``decay`` over ``decay_steps``, then constant.
+
+    Source: arXiv 2407.20584, section 3: ``lambda(t) = alpha t`` for ``t <= T0``, then ``alpha T0``.
+
+    >>> [annealed_decay(step, decay=1.0, decay_steps=4) for step in (0, 2, 4, 9)]
+    [0.0, 0.5, 1.0, 1.0]
+    """
+    return decay * min(1.0, step / decay_steps) if decay_steps else decay
 
 
 def read_settings(kind: type[Settings], settings: Mapping[str, Any], *, where: str) -> Settings:

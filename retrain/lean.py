@@ -1,8 +1,9 @@
-"""A module tree made lean for training: what its backward pass would keep or compute without need is left out.
+"""Makes a module tree lean for training: its backward pass keeps and computes no more than it needs.
 
-Shape suffixes: I in, O out.
+Shape suffixes: I input features, O output features.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,11 +136,7 @@ def _merge_gate(product: fx.Node, owner: torch.nn.Module) -> None:
         if not isinstance(gate, fx.Node) or not isinstance(up, fx.Node) or gate is up:
             return  # a number, or a square
         if list(gate.users) == [product] and _is_silu(gate, owner):
-            with product.graph.inserting_before(product):
-                merged = product.graph.call_function(gated_silu, (gate.args[0], up))
-            product.replace_all_uses_with(merged)
-            product.graph.erase_node(product)
-            product.graph.erase_node(gate)
+            _merge(gate, product, gated_silu, gate.args[0], up)
             return
 
 
@@ -155,8 +152,13 @@ def _is_silu(node: fx.Node, owner: torch.nn.Module) -> bool:
 def _merge_linear(linear: fx.Node) -> None:
     source, masked, *bias = linear.args
     assert isinstance(masked, fx.Node)
-    with linear.graph.inserting_before(linear):
-        merged = linear.graph.call_function(masked_linear, (source, *masked.args, *bias))
-    linear.replace_all_uses_with(merged)
-    linear.graph.erase_node(linear)
-    linear.graph.erase_node(masked)
+    _merge(masked, linear, masked_linear, source, *masked.args, *bias)
+
+
+def _merge(inner: fx.Node, outer: fx.Node, function: Callable[..., Tensor], *args: Any) -> None:
+    """Put one call in the place of two operations, the first of which only the second one reads."""
+    with outer.graph.inserting_before(outer):
+        merged = outer.graph.call_function(function, args)
+    outer.replace_all_uses_with(merged)
+    outer.graph.erase_node(outer)
+    outer.graph.erase_node(inner)

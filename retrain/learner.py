@@ -1,10 +1,13 @@
 """The numbers of a step: forward, backward and validation of the student, on one process or many.
 
+Where a loss is not finite, it tells where that began and what to change.
+
 Tensor shape legend: B sequences of one process, T tokens.
 """
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,9 +20,16 @@ from sparsepass.graph.perplexity import perplexity_of
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import Batch
 from sparsepass.retrain.loss import IGNORED, Distillation, next_token_targets
-from sparsepass.retrain.run import GO_ON, NonFiniteLossError, first_not_finite, total, whole
+from sparsepass.retrain.run import total, whole
 from sparsepass.retrain.teacher import OnlineParts
 from sparsepass.retrain.trainee import Trainee
+
+_GO_ON = "and start anew in another folder, from an earlier checkpoint if one is good (--from-checkpoint)"
+"""What to do with other settings, which an interrupted run does not take."""
+
+
+class NonFiniteLossError(SparsepassError):
+    """The loss or a gradient became NaN or infinite; the message says at which step, in which layer, and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +103,7 @@ class Learner:
         limit = self.config.clip_grad_norm or math.inf
         norm = float(whole(nn.utils.clip_grad_norm_(list(self.trainee.trained.values()), limit)))
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
-            where = self._first_not_finite(batch[slice(0, self.micro)])
-            raise NonFiniteLossError.at(step + 1, found.loss, norm, where, self.trainee.trained, self.config)
+            raise self._bad_step(batch[slice(0, self.micro)], found, norm, step + 1)
         return norm
 
     @torch.no_grad()
@@ -155,24 +164,29 @@ class Learner:
         batch = batch.to(self.accelerator.device)
         return first_not_finite(self.trainee.student, lambda: self._forward(batch, _targets(batch), 1.0))
 
+    def _bad_step(self, rows: Batch, found: StepLoss, norm: float, step: int) -> NonFiniteLossError:
+        trained, where = self.trainee.trained, self._first_not_finite(rows)
+        weight = next((name for name, p in trained.items() if not _is_finite(p)), None)
+        gradient = next((name for name, p in trained.items() if p.grad is not None and not _is_finite(p.grad)), None)
+        place = f"first in the output of {where}" if where else f"first in the gradient of {gradient or 'an unknown weight'}"
+        if weight is not None:
+            place += f"; the weight {weight} is not finite itself"
+        clip = "" if self.config.clip_grad_norm else ", set clip_grad_norm: 1.0"
+        what = f"the norm of the gradients is {norm:.4g}" if math.isfinite(found.loss) else f"the loss is {found.loss:.4g}"
+        return NonFiniteLossError(
+            f"step {step}: {what}, {place}. The step was not taken, and earlier checkpoints are intact. Lower lr (it is "
+            f"{self.config.lr:g}) or make warmup longer{clip}, {_GO_ON}; at the first step, check the model and the data, "
+            "and try dtype: float32"
+        )
+
     def _bad_validation(self, rows: Batch, step: int) -> NonFiniteLossError:
         where = self._first_not_finite(rows)
         return NonFiniteLossError(
             f"after step {step} the validation loss is not finite, first in "
             f"{f'the output of {where}' if where else 'later rows'}. Earlier checkpoints are intact. Lower lr (it is "
-            f"{self.config.lr:g}) or make warmup longer, {GO_ON}; at step 0, check the model and the validation data, and try "
+            f"{self.config.lr:g}) or make warmup longer, {_GO_ON}; at step 0, check the model and the validation data, and try "
             "dtype: float32"
         )
-
-
-def make_learner(trainee: Trainee, guide: OnlineParts, config: RetrainConfig, accelerator: Accelerator) -> Learner:
-    """Share a step out over the processes, and then over micro-batches.
-
-    Raises:
-        SparsepassError: If the batch does not divide evenly.
-    """
-    share, micro = shares(config, accelerator.num_processes)
-    return Learner(trainee=trainee, guide=guide, config=config, accelerator=accelerator, share=share, micro=micro)
 
 
 def shares(config: RetrainConfig, num_processes: int) -> tuple[int, int]:
@@ -197,3 +211,46 @@ def shares(config: RetrainConfig, num_processes: int) -> tuple[int, int]:
 
 def _targets(batch: Batch) -> Tensor:
     return next_token_targets(batch.input_ids, batch.attention_mask, batch.labels)
+
+
+@torch.no_grad()
+def first_not_finite(module: nn.Module, run: Callable[[], Any]) -> str | None:
+    """Run a forward pass and name the first module whose output holds NaN or infinity.
+
+    Args:
+        module: Its submodules are watched.
+        run: Runs it.
+
+    Returns:
+        The module's path in the model; None if every output is finite.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> _ = nn.init.constant_(net[0].weight, float("inf"))
+        >>> first_not_finite(net, lambda: net(torch.ones(1, 2)))
+        '0'
+    """
+    found: list[str] = []
+    handles = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(watched: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [output] if isinstance(output, Tensor) else [t for t in output or () if isinstance(t, Tensor)]
+            if not found and any(t.is_floating_point() and not _is_finite(t) for t in tensors):
+                found.append(name)
+
+        return look
+
+    for name, child in module.named_modules():
+        if name:
+            handles.append(child.register_forward_hook(watch(name.removeprefix("body.hierarchy.tree."))))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.detach().isfinite().all())

@@ -16,9 +16,9 @@ from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.support import give_back_freed_memory
-from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, steps_of
+from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
-from sparsepass.retrain.learner import StepLoss, make_learner, shares
+from sparsepass.retrain.learner import Learner, shares
 from sparsepass.retrain.run import (
     CHECKPOINTS,
     METRICS,
@@ -29,14 +29,11 @@ from sparsepass.retrain.run import (
     any_process,
     make_accelerator,
     memory_bytes,
-    random_states,
-    set_random_states,
     together,
     total,
     tracking,
 )
-from sparsepass.retrain.schedule import annealed_decay, learning_rate, straight
-from sparsepass.retrain.state import TrainingState
+from sparsepass.retrain.state import TrainingState, random_states, set_random_states
 from sparsepass.retrain.teacher import Teacher, online_teacher
 from sparsepass.retrain.trainee import make_trainee
 
@@ -139,7 +136,8 @@ class Training:
         self.config = config = config.resolve(self.device)
         self.data, self.folder = data, folder
         self.num_steps = config.num_steps(data.train.shape.context)
-        shares(config, self.accelerator.num_processes)  # a mistake shows before anything expensive starts
+        share, micro = shares(config, self.accelerator.num_processes)  # a mistake shows before anything expensive starts
+        self._step_tokens = config.batch_size * data.train.shape.context
         self._validate_every = config.validate_every or max(1, self.num_steps // 10)
         self._checkpoint_every = config.checkpoint_every or self._validate_every
         torch.manual_seed(config.seed)
@@ -148,7 +146,9 @@ class Training:
         self.guide = online_teacher(teacher, config, self.accelerator, unpadded=data.unpadded)
         self.guide.check(self.trainee.student)
         self._identity["teacher"] = self.guide.about.get("fingerprint")
-        self.learner = make_learner(self.trainee, self.guide, config, self.accelerator)
+        self.learner = Learner(
+            trainee=self.trainee, guide=self.guide, config=config, accelerator=self.accelerator, share=share, micro=micro
+        )
         self._checkpoints = _checkpoints(folder, config)
         self.state = TrainingState()
         gc.collect()  # what capture left behind lies in cycles
@@ -192,8 +192,8 @@ class Training:
         with contextlib.ExitStack() as stack:
             line = ProgressLine(self.num_steps, start=self.state.step, enabled=progress and first)
             self._line = stack.enter_context(line)
-            settings = asdict(self.config)
-            self._track = stack.enter_context(tracking(self.accelerator, "retrain", settings, resumed_at=resumed_at))
+            trackers = tracking(self.accelerator, "retrain", asdict(self.config), resumed_at=resumed_at)
+            self._track = stack.enter_context(trackers)
             self._metrics: MetricsFile | None = None
             if self.folder is not None:
                 metrics = MetricsFile(self.folder / METRICS, resumed_at=resumed_at, enabled=first)
@@ -216,7 +216,7 @@ class Training:
             self._refresh_masks()
         batch = self.data.train.take(config.batch_size, rows=self.learner.rows())
         found = self.learner.gradients(batch)
-        trainee.learned.reward_norm(straight(state.step, num_steps=self.num_steps, start=config.mask_norm, end=0.0))
+        trainee.learned.reward_norm(straight(state.step, self.num_steps, config.mask_norm, 0.0))
         norm = self.learner.clip(batch, found, state.step)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
@@ -227,17 +227,13 @@ class Training:
         seconds = time.perf_counter() - began
         state.seconds += seconds
         state.last_validation = None
-        return self._measured(found, norm, lr, seconds)
-
-    def _measured(self, found: StepLoss, norm: float, lr: float, seconds: float) -> dict[str, Any]:
-        state = self.state
         return {
             "step": state.step,
             "tokens": state.num_tokens,
             **asdict(found),
             "grad_norm": norm,
             "lr": lr,
-            "decay": self.trainee.optimizer.param_groups[0].get("decay", 0.0),
+            "decay": trainee.optimizer.param_groups[0].get("decay", 0.0),
             "flip_rate": state.flip_rate,
             "flips_since_first": state.flips_since_first,
             **state.settled(),
@@ -245,10 +241,6 @@ class Training:
             "tokens_per_second": self._step_tokens / seconds,
             "memory_bytes": memory_bytes(),
         }
-
-    @property
-    def _step_tokens(self) -> int:
-        return self.config.batch_size * self.data.train.shape.context
 
     def _set_schedule(self) -> float:
         """Set the rates of the next step; return its learning rate."""
@@ -268,11 +260,10 @@ class Training:
                 group["decay"] = annealed_decay(step, decay=config.decay, decay_steps=steps_of(config.decay_warmup, num_steps))
             if config.method == "cast":
                 group["progress"] = step / num_steps
-        (scale, last_scale), (temperature, last_temperature) = config.mask_scale, config.mask_temperature
         self.trainee.learned.draw(
             step,
-            scale=straight(step, num_steps=num_steps, start=scale, end=last_scale),
-            temperature=straight(step, num_steps=num_steps, start=temperature, end=last_temperature),
+            scale=straight(step, num_steps, *config.mask_scale),
+            temperature=straight(step, num_steps, *config.mask_temperature),
         )
         return lr
 
@@ -290,7 +281,7 @@ class Training:
             state.flip_rate = 0.0
             return
         flips = trainee.masks.refresh()
-        sums = iter(self._over_processes(n for known in flips.values() for n in known.counts()))
+        sums = iter(self._over_processes(n for known in flips.values() for n in known))
         last = first = entries = 0.0
         for name in flips:
             of_last, of_first, of_all = next(sums), next(sums), next(sums)
@@ -298,14 +289,11 @@ class Training:
             last, first, entries = last + of_last, first + of_first, entries + of_all
         state.flip_rate, state.flips_since_first = last / entries, first / entries
         if known := trainee.learned.settled():
-            fields = ("num_decided", "num_groups", "kept", "whole")
-            decided, groups, kept, everything = self._over_processes(
-                sum(getattr(one, name) for one in known) for name in fields
-            )
+            decided, groups, kept, everything = self._over_processes(sum(column) for column in zip(*known, strict=True))
             state.decided, state.kept_norm = decided / groups, kept / everything
 
     def _over_processes(self, numbers: Iterator[float]) -> list[float]:
-        """Sums over the processes where each has a shard of the masks; where each has all of them, the numbers themselves."""
+        """Add numbers up over the processes, if each holds a shard of the masks. If each holds all masks, nothing is added."""
         return total(self.accelerator, *numbers) if self.trainee.masks.are_sharded else list(numbers)
 
     def validate(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsepass.graph.ops import where_kept
 from sparsepass.graph.support import SparsepassError
-from sparsepass.retrain.masks import local
+from sparsepass.retrain.run import local
 
 # Elements per piece. On a processor a piece of each of the six tensors of a step should fit in the second-level cache;
 # on a GPU fewer and larger kernels are better.
@@ -32,7 +32,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
     _moments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any, masks: Masks, defaults: dict[str, Any]) -> None:
-        _check_options(defaults)
         super().__init__(params, defaults | {"hold": False})
         for group in self.param_groups:
             _check_options(group)
@@ -95,7 +94,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _start(self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         # A tensor, and on the processor: torch's optimizers keep it so, and sharded checkpoints expect tensors.
         state["step"] = torch.tensor(0.0)
-        for name in self._moments:
+        # Without momentum, SGD has no moment.
+        for name in self._moments if group.get("momentum") != 0 else ():
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
     def _update(
@@ -213,11 +213,6 @@ class ASTSGD(MaskedOptimizer):
         decay: float = 0.0,
     ) -> None:
         super().__init__(params, masks, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decay": decay})
-
-    def _start(self, parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
-        state["step"] = torch.tensor(0.0)
-        if group["momentum"] != 0:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
     def _update(
         self, weight: Tensor, grad: Tensor, moments: list[Tensor], mask: Tensor | None, step: int, group: Mapping[str, Any]

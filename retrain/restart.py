@@ -1,13 +1,12 @@
-"""Going on otherwise: a checkpoint's weights and masks as a program, for a new run with other settings."""
+"""A checkpoint's weights and masks as a program, for a new run with other settings."""
 
 import copy
-import json
 from pathlib import Path
 
 import torch
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.retrain.run import CHECKPOINTS, STATE_FILE, Checkpoints, step_of, stored_names
+from sparsepass.retrain.run import CHECKPOINTS, Checkpoints, step_of
 from sparsepass.retrain.student import masked_sites
 
 
@@ -39,18 +38,17 @@ def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool 
     newest = checkpoints.newest()
     if newest is None:
         raise SparsepassError(f"{place} holds no checkpoint; name a run folder (OUT.run), or a folder step-... in it")
-    if json.loads((newest.path / STATE_FILE).read_text(encoding="utf-8"))["settings"]["method"] == "cast":
+    if newest.state()["settings"]["method"] == "cast":
         raise SparsepassError(
             f"{place} is a run of method cast, whose weights are no program before their scales are folded in at its end; "
             "start it anew"
         )
     found = program if inplace else copy.deepcopy(program)
-    stored = stored_names(newest)
+    stored = newest.tensor_names()
     weights = {f"weights/{name}": tensor.detach() for name, tensor in found.tensors().items()}
     into = {key: tensor for key, tensor in weights.items() if key in stored}
     into |= {f"masks/{name}": found.tensor(mask) for name, (_, _, mask) in masked_sites(found).items()}
-    shapes = {name: list(found.tensor(name).shape) for name in found.sparse}
-    of_this = {"recipe": found.recipe, "sparse_weights": shapes}
+    of_this = {"recipe": found.recipe, "sparse_weights": {name: list(found.tensor(name).shape) for name in found.sparse}}
     with torch.no_grad():
         restored = checkpoints.restore("newest" if step is None else step, into, expected=of_this, partial=True)
     return found, "; ".join([*restored.notes, f"weights and masks are those of {restored.path}"])

@@ -1,22 +1,21 @@
-"""Where a training stands: counted in every process alike, saved in each checkpoint."""
+"""Where a training stands, as each checkpoint holds it: what was counted, and the states of all random generators.
+
+What was counted is the same in every process. The states are each process's own: JSON and tensors, so that no pickle is needed.
+"""
 
 import math
+import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-_SAVED = (
-    "step",
-    "num_tokens",
-    "seconds",
-    "flip_rate",
-    "flips_since_first",
-    "flips_by_layer",
-    "since_first_by_layer",
-    "validations",
-    "decided",
-    "kept_norm",
-)
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsepass.graph import SparsepassError
+
+_CPU, _CUDA = "torch_random_cpu", "torch_random_cuda"
 
 
 @dataclass(kw_only=True)
@@ -32,7 +31,7 @@ class TrainingState:
         flips_by_layer: The flip rate of each weight.
         since_first_by_layer: The share since the start, of each weight.
         validations: What each validation found, with its step.
-        last_validation: The validation loss of this step; None if it was not validated.
+        last_validation: The validation loss of this step; None if it was not validated. Not saved.
         decided: Share of groups whose learned mask is decided; None where none is learned.
         kept_norm: Share of the squared norm that learned masks keep; None where none is learned.
     """
@@ -67,9 +66,57 @@ class TrainingState:
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in _SAVED}
+        return {name: value for name, value in asdict(self).items() if name != "last_validation"}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "TrainingState":
         """Read what a checkpoint kept; what an older one lacks is as at the start."""
-        return cls(**{name: saved[name] for name in _SAVED if name in saved})
+        return cls(**{known.name: saved[known.name] for known in fields(cls) if known.name in saved})
+
+
+def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take the states of Python's, numpy's and torch's global generators, the latter on the CPU and the current GPU.
+
+    Returns:
+        The states of Python and numpy as JSON, and torch's as uint8 tensors by name.
+
+    Example:
+        >>> states, tensors = random_states()
+        >>> first = random.random(), float(np.random.rand()), torch.rand(1)
+        >>> set_random_states(states, tensors)
+        >>> first == (random.random(), float(np.random.rand()), torch.rand(1))
+        True
+    """
+    version, words, gauss = random.getstate()
+    legacy = np.random.get_state(legacy=False)
+    assert isinstance(legacy, dict)
+    numpy_state = {**legacy, "state": {"key": legacy["state"]["key"].tolist(), "pos": int(legacy["state"]["pos"])}}
+    tensors = {_CPU: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors[_CUDA] = torch.cuda.get_rng_state()
+    return {"python": [version, list(words), gauss], "numpy": numpy_state}, tensors
+
+
+def set_random_states(states: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put the generators into the states that `random_states` took.
+
+    Raises:
+        SparsepassError: If states are missing: here is a GPU and there was none, or these are not such states.
+
+    Example:
+        >>> set_random_states(*random_states())
+    """
+    needed = {_CPU, *([_CUDA] if torch.cuda.is_available() else [])}
+    if missing := needed - set(tensors):
+        raise SparsepassError(
+            f"the saved random states lack {', '.join(sorted(missing))}: the run was saved on a machine without a GPU; resume "
+            "it on such a machine, or start it with fresh random states"
+        )
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    saved = states["numpy"]
+    key = np.asarray(saved["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**saved, "state": {**saved["state"], "key": key}})
+    torch.set_rng_state(tensors[_CPU])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[_CUDA])

@@ -5,6 +5,7 @@ The loss is computed inside the module's forward, so that DDP and FSDP2, which w
 Tensor shape legend: B batch, T tokens, H hidden features.
 """
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,14 @@ from sparsepass.retrain.masks import put_behind
 
 
 class Body(nn.Module):
-    """A program without its head, called with what it takes of ids and mask. Final.
+    """A program without its head. Final.
 
     Shapes: input_ids_BT and attention_mask_BT [B, T] -> hidden states [B, T, H].
 
     Args:
         hierarchy: The body.
-        input_names: What it takes.
-        longest: T of the longest sequences it is right for, if its attention has been told that nothing is padding.
+        input_names: Names of the program's inputs: ids, and perhaps a mask.
+        longest: The largest T that it takes, if its attention was told that nothing is padding; None for no limit.
     """
 
     def __init__(self, hierarchy: Hierarchy, input_names: Iterable[str], longest: int | None = None) -> None:
@@ -166,21 +167,17 @@ class States:
             self.recorded.append(tensors[0])
 
 
-class recording:  # noqa: N801  # used as a context manager only
-    """Gives the list that states are recorded into; a recomputation in the backward pass records nothing."""
-
-    def __init__(self, states: States | None) -> None:
-        self._states = states
-
-    def __enter__(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        if self._states is not None:
-            self._states.recorded = found
-        return found
-
-    def __exit__(self, *error: object) -> None:
-        if self._states is not None:
-            self._states.recorded = None
+@contextlib.contextmanager
+def recording(states: States | None) -> Iterator[list[Tensor]]:
+    """Give the list that states are recorded into while a block runs; what the backward pass computes again is not recorded."""
+    found: list[Tensor] = []
+    if states is not None:
+        states.recorded = found
+    try:
+        yield found
+    finally:
+        if states is not None:
+            states.recorded = None
 
 
 class Slots:
@@ -250,7 +247,7 @@ def set_behind(program: Program, behind: "str | float") -> None:
         tensor.copy_(site.from_matrix(put_behind(matrix_OI, mask_OI, behind, pattern)))
 
 
-def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str] | None = None) -> list[str]:
+def choose_trained(program: Program, frozen: Collection[str], only: Collection[str] | None = None) -> list[str]:
     """Ask for the gradients of all floating-point parameters but the frozen ones.
 
     Args:
@@ -265,8 +262,7 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
         SparsepassError: If a pattern names no parameter, or parameters are not float32.
     """
     parameters: Mapping[str, nn.Parameter] = dict(program.graph_module.named_parameters())
-    patterns = list(frozen)
-    for pattern in patterns:
+    for pattern in frozen:
         if not any(_named(name, pattern, program) for name in parameters):
             raise SparsepassError(
                 f"frozen: no parameter is named {pattern!r}; names look like {next(iter(parameters), '')!r}; "
@@ -274,7 +270,7 @@ def choose_trained(program: Program, frozen: Iterable[str], only: Collection[str
             )
     trained = []
     for name, parameter in parameters.items():
-        wanted = parameter.is_floating_point() and not any(_named(name, pattern, program) for pattern in patterns)
+        wanted = parameter.is_floating_point() and not any(_named(name, pattern, program) for pattern in frozen)
         wanted = wanted and (only is None or name in only)
         parameter.requires_grad_(wanted)
         if wanted:

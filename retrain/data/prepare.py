@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -10,22 +12,18 @@ import numpy as np
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.data import text_pieces
 from sparsepass.retrain.data.sequences import Shape
-from sparsepass.retrain.data.sources import Source
+from sparsepass.retrain.data.sources import DataConfig, Source
 from sparsepass.retrain.data.stream import Encode, Place, TokenStream, readable
 from sparsepass.retrain.data.tokens import (
     IDS,
     LABELS,
     MASK,
-    Columns,
     Encoder,
     Part,
     TokenTable,
-    check_part,
     hash_columns,
-    padded,
     part_of_rows,
     parts_of_arrow,
-    without_padding,
 )
 
 if TYPE_CHECKING:
@@ -45,21 +43,21 @@ class Prepared:
         source: Where they come from.
         shape: How they become sequences.
         names: The columns of a sequence.
+        fingerprint: Tells whether a source is the same.
+        facts: For the report.
         table: All of them; None if they are streamed.
         stream: The ``datasets.IterableDataset``; None if there is a table.
         encode: Turns the stream's rows into tokens.
-        fingerprint: Tells whether a source is the same.
-        facts: For the report.
     """
 
     source: Source
     shape: Shape
     names: tuple[str, ...]
-    table: TokenTable | None
-    stream: Any
-    encode: Encode | None
     fingerprint: str
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, object]
+    table: TokenTable | None = None
+    stream: Any = None
+    encode: Encode | None = None
 
     def open_stream(self, place: Place) -> TokenStream:
         """Read the stream from a place on."""
@@ -73,37 +71,15 @@ class Prepared:
         return len(self.table) // self.shape.num_body if self.shape.packing else len(self.table.lengths)
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    tokenizer: "PreTrainedTokenizerBase | None"
-    text_column: str
-    context: int
-    packing: bool
-    vocab_size: int | None
-    what: str
-
-
 def prepare(
-    source: Source,
-    *,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    text_column: str,
-    context: int,
-    packing: bool,
-    streaming: bool,
-    vocab_size: int | None,
-    what: str,
+    source: Source, config: DataConfig, *, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int | None, what: str
 ) -> Prepared:
     """Tokenize a source, or make ready to.
 
     Args:
         source: What was opened.
+        config: How it is read.
         tokenizer: Needed for text.
-        text_column: The column that holds text, unless there is one of ``input_ids``.
-        context: Tokens of a sequence.
-        packing: Whether rows are joined and cut into full sequences.
-        streaming: Whether text files are streamed.
         vocab_size: Token ids have to be below it, if given.
         what: For messages.
 
@@ -113,248 +89,184 @@ def prepare(
     """
     import datasets
 
-    settings = _Settings(
-        tokenizer=tokenizer,
-        text_column=text_column,
-        context=context,
-        packing=packing,
-        vocab_size=vocab_size,
-        what=f"{what} {source.name}",
-    )
-    data = source.data
-    if source.texts and streaming:
+    what = f"{what} {source.name}"
+    if source.texts and not config.packing:
+        raise SparsepassError(
+            f"{what} is made of text files, each one long text, and packing=False keeps every row apart; use packing=True, or "
+            "a .jsonl file with one text a line"
+        )
+    data, columns = source.data, ["text"] if source.texts else [IDS]
+    if source.texts and config.streaming:
+        features = {"text": datasets.Value("string"), "begins": datasets.Value("bool"), "ends": datasets.Value("bool")}
         # One shard for each file.
         data = datasets.IterableDataset.from_generator(
-            text_pieces, gen_kwargs={"files": list(source.texts), "what": what}, features=_piece_features()
+            text_pieces, gen_kwargs={"files": list(source.texts), "what": what}, features=datasets.Features(features)
         )
     if isinstance(data, datasets.IterableDataset):
-        return _stream(source, data, settings)
-    return _table(source, settings)
+        columns = list(next(readable(copy.copy(data), what), ()))
+    elif isinstance(data, datasets.Dataset):
+        columns = data.column_names if len(data) else []
+    if not columns:
+        raise SparsepassError(f"{what} is empty: it has no rows")
+    job = _Job(source=source, config=config, tokenizer=tokenizer, columns=columns, vocab_size=vocab_size, what=what)
+    return job.stream(data) if isinstance(data, datasets.IterableDataset) else job.table()
 
 
-def _piece_features() -> Any:
-    import datasets
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A source on its way to tokens."""
 
-    return datasets.Features(
-        {"text": datasets.Value("string"), "begins": datasets.Value("bool"), "ends": datasets.Value("bool")}
-    )
+    source: Source
+    config: DataConfig
+    tokenizer: "PreTrainedTokenizerBase | None"
+    columns: Sequence[str]
+    vocab_size: int | None
+    what: str
 
-
-# Tables
-
-
-def _table(source: Source, settings: _Settings) -> Prepared:
-    encoder = None
-    if isinstance(source.data, np.ndarray):
-        ids = source.data.reshape(len(source.data), -1) if source.data.size else np.empty((0, 1), np.int32)
-        if source.data.ndim == 1:
-            ids = ids.reshape(1, -1)
-        parts: Iterator[Part] = iter([part_of_rows({IDS: list(ids)}, settings.what)])
-    elif source.texts:
-        encoder = _encoder(settings)
-        if not settings.packing:
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """What makes tokens of text; None where the source has tokens."""
+        if IDS in self.columns:
+            return None
+        if self.tokenizer is None:
             raise SparsepassError(
-                f"{settings.what} is made of text files, each one long text, and packing=False keeps every row apart; use "
-                "packing=True, or a .jsonl file with one text a line"
+                f"{self.what} is text, and there is no tokenizer to turn it into ids; pass tokenizer=..., or rows with {IDS}"
             )
-        parts = _text_parts(source.texts, encoder, settings)
-    else:
-        columns = source.data.column_names
-        if not len(source.data):
-            raise SparsepassError(f"{settings.what} is empty: it has no rows")
-        if IDS in columns:
-            tokenized = source.data.select_columns([name for name in (IDS, LABELS, MASK) if name in columns])
-            if tokenized._indices is not None:
-                tokenized = tokenized.flatten_indices()
+        if not self.source.texts and self.config.text_column not in self.columns:
+            raise SparsepassError(
+                f"{self.what} has the columns {', '.join(self.columns)}: neither {IDS} nor the text column "
+                f"{self.config.text_column!r}; name it with text_column"
+            )
+        return Encoder(tokenizer=self.tokenizer, framed=not self.config.packing, what=self.what)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """How the tokens become sequences."""
+        context, packing, tokenizer = self.config.context, self.config.packing, self.tokenizer
+        before = tuple(self.encoder.before) if self.encoder is not None and packing else ()
+        if len(before) >= context:
+            raise SparsepassError(
+                f"context of {context} tokens leaves no room beside the tokenizer's {len(before)} special tokens; choose a "
+                "larger context"
+            )
+        pad_id = None if tokenizer is None else tokenizer.pad_token_id
+        if tokenizer is not None and pad_id is None:
+            pad_id = tokenizer.eos_token_id
+        return Shape(context=context, packing=packing, before=before, pad_id=int(pad_id or 0))
+
+    def table(self) -> Prepared:
+        """Make all tokens."""
+        packing = self.config.packing
+        parts = (part.checked(vocab_size=self.vocab_size, what=self.what) for part in self._parts())
+        table = TokenTable(part.without_padding() if packing else part for part in parts)
+        facts = self._facts()
+        prepared = Prepared(
+            source=self.source,
+            shape=self.shape,
+            names=table.names if packing else tuple(dict.fromkeys([*table.names, MASK])),
+            fingerprint=table.fingerprint(),
+            facts=facts,
+            table=table,
+        )
+        if prepared.num_sequences == 0:
+            raise self._too_short(len(table))
+        facts |= {"num_sequences_in_source": prepared.num_sequences, "num_tokens_in_source": len(table)}
+        if not self.source.texts and not isinstance(self.source.data, np.ndarray):
+            counts = {"num_read": len(table.lengths) + table.num_empty, "num_empty": table.num_empty}
+            cut = {} if packing else {"num_truncated": int((table.lengths > self.config.context).sum())}
+            facts["rows"] = counts | cut
+        return prepared
+
+    def stream(self, data: Any) -> Prepared:
+        """Make ready to read the tokens; one sequence is read, to see whether the source is long enough."""
+        config, facts = self.config, self._facts()
+        # Counted as they are read, and again if they are read again.
+        counts = {"num_read": 0, "num_empty": 0} | ({} if config.packing else {"num_truncated": 0})
+        if not self.source.texts:
+            facts["rows"] = counts
+
+        def encode(rows: Sequence[Mapping[str, Any]]) -> Part:
+            part = self._part(rows).checked(vocab_size=self.vocab_size, what=self.what)
+            counts["num_read"] += len(part.lengths)
+            if not config.packing:
+                counts["num_truncated"] += int((part.lengths > config.context).sum())
+            counts["num_empty"] += int((part.lengths == 0).sum())
+            return part.without_padding() if config.packing else part.padded(config.context, self.shape.pad_id)
+
+        sequence = TokenStream(data, encode, Place(), self.what).read(self.shape.num_body)
+        if len(sequence[IDS]) < self.shape.num_body:
+            raise self._too_short(len(sequence[IDS]))
+        return Prepared(
+            source=self.source,
+            shape=self.shape,
+            names=tuple(sequence),
+            fingerprint=hash_columns(sequence),
+            facts=facts,
+            stream=data,
+            encode=encode,
+        )
+
+    def _parts(self) -> Iterator[Part]:
+        data = self.source.data
+        if self.source.texts:
+            pieces = text_pieces(self.source.texts, self.what)
+            while rows := list(islice(pieces, _PIECES)):
+                yield self._part(rows)
+        elif isinstance(data, np.ndarray):
+            yield part_of_rows({IDS: [data] if data.ndim == 1 else list(data)}, self.what)
+        elif self.encoder is not None:
+            yield from parts_of_arrow(self._tokenized(data, self.encoder).data.table, self.what)
         else:
-            encoder = _encoder(settings)
-            tokenized = _tokenized(source.data, encoder, settings, columns)
-        parts = parts_of_arrow(tokenized.data.table, settings.what)
-    table = TokenTable(_finished(parts, settings))
-    shape = _shape(settings, encoder)
-    prepared = Prepared(
-        source=source,
-        shape=shape,
-        names=_names(table.names, settings),
-        table=table,
-        stream=None,
-        encode=None,
-        fingerprint=table.fingerprint(),
-        facts=_facts(settings, encoder),
-    )
-    if prepared.num_sequences == 0:
-        raise _too_short(len(table), settings, shape)
-    prepared.facts.update(num_sequences_in_source=prepared.num_sequences, num_tokens_in_source=len(table))
-    if not source.texts and not isinstance(source.data, np.ndarray):
-        counts = {"num_read": len(table.lengths) + table.num_empty, "num_empty": table.num_empty}
-        cut = {} if settings.packing else {"num_truncated": int((table.lengths > settings.context).sum())}
-        prepared.facts["rows"] = counts | cut
-    return prepared
+            rows_of_ids = data.select_columns([name for name in (IDS, LABELS, MASK) if name in self.columns])
+            if rows_of_ids._indices is not None:
+                rows_of_ids = rows_of_ids.flatten_indices()
+            yield from parts_of_arrow(rows_of_ids.data.table, self.what)
 
+    def _part(self, rows: Sequence[Mapping[str, Any]]) -> Part:
+        if self.encoder is None:
+            names = [name for name in (IDS, LABELS, MASK) if name in self.columns]
+            return part_of_rows({name: [row.get(name) for row in rows] for name in names}, self.what)
+        if self.source.texts:
+            return part_of_rows({IDS: self.encoder.encode_pieces(rows)}, self.what)
+        return part_of_rows({IDS: self.encoder.encode([row.get(self.config.text_column) for row in rows])}, self.what)
 
-def _finished(parts: Iterator[Part], settings: _Settings) -> Iterator[Part]:
-    for part in parts:
-        check_part(part, vocab_size=settings.vocab_size, what=settings.what)
-        yield without_padding(part) if settings.packing else part
+    def _tokenized(self, data: Any, encoder: Encoder) -> Any:
+        """Tokenize a data set's texts, once: the result lies in its cache, if it has one."""
+        import datasets
+        from datasets.fingerprint import Hasher
 
+        column = self.config.text_column
 
-def _text_parts(files: Sequence[str], encoder: Encoder, settings: _Settings) -> Iterator[Part]:
-    rows: list[Mapping[str, Any]] = []
-    for row in text_pieces(files, settings.what):
-        rows.append(row)
-        if len(rows) == _PIECES:
-            yield _text_part(rows, encoder, settings, "text", pieces=True)
-            rows = []
-    yield _text_part(rows, encoder, settings, "text", pieces=True)
+        def encode(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            return {IDS: encoder.encode(rows[column], first_row=indices[0])}
 
-
-def _tokenized(data: Any, encoder: Encoder, settings: _Settings, columns: Sequence[str]) -> Any:
-    """Tokenize a data set's texts, once: the result lies in its cache, if it has one."""
-    import datasets
-    from datasets.fingerprint import Hasher
-
-    column = _text_column(columns, settings)
-
-    def encode(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found = encoder.encode(rows[column], first_row=indices[0])
-        return {IDS: found if settings.packing else _framed(found, encoder)}
-
-    # datasets would hash the tokenizer as it is pickled, which changes as it is used.
-    facts = (data._fingerprint, encoder.fingerprint, column, settings.packing, "sparsepass tokens 1")
-    return data.select_columns([column]).map(
-        encode,
-        with_indices=True,
-        batched=True,
-        batch_size=_ROWS,
-        remove_columns=[column],
-        features=datasets.Features({IDS: datasets.Sequence(datasets.Value("int32"))}),
-        new_fingerprint=Hasher.hash(facts),
-        desc="Tokenizing",
-    )
-
-
-# Streams
-
-
-def _stream(source: Source, data: Any, settings: _Settings) -> Prepared:
-    first = next(readable(copy.copy(data), settings.what), None)
-    if first is None:
-        raise SparsepassError(f"{settings.what} is empty: it has no rows")
-    if source.texts and not settings.packing:
-        raise SparsepassError(
-            f"{settings.what} is made of text files, each one long text, and packing=False keeps every row apart; use "
-            "packing=True, or a .jsonl file with one text a line"
+        # datasets would hash the tokenizer as it is pickled, which changes as it is used.
+        facts = (data._fingerprint, encoder.fingerprint, column, self.config.packing, "sparsepass tokens 1")
+        return data.select_columns([column]).map(
+            encode,
+            with_indices=True,
+            batched=True,
+            batch_size=_ROWS,
+            remove_columns=[column],
+            features=datasets.Features({IDS: datasets.Sequence(datasets.Value("int32"))}),
+            new_fingerprint=Hasher.hash(facts),
+            desc="Tokenizing",
         )
-    encoder = None if IDS in first else _encoder(settings)
-    column = "" if encoder is None else _text_column(list(first), settings) if not source.texts else "text"
-    facts = _facts(settings, encoder)
-    shape = _shape(settings, encoder)
 
-    # Counted as they are read, and again if they are read again.
-    counts = {"num_read": 0, "num_empty": 0} | ({} if settings.packing else {"num_truncated": 0})
-    if not source.texts:
-        facts["rows"] = counts
+    def _facts(self) -> dict[str, object]:
+        facts: dict[str, object] = {"context": self.config.context, "packing": self.config.packing}
+        if self.encoder is not None:
+            facts |= {
+                "tokenizer": str(self.encoder.tokenizer.name_or_path),
+                "document_end_token": self.encoder.tokenizer.eos_token,
+                "sequence_start_tokens": self.encoder.before if self.config.packing else [],
+            }
+        return facts
 
-    def encode(rows: Sequence[Mapping[str, Any]]) -> Part:
-        if encoder is None:
-            names = [name for name in (IDS, LABELS, MASK) if name in first]
-            part = part_of_rows({name: [row.get(name) for row in rows] for name in names}, settings.what)
-        else:
-            part = _text_part(rows, encoder, settings, column, pieces=bool(source.texts))
-        check_part(part, vocab_size=settings.vocab_size, what=settings.what)
-        counts["num_read"] += len(part.lengths)
-        if not settings.packing:
-            counts["num_truncated"] += int((part.lengths > settings.context).sum())
-        counts["num_empty"] += int((part.lengths == 0).sum())
-        return without_padding(part) if settings.packing else padded(part, settings.context, shape.pad_id)
-
-    sequence = TokenStream(data, encode, Place(), settings.what).read(shape.num_body)
-    if len(sequence[IDS]) < shape.num_body:
-        raise _too_short(len(sequence[IDS]), settings, shape)
-    return Prepared(
-        source=source,
-        shape=shape,
-        names=_names(tuple(sequence), settings),
-        table=None,
-        stream=data,
-        encode=encode,
-        fingerprint=hash_columns(sequence),
-        facts=facts,
-    )
-
-
-# What both need
-
-
-def _encoder(settings: _Settings) -> Encoder:
-    if settings.tokenizer is None:
-        raise SparsepassError(
-            f"{settings.what} is text, and there is no tokenizer to turn it into ids; pass tokenizer=..., or rows with {IDS}"
+    def _too_short(self, num_tokens: int) -> SparsepassError:
+        if not self.config.packing:
+            return SparsepassError(f"{self.what} is empty: none of its rows has a token")
+        return SparsepassError(
+            f"{self.what} is too short: it has {num_tokens} tokens, and one sequence of context {self.config.context} needs "
+            f"{self.shape.num_body}; give more text or a smaller context"
         )
-    return Encoder(tokenizer=settings.tokenizer, what=settings.what)
-
-
-def _text_column(columns: Sequence[str], settings: _Settings) -> str:
-    if settings.text_column not in columns:
-        raise SparsepassError(
-            f"{settings.what} has the columns {', '.join(columns) or '(none)'}: neither {IDS} nor the text column "
-            f"{settings.text_column!r}; name it with text_column"
-        )
-    return settings.text_column
-
-
-def _text_part(rows: Sequence[Mapping[str, Any]], encoder: Encoder, settings: _Settings, column: str, *, pieces: bool) -> Part:
-    found = encoder.encode_pieces(rows) if pieces else encoder.encode([row.get(column) for row in rows])
-    return part_of_rows({IDS: found if settings.packing else _framed(found, encoder)}, settings.what)
-
-
-def _framed(found: list[Any], encoder: Encoder) -> list[Any]:
-    before = np.asarray(encoder.before, dtype=np.int32)
-    return [np.concatenate([before, ids]) if len(ids) else ids for ids in found]
-
-
-def _shape(settings: _Settings, encoder: Encoder | None) -> Shape:
-    before = () if encoder is None or not settings.packing else tuple(encoder.before)
-    if len(before) >= settings.context:
-        raise SparsepassError(
-            f"context of {settings.context} tokens leaves no room beside the tokenizer's {len(before)} special tokens; "
-            "choose a larger context"
-        )
-    tokenizer = settings.tokenizer
-    pad_id = 0 if tokenizer is None else tokenizer.pad_token_id
-    if tokenizer is not None and pad_id is None:
-        pad_id = tokenizer.eos_token_id
-    return Shape(context=settings.context, packing=settings.packing, before=before, pad_id=int(pad_id or 0))
-
-
-def _names(columns: tuple[str, ...], settings: _Settings) -> tuple[str, ...]:
-    return columns if settings.packing else tuple(dict.fromkeys([*columns, MASK]))
-
-
-def _facts(settings: _Settings, encoder: Encoder | None) -> dict[str, object]:
-    facts: dict[str, object] = {"context": settings.context, "packing": settings.packing}
-    if encoder is not None:
-        facts |= {
-            "tokenizer": str(encoder.tokenizer.name_or_path),
-            "document_end_token": encoder.tokenizer.eos_token,
-            "sequence_start_tokens": encoder.before if settings.packing else [],
-        }
-    return facts
-
-
-def _too_short(num_tokens: int, settings: _Settings, shape: Shape) -> SparsepassError:
-    if not settings.packing:
-        return SparsepassError(f"{settings.what} is empty: none of its rows has a token")
-    return SparsepassError(
-        f"{settings.what} is too short: it has {num_tokens} tokens, and one sequence of context {settings.context} needs "
-        f"{shape.num_body}; give more text or a smaller context"
-    )
-
-
-def sequences_of(columns: Columns, shape: Shape) -> list[Columns]:
-    """Cut flat columns into framed sequences; what is left over is dropped."""
-    size = shape.num_body
-    return [
-        shape.framed({name: values[at * size : (at + 1) * size] for name, values in columns.items()})
-        for at in range(len(columns[IDS]) // size)
-    ]

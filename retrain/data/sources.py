@@ -1,4 +1,4 @@
-"""What a user may train on: names, files, folders and Python objects, each found and opened."""
+"""What a user may train on, and how it is read: names, files, folders and Python objects, each found and opened."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +32,84 @@ FORMS = (
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how it is read; the ``data`` section of a recipe.
+
+    Args:
+        source: The path of a .txt, .jsonl or .parquet file, several files of one kind, a folder, the name of a hub data
+            set (``name``, ``name:config`` or ``name:config:split``; the split is "train" if not said; ``name`` may be a
+            folder), or "python-docs", text that is always there. None if a Python object is given instead.
+        beside: Another source that is mixed in, such as text that the teacher wrote. None mixes nothing in.
+        beside_share: The part of the training sequences that come from it. Of both sources as many are used, spread evenly,
+            as make the largest mixture of that share.
+        validation: Another source; or what is held out of the training source: a fraction (a float between 0 and 1) or a
+            number of sequences; or None.
+        validation_limit: At most so many validation sequences, spread evenly, unless their number was given. None means
+            no limit.
+        text_column: The column that holds text, unless the data has ``input_ids``.
+        context: Tokens of a sequence.
+        packing: Join rows and cut them into full sequences. False keeps every row apart: padded to ``context``, longer
+            ones cut (the report says how many); ``labels`` and ``attention_mask`` are kept either way.
+        streaming: Read data sets, folders and files as they are needed, from their beginning, instead of tokenizing all
+            of them at first. Python objects are what they are: an IterableDataset is streamed.
+        shuffle: False keeps the order of the data.
+        shuffle_buffer: Sequences that a stream is shuffled among. It holds all of them in memory, and as many are read
+            again on resuming.
+        max_tokens: Use at most so many tokens of the data, over and over: of a table spread evenly over it, of a stream
+            the first ones.
+        seed: Chooses the orders.
+
+    Raises:
+        SparsepassError: If a value is out of range.
+    """
+
+    source: str | tuple[str, ...] | None = None
+    beside: str | tuple[str, ...] | None = None
+    beside_share: float = 0.5
+    validation: str | tuple[str, ...] | int | float | None = 0.02
+    validation_limit: int | None = 256
+    text_column: str = "text"
+    context: int = 512
+    packing: bool = True
+    streaming: bool = False
+    shuffle: bool = True
+    shuffle_buffer: int = 4096
+    max_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("source", "beside", "validation"):
+            if isinstance(getattr(self, name), list):  # as a recipe file gives it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("context", "shuffle_buffer", "validation_limit", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SparsepassError(f"data: {name} has to be at least 1, and {value} was given")
+        if not 0 < self.beside_share < 1:
+            raise SparsepassError(
+                f"data: beside_share is the part of the sequences that come from beside, between 0 and 1, and "
+                f"{self.beside_share} was given; to train on that source alone, make it the source"
+            )
+        if self.beside is not None and (self.streaming or not self.packing):
+            raise SparsepassError(
+                "data: a source is mixed in (beside) where all is tokenized at first and packed: leave streaming and packing as"
+                " they are by default, or mix the files yourself"
+            )
+        held_out = self.validation
+        if isinstance(held_out, float) and not 0 < held_out < 1:
+            raise SparsepassError(
+                f"data: validation as a fraction has to lie between 0 and 1, and {held_out} was given; a number of sequences "
+                "is a whole number, and None means no validation"
+            )
+        if isinstance(held_out, int) and (held_out is True or held_out is False or held_out < 1):
+            raise SparsepassError(
+                f"data: validation as a number of sequences has to be at least 1, and {held_out} was given; None means no "
+                "validation"
+            )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """An opened source.
 
@@ -50,14 +128,13 @@ class Source:
     data: Any = None
 
 
-def open_source(given: object, *, what: str, streaming: bool, text_column: str) -> Source:
+def open_source(given: object, config: DataConfig, what: str) -> Source:
     """Find and open what the user names or brings.
 
     Args:
         given: One of the forms in ``FORMS``.
+        config: Tells whether hub data sets, folders and files are streamed, and which column holds text.
         what: "training data" or "validation data", for messages.
-        streaming: Whether hub data sets, folders and files are streamed.
-        text_column: The column that holds text.
 
     Raises:
         SparsepassError: If it is of no known form, missing, empty, or cannot be read.
@@ -65,7 +142,7 @@ def open_source(given: object, *, what: str, streaming: bool, text_column: str) 
     import datasets
 
     if isinstance(given, (str, Path)):
-        return _from_name(str(given), what, streaming, text_column)
+        return _from_name(str(given), config, what)
     check_one_split(given, what)
     keys = frozenset({f"object {id(given)}"})
     if isinstance(given, datasets.IterableDataset):
@@ -77,7 +154,7 @@ def open_source(given: object, *, what: str, streaming: bool, text_column: str) 
     if isinstance(given, Sequence) and not given:
         raise SparsepassError(f"{what} is empty; expected {FORMS}")
     if isinstance(given, tuple) or (isinstance(given, list) and isinstance(given[0], Path)):
-        return _from_files([str(name) for name in given], what, streaming, text_column)
+        return _from_files([str(name) for name in given], config, what)
     if isinstance(given, list):
         return _from_list(given, what, keys)
     raise SparsepassError(
@@ -111,20 +188,23 @@ def _from_list(items: list[Any], what: str, keys: frozenset[str]) -> Source:
     return Source(name=f"{len(items)} rows", kind="rows", keys=keys, data=datasets.Dataset.from_list(items))
 
 
-def _from_name(name: str, what: str, streaming: bool, text_column: str) -> Source:
+def _from_name(name: str, config: DataConfig, what: str) -> Source:
+    import datasets
+
     if name == PYTHON_DOCS:
         return Source(name=name, kind="text", keys=frozenset({name}), texts=(name,))
     path = locate(name, what=what, forms=FORMS)
     if path is not None and not path.is_dir():
-        return _from_files([name], what, streaming, text_column)
+        return _from_files([name], config, what)
     if path is not None and (texts := _texts_in(path)):
         keys = frozenset(texts)
         return Source(name=name, kind=f"folder of {len(texts)} text files", keys=keys, texts=tuple(texts))
-    data = load_data_set(name, what=what, streaming=streaming)
-    place, config, split = data_set_name(name)
+    data = load_data_set(name, what=what, streaming=config.streaming)
+    place, part, split = data_set_name(name)
     place = str(Path(place).resolve()) if Path(place).is_dir() else place
-    keys = frozenset({f"{place}:{config or 'default'}:{split}"})
-    return Source(name=name, kind=_kind_of(data), keys=keys, data=data)
+    keys = frozenset({f"{place}:{part or 'default'}:{split}"})
+    kind = "streamed data set" if isinstance(data, datasets.IterableDataset) else "data set"
+    return Source(name=name, kind=kind, keys=keys, data=data)
 
 
 def _texts_in(folder: Path) -> list[str]:
@@ -135,7 +215,7 @@ def _texts_in(folder: Path) -> list[str]:
     return [str(path.resolve()) for path in files if path.suffix in TEXT_SUFFIXES[1:] and path.stat().st_size]
 
 
-def _from_files(names: list[str], what: str, streaming: bool, text_column: str) -> Source:
+def _from_files(names: list[str], config: DataConfig, what: str) -> Source:
     paths = [Path(name).expanduser().resolve() for name in names]
     kinds = {path_kind(path, name, what=what, forms=FORMS) for path, name in zip(paths, names, strict=True)}
     if len(kinds) > 1 or "folder" in kinds:
@@ -151,13 +231,13 @@ def _from_files(names: list[str], what: str, streaming: bool, text_column: str) 
     if kind == "text":
         return Source(name=label, kind="text files", keys=frozenset(files), texts=tuple(files))
     try:
-        data = _rows_of_files(files, streaming, text_column)
+        data = _rows_of_files(files, config)
     except RecordError as error:
         raise SparsepassError(f"{what} {label} could not be read as {kind}: {error}") from error
     return Source(name=label, kind=f"{kind} files", keys=frozenset(files), data=data)
 
 
-def _rows_of_files(files: list[str], streaming: bool, text_column: str) -> Any:
+def _rows_of_files(files: list[str], config: DataConfig) -> Any:
     """Open .jsonl or .parquet files as a data set; of their columns the ones that training reads, if there are any.
 
     Raises:
@@ -165,7 +245,7 @@ def _rows_of_files(files: list[str], streaming: bool, text_column: str) -> Any:
     """
     import datasets
 
-    wanted = (text_column, IDS, LABELS, MASK)
+    wanted = (config.text_column, IDS, LABELS, MASK)
     found = [next(records(file), None) for file in files]
     columns: tuple[str, ...] = ()
     for file, row in zip(files, found, strict=True):
@@ -182,7 +262,7 @@ def _rows_of_files(files: list[str], streaming: bool, text_column: str) -> Any:
     absent = tuple(name for name in wanted if name not in columns)
     # One shard for each file.
     options: dict[str, Any] = {"files": files, "stamps": stamps, "columns": columns, "absent": absent}
-    if streaming:
+    if config.streaming:
         return datasets.IterableDataset.from_generator(_file_rows, gen_kwargs=options)
     schema = arrow_schema(files[0], columns)
     features = None if schema is None else datasets.Features.from_arrow_schema(schema)
@@ -190,9 +270,9 @@ def _rows_of_files(files: list[str], streaming: bool, text_column: str) -> Any:
         return datasets.Dataset.from_generator(_file_rows, features=features, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise (
-            cause if isinstance(cause, RecordError) else RecordError(f"{type(cause).__name__}: {first_line(cause)}")
-        ) from error
+        if not isinstance(cause, RecordError):
+            cause = RecordError(f"{type(cause).__name__}: {first_line(cause)}")
+        raise cause from error
 
 
 def _file_rows(
@@ -200,9 +280,3 @@ def _file_rows(
 ) -> Iterator[Mapping[str, Any]]:
     for file in files:
         yield from records(file, columns=columns, absent=absent)
-
-
-def _kind_of(data: Any) -> str:
-    import datasets
-
-    return "streamed data set" if isinstance(data, datasets.IterableDataset) else "data set"

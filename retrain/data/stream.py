@@ -15,8 +15,7 @@ import numpy as np
 
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.data import RecordError
-from sparsepass.retrain.data.order import permutation
-from sparsepass.retrain.data.sequences import Reading, Sequences
+from sparsepass.retrain.data.sequences import Reading, Sequences, cut, permutation
 from sparsepass.retrain.data.tokens import IDS, MASK, Columns, Part, hash_columns
 
 Encode: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Part]
@@ -81,7 +80,7 @@ class TokenStream:
     """
 
     def __init__(self, data: Any, encode: Encode, place: Place, what: str = "the data") -> None:
-        # A copy: where it stands is the user's own affair.
+        # A copy: the user's own object stays where it stands.
         self._data = copy.copy(data)
         if not _has_form(self._data.state_dict(), place.source):
             place = dataclasses.replace(place, source=None, skip=place.passed)
@@ -139,8 +138,15 @@ class TokenStream:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class _Block:
-    """Where a block begins, and what tells that it was found again."""
+class Block:
+    """Where a block begins, and what tells that it was found again.
+
+    Args:
+        epoch: Which time the stream is read.
+        first: The number of the block's first sequence.
+        place: Where that begins.
+        check: Its hash; None if it has not been read.
+    """
 
     epoch: int
     first: int
@@ -155,31 +161,16 @@ class StreamedSequences(Sequences):
     Args:
         data: A ``datasets.IterableDataset``; it has to give the same rows in every epoch.
         encode: Turns rows into tokens; into padded rows if the shape does not pack.
-        start: Where an epoch begins: behind what is held out.
-        first: The number of the sequence that begins there.
-        check: Hash of the sequence that begins there.
+        start: Where an epoch begins, behind what is held out.
         block: Sequences of a block.
         limit: Sequences of an epoch at most.
         reading: See `Reading`.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        encode: Encode,
-        *,
-        start: Place,
-        first: int,
-        check: str,
-        block: int,
-        limit: int | None,
-        reading: Reading,
-    ) -> None:
+    def __init__(self, data: Any, encode: Encode, *, start: Block, block: int, limit: int | None, reading: Reading) -> None:
         super().__init__(reading)
         self._data, self._encode = data, encode
-        self._block_size, self._limit = block, limit
-        self._start = _Block(epoch=0, first=first, place=start, check=check)
-        self._known_length: int | None = None
+        self._start, self._block_size, self._limit = start, block, limit
         self._block, self._offset = self._start, 0
         self._stream: TokenStream | None = None
         self._loaded: list[Columns] | None = None
@@ -189,11 +180,6 @@ class StreamedSequences(Sequences):
     def epoch(self) -> int:
         """The epoch of the latest block."""
         return self._block.epoch
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Sequences of an epoch; None before one has been read to its end."""
-        return self._known_length
 
     def _walk(self, count: int, wanted: frozenset[int]) -> tuple[list[int], dict[int, Columns], int]:
         places: list[int] = []
@@ -221,7 +207,7 @@ class StreamedSequences(Sequences):
             self._block = dataclasses.replace(block, first=following, place=self._stream.place, check=None)
             self._load()
             if not self._loaded:
-                self._known_length = following - self._start.first
+                self.num_sequences = following - self._start.first
                 self._block = dataclasses.replace(self._start, epoch=block.epoch + 1)
                 self._stream = None
                 self._load()
@@ -231,41 +217,38 @@ class StreamedSequences(Sequences):
     def _load(self) -> None:
         """Read the block, from where the stream stands, or from the block's own place."""
         if self._stream is None:
-            self._stream = TokenStream(self._data, self._encode, self._block.place, self._what)
+            self._stream = TokenStream(self._data, self._encode, self._block.place, self._reading.what)
         loaded = self._read(self._stream)
         if self._block.check is not None and not _is_checked(loaded, self._block.check):
             # The data set's own state was not exact (a shuffled stream's is not): read up to here from the beginning.
-            self._stream = TokenStream(self._data, self._encode, Place(), self._what)
+            self._stream = TokenStream(self._data, self._encode, Place(), self._reading.what)
             self._stream.skip_to(self._block.place.passed)
             loaded = self._read(self._stream)
             if not _is_checked(loaded, self._block.check):
                 raise SparsepassError(
-                    f"{self._what}: the stream gives other text than before at sequence {self._block.first} of epoch "
+                    f"{self._reading.what}: the stream gives other text than before at sequence {self._block.first} of epoch "
                     f"{self._block.epoch}; training can only go on with a stream that is the same whenever it is read. Give "
                     "it without shuffling of its own (shuffle_buffer does that), or streaming=False"
                 )
         self._loaded, self._offset = loaded, 0
         if loaded:
             self._block = dataclasses.replace(self._block, check=hash_columns(loaded[0]))
-        key = (self._block.epoch, self._block.first)
-        self._order = np.arange(len(loaded)) if self._seed is None else permutation(len(loaded), self._seed, *key)
+        seed, key = self._reading.seed, (self._block.epoch, self._block.first)
+        self._order = np.arange(len(loaded)) if seed is None else permutation(len(loaded), seed, *key)
 
     def _read(self, stream: TokenStream) -> list[Columns]:
         wanted = self._block_size
         if self._limit is not None:
             wanted = min(wanted, self._start.first + self._limit - self._block.first)
-        size = self.shape.num_body
-        columns = stream.read(wanted * size)
-        count = len(columns[IDS]) // size
-        return [{name: values[i * size : (i + 1) * size] for name, values in columns.items()} for i in range(count)]
+        return cut(stream.read(wanted * self.shape.num_body), self.shape.num_body)
 
     def _place(self) -> dict[str, Any]:
-        return {"block": dataclasses.asdict(self._block), "offset": self._offset, "num_sequences": self._known_length}
+        return {"block": dataclasses.asdict(self._block), "offset": self._offset, "num_sequences": self.num_sequences}
 
     def _go_to(self, place: Mapping[str, Any]) -> None:
         block = dict(place["block"])
-        self._block = _Block(**{**block, "place": Place(**block["place"])})
-        self._known_length = place["num_sequences"]
+        self._block = Block(**{**block, "place": Place(**block["place"])})
+        self.num_sequences = place["num_sequences"]
         self._stream = None
         self._load()
         self._offset = int(place["offset"])
@@ -276,7 +259,7 @@ def _is_checked(loaded: Sequence[Columns], check: str) -> bool:
 
 
 def _has_form(own: Any, saved: Any) -> bool:
-    """Whether a data set can take up a saved state: one of another reader has other fields."""
+    """Whether a saved state fits a data set: the states of another kind of reader have other fields."""
     if saved is None or not isinstance(own, dict):
         return True
     same = isinstance(saved, dict) and own.keys() == saved.keys() and own.get("type") == saved.get("type")

@@ -40,6 +40,74 @@ class Part:
     def __len__(self) -> int:
         return int(self.columns[IDS].shape[0])
 
+    def checked(self, *, vocab_size: int | None, what: str) -> "Part":
+        """Return the part itself if its ids, labels and masks are in order.
+
+        Raises:
+            SparsepassError: If an id or a label lies outside the vocabulary, or a mask is neither 0 nor 1.
+        """
+        if not len(self):
+            return self
+        low, high = int(self.columns[IDS].min()), int(self.columns[IDS].max())
+        if low < 0:
+            raise SparsepassError(
+                f"{what} holds the negative id {low}; padding is told by attention_mask, not by {IGNORED_LABEL}"
+            )
+        if vocab_size is not None and high >= vocab_size:
+            raise SparsepassError(
+                f"{what} holds the id {high}, and the model's vocabulary has {vocab_size}; was another model's tokenizer used?"
+            )
+        if (labels := self.columns.get(LABELS)) is not None:
+            wrong = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= (vocab_size or 2**31 - 1))
+            if wrong.any():
+                raise SparsepassError(
+                    f"{what} holds the label {int(labels[wrong][0])}; labels are token ids"
+                    + (f" below {vocab_size}" if vocab_size else "")
+                    + f", or {IGNORED_LABEL} where nothing is to be learned"
+                )
+        if (mask := self.columns.get(MASK)) is not None and not ((mask == 0) | (mask == 1)).all():
+            raise SparsepassError(f"{what}: attention_mask may hold only 0 (padding) and 1")
+        return self
+
+    def without_padding(self) -> "Part":
+        """Leave out the positions where the mask is 0, and the mask."""
+        mask = self.columns.get(MASK)
+        if mask is None:
+            return self
+        columns = {name: values for name, values in self.columns.items() if name != MASK}
+        if mask.all():
+            return Part(columns=columns, lengths=self.lengths)
+        kept = mask.astype(bool)
+        before = np.concatenate([[0], np.cumsum(kept)])
+        ends = np.cumsum(self.lengths)
+        return Part(
+            columns={name: values[kept] for name, values in columns.items()},
+            lengths=before[ends] - before[ends - self.lengths],
+        )
+
+    def padded(self, context: int, pad_id: int) -> "Part":
+        """Bring every row to ``context`` tokens: longer ones are cut, shorter ones padded on the right; empty ones left out.
+
+        Returns:
+            The rows with an ``attention_mask`` that is 0 on padding; labels are -100 there.
+
+        Example:
+            >>> part = part_of_rows({"input_ids": [[5, 6, 7], [8]]}, "data")
+            >>> part.padded(2, 0).columns["input_ids"].tolist(), part.padded(2, 0).columns["attention_mask"].tolist()
+            ([5, 6, 8, 0], [1, 1, 1, 0])
+        """
+        starts = np.cumsum(self.lengths) - self.lengths
+        rows = [(int(start), int(min(length, context))) for start, length in zip(starts, self.lengths, strict=True) if length]
+        given = {MASK: np.ones(len(self), np.int32), **self.columns}
+        columns: Columns = {}
+        for name, values in given.items():
+            fill = {IDS: pad_id, LABELS: IGNORED_LABEL, MASK: 0}[name]
+            filled = np.full((len(rows), context), fill, dtype=np.int32)
+            for index, (start, length) in enumerate(rows):
+                filled[index, :length] = values[start : start + length]
+            columns[name] = filled.reshape(-1)
+        return Part(columns=columns, lengths=np.full(len(rows), context, dtype=np.int64))
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +119,15 @@ class Encoder:
     2. What the tokenizer itself puts before a text (BOS, for some models) begins every sequence, not every document:
        models that were trained so expect it there.
     3. An empty text gives nothing.
+
+    Args:
+        tokenizer: Makes the ids.
+        framed: Whether each document is a sequence of its own, and so begins like one.
+        what: For messages.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
+    framed: bool
     what: str
 
     @cached_property
@@ -93,7 +167,9 @@ class Encoder:
                     f"{self.what}, row {first_row + index}: the text column holds {type(text).__name__}, not text; name "
                     "the column of texts with text_column"
                 )
-        return [_array([*ids, *self.eos] if ids else []) for ids in self._ids([text or "" for text in texts])]  # type: ignore[misc]  # checked above
+        begin = self.before if self.framed else []
+        encoded = self._ids([text or "" for text in texts])  # type: ignore[misc]  # checked above
+        return [_array([*begin, *ids, *self.eos] if ids else []) for ids in encoded]
 
     def encode_pieces(self, rows: Sequence[Mapping[str, Any]]) -> list[Array]:
         """Return the ids of each piece of a text file; each row tells whether the file begins and ends with it."""
@@ -194,74 +270,6 @@ def _same_lengths(lengths: Mapping[str, Any], what: str) -> Array:
     return arrays[IDS]
 
 
-def check_part(part: Part, *, vocab_size: int | None, what: str) -> None:
-    """Check ids, labels and masks.
-
-    Raises:
-        SparsepassError: If an id or a label lies outside the vocabulary, or a mask is neither 0 nor 1.
-    """
-    if not len(part):
-        return
-    low, high = int(part.columns[IDS].min()), int(part.columns[IDS].max())
-    if low < 0:
-        raise SparsepassError(f"{what} holds the negative id {low}; padding is told by attention_mask, not by {IGNORED_LABEL}")
-    if vocab_size is not None and high >= vocab_size:
-        raise SparsepassError(
-            f"{what} holds the id {high}, and the model's vocabulary has {vocab_size}; was another model's tokenizer used?"
-        )
-    if (labels := part.columns.get(LABELS)) is not None:
-        wrong = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= (vocab_size or 2**31 - 1))
-        if wrong.any():
-            raise SparsepassError(
-                f"{what} holds the label {int(labels[wrong][0])}; labels are token ids"
-                + (f" below {vocab_size}" if vocab_size else "")
-                + f", or {IGNORED_LABEL} where nothing is to be learned"
-            )
-    if (mask := part.columns.get(MASK)) is not None and not ((mask == 0) | (mask == 1)).all():
-        raise SparsepassError(f"{what}: attention_mask may hold only 0 (padding) and 1")
-
-
-def without_padding(part: Part) -> Part:
-    """Leave out the positions where the mask is 0, and the mask."""
-    mask = part.columns.get(MASK)
-    if mask is None:
-        return part
-    columns = {name: values for name, values in part.columns.items() if name != MASK}
-    if mask.all():
-        return Part(columns=columns, lengths=part.lengths)
-    kept = mask.astype(bool)
-    before = np.concatenate([[0], np.cumsum(kept)])
-    ends = np.cumsum(part.lengths)
-    return Part(
-        columns={name: values[kept] for name, values in columns.items()},
-        lengths=before[ends] - before[ends - part.lengths],
-    )
-
-
-def padded(part: Part, context: int, pad_id: int) -> Part:
-    """Bring every row to ``context`` tokens: longer ones are cut, shorter ones padded on the right; empty ones left out.
-
-    Returns:
-        The rows with an ``attention_mask`` that is 0 on padding; labels are -100 there.
-
-    Example:
-        >>> part = part_of_rows({"input_ids": [[5, 6, 7], [8]]}, "data")
-        >>> padded(part, 2, 0).columns["input_ids"].tolist(), padded(part, 2, 0).columns["attention_mask"].tolist()
-        ([5, 6, 8, 0], [1, 1, 1, 0])
-    """
-    ends = np.cumsum(part.lengths)
-    rows = [(int(end - length), int(min(length, context))) for end, length in zip(ends, part.lengths, strict=True) if length]
-    given = {MASK: np.ones(len(part), np.int32), **part.columns}
-    columns: Columns = {}
-    for name, values in given.items():
-        fill = {IDS: pad_id, LABELS: IGNORED_LABEL, MASK: 0}[name]
-        filled = np.full((len(rows), context), fill, dtype=np.int32)
-        for index, (start, length) in enumerate(rows):
-            filled[index, :length] = values[start : start + length]
-        columns[name] = filled.reshape(-1)
-    return Part(columns=columns, lengths=np.full(len(rows), context, dtype=np.int64))
-
-
 @final
 class TokenTable:
     """All tokens of a source, read at any place; the parts may lie in memory or be mapped from disk."""
@@ -273,6 +281,7 @@ class TokenTable:
         lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in self._parts)])
         # An empty row has no tokens, so that the ends of the others stay where they are.
         self.lengths: Array = lengths[lengths > 0]
+        self.row_ends = np.cumsum(self.lengths)
         self.num_empty = len(lengths) - len(self.lengths)
 
     def __len__(self) -> int:

@@ -12,17 +12,17 @@ Rules:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.retrain.data.order import spread
-from sparsepass.retrain.data.prepare import Prepared, prepare, sequences_of
-from sparsepass.retrain.data.sequences import Batch, Reading, Sequences, TableSequences, batch_of, table_sequence
-from sparsepass.retrain.data.sources import FORMS, Source, open_source
-from sparsepass.retrain.data.stream import Place, StreamedSequences
+from sparsepass.retrain.data.prepare import Prepared, prepare
+from sparsepass.retrain.data.sequences import Batch, Reading, Sequences, TableSequences, batch_of, cut, spread, table_sequence
+from sparsepass.retrain.data.sources import FORMS, DataConfig, open_source
+from sparsepass.retrain.data.stream import Block, Place, StreamedSequences, TokenStream
 from sparsepass.retrain.data.tokens import IDS, Columns, hash_columns
 
 if TYPE_CHECKING:
@@ -32,102 +32,21 @@ _TRAINING, _BESIDE, _VALIDATION = "training data", "data beside it", "validation
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to train on, and how it is read; the ``data`` section of a recipe.
-
-    Args:
-        source: The path of a .txt, .jsonl or .parquet file, several files of one kind, a folder, the name of a hub data
-            set (``name``, ``name:config`` or ``name:config:split``; the split is "train" if not said; ``name`` may be a
-            folder), or "python-docs", text that is always there. None if a Python object is given instead.
-        beside: Another source that is mixed in, such as text that the teacher wrote. None mixes nothing in.
-        beside_share: The part of the training sequences that come from it. Of both sources as many are used, spread evenly,
-            as make the largest mixture of that share.
-        validation: Another source; or what is held out of the training source: a fraction (a float between 0 and 1) or a
-            number of sequences; or None.
-        validation_limit: At most so many validation sequences, spread evenly, unless their number was given. None means
-            no limit.
-        text_column: The column that holds text, unless the data has ``input_ids``.
-        context: Tokens of a sequence.
-        packing: Join rows and cut them into full sequences. False keeps every row apart: padded to ``context``, longer
-            ones cut (the report says how many); ``labels`` and ``attention_mask`` are kept either way.
-        streaming: Read data sets, folders and files as they are needed, from their beginning, instead of tokenizing all
-            of them at first. Python objects are what they are: an IterableDataset is streamed.
-        shuffle: False keeps the order of the data.
-        shuffle_buffer: Sequences that a stream is shuffled among. It holds all of them in memory, and as many are read
-            again on resuming.
-        max_tokens: Use at most so many tokens of the data, over and over: of a table spread evenly over it, of a stream
-            the first ones.
-        seed: Chooses the orders.
-
-    Raises:
-        SparsepassError: If a value is out of range.
-    """
-
-    source: str | tuple[str, ...] | None = None
-    beside: str | tuple[str, ...] | None = None
-    beside_share: float = 0.5
-    validation: str | tuple[str, ...] | int | float | None = 0.02
-    validation_limit: int | None = 256
-    text_column: str = "text"
-    context: int = 512
-    packing: bool = True
-    streaming: bool = False
-    shuffle: bool = True
-    shuffle_buffer: int = 4096
-    max_tokens: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("source", "beside", "validation"):
-            if isinstance(getattr(self, name), list):  # as a recipe file gives it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("context", "shuffle_buffer", "validation_limit", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SparsepassError(f"data: {name} has to be at least 1, and {value} was given")
-        if not 0 < self.beside_share < 1:
-            raise SparsepassError(
-                f"data: beside_share is the part of the sequences that come from beside, between 0 and 1, and "
-                f"{self.beside_share} was given; to train on that source alone, make it the source"
-            )
-        if self.beside is not None and (self.streaming or not self.packing):
-            raise SparsepassError(
-                "data: a source is mixed in (beside) where all is tokenized at first and packed: leave streaming and packing as"
-                " they are by default, or mix the files yourself"
-            )
-        held_out = self.validation
-        if isinstance(held_out, float) and not 0 < held_out < 1:
-            raise SparsepassError(
-                f"data: validation as a fraction has to lie between 0 and 1, and {held_out} was given; a number of sequences "
-                "is a whole number, and None means no validation"
-            )
-        if isinstance(held_out, int) and (held_out is True or held_out is False or held_out < 1):
-            raise SparsepassError(
-                f"data: validation as a number of sequences has to be at least 1, and {held_out} was given; None means no "
-                "validation"
-            )
-
-
-@final
+@dataclass(frozen=True)
 class TrainingData:
     """Training sequences and validation sequences; made by :func:`open_data`.
 
     Args:
         train: The training sequences, at a position of their own.
+        train_facts: For the report.
         validation: The validation sequences, always the same; None if there are none.
+        validation_facts: For the report.
     """
 
-    def __init__(
-        self,
-        train: Sequences,
-        validation: Batch | None,
-        train_facts: Mapping[str, object],
-        validation_facts: Mapping[str, object],
-    ) -> None:
-        self.train = train
-        self.validation = validation
-        self._train_facts, self._validation_facts = dict(train_facts), dict(validation_facts)
+    train: Sequences
+    train_facts: Mapping[str, object]
+    validation: Batch | None = None
+    validation_facts: Mapping[str, object] | None = None
 
     @property
     def unpadded(self) -> int | None:
@@ -139,7 +58,7 @@ class TrainingData:
     def notes(self) -> list[str]:
         """What the user should know before the training: rows that have no text."""
         found = []
-        for what, facts in ((_TRAINING, self._train_facts), (_BESIDE, self._train_facts.get("mixed_in"))):
+        for what, facts in ((_TRAINING, self.train_facts), (_BESIDE, self.train_facts.get("mixed_in"))):
             rows = facts.get("rows") if isinstance(facts, Mapping) else None
             if isinstance(rows, Mapping) and rows["num_empty"]:
                 found.append(
@@ -160,13 +79,13 @@ class TrainingData:
         length = train.num_sequences
         return {
             "train": {
-                **self._train_facts,
+                **self.train_facts,
                 "num_sequences": length,
                 "num_sequences_taken": train.position,
                 "num_tokens_taken": train.num_tokens,
                 "epochs": None if length is None else train.position / length,
             },
-            "validation": None if self.validation is None else self._validation_facts,
+            "validation": self.validation_facts,
         }
 
 
@@ -219,43 +138,29 @@ def open_data(
     if wanted is None:
         raise SparsepassError(f"data: no source is given; expected {FORMS}")
     held_out = config.validation if validation is None else validation
-
-    def opened(given: object, what: str) -> Source:
-        return open_source(given, what=what, streaming=config.streaming, text_column=config.text_column)
-
-    def prepared(found: Source, what: str) -> Prepared:
-        return prepare(
-            found,
-            tokenizer=tokenizer,
-            text_column=config.text_column,
-            context=config.context,
-            packing=config.packing,
-            streaming=config.streaming,
-            vocab_size=vocab_size,
-            what=what,
-        )
-
-    train_source = opened(wanted, _TRAINING)
-    beside_source = None if config.beside is None else opened(config.beside, _BESIDE)
-    apart_source = None if held_out is None or isinstance(held_out, (int, float)) else opened(held_out, _VALIDATION)
+    prepared = partial(prepare, config=config, tokenizer=tokenizer, vocab_size=vocab_size)
+    train_source = open_source(wanted, config, _TRAINING)
+    beside_source = None if config.beside is None else open_source(config.beside, config, _BESIDE)
+    number, apart_source = None, None
+    if isinstance(held_out, (int, float)):
+        number = held_out
+    elif held_out is not None:
+        apart_source = open_source(held_out, config, _VALIDATION)
     for opened_one in (beside_source, train_source):
         if apart_source is not None and opened_one is not None and (both := opened_one.keys & apart_source.keys):
             raise _overlap(", ".join(sorted(both)))
-    data = prepared(train_source, _TRAINING)
-    beside = None if beside_source is None else prepared(beside_source, _BESIDE)
+    data = prepared(train_source, what=_TRAINING)
+    beside = None if beside_source is None else prepared(beside_source, what=_BESIDE)
     if beside is not None:
         _check_beside(data, beside)
-    kept = held_out if apart_source is None else None
-    assert kept is None or isinstance(kept, (int, float))
-    found = _of_table(data, config, kept, beside) if data.stream is None else _of_stream(data, config, kept)
+    found = _of_table(data, config, number, beside) if data.stream is None else _of_stream(data, config, number)
     if apart_source is None:
         return found
-    apart = prepared(apart_source, _VALIDATION)
+    apart = prepared(apart_source, what=_VALIDATION)
     for other in (data, beside):
         if other is not None and other.fingerprint == apart.fingerprint:
             raise _overlap(f"{other.source.name} and {apart_source.name}, which hold the same tokens")
-    batch = _batch(apart, *_apart(apart, config))
-    return TrainingData(found.train, batch, found._train_facts, _validation_facts(apart, batch, "a source of its own"))
+    return _with_validation(found, apart, *_apart(apart, config), "a source of its own")
 
 
 def _check_beside(data: Prepared, beside: Prepared) -> None:
@@ -280,8 +185,8 @@ def _overlap(which: str) -> SparsepassError:
     )
 
 
-def _settings(data: Prepared, config: DataConfig, num_held_out: int) -> dict[str, object]:
-    return {
+def _reading(data: Prepared, config: DataConfig, num_held_out: int, mixture: Mapping[str, object] | None = None) -> Reading:
+    settings = {
         "data": data.fingerprint,
         "streamed": data.stream is not None,
         "context": config.context,
@@ -291,10 +196,8 @@ def _settings(data: Prepared, config: DataConfig, num_held_out: int) -> dict[str
         "shuffle": config.shuffle,
         "shuffle_buffer": config.shuffle_buffer if data.stream is not None else None,
         "seed": config.seed,
+        **(mixture or {}),
     }
-
-
-def _reading(data: Prepared, config: DataConfig, settings: Mapping[str, object]) -> Reading:
     seed = config.seed if config.shuffle else None
     return Reading(shape=data.shape, names=data.names, settings=settings, seed=seed, what=_TRAINING)
 
@@ -326,22 +229,22 @@ def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None, 
     held = spread(number, total) if number else np.empty(0, np.int64)
     places = np.setdiff1d(np.arange(total), held, assume_unique=True)
     table, limit = data.table, _limit(config)
-    settings, facts = _settings(data, config, number), _facts(data, config)
+    facts, mixture = _facts(data, config), None
     if beside is not None:
         assert beside.table is not None
         own, theirs = _mixture(len(places), beside.num_sequences, config.beside_share, limit)
         table = table.followed_by(beside.table, data.shape.num_body)
         first = -(-len(data.table) // data.shape.num_body)
         places = np.concatenate([places[spread(own, len(places))], first + spread(theirs, beside.num_sequences)])
-        settings |= {"mixed in": beside.fingerprint, "its share": config.beside_share}
+        mixture = {"mixed in": beside.fingerprint, "its share": config.beside_share}
         facts["mixed_in"] = {"source": beside.source.name, "kind": beside.source.kind, "num_sequences": theirs, **beside.facts}
     elif limit is not None and limit < len(places):
         places = places[spread(limit, len(places))]
-    train = TableSequences(table, places, _reading(data, config, settings))
+    train = TableSequences(table, places, _reading(data, config, number, mixture))
+    found = TrainingData(train, facts)
     if not number:
-        return TrainingData(train, None, facts, {})
-    validation = _batch(data, _rows_of_table(data, held), held.tolist())
-    return TrainingData(train, validation, facts, _validation_facts(data, validation, "held out, spread evenly"))
+        return found
+    return _with_validation(found, data, _rows_of_table(data, held), held.tolist(), "held out, spread evenly")
 
 
 def _mixture(own: int, theirs: int, share: float, limit: int | None) -> tuple[int, int]:
@@ -364,7 +267,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
     assert data.encode is not None
     number = held_out or 0
     stream = data.open_stream(Place())
-    held = sequences_of(stream.read(number * data.shape.num_body), data.shape)
+    held = _read_sequences(stream, number, data)
     start = stream.place
     first = stream.read(data.shape.num_body)
     if len(held) < number or len(first[IDS]) < data.shape.num_body:
@@ -375,18 +278,15 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
     train = StreamedSequences(
         data.stream,
         data.encode,
-        start=start,
-        first=number,
-        check=hash_columns(first),
+        start=Block(epoch=0, first=number, place=start, check=hash_columns(first)),
         block=config.shuffle_buffer,
         limit=_limit(config),
-        reading=_reading(data, config, _settings(data, config, number)),
+        reading=_reading(data, config, number),
     )
-    facts = _facts(data, config)
+    found = TrainingData(train, _facts(data, config))
     if not number:
-        return TrainingData(train, None, facts, {})
-    validation = _batch(data, held, list(range(number)))
-    return TrainingData(train, validation, facts, _validation_facts(data, validation, "held out, the first of the stream"))
+        return found
+    return _with_validation(found, data, held, list(range(number)), "held out, the first of the stream")
 
 
 def _apart(data: Prepared, config: DataConfig) -> tuple[list[Columns], list[int]]:
@@ -400,18 +300,18 @@ def _apart(data: Prepared, config: DataConfig) -> tuple[list[Columns], list[int]
         raise SparsepassError(
             f"data: the validation source {data.source.name} is streamed and may have no end; set validation_limit"
         )
-    sequences = sequences_of(data.open_stream(Place()).read(limit * data.shape.num_body), data.shape)
+    sequences = _read_sequences(data.open_stream(Place()), limit, data)
     return sequences, list(range(len(sequences)))
+
+
+def _read_sequences(stream: TokenStream, count: int, data: Prepared) -> list[Columns]:
+    size = data.shape.num_body
+    return [data.shape.framed(body) for body in cut(stream.read(count * size), size)]
 
 
 def _rows_of_table(data: Prepared, places: Any) -> list[Columns]:
     assert data.table is not None
-    row_ends = np.cumsum(data.table.lengths)
-    return [table_sequence(data.table, data.shape, row_ends, int(place)) for place in places]
-
-
-def _batch(data: Prepared, sequences: Sequence[Columns], places: list[int]) -> Batch:
-    return batch_of(sequences, data.names, data.shape.context, list(range(len(places))), places)
+    return [table_sequence(data.table, data.shape, int(place)) for place in places]
 
 
 def _facts(data: Prepared, config: DataConfig) -> dict[str, object]:
@@ -421,12 +321,16 @@ def _facts(data: Prepared, config: DataConfig) -> dict[str, object]:
     return {"source": data.source.name, "kind": data.source.kind, "order": how, "seed": config.seed, **data.facts}
 
 
-def _validation_facts(data: Prepared, batch: Batch, how: str) -> dict[str, object]:
+def _with_validation(
+    found: TrainingData, data: Prepared, sequences: Sequence[Columns], places: list[int], how: str
+) -> TrainingData:
+    batch = batch_of(sequences, data.names, data.shape.context, list(range(len(places))), places)
     real = batch.attention_mask
-    return {
+    facts = {
         "source": data.source.name,
         "kind": data.source.kind,
         "chosen": how,
         "num_sequences": len(batch),
         "num_tokens": batch.input_ids.numel() if real is None else int(real.sum()),
     }
+    return replace(found, validation=batch, validation_facts=facts)

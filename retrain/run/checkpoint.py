@@ -22,16 +22,25 @@ import safetensors.torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError, replaced_folder
-from sparsepass.retrain.run.manifest import MANIFEST_FILE, Checkpoint, DamagedError, file_hash, read_manifest, write_manifest
+from sparsepass.retrain.run.manifest import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    Checkpoint,
+    DamagedError,
+    differences,
+    file_hash,
+    part_file,
+    read_manifest,
+    to_json_text,
+    write_manifest,
+)
 from sparsepass.retrain.run.pieces import check_fit, read_pieces, write_pieces
 from sparsepass.retrain.run.processes import num_processes, process_rank, together
-from sparsepass.retrain.run.state import differences, to_json_text
 
 JSON = Any
 
-STATE_FILE = "state.json"
 CHECKPOINTS = "checkpoints"
-"""The folder of them inside a run folder."""
+"""Name of the folder, inside a run folder, that holds the checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +143,7 @@ class Checkpoints:
             def write() -> dict[str, tuple[int, str]]:
                 stem = f"rank-{rank:05d}"
                 table = {"pieces": write_pieces(staging, stem, tensors), "local_state": local_state}
-                _part(staging, rank).write_text(json.dumps(table), encoding="utf-8")
+                part_file(staging, rank).write_text(json.dumps(table), encoding="utf-8")
                 local = {name: tensor.detach().contiguous() for name, tensor in (local_tensors or {}).items()}
                 safetensors.torch.save_file(local, _local_file(staging, rank))
                 if rank == 0:
@@ -148,11 +157,9 @@ class Checkpoints:
                 if rank:
                     return
                 serial = 1 + max((c.serial for c in self._scan()[0]), default=0)
-                write_manifest(
-                    Checkpoint(
-                        path=staging, step=step, metric=metric, serial=serial, num_processes=num_processes(), files=files
-                    )
-                )
+                count = num_processes()
+                written = Checkpoint(path=staging, step=step, metric=metric, serial=serial, num_processes=count, files=files)
+                write_manifest(written)
                 _settle(staging / MANIFEST_FILE)
                 stack.close()  # moves the folder to its place
                 _settle_names(self._folder)
@@ -211,30 +218,26 @@ class Checkpoints:
             if reason := _wrong_contents(found):
                 damaged.append(f"{found.path.name} was passed over: {reason}")
                 continue
-            state = json.loads((found.path / STATE_FILE).read_text(encoding="utf-8"))
+            state = found.state()
             if unlike := differences(wanted, {key: state.get(key) for key in wanted}):
                 raise SparsepassError(
                     f"{found.path} is a checkpoint of another run: {'; '.join(unlike)}; resume with the same settings, or "
                     "start anew in another folder (--from-checkpoint takes its weights there)"
                 )
-            parts = _parts(found)
+            parts = found.parts()
             table = [row for part in parts for row in part["pieces"]]
             check_fit(table, into, partial=partial)
             together(lambda path=found.path, rows=table: read_pieces(path, rows, into))  # type: ignore[misc]
             notes = (*found.notes, *damaged)
-            common = {"path": found.path, "step": found.step, "metric": found.metric, "state": state}
+            restored = Restored(path=found.path, step=found.step, metric=found.metric, state=state, notes=notes)
             if found.num_processes != num_processes():
                 note = (
                     f"{found.path.name} was written by {found.num_processes} process(es) and is read by {num_processes()}: the "
                     "states of single processes (random generators, data positions) were not restored"
                 )
-                return Restored(**common, notes=(*notes, note))
-            return Restored(
-                **common,
-                notes=notes,
-                local_state=parts[process_rank()]["local_state"],
-                local_tensors=safetensors.torch.load_file(_local_file(found.path, process_rank())),
-            )
+                return replace(restored, notes=(*notes, note))
+            local_tensors = safetensors.torch.load_file(_local_file(found.path, process_rank()))
+            return replace(restored, local_state=parts[process_rank()]["local_state"], local_tensors=local_tensors)
         kind = {"newest": "", "best": " with a metric"}.get(str(which), f" of step {which}")
         found_none = f"no intact checkpoint{kind} ({'; '.join(damaged)})" if damaged else f"no checkpoint{kind}"
         raise SparsepassError(f"{self._folder} has {found_none}; start anew, or name another folder")
@@ -280,15 +283,6 @@ class Checkpoints:
         _remove(self._folder.glob(".step-*.removed"))
 
 
-def stored_names(found: Checkpoint) -> set[str]:
-    """The tensors of a checkpoint."""
-    return {row["name"] for part in _parts(found) for row in part["pieces"]}
-
-
-def _parts(found: Checkpoint) -> list[JSON]:
-    return [json.loads(_part(found.path, rank).read_text(encoding="utf-8")) for rank in range(found.num_processes)]
-
-
 def step_of(path: Path) -> int | None:
     """The step of a checkpoint's folder; None of any other.
 
@@ -297,10 +291,6 @@ def step_of(path: Path) -> int | None:
     """
     found = re.fullmatch(r"step-(\d{8,})", path.name)
     return int(found[1]) if found else None
-
-
-def _part(path: Path, rank: int) -> Path:
-    return path / f"rank-{rank:05d}.json"
 
 
 def _local_file(path: Path, rank: int) -> Path:

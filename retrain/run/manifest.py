@@ -1,5 +1,9 @@
-"""The manifest of a checkpoint: it lists every file with its size and hash, and is written last, so that damage shows."""
+"""What a checkpoint holds as JSON: its manifest, and a state that is checked when it is written, and compared when it is read.
 
+The manifest lists every file with its size and hash, and is written last, so that damage shows.
+"""
+
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,7 +16,8 @@ from sparsepass.graph.support import SparsepassError
 JSON = Any
 
 FORMAT = 1
-MANIFEST_FILE = "checkpoint.json"
+MANIFEST_FILE, STATE_FILE = "checkpoint.json", "state.json"
+_PLAIN = ("step", "metric", "serial", "num_processes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +42,26 @@ class Checkpoint:
     files: Mapping[str, tuple[int, str]]
     notes: tuple[str, ...] = ()
 
+    def state(self) -> JSON:
+        """The run's state, as it was saved."""
+        return json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
+
+    def parts(self) -> list[JSON]:
+        """What each process wrote: a table of its pieces of tensors, and its own state."""
+        return [json.loads(part_file(self.path, rank).read_text(encoding="utf-8")) for rank in range(self.num_processes)]
+
+    def tensor_names(self) -> set[str]:
+        """The tensors that it holds."""
+        return {row["name"] for part in self.parts() for row in part["pieces"]}
+
 
 class DamagedError(SparsepassError):
     """A checkpoint with files missing, or of other sizes or contents than its manifest says."""
+
+
+def part_file(folder: Path, rank: int) -> Path:
+    """The file of a checkpoint in which a process tells what it wrote."""
+    return folder / f"rank-{rank:05d}.json"
 
 
 def write_manifest(checkpoint: Checkpoint) -> None:
@@ -53,14 +75,7 @@ def write_manifest(checkpoint: Checkpoint) -> None:
         ...     read_manifest(here).step
         5
     """
-    manifest = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "metric": checkpoint.metric,
-        "serial": checkpoint.serial,
-        "num_processes": checkpoint.num_processes,
-        "files": {name: list(entry) for name, entry in checkpoint.files.items()},
-    }
+    manifest = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in (*_PLAIN, "files")}}
     text = json.dumps({"manifest": manifest, "sha256": _digest(manifest)}, indent=1)
     (checkpoint.path / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -85,10 +100,7 @@ def read_manifest(path: Path) -> Checkpoint:
             raise unlike
         checkpoint = Checkpoint(
             path=path,
-            step=manifest["step"],
-            metric=manifest["metric"],
-            serial=manifest["serial"],
-            num_processes=manifest["num_processes"],
+            **{name: manifest[name] for name in _PLAIN},
             files={Path(name).name: (size, digest) for name, (size, digest) in manifest["files"].items()},
         )
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -117,5 +129,70 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def to_json_text(value: JSON, where: str) -> str:
+    """Write JSON as text, refusing what would come back as something else (tuples alone come back as lists).
+
+    Args:
+        value: What to write.
+        where: What it is called in errors.
+
+    Raises:
+        SparsepassError: If it holds something that is not JSON, or a key that is not a string.
+
+    Example:
+        >>> to_json_text({"seen": 640, "order": (2, 1)}, "state")
+        '{"seen": 640, "order": [2, 1]}'
+    """
+    _check(value, where)
+    return json.dumps(value)
+
+
+def differences(expected: JSON, found: JSON, where: str = "") -> list[str]:
+    r"""Say how two pieces of JSON differ: one sentence for each place; texts are compared by lines.
+
+    Args:
+        expected: What this run has.
+        found: What the checkpoint has.
+        where: Path of the place, for the sentences.
+
+    Example:
+        >>> differences({"lr": 0.1, "data": {"length": 8}}, {"lr": 0.1, "data": {"length": 9}})
+        ['data.length is 8 here and 9 in the checkpoint']
+        >>> differences("a: 1\nb: 2", "a: 1\nb: 3", "config")
+        ["config, line 2, is 'b: 2' here and 'b: 3' in the checkpoint"]
+    """
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        keys = dict.fromkeys([*expected, *found])
+        inside = [(f"{where}.{key}" if where else key, expected.get(key), found.get(key)) for key in keys]
+        return [line for path, here, there in inside for line in differences(here, there, path)]
+    if isinstance(expected, str) and isinstance(found, str) and "\n" in expected + found:
+        here, there = expected.splitlines(), found.splitlines()
+        changes = difflib.SequenceMatcher(None, here, there, autojunk=False).get_opcodes()
+        return [
+            f"{where}, line {i + 1}, is {chr(10).join(here[i:j])!r} here and {chr(10).join(there[k:n])!r} in the checkpoint"
+            for kind, i, j, k, n in changes
+            if kind != "equal"
+        ]
+    return [] if expected == found else [f"{where} is {_short(expected)} here and {_short(found)} in the checkpoint"]
+
+
 def _digest(manifest: JSON) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check(value: JSON, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise SparsepassError(f"{where} has the key {key!r}; keys of JSON are strings")
+            _check(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check(item, f"{where}[{index}]")
+    elif not isinstance(value, str | int | float | None):
+        raise SparsepassError(f"{where} is a {type(value).__name__}, which is not JSON; store tensors as tensors")
+
+
+def _short(value: JSON) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,19 +1,25 @@
-"""``metrics.jsonl``: what a run measured, one JSON object a line, each step once however often the run was resumed."""
+"""What a run measured: ``metrics.jsonl``, a line for each step however often the run was resumed, and trackers.
+
+A tracker, such as TensorBoard, is whatever accelerate knows; it gets the numbers that go into the file.
+"""
 
 import json
 import math
+import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, final
+
+from accelerate import Accelerator
 
 from sparsepass.graph.support import SparsepassError, write_text
 
 JSON = Any
 
 METRICS = "metrics.jsonl"
-"""The file in a run folder."""
+"""Name of the file in a run folder."""
 
 
 @final
@@ -68,17 +74,14 @@ class MetricsFile:
         if self._descriptor is not None:
             os.write(self._descriptor, _to_line(values).encode())
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Close the file; what is written afterwards is dropped."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, JSON]]:
@@ -101,6 +104,46 @@ def read_metrics(path: str | Path) -> list[dict[str, JSON]]:
     return [_from_line(line, number, Path(path)) for number, line in enumerate(lines, 1)]
 
 
+@contextmanager
+def tracking(
+    accelerator: Accelerator, project: str, config: Mapping[str, JSON], *, resumed_at: int | None = None
+) -> Iterator[Callable[[Mapping[str, JSON]], None]]:
+    """Start the trackers an accelerator was made with, give a function that logs to them, and end them.
+
+    Only the main process logs. Of a line of metrics the numbers are sent, and those of nested mappings as ``outer/inner``;
+    text and lists stay in ``metrics.jsonl``.
+
+    Args:
+        accelerator: Made with ``Accelerator(log_with="tensorboard", project_dir=folder)``; without ``log_with`` nothing
+            is sent.
+        project: Name of the project in the tracker. TensorBoard makes a folder of this name inside the accelerator's.
+        config: Configuration of the run, nested as it may be.
+        resumed_at: Step of the checkpoint the run goes on from; TensorBoard then hides what it holds of later steps.
+
+    Yields:
+        A function that takes the mapping that goes into ``metrics.jsonl``.
+
+    Example:
+        >>> with tracking(Accelerator(cpu=True), "doctest", {"lr": 1e-4}) as log:
+        ...     log({"step": 1, "loss": 3.5})
+    """
+    plain = {name: value if isinstance(value, str | int | float) else str(value) for name, value in _flat(config)}
+    options = {} if resumed_at is None else {"tensorboard": {"purge_step": resumed_at + 1}}
+    accelerator.init_trackers(project, config=plain, init_kwargs=options)
+
+    def log(values: Mapping[str, JSON]) -> None:
+        numeric = {name: float(value) for name, value in _flat(values) if isinstance(value, numbers.Real) and name != "step"}
+        accelerator.log(numeric, step=values["step"])
+
+    try:
+        yield log
+    finally:
+        # Accelerator.end_training would destroy the process group too, and what follows the training may need it.
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []
+
+
 def _from_line(line: bytes, number: int, path: Path) -> dict[str, JSON]:
     try:
         values = json.loads(line)
@@ -121,3 +164,11 @@ def _finite(value: JSON) -> JSON:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: Mapping[str, JSON], prefix: str = "") -> Iterator[tuple[str, JSON]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value

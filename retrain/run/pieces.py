@@ -82,11 +82,11 @@ def local_box(tensor: Tensor) -> Box:
     return Box(tuple(start), tuple(shape))
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The elements of a tensor that this process holds, sharing its memory.
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor as it is. Shares memory, asks for no gradient.
 
     Example:
-        >>> local_part(torch.ones(2, requires_grad=True))
+        >>> local(torch.ones(2, requires_grad=True))
         tensor([1., 1.])
     """
     detached = tensor.detach()
@@ -128,7 +128,7 @@ def write_pieces(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> JSON
         box = local_box(tensor)
         if not _writes(tensor):
             continue
-        part = local_part(tensor)
+        part = local(tensor)
         view = (part.device, part.data_ptr(), part.dtype, part.shape, part.stride())
         place = places.get(view) if part.numel() else None
         if place is None:
@@ -215,7 +215,7 @@ def read_pieces(folder: Path, table: Iterable[JSON], into: Mapping[str, Tensor])
         8.0
     """
     held = {name: local_box(tensor) for name, tensor in into.items()}
-    parts = {name: local_part(tensor) for name, tensor in into.items()}
+    parts = {name: local(tensor) for name, tensor in into.items()}
     num_read = dict.fromkeys(into, 0)
     wanted: dict[str, list[JSON]] = {}
     for row in table:

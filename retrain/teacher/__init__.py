@@ -1,8 +1,7 @@
 """The dense model as a teacher: beside the student, or written down beforehand."""
 
-from sparsepass.retrain.teacher.contract import OnlineTeacher, Teacher
-from sparsepass.retrain.teacher.offline import offline_teacher
-from sparsepass.retrain.teacher.online import OnlineParts, online_teacher
+from sparsepass.retrain.teacher.cache import offline_teacher
+from sparsepass.retrain.teacher.online import OnlineParts, OnlineTeacher, Teacher, online_teacher
 from sparsepass.retrain.teacher.sample import SAMPLED, SampleConfig, check_file, sample_to_file
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""Writing a teacher's top-k logits to disk, so that the teacher need not be in memory while a student trains.
+"""The offline teacher of a run: its top-k logits are written to disk once, and the student trains from them without it.
 
 Tensor shape legend: B batch, T tokens, N rows, V vocabulary, K kept entries.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
@@ -12,15 +12,74 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsepass.graph.support import SparsepassError, item_progress, replaced_file, shows_progress
-from sparsepass.retrain.loss import log_probabilities
-from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CacheManifest, Shards, sequence_hash
-from sparsepass.retrain.teacher.contract import OnlineTeacher
+from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.data import TrainingData
+from sparsepass.retrain.loss import CHUNK_TOKENS, log_probabilities
+from sparsepass.retrain.run import make_accelerator
+from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CachedTeacher, CacheManifest, Shards, sequence_hash
+from sparsepass.retrain.teacher.online import OnlineTeacher, online_teacher
 
-_CHUNK_TOKENS = 512
 _UINT16_TOKENS = 1 << 16
+
+
+def offline_teacher(
+    folder: str | Path,
+    model: Callable[[], nn.Module],
+    data: TrainingData,
+    config: RetrainConfig,
+    *,
+    k: int = 64,
+    about: Mapping[str, str] | None = None,
+    progress: bool | None = None,
+) -> CachedTeacher:
+    """Return a teacher that reads its logits from a folder, and write them first where they are missing.
+
+    They are written in the order in which the run takes its sequences, for as many as it takes: a sequence that the run sees
+    in two epochs is written twice. Writing goes on where an interrupted call stopped; a longer run extends what is there.
+
+    Args:
+        folder: Where the cache stands or is to stand.
+        model: Gives the dense model; called only if something is missing.
+        data: The run's data, at its beginning; it is left there.
+        config: The run's settings.
+        k: Logits kept for each token.
+        about: What must be the same for a cache to be used again, such as the names of model and data.
+        progress: See `write_teacher_cache`.
+
+    Raises:
+        SparsepassError: If the cache is of something else, or is incomplete and several processes run, or the loss asks for
+            more than logits.
+    """
+    if config.hidden_weight:
+        raise SparsepassError("hidden_weight needs a teacher in memory: a cache holds its logits only")
+    needed = config.num_steps(data.train.shape.context) * config.batch_size
+    if not _is_there(Path(folder), needed, config.temperature, k, about):
+        accelerator = make_accelerator((), None)
+        if accelerator.num_processes > 1:
+            raise SparsepassError(
+                f"{folder} does not hold the teacher's logits for the {needed} sequences of this run, and one process has to "
+                "write them: run the same command with --cache-only and without accelerate launch, then this one again"
+            )
+        start = data.train.state()
+        config = config.resolve(accelerator.device)
+        teacher = online_teacher(model(), config, accelerator, unpadded=data.unpadded).teacher
+        assert isinstance(teacher, OnlineTeacher)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            write_teacher_cache(
+                folder,
+                teacher,
+                (data.train.take(1).input_ids[0] for _ in range(needed)),
+                k=k,
+                temperatures=(config.temperature,),
+                num_sequences=needed,
+                about=about,
+                progress=progress,
+            )
+        data.train.restore(start)
+    return CachedTeacher(folder, temperature=config.temperature)
 
 
 def write_teacher_cache(
@@ -89,7 +148,15 @@ def write_teacher_cache(
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     writer = _Writer(
-        place, teacher, k=k, temperatures=tuple(map(float, temperatures)), about=about, shard_sequences=shard_sequences
+        place,
+        teacher,
+        wanted={
+            "teacher": teacher.fingerprint(),
+            "k": k,
+            "temperatures": tuple(map(float, temperatures)),
+            "about": dict(about or {}),
+        },
+        shard_sequences=shard_sequences,
     )
     items = islice(sequences, num_sequences)
     start = writer.skip(items)
@@ -122,23 +189,8 @@ def top_k(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Ten
 class _Writer:
     """Turns batches into shards, and keeps the manifest true to what is on disk."""
 
-    def __init__(
-        self,
-        folder: Path,
-        teacher: OnlineTeacher,
-        *,
-        k: int,
-        temperatures: tuple[float, ...],
-        about: Mapping[str, str] | None,
-        shard_sequences: int,
-    ) -> None:
-        self._folder, self._teacher, self._shard_sequences = folder, teacher, shard_sequences
-        self._wanted: Mapping[str, Any] = {
-            "teacher": teacher.fingerprint(),
-            "k": k,
-            "temperatures": temperatures,
-            "about": dict(about or {}),
-        }
+    def __init__(self, folder: Path, teacher: OnlineTeacher, *, wanted: Mapping[str, Any], shard_sequences: int) -> None:
+        self._folder, self._teacher, self._shard_sequences, self._wanted = folder, teacher, shard_sequences, wanted
         self._hash = blake2b(digest_size=16)
         self._waiting: list[dict[str, Tensor]] = []
         self._manifest: CacheManifest | None = None
@@ -171,9 +223,8 @@ class _Writer:
             raise SparsepassError(f"a cached sequence is {wrong[0]}, expected {(context,)}: all need the same number of tokens")
         ids_BT = torch.stack(list(batch))
         targets = self._teacher.targets(ids_BT.to(self._teacher.device))
-        pieces: list[dict[str, Tensor]] = []
-        for rows_N in torch.arange(ids_BT.numel(), device=self._teacher.device).split(_CHUNK_TOKENS):
-            pieces.append(self._chunk(targets.logits(rows_N), context))
+        chunks = torch.arange(ids_BT.numel(), device=self._teacher.device).split(CHUNK_TOKENS)
+        pieces = [self._chunk(targets.logits(rows_N), context) for rows_N in chunks]
         found = {name: torch.cat([piece[name] for piece in pieces]).unflatten(0, ids_BT.shape) for name in pieces[0]}
         found["hash"] = torch.tensor([sequence_hash(ids_T) for ids_T in ids_BT])
         self._waiting += [{name: t[i] for name, t in found.items()} for i in range(len(ids_BT))]
@@ -230,6 +281,15 @@ class _Writer:
             complete=False,
         )
         self._manifest.write(self._folder)
+
+
+def _is_there(folder: Path, needed: int, temperature: float, k: int, about: Mapping[str, str] | None) -> bool:
+    """Whether a cache holds what the run needs, as far as its manifest tells; each batch is compared when it is read."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return False
+    found = CacheManifest.read(folder)
+    same = found.k == k and temperature in found.temperatures and dict(found.about) == dict(about or {})
+    return same and found.num_sequences >= needed
 
 
 def _bytes(value: int) -> bytes:

@@ -1,8 +1,8 @@
-"""A teacher whose top-k logits lie on disk, and what the folder they lie in looks like.
+"""A teacher whose top-k logits lie on disk, and the layout of their folder.
 
 A folder with `teacher_cache.json` (what was cached, of which teacher, for which data) and safetensors shards of whole
 sequences. For each position a shard holds the k most probable tokens, their logits relative to the largest, and for each
-temperature the log-probability of all others together. `teacher_cache.write_teacher_cache` writes it.
+temperature the log-probability of all others together. `write_teacher_cache` writes it.
 
 Tensor shape legend: B batch, T tokens, N rows, X flattened positions, V vocabulary, K kept entries.
 """
@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError, write_text
 from sparsepass.retrain.loss import TeacherTargets, TopKDistribution, log_probabilities
-from sparsepass.retrain.teacher.contract import Teacher
+from sparsepass.retrain.teacher.online import Teacher
 
 MANIFEST_FILE = "teacher_cache.json"
 _FORMAT = 1
@@ -80,8 +81,7 @@ class CacheManifest:
 
     def write(self, folder: Path) -> None:
         """Write it beside its place and move it over."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_text(folder / MANIFEST_FILE, text)
+        write_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @final
@@ -189,9 +189,7 @@ class Shards:
 
     def __init__(self, folder: Path, manifest: CacheManifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._starts = [0]
-        for _, count, _ in manifest.shards:
-            self._starts.append(self._starts[-1] + count)
+        self._starts = list(accumulate((count for _, count, _ in manifest.shards), initial=0))
         self._opened: dict[int, Any] = {}
 
     def sequence(self, index: int, names: Collection[str]) -> dict[str, Tensor]:

@@ -1,9 +1,14 @@
-"""The teacher in a run: a dense model made cheap to ask, or whatever else gives targets."""
+"""What stands for the teacher while a student is trained, and a dense model in memory that is cheap to ask.
+
+Tensor shape legend: B batch, T tokens, N rows, H the teacher's hidden features, V vocabulary, X any shape.
+"""
 
 import copy
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from hashlib import blake2b
+from typing import Any, final
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +17,115 @@ from torch import Tensor, nn
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import Batch
-from sparsepass.retrain.loss import TeacherTargets
+from sparsepass.retrain.loss import FullDistribution, TeacherTargets
 from sparsepass.retrain.run import shard
 from sparsepass.retrain.student import Halves, States, Student, halves, recording
-from sparsepass.retrain.teacher.contract import OnlineTeacher, Teacher
+
+# Elements of each weight that its fingerprint looks at.
+_SAMPLES = 1 << 16
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> str:
+    """A hash of weights: shapes, dtypes, and up to 65536 elements of each, evenly spaced. It does not depend on names.
+
+    >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.ones(3)])
+    False
+    """
+    found = set()
+    for parameter in parameters:
+        flat_X = parameter.detach().reshape(-1)
+        sample_X = flat_X[:: max(flat_X.numel() // _SAMPLES, 1)].contiguous().cpu()
+        kind = f"{tuple(parameter.shape)} {parameter.dtype} ".encode()
+        found.add(kind + blake2b(sample_X.view(torch.uint8).numpy().tobytes()).digest())
+    return blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
+
+
+class Teacher(ABC):
+    """Gives targets for batches."""
+
+    @abstractmethod
+    def targets(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, sequence_indices_B: Tensor | None = None
+    ) -> TeacherTargets:
+        """What the teacher says about a batch.
+
+        Args:
+            input_ids_BT: Tokens.
+            attention_mask_BT: 0 at padding; None if there is none.
+            sequence_indices_B: The global number of each sequence in the data; a cached teacher goes by it.
+        """
+
+
+@final
+class OnlineTeacher(Teacher):
+    """A model in memory, cut in two. Nothing of it is trained: it runs without gradients.
+
+    Its hidden size is its own; its vocabulary must be the student's. Under autocast it is faster with weights that already have
+    the dtype of autocast (weights that ask for no gradient are cast at every call).
+
+    Args:
+        body: ``(input_ids, attention_mask) -> [B, T, H]``; a mask of None means that there is no padding.
+        head: ``[1, N, H] -> [1, N, V]``. If weights are sharded, they must be whole when the loss asks for logits: processes
+            may differ in how many chunks they ask for.
+
+    Example:
+        >>> class Body(nn.Embedding):
+        ...     def forward(self, input_ids, attention_mask):
+        ...         return super().forward(input_ids)
+        >>> teacher = OnlineTeacher(Body(10, 4), nn.Linear(4, 10))
+        >>> targets = teacher.targets(torch.tensor([[1, 2, 3]]))
+        >>> targets.rows(torch.tensor([0, 1])).check(2, 10, temperature=1.0)
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        self._body, self._head = body, head
+
+    @torch.no_grad()
+    def targets(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, sequence_indices_B: Tensor | None = None
+    ) -> "OnlineTargets":
+        """See `Teacher.targets`; keeps the hidden states."""
+        hidden_BTH = self._body(input_ids_BT, attention_mask_BT)
+        if hidden_BTH.shape[:-1] != input_ids_BT.shape:
+            raise SparsepassError(
+                f"the teacher's body gives {tuple(hidden_BTH.shape)} for tokens {tuple(input_ids_BT.shape)}; expected [B, T, H]"
+            )
+        return OnlineTargets(hidden_BTH.reshape(-1, hidden_BTH.shape[-1]), self._head)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for module in (self._head, self._body) for p in module.parameters()), torch.device("cpu"))
+
+    def fingerprint(self) -> str:
+        """A hash of the weights: shapes, dtypes, and up to 65536 elements of each, evenly spaced.
+
+        It tells models apart, and one model from its fine-tuned or differently rounded copy. It does not depend on names.
+        """
+        return fingerprint((*self._body.parameters(), *self._head.parameters()))
+
+
+@final
+class OnlineTargets(TeacherTargets):
+    """Hidden states of a teacher, and its head to make logits of them when they are asked for.
+
+    Args:
+        hidden_XH: Hidden states of the flattened batch, [B * T, H].
+        head: ``[1, N, H] -> [1, N, V]``.
+    """
+
+    def __init__(self, hidden_XH: Tensor, head: nn.Module) -> None:
+        self._hidden_XH, self._head = hidden_XH, head
+
+    def rows(self, rows_N: Tensor) -> FullDistribution:
+        """See `TeacherTargets.rows`."""
+        return FullDistribution(self.logits(rows_N))
+
+    @torch.no_grad()
+    def logits(self, rows_N: Tensor) -> Tensor:
+        """The teacher's logits at some positions of the flattened batch, [N, V]."""
+        logits_1NV: Tensor = self._head(self._hidden_XH[rows_N].unsqueeze(0))
+        return logits_1NV.squeeze(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +164,7 @@ class OnlineParts:
             )
 
     def without_cache(self) -> "OnlineParts":
-        """What there is for sequences other than those of the training: a cache knows nothing of them."""
+        """The same, without a cached teacher: for sequences outside of the training, which a cache does not hold."""
         return self if isinstance(self.teacher, OnlineTeacher) else replace(self, teacher=None)
 
     def look(self, batch: Batch) -> tuple[TeacherTargets | None, list[Tensor] | None]:
@@ -113,15 +223,14 @@ def online_teacher(
 
 
 def _store_low(teacher: Program, parts: Halves) -> None:
-    """Store the weights of linear layers in bfloat16; one that is looked up as well keeps its precision there."""
+    """Store the weights of linear layers in bfloat16. A weight that an embedding reads too keeps its precision there."""
     low: dict[int, nn.Parameter] = {}
-    looked_up = {site.weight for site in teacher.sites() if not site.can_be_named}
     for site in teacher.sites():
         if site.layout in ("linear", "conv1d_hf") and site.weight:
             tensor = teacher.tensor(site.weight)
             if tensor.dtype == torch.float32:
                 low[id(tensor)] = nn.Parameter(tensor.detach().to(torch.bfloat16), requires_grad=False)
-    keep = {id(teacher.tensor(name)) for name in looked_up if name}
+    keep = {id(teacher.tensor(site.weight)) for site in teacher.sites() if site.weight and not site.can_be_named}
     for root, spared in ((parts.body, keep), (parts.head, set())):
         for module in root.modules():
             for name, parameter in list(module._parameters.items()):

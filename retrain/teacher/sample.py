@@ -1,4 +1,4 @@
-"""Text that a model writes itself: to distil from where there is no text, or none that is broad enough.
+"""Text that a model writes itself, to distil from where there is no text, or only a narrow one.
 
 Tensor shape legend: B batch, P tokens of a prompt, T tokens.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
 from sparsepass.graph.support import SparsepassError, item_progress
-from sparsepass.retrain.teacher.contract import fingerprint
+from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
 
@@ -146,14 +146,8 @@ def sample_to_file(
     path = check_file(out, force=force)
     prompt = _prompt(tokenizer, config.start)
     count, batch_size = -(-config.num_tokens // config.length), config.batch_size
-    facts = {
-        "length": config.length,
-        "prompt": prompt,
-        "batch_size": batch_size,
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "model": fingerprint(model.parameters()),
-    }
+    facts = {name: getattr(config, name) for name in ("length", "batch_size", "temperature", "seed")}
+    facts |= {"prompt": prompt, "model": fingerprint(model.parameters())}
     beside = path.with_name(f".{path.name}.partial")
     done = _rows_done(beside, facts, force=force)
     with (

@@ -30,9 +30,9 @@ from torch import distributed
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.retrain.learner import NonFiniteLossError
 from sparsepass.retrain.run import checkpoint
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS
-from sparsepass.retrain.run.diagnose import NonFiniteLossError
 from sparsepass.retrain.run.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]

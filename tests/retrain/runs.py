@@ -19,7 +19,7 @@ from sparsepass.graph import Program, capture
 from sparsepass.graph.perplexity import perplexity
 from sparsepass.passes import apply_passes
 from sparsepass.retrain.config import RetrainConfig
-from sparsepass.retrain.data.training import DataConfig, TrainingData, open_data
+from sparsepass.retrain.data import DataConfig, TrainingData, open_data
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.run.metrics import METRICS, read_metrics
 

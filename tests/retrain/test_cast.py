@@ -8,8 +8,8 @@ from tests.families import BY_NAME
 from tests.retrain.runs import masks, sparse
 
 from sparsepass.graph import Program, Site
-from sparsepass.retrain.cast import attach_scales, fold_scales
 from sparsepass.retrain.student import masked_sites
+from sparsepass.retrain.trainee import attach_scales, fold_scales
 
 
 def sites_of(program: Program) -> dict[str, Site]:

@@ -18,12 +18,12 @@ from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 from sparsepass.retrain.config import RetrainConfig
-from sparsepass.retrain.data.training import DataConfig, open_data
+from sparsepass.retrain.data import DataConfig, open_data
+from sparsepass.retrain.learner import NonFiniteLossError
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.masks import MovingMasks
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS
-from sparsepass.retrain.run.diagnose import NonFiniteLossError
-from sparsepass.retrain.run.parallel import checkpoint_activations
+from sparsepass.retrain.run.processes import checkpoint_activations
 from sparsepass.retrain.student import masked_sites
 
 PATTERN = NMPattern(2, 4)

@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given, strategies as st
 
-from sparsepass.retrain.schedule import annealed_decay, learning_rate
+from sparsepass.retrain.config import annealed_decay, learning_rate
 
 
 def slow_rates(num_steps: int, peak: float, floor: float, warmup: int, final: int, shape: str) -> list[float]:

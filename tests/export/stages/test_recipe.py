@@ -19,7 +19,7 @@ from sparsepass.export.stages.yaml_settings import example_text, override, parse
 from sparsepass.graph import SparsepassError
 from sparsepass.passes import Reconstruct, parse_pipeline
 from sparsepass.retrain.config import RetrainConfig
-from sparsepass.retrain.data.training import DataConfig
+from sparsepass.retrain.data import DataConfig
 from sparsepass.retrain.teacher.sample import SampleConfig
 
 PAPER = ("gpt2-paper", "opt-paper", "llama2-7b-paper")

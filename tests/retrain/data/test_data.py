@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.passes.data.texts import default_text, text_pieces
-from sparsepass.retrain.data.order import permutation, spread
+from sparsepass.retrain.data import DataConfig, TrainingData, open_data
+from sparsepass.retrain.data.sequences import permutation, spread
 from sparsepass.retrain.data.stream import Place, TokenStream
 from sparsepass.retrain.data.tokens import Part, TokenTable, part_of_rows
-from sparsepass.retrain.data.training import DataConfig, TrainingData, open_data
 
 EOS = 2
 

@@ -16,7 +16,7 @@ from sparsepass.graph import SparsepassError
 from sparsepass.retrain.loss import divergence
 from sparsepass.retrain.loss.divergence import FullDistribution, row_losses
 from sparsepass.retrain.loss.objective import Distillation, distillation_loss, hidden_state_loss, next_token_targets
-from sparsepass.retrain.teacher.contract import OnlineTargets
+from sparsepass.retrain.teacher.online import OnlineTargets
 
 pytestmark = pytest.mark.numerics
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsepass.graph import SparsepassError
 from sparsepass.retrain.loss.objective import Distillation, distillation_loss, next_token_targets
-from sparsepass.retrain.teacher.contract import OnlineTargets
+from sparsepass.retrain.teacher.online import OnlineTargets
 
 B, T, H, V = 4, 6, 8, 16
 

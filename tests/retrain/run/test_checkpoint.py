@@ -22,7 +22,7 @@ from sparsepass.retrain.run import checkpoint, pieces
 from sparsepass.retrain.run.checkpoint import Checkpoints
 from sparsepass.retrain.run.manifest import MANIFEST_FILE
 from sparsepass.retrain.run.pieces import Box
-from sparsepass.retrain.run.seeds import random_states, set_random_states
+from sparsepass.retrain.state import random_states, set_random_states
 
 DTYPES = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,13 +14,13 @@ from tests.retrain.runs import assert_same, assert_whole, data, digest, run, set
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.retrain import loop
+from sparsepass.retrain.config import learning_rate
+from sparsepass.retrain.learner import NonFiniteLossError
 from sparsepass.retrain.loop import TrainingStoppedError
 from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.run import checkpoint
 from sparsepass.retrain.run.checkpoint import CHECKPOINTS, Checkpoints
-from sparsepass.retrain.run.diagnose import NonFiniteLossError
 from sparsepass.retrain.run.metrics import METRICS
-from sparsepass.retrain.schedule import learning_rate
 from sparsepass.retrain.trainee import make_trainee
 
 TERM, INT = signal.SIGTERM, signal.SIGINT

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from sparsepass.retrain.run.signals import StopSignals
+from sparsepass.retrain.run.processes import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -68,7 +68,7 @@ def test_in_another_thread_it_does_nothing() -> None:
 
 def test_a_process_leaves_its_loop_when_it_is_told() -> None:
     program = (
-        "import time; from sparsepass.retrain.run.signals import StopSignals\n"
+        "import time; from sparsepass.retrain.run.processes import StopSignals\n"
         "with StopSignals() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.requested: time.sleep(0.01)\n"

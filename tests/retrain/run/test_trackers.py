@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparsepass.retrain.run.trackers import tracking
+from sparsepass.retrain.run.metrics import tracking
 
 CONFIG = {"lr": 2e-4, "method": "ast", "data": {"length": 512, "files": ["a", "b"]}, "teacher": None}
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sparsepass.export.cli.app import app
 from sparsepass.graph import SparsepassError
-from sparsepass.retrain.data.training import DataConfig, open_data
+from sparsepass.retrain.data import DataConfig, open_data
 from sparsepass.retrain.teacher import sample as module
 from sparsepass.retrain.teacher.sample import SampleConfig, sample, sample_to_file
 

@@ -16,7 +16,7 @@ from sparsepass.retrain.loss.divergence import FullDistribution, TeacherTargets,
 from sparsepass.retrain.loss.objective import distillation_loss, next_token_targets
 from sparsepass.retrain.teacher.cache import top_k, write_teacher_cache
 from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CachedTeacher, CacheManifest
-from sparsepass.retrain.teacher.contract import OnlineTeacher
+from sparsepass.retrain.teacher.online import OnlineTeacher
 
 S, T, V, H = 10, 6, 23, 5
 
