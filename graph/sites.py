@@ -127,7 +127,7 @@ def find_sites(
         One site for each weight (not for each use), embeddings and matmuls with computed weights included, each with the
         reason why it is left alone, if it is.
     """
-    uses: dict[str, list[_Use]] = {}
+    uses: dict[str, list[_WeightUse]] = {}
     embeddings: set[str] = set()
     for node in graph_module.graph.nodes:
         matched = _match(node)
@@ -146,7 +146,7 @@ def find_sites(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Use:
+class _WeightUse:
     """One operation reading one weight."""
 
     node: fx.Node
@@ -157,7 +157,7 @@ class _Use:
     groups: int = 1
 
 
-def _match(node: fx.Node) -> _Use | None:
+def _match(node: fx.Node) -> _WeightUse | None:
     if node.op != "call_function":
         return None
     target, args = node.target, node.args
@@ -179,7 +179,7 @@ def _match(node: fx.Node) -> _Use | None:
     return None
 
 
-def _unsupported(node: fx.Node) -> list[_Use]:
+def _unsupported(node: fx.Node) -> list[_WeightUse]:
     """The matrices that an operation multiplies by in a way that is not a site: listed, so that none is skipped in silence."""
     if node.op != "call_function" or op_name(node) not in _UNSUPPORTED_NAMES:
         return []
@@ -190,7 +190,7 @@ def _unsupported(node: fx.Node) -> list[_Use]:
             continue  # a bias
         if stored or _comes_from_weights(source):
             weight = str(source.target) if stored else None
-            found.append(_Use(node=node, weight=weight, layout="computed", activation=node.all_input_nodes[0]))
+            found.append(_WeightUse(node=node, weight=weight, layout="computed", activation=node.all_input_nodes[0]))
     return found
 
 
@@ -222,7 +222,7 @@ def _weight_use(
     *,
     groups: int = 1,
     computed_counts: bool = True,
-) -> _Use | None:
+) -> _WeightUse | None:
     assert isinstance(weight, fx.Node)
     assert isinstance(activation, fx.Node)
     bias_node = bias if isinstance(bias, fx.Node) else None
@@ -236,12 +236,12 @@ def _weight_use(
     if source.op != "get_attr":
         if layout == "embedding" or not (computed_counts or _comes_from_weights(source)):
             return None  # a product of two activations, as in attention
-        return _Use(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
+        return _WeightUse(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
     if transposed:
         layout = {"linear": "conv1d_hf", "conv1d_hf": "linear", "experts_transposed": "experts"}.get(layout, layout)
     if _tensor_read(source).dim() == 3:
         layout = {"linear": "experts", "conv1d_hf": "experts_transposed"}.get(layout, layout)
-    return _Use(
+    return _WeightUse(
         node=node,
         weight=str(source.target),
         layout=layout,  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ def _swaps_last_two(node: fx.Node) -> bool:
 def _site(
     graph_module: fx.GraphModule,
     key: str,
-    uses: list[_Use],
+    uses: list[_WeightUse],
     *,
     names: Mapping[int, list[str]],
     heads: set[str],
@@ -318,7 +318,9 @@ def _site(
     )
 
 
-def _reason(main: _Use, uses: list[_Use], ties: tuple[str, ...], heads: set[str], embeddings: set[str]) -> str | None:
+def _reason(
+    main: _WeightUse, uses: list[_WeightUse], ties: tuple[str, ...], heads: set[str], embeddings: set[str]
+) -> str | None:
     weight = main.weight or ""
     layouts = {use.layout for use in uses}
     if layouts == {"embedding"}:

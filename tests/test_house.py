@@ -103,6 +103,15 @@ def test_every_pass_has_a_file_and_its_documentation(name: str) -> None:
         assert f"| `{field.name}` |" in text, f"docs/passes.md does not tell of {name}'s {field.name}"
 
 
+def test_no_two_classes_bear_one_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in (path for folder in ORDER for path in SOURCES[folder]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(str(path.relative_to(ROOT)))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
 def test_every_pass_file_is_in_the_table() -> None:
     for path in SOURCES["passes"]:
         if re.search(r"^class \w+\(Pass\)", path.read_text(encoding="utf-8"), re.MULTILINE):

@@ -91,7 +91,7 @@ def check_pattern(
         sparse = dict.fromkeys(_as_names("expected_sparse", expected_sparse), asked)
     label, found = _open(source, axes or {})
     candidates = tuple(found)
-    wanted = _Wanted(
+    wanted = _Asked(
         pattern=asked,
         sparse=sparse,
         sparse_names=NamePatterns(sparse or ()),
@@ -143,7 +143,7 @@ class _Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Requirements:
     """How a candidate is judged; `finding` is set if no data has to be read for it."""
 
     pattern: NMPattern
@@ -152,7 +152,7 @@ class _Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wanted:
+class _Asked:
     """What the caller asked for."""
 
     pattern: NMPattern
@@ -162,7 +162,7 @@ class _Wanted:
     ignored_names: NamePatterns
 
 
-def _plan(candidate: Candidate, wanted: _Wanted) -> _Plan:
+def _plan(candidate: Candidate, wanted: _Asked) -> _Requirements:
     names = candidate.names
     expected = [(wanted.sparse or {})[name] for name in wanted.sparse_names.matching(names)]
     on_purpose = next(iter(wanted.dense_names.matching(names)), None)
@@ -184,7 +184,7 @@ def _plan(candidate: Candidate, wanted: _Wanted) -> _Plan:
         elif candidate.problem is None:
             skip = candidate.aside
     if skip is not None:
-        return _Plan(pattern=pattern, required=False, finding=_Finding(verdict="left out", reason=skip))
+        return _Requirements(pattern=pattern, required=False, finding=_Finding(verdict="left out", reason=skip))
     finding = None
     if candidate.problem is not None:
         finding = _Finding(verdict="not checkable", reason=candidate.problem)
@@ -193,7 +193,7 @@ def _plan(candidate: Candidate, wanted: _Wanted) -> _Plan:
         num_in = candidate.shape[candidate.axis]
         if num_in % pattern.m:
             finding = _Finding(verdict="not eligible", reason=f"not eligible: K={num_in} is not a multiple of {pattern.m}")
-    return _Plan(pattern=pattern, required=bool(expected) or candidate.aside is None, finding=finding)
+    return _Requirements(pattern=pattern, required=bool(expected) or candidate.aside is None, finding=finding)
 
 
 def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
@@ -230,7 +230,7 @@ def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
     return _Finding(verdict="violates", reason="; ".join((reason, *remarks)), count=count, conforming_axes=others)
 
 
-def _with_causes(judged: Iterable[tuple[Candidate, _Plan, _Finding]]) -> list[PatternEntry]:
+def _with_causes(judged: Iterable[tuple[Candidate, _Requirements, _Finding]]) -> list[PatternEntry]:
     """The entries; those of required weights that violate say what probably happened to them."""
     looked_at: dict[str, Cause] = {}
     known: dict[object, Cause] = {}
@@ -256,7 +256,7 @@ def _with_causes(judged: Iterable[tuple[Candidate, _Plan, _Finding]]) -> list[Pa
     return entries
 
 
-def _entry(candidate: Candidate, plan: _Plan, finding: _Finding) -> PatternEntry:
+def _entry(candidate: Candidate, plan: _Requirements, finding: _Finding) -> PatternEntry:
     return PatternEntry(
         **{field.name: getattr(candidate, field.name) for field in fields(Use)},
         pattern=str(plan.pattern),

@@ -254,7 +254,7 @@ def _run(program: Program, lengths: Mapping[str, int]) -> _Shapes:
     """Shapes of every node's result, for inputs of these lengths."""
     shapes: _Shapes = {}
 
-    class Shapes(fx.Interpreter):
+    class ShapeReader(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
             if isinstance(result, Tensor):
@@ -267,7 +267,7 @@ def _run(program: Program, lengths: Mapping[str, int]) -> _Shapes:
             example, length = program.example_inputs[name], lengths.get(name)
             shape = example.shape if length is None else (example.shape[0], length, *example.shape[2:])
             inputs.append(example.new_empty(shape))
-        Shapes(program.graph_module).run(*inputs)
+        ShapeReader(program.graph_module).run(*inputs)
     return shapes
 
 

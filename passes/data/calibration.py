@@ -43,7 +43,7 @@ class CalibrationBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
+class _Given:
     """Where rows come from: a name for the report, and a function that starts reading from the beginning."""
 
     name: str
@@ -61,7 +61,7 @@ class CalibrationData:
     generator, which can be read only once.
     """
 
-    def __init__(self, source: _Source, input_names: tuple[str, ...], *, num_sequences: int | None, batch_size: int) -> None:
+    def __init__(self, source: _Given, input_names: tuple[str, ...], *, num_sequences: int | None, batch_size: int) -> None:
         self._source = source
         self._input_names = input_names
         self._num_sequences = num_sequences
@@ -240,23 +240,23 @@ class _Reader:
 
     # Which form is it?
 
-    def source(self, calibration: object) -> _Source:
+    def source(self, calibration: object) -> _Given:
         if isinstance(calibration, str):
             return self._from_string(calibration)
         if isinstance(calibration, Path):
             return self._from_path(calibration, str(calibration))
         if isinstance(calibration, (Tensor, np.ndarray)):
-            return _Source(name=f"shape {list(calibration.shape)}", kind="tensor", rows=lambda: self.inputs.rows([calibration]))
+            return _Given(name=f"shape {list(calibration.shape)}", kind="tensor", rows=lambda: self.inputs.rows([calibration]))
         if (datasets := sys.modules.get("datasets")) is not None:
             check_one_split(calibration, "calibration")
             if isinstance(calibration, datasets.Dataset | datasets.IterableDataset):
                 return self._from_dataset(calibration, type(calibration).__name__)
         if isinstance(calibration, Mapping):
-            return _Source(name=", ".join(map(str, calibration)), kind="dict", rows=lambda: self.inputs.rows([calibration]))
+            return _Given(name=", ".join(map(str, calibration)), kind="dict", rows=lambda: self.inputs.rows([calibration]))
         if isinstance(calibration, torch.utils.data.Dataset) and not isinstance(calibration, Iterable):
             length = len(calibration)  # type: ignore[arg-type]  # a map-style data set has a length
             items: Any = calibration
-            return _Source(
+            return _Given(
                 name=type(calibration).__name__,
                 kind="torch data set",
                 rows=lambda: self.inputs.record_rows(self.inputs.named(items[index]) for index in range(length)),
@@ -265,13 +265,13 @@ class _Reader:
             return self._from_iterable(calibration)
         raise SparsepassError(f"calibration of type {type(calibration).__name__} is not understood; expected {_KNOWN_FORMS}")
 
-    def _from_string(self, text: str) -> _Source:
+    def _from_string(self, text: str) -> _Given:
         if "\n" in text:
             return self._from_text(text.encode(), "text given in memory", "text")
         path = locate(text, what="calibration", forms=_KNOWN_FORMS)
         return self._from_hub(text) if path is None else self._from_path(path, text)
 
-    def _from_path(self, path: Path, name: str) -> _Source:
+    def _from_path(self, path: Path, name: str) -> _Given:
         kind = path_kind(path, name, what="calibration", forms=_KNOWN_FORMS)
         if kind == "folder":
             return self._from_hub(name)
@@ -281,10 +281,10 @@ class _Reader:
             lambda: records(path, what="calibration", seed=self.seed), name, f".{kind} file", "rows spread evenly"
         )
 
-    def _from_hub(self, text: str) -> _Source:
+    def _from_hub(self, text: str) -> _Given:
         return self._from_dataset(load_data_set(text, what="calibration", streaming=True), text)
 
-    def _from_dataset(self, data: Any, name: str) -> _Source:
+    def _from_dataset(self, data: Any, name: str) -> _Given:
         import datasets
 
         if isinstance(data, datasets.Dataset):
@@ -298,7 +298,7 @@ class _Reader:
             )
         return self._from_records(lambda: iter(data), name, "streamed data set", "first rows, in order")
 
-    def _from_iterable(self, items: Iterable[object]) -> _Source:
+    def _from_iterable(self, items: Iterable[object]) -> _Given:
         once = isinstance(items, Iterator)
         kind = "generator" if once else type(items).__name__
         iterator = iter(items)
@@ -321,10 +321,10 @@ class _Reader:
             def rows() -> Iterator[Row]:
                 return self._text_rows(packer.join(self._strings(read())))
 
-            return _Source(name=kind, kind="texts", rows=rows, once=once, facts=facts)
+            return _Given(name=kind, kind="texts", rows=rows, once=once, facts=facts)
         if isinstance(items, (list, tuple)) and isinstance(first, (int, float)):
-            return _Source(name="list of numbers", kind="list", rows=lambda: self.inputs.rows([torch.as_tensor(items)]))
-        return _Source(name=kind, kind=kind, rows=lambda: self.inputs.rows(read()), once=once)
+            return _Given(name="list of numbers", kind="list", rows=lambda: self.inputs.rows([torch.as_tensor(items)]))
+        return _Given(name=kind, kind=kind, rows=lambda: self.inputs.rows(read()), once=once)
 
     def _strings(self, items: Iterable[object]) -> Iterator[str]:
         for index, item in enumerate(items):
@@ -336,15 +336,13 @@ class _Reader:
 
     # Records: rows of a data set or file
 
-    def _from_records(
-        self, read: Callable[[], Iterator[Mapping[str, object]]], name: str, kind: str, selection: str
-    ) -> _Source:
+    def _from_records(self, read: Callable[[], Iterator[Mapping[str, object]]], name: str, kind: str, selection: str) -> _Given:
         first = next(read(), None)
         if first is None:
             raise SparsepassError(f"calibration data is empty: {kind} {name} has no rows")
         if any(column in self.inputs.names for column in first):
             facts: dict[str, object] = {"selection": selection, "seed": self.seed}
-            return _Source(name=name, kind=kind, rows=lambda: self.inputs.record_rows(read()), facts=facts)
+            return _Given(name=name, kind=kind, rows=lambda: self.inputs.record_rows(read()), facts=facts)
         if self.text_column is None or self.text_column not in first:
             raise SparsepassError(
                 f"calibration {kind} {name} has the columns {', '.join(map(str, first))}: neither an input of the "
@@ -364,7 +362,7 @@ class _Reader:
                     yield value
 
         facts = self._text_facts(selection, packer)
-        return _Source(name=name, kind=kind, rows=lambda: self._text_rows(packer.join(texts())), facts=facts)
+        return _Given(name=name, kind=kind, rows=lambda: self._text_rows(packer.join(texts())), facts=facts)
 
     # Text
 
@@ -379,11 +377,11 @@ class _Reader:
             )
         return Packer(self.tokenizer, self.context, self.num_sequences, self.seed)
 
-    def _from_text(self, data: bytes | mmap.mmap, name: str, kind: str) -> _Source:
+    def _from_text(self, data: bytes | mmap.mmap, name: str, kind: str) -> _Given:
         packer = self._packer(name)
         facts = self._text_facts("spread evenly over the text", packer) | {"text_bytes": len(data)}
         what = f"calibration text {name}"
-        return _Source(name=name, kind=kind, rows=lambda: self._text_rows(packer.spread(data, what)), facts=facts)
+        return _Given(name=name, kind=kind, rows=lambda: self._text_rows(packer.spread(data, what)), facts=facts)
 
     def _text_facts(self, selection: str, packer: Packer) -> dict[str, object]:
         tokenizer = str(packer.tokenizer.name_or_path)

@@ -19,7 +19,7 @@ from sparsepass.retrain.data.tokens import (
     LABELS,
     MASK,
     Encoder,
-    Part,
+    TokenRows,
     TokenTable,
     hash_columns,
     part_of_rows,
@@ -36,7 +36,7 @@ _ROWS = 256
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedTokens:
     """A source's tokens.
 
     Args:
@@ -73,7 +73,7 @@ class Prepared:
 
 def prepare(
     source: Source, config: DataConfig, *, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int | None, what: str
-) -> Prepared:
+) -> PreparedTokens:
     """Tokenize a source, or make ready to.
 
     Args:
@@ -108,12 +108,12 @@ def prepare(
         columns = data.column_names if len(data) else []
     if not columns:
         raise SparsepassError(f"{what} is empty: it has no rows")
-    job = _Job(source=source, config=config, tokenizer=tokenizer, columns=columns, vocab_size=vocab_size, what=what)
+    job = _Preparation(source=source, config=config, tokenizer=tokenizer, columns=columns, vocab_size=vocab_size, what=what)
     return job.stream(data) if isinstance(data, datasets.IterableDataset) else job.table()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _Preparation:
     """A source on its way to tokens."""
 
     source: Source
@@ -154,13 +154,13 @@ class _Job:
             pad_id = tokenizer.eos_token_id
         return Shape(context=context, packing=packing, before=before, pad_id=int(pad_id or 0))
 
-    def table(self) -> Prepared:
+    def table(self) -> PreparedTokens:
         """Make all tokens."""
         packing = self.config.packing
         parts = (part.checked(vocab_size=self.vocab_size, what=self.what) for part in self._parts())
         table = TokenTable(part.without_padding() if packing else part for part in parts)
         facts = self._facts()
-        prepared = Prepared(
+        prepared = PreparedTokens(
             source=self.source,
             shape=self.shape,
             names=table.names if packing else tuple(dict.fromkeys([*table.names, MASK])),
@@ -177,7 +177,7 @@ class _Job:
             facts["rows"] = counts | cut
         return prepared
 
-    def stream(self, data: Any) -> Prepared:
+    def stream(self, data: Any) -> PreparedTokens:
         """Make ready to read the tokens; one sequence is read, to see whether the source is long enough."""
         config, facts = self.config, self._facts()
         # Counted as they are read, and again if they are read again.
@@ -185,7 +185,7 @@ class _Job:
         if not self.source.texts:
             facts["rows"] = counts
 
-        def encode(rows: Sequence[Mapping[str, Any]]) -> Part:
+        def encode(rows: Sequence[Mapping[str, Any]]) -> TokenRows:
             part = self._part(rows).checked(vocab_size=self.vocab_size, what=self.what)
             counts["num_read"] += len(part.lengths)
             if not config.packing:
@@ -196,7 +196,7 @@ class _Job:
         sequence = TokenStream(data, encode, Place(), self.what).read(self.shape.num_body)
         if len(sequence[IDS]) < self.shape.num_body:
             raise self._too_short(len(sequence[IDS]))
-        return Prepared(
+        return PreparedTokens(
             source=self.source,
             shape=self.shape,
             names=tuple(sequence),
@@ -206,7 +206,7 @@ class _Job:
             encode=encode,
         )
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[TokenRows]:
         data = self.source.data
         if self.source.texts:
             pieces = text_pieces(self.source.texts, self.what)
@@ -222,7 +222,7 @@ class _Job:
                 rows_of_ids = rows_of_ids.flatten_indices()
             yield from parts_of_arrow(rows_of_ids.data.table, self.what)
 
-    def _part(self, rows: Sequence[Mapping[str, Any]]) -> Part:
+    def _part(self, rows: Sequence[Mapping[str, Any]]) -> TokenRows:
         if self.encoder is None:
             names = [name for name in (IDS, LABELS, MASK) if name in self.columns]
             return part_of_rows({name: [row.get(name) for row in rows] for name in names}, self.what)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.retrain.data.tokens import IDS, IGNORED_LABEL, LABELS, MASK, Columns, Part, TokenTable
+from sparsepass.retrain.data.tokens import IDS, IGNORED_LABEL, LABELS, MASK, Columns, TokenRows, TokenTable
 
 Rows: TypeAlias = slice | Sequence[int] | None
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -265,7 +265,7 @@ def table_sequence(table: TokenTable, shape: Shape, place: int) -> Columns:
         return shape.framed(table.read(place * shape.num_body, (place + 1) * shape.num_body))
     end, length = int(table.row_ends[place]), int(table.lengths[place])
     columns = table.read(end - length, end - length + min(length, shape.context))
-    part = Part(columns=columns, lengths=np.asarray([len(columns[IDS])], dtype=np.int64))
+    part = TokenRows(columns=columns, lengths=np.asarray([len(columns[IDS])], dtype=np.int64))
     return part.padded(shape.context, shape.pad_id).columns
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.data import RecordError
 from sparsepass.retrain.data.sequences import Reading, Sequences, cut, permutation
-from sparsepass.retrain.data.tokens import IDS, MASK, Columns, Part, hash_columns
+from sparsepass.retrain.data.tokens import IDS, MASK, Columns, TokenRows, hash_columns
 
-Encode: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], Part]
+Encode: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], TokenRows]
 
 # Rows are tokenized together until there are so many, or so many characters or tokens.
 _ROWS, _ELEMENTS = 256, 1 << 18
@@ -138,7 +138,7 @@ class TokenStream:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class StreamBlock:
     """Where a block begins, and what tells that it was found again.
 
     Args:
@@ -167,7 +167,9 @@ class StreamedSequences(Sequences):
         reading: See `Reading`.
     """
 
-    def __init__(self, data: Any, encode: Encode, *, start: Block, block: int, limit: int | None, reading: Reading) -> None:
+    def __init__(
+        self, data: Any, encode: Encode, *, start: StreamBlock, block: int, limit: int | None, reading: Reading
+    ) -> None:
         super().__init__(reading)
         self._data, self._encode = data, encode
         self._start, self._block_size, self._limit = start, block, limit
@@ -247,7 +249,7 @@ class StreamedSequences(Sequences):
 
     def _go_to(self, place: Mapping[str, Any]) -> None:
         block = dict(place["block"])
-        self._block = Block(**{**block, "place": Place(**block["place"])})
+        self._block = StreamBlock(**{**block, "place": Place(**block["place"])})
         self.num_sequences = place["num_sequences"]
         self._stream = None
         self._load()

@@ -31,7 +31,7 @@ _PIECES, _PIECE = 4096, 4096
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class TokenRows:
     """Some rows: their tokens one row after another, and how many tokens each row has."""
 
     columns: Columns
@@ -40,7 +40,7 @@ class Part:
     def __len__(self) -> int:
         return int(self.columns[IDS].shape[0])
 
-    def checked(self, *, vocab_size: int | None, what: str) -> "Part":
+    def checked(self, *, vocab_size: int | None, what: str) -> "TokenRows":
         """Return the part itself if its ids, labels and masks are in order.
 
         Raises:
@@ -69,23 +69,23 @@ class Part:
             raise SparsepassError(f"{what}: attention_mask may hold only 0 (padding) and 1")
         return self
 
-    def without_padding(self) -> "Part":
+    def without_padding(self) -> "TokenRows":
         """Leave out the positions where the mask is 0, and the mask."""
         mask = self.columns.get(MASK)
         if mask is None:
             return self
         columns = {name: values for name, values in self.columns.items() if name != MASK}
         if mask.all():
-            return Part(columns=columns, lengths=self.lengths)
+            return TokenRows(columns=columns, lengths=self.lengths)
         kept = mask.astype(bool)
         before = np.concatenate([[0], np.cumsum(kept)])
         ends = np.cumsum(self.lengths)
-        return Part(
+        return TokenRows(
             columns={name: values[kept] for name, values in columns.items()},
             lengths=before[ends] - before[ends - self.lengths],
         )
 
-    def padded(self, context: int, pad_id: int) -> "Part":
+    def padded(self, context: int, pad_id: int) -> "TokenRows":
         """Bring every row to ``context`` tokens: longer ones are cut, shorter ones padded on the right; empty ones left out.
 
         Returns:
@@ -106,7 +106,7 @@ class Part:
             for index, (start, length) in enumerate(rows):
                 filled[index, :length] = values[start : start + length]
             columns[name] = filled.reshape(-1)
-        return Part(columns=columns, lengths=np.full(len(rows), context, dtype=np.int64))
+        return TokenRows(columns=columns, lengths=np.full(len(rows), context, dtype=np.int64))
 
 
 @final
@@ -197,7 +197,7 @@ def _array(ids: Sequence[int]) -> Array:
     return np.asarray(ids, dtype=np.int32)
 
 
-def part_of_rows(rows: Mapping[str, Sequence[Any]], what: str) -> Part:
+def part_of_rows(rows: Mapping[str, Sequence[Any]], what: str) -> TokenRows:
     """Join rows of ids (and labels and masks) into one part.
 
     Raises:
@@ -223,10 +223,10 @@ def part_of_rows(rows: Mapping[str, Sequence[Any]], what: str) -> Part:
             arrays.append(array)
         columns[name] = _int32(np.concatenate([np.empty(0, np.int32), *arrays]), name, what)
         lengths[name] = [len(array) for array in arrays]
-    return Part(columns=columns, lengths=_same_lengths(lengths, what))
+    return TokenRows(columns=columns, lengths=_same_lengths(lengths, what))
 
 
-def parts_of_arrow(table: Any, what: str) -> Iterator[Part]:
+def parts_of_arrow(table: Any, what: str) -> Iterator[TokenRows]:
     """Return a data set's arrow table as parts, without copying what is int32 already (it may lie on disk).
 
     Raises:
@@ -248,7 +248,7 @@ def parts_of_arrow(table: Any, what: str) -> Iterator[Part]:
                 raise SparsepassError(f"{what}: a row of {name} holds null instead of a number")
             columns[name] = _int32(values.to_numpy(zero_copy_only=False), name, what)
             lengths[name] = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        yield Part(columns=columns, lengths=_same_lengths(lengths, what))
+        yield TokenRows(columns=columns, lengths=_same_lengths(lengths, what))
 
 
 def _int32(values: Array, name: str, what: str) -> Array:
@@ -274,7 +274,7 @@ def _same_lengths(lengths: Mapping[str, Any], what: str) -> Array:
 class TokenTable:
     """All tokens of a source, read at any place; the parts may lie in memory or be mapped from disk."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
+    def __init__(self, parts: Iterable[TokenRows]) -> None:
         self._parts = [part for part in parts if len(part)]
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         self.names = tuple(self._parts[0].columns) if self._parts else (IDS,)
@@ -303,7 +303,9 @@ class TokenTable:
     def followed_by(self, other: "TokenTable", multiple: int) -> "TokenTable":
         """This table's tokens and then another one's, which begin at the next multiple of so many tokens."""
         gap = -len(self) % multiple
-        filler = Part(columns={name: np.zeros(gap, np.int32) for name in self.names}, lengths=np.asarray([gap], dtype=np.int64))
+        filler = TokenRows(
+            columns={name: np.zeros(gap, np.int32) for name in self.names}, lengths=np.asarray([gap], dtype=np.int64)
+        )
         return TokenTable([*self._parts, filler, *other._parts])
 
     def fingerprint(self) -> str:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.retrain.data.prepare import Prepared, prepare
+from sparsepass.retrain.data.prepare import PreparedTokens, prepare
 from sparsepass.retrain.data.sequences import Batch, Reading, Sequences, TableSequences, batch_of, cut, spread, table_sequence
 from sparsepass.retrain.data.sources import FORMS, DataConfig, open_source
-from sparsepass.retrain.data.stream import Block, Place, StreamedSequences, TokenStream
+from sparsepass.retrain.data.stream import Place, StreamBlock, StreamedSequences, TokenStream
 from sparsepass.retrain.data.tokens import IDS, Columns, hash_columns
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def open_data(
     return _with_validation(found, apart, *_apart(apart, config), "a source of its own")
 
 
-def _check_beside(data: Prepared, beside: Prepared) -> None:
+def _check_beside(data: PreparedTokens, beside: PreparedTokens) -> None:
     for one in (data, beside):
         if one.stream is not None:
             raise SparsepassError(f"data: {one.source.name} is streamed, and a source is mixed in (beside) with tables only")
@@ -185,7 +185,9 @@ def _overlap(which: str) -> SparsepassError:
     )
 
 
-def _reading(data: Prepared, config: DataConfig, num_held_out: int, mixture: Mapping[str, object] | None = None) -> Reading:
+def _reading(
+    data: PreparedTokens, config: DataConfig, num_held_out: int, mixture: Mapping[str, object] | None = None
+) -> Reading:
     settings = {
         "data": data.fingerprint,
         "streamed": data.stream is not None,
@@ -213,7 +215,9 @@ def _limit(config: DataConfig) -> int | None:
     return config.max_tokens // config.context
 
 
-def _of_table(data: Prepared, config: DataConfig, held_out: int | float | None, beside: Prepared | None) -> TrainingData:
+def _of_table(
+    data: PreparedTokens, config: DataConfig, held_out: int | float | None, beside: PreparedTokens | None
+) -> TrainingData:
     assert data.table is not None
     total = data.num_sequences
     number = 0
@@ -258,7 +262,7 @@ def _mixture(own: int, theirs: int, share: float, limit: int | None) -> tuple[in
     return min(found[0], own), min(found[1], theirs)
 
 
-def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None) -> TrainingData:
+def _of_stream(data: PreparedTokens, config: DataConfig, held_out: int | float | None) -> TrainingData:
     if isinstance(held_out, float):
         raise SparsepassError(
             f"data: {data.source.name} is streamed, so that nobody knows how much {held_out} of it is; give validation as a "
@@ -278,7 +282,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
     train = StreamedSequences(
         data.stream,
         data.encode,
-        start=Block(epoch=0, first=number, place=start, check=hash_columns(first)),
+        start=StreamBlock(epoch=0, first=number, place=start, check=hash_columns(first)),
         block=config.shuffle_buffer,
         limit=_limit(config),
         reading=_reading(data, config, number),
@@ -289,7 +293,7 @@ def _of_stream(data: Prepared, config: DataConfig, held_out: int | float | None)
     return _with_validation(found, data, held, list(range(number)), "held out, the first of the stream")
 
 
-def _apart(data: Prepared, config: DataConfig) -> tuple[list[Columns], list[int]]:
+def _apart(data: PreparedTokens, config: DataConfig) -> tuple[list[Columns], list[int]]:
     """Return the sequences of a validation source, and their places."""
     limit = config.validation_limit
     if data.table is not None:
@@ -304,17 +308,17 @@ def _apart(data: Prepared, config: DataConfig) -> tuple[list[Columns], list[int]
     return sequences, list(range(len(sequences)))
 
 
-def _read_sequences(stream: TokenStream, count: int, data: Prepared) -> list[Columns]:
+def _read_sequences(stream: TokenStream, count: int, data: PreparedTokens) -> list[Columns]:
     size = data.shape.num_body
     return [data.shape.framed(body) for body in cut(stream.read(count * size), size)]
 
 
-def _rows_of_table(data: Prepared, places: Any) -> list[Columns]:
+def _rows_of_table(data: PreparedTokens, places: Any) -> list[Columns]:
     assert data.table is not None
     return [table_sequence(data.table, data.shape, int(place)) for place in places]
 
 
-def _facts(data: Prepared, config: DataConfig) -> dict[str, object]:
+def _facts(data: PreparedTokens, config: DataConfig) -> dict[str, object]:
     how = "in the order of the data"
     if config.shuffle:
         how = f"shuffled among {config.shuffle_buffer}" if data.stream is not None else "shuffled anew in each epoch"
@@ -322,7 +326,7 @@ def _facts(data: Prepared, config: DataConfig) -> dict[str, object]:
 
 
 def _with_validation(
-    found: TrainingData, data: Prepared, sequences: Sequence[Columns], places: list[int], how: str
+    found: TrainingData, data: PreparedTokens, sequences: Sequence[Columns], places: list[int], how: str
 ) -> TrainingData:
     batch = batch_of(sequences, data.names, data.shape.context, list(range(len(places))), places)
     real = batch.attention_mask

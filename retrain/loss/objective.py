@@ -236,7 +236,7 @@ def _distillation_loss(
     num_counted = rows_N.numel()
     if num_counted and not options.num_tokens > 0:
         raise SparsepassError(f"num_tokens is {options.num_tokens}, but {num_counted} positions count in this batch alone")
-    job = _Job(head, rows_N, targets_N, teacher, options)
+    job = _ChunkedWork(head, rows_N, targets_N, teacher, options)
     hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, rows_N)
     parameters = tuple(job.trained.values())
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or parameters):
@@ -247,7 +247,7 @@ def _distillation_loss(
     return Distillation(loss, kl, ce, num_counted)
 
 
-class _Job:
+class _ChunkedWork:
     """One call's work: the head, its trained parameters, and what each chunk is measured against."""
 
     def __init__(
@@ -350,7 +350,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Takes the gradients in forward, hands them out in backward."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, hidden_NH: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, job: _ChunkedWork, hidden_NH: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradients = _Gradients(hidden_NH, parameters, wants_hidden=ctx.needs_input_grad[1])
         kl, ce = job.run(hidden_NH, gradients)
         ctx.gradients, ctx.scale = gradients, job.options.scale

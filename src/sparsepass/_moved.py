@@ -20,7 +20,7 @@ HOMES = {
 """Old path -> where its public names are now."""
 
 
-class _Finder(MetaPathFinder, Loader):
+class _MovedModules(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         del path, target
         return ModuleSpec(name, self) if name in HOMES else None
@@ -34,4 +34,4 @@ class _Finder(MetaPathFinder, Loader):
         module.__dict__["__getattr__"] = partial(getattr, import_module(home))
 
 
-sys.meta_path.append(_Finder())
+sys.meta_path.append(_MovedModules())

@@ -188,7 +188,7 @@ def encoder_decoder_pieces(model: nn.Module, inputs: Mapping[str, Tensor]) -> tu
     cross_past, cross_names, cross_present = _past("encoder.", cross)
     encoder = Piece(
         role="encoder",
-        module=_Encoder(model, main),
+        module=_EncoderGraph(model, main),
         inputs=given,
         output_names=("last_hidden_state", *cross_present),
         axes=encoder_axes,
@@ -237,7 +237,7 @@ class _Decoder(nn.Module):
         return {"logits": output.logits, **_present(output.past_key_values)}
 
 
-class _Encoder(nn.Module):
+class _EncoderGraph(nn.Module):
     """An encoder, and the keys and values that the decoder's cross attention makes of its output. Final."""
 
     def __init__(self, model: nn.Module, main: str) -> None:

@@ -105,7 +105,7 @@ def generate_greedy(
 
 
 @final
-class Runner:
+class DecoderSession:
     """A decoder graph with its cache: feeds tokens, keeps the past."""
 
     def __init__(
@@ -150,15 +150,15 @@ class Runner:
         return found["logits"]
 
 
-def _open_runner(source: "str | Path | Session", encoder_inputs: Mapping[str, "Tensor | Array"] | None) -> Runner:
+def _open_runner(source: "str | Path | Session", encoder_inputs: Mapping[str, "Tensor | Array"] | None) -> DecoderSession:
     if not isinstance(source, str | Path):
-        return Runner(source)
+        return DecoderSession(source)
     place = Path(source)
     if (place / DECODER_FILE).is_file():
         if encoder_inputs is None:
             raise SparsepassError(f"{place} holds an encoder-decoder: give encoder_inputs, such as its input_ids")
-        return Runner(open_session(place / DECODER_FILE), open_session(place / ENCODER_FILE), encoder_inputs)
-    return Runner(open_session(place / MODEL_FILE if place.is_dir() else place))
+        return DecoderSession(open_session(place / DECODER_FILE), open_session(place / ENCODER_FILE), encoder_inputs)
+    return DecoderSession(open_session(place / MODEL_FILE if place.is_dir() else place))
 
 
 def run_session(session: Session, feed: Mapping[str, Array]) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
-from sparsepass.export.targets.onnx.session import NO_BFLOAT16, Array, Runner, open_session, run_session, to_numpy
+from sparsepass.export.targets.onnx.session import NO_BFLOAT16, Array, DecoderSession, open_session, run_session, to_numpy
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.maths import canonical_zeros
@@ -235,7 +235,7 @@ def _decoder_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     full = forward.logits(ids)
 
     def run(*chunks: Tensor, mask: Tensor | None = None) -> Array:
-        return _run_chunks(Runner(session), chunks, mask)
+        return _run_chunks(DecoderSession(session), chunks, mask)
 
     yield from _stepped(ids, full, run)
     if "attention_mask" in {value.name for value in session.get_inputs()}:
@@ -257,12 +257,12 @@ def _two_sided_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     full = forward.logits(ids, **given)
 
     def run(*chunks: Tensor) -> Array:
-        return _run_chunks(Runner(decoder, encoder, {name: t[: len(chunks[0])] for name, t in given.items()}), chunks)
+        return _run_chunks(DecoderSession(decoder, encoder, {name: t[: len(chunks[0])] for name, t in given.items()}), chunks)
 
     yield from _stepped(ids, full, run)
 
 
-def _run_chunks(runner: Runner, chunks: tuple[Tensor, ...], mask: Tensor | None = None) -> Array:
+def _run_chunks(runner: DecoderSession, chunks: tuple[Tensor, ...], mask: Tensor | None = None) -> Array:
     """Feed tokens chunk by chunk, each with the mask of all so far; the last chunk's logits."""
     ids = torch.cat(chunks, 1)
     mask = torch.ones_like(ids) if mask is None else mask

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from sparsepass.export.pattern import PatternEntry
 from sparsepass.export.targets.evidence import Known, LayerEvidence
-from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, Timing, Told
+from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, TacticTimes, Told
 
 _SPARSE_DTYPES: Final = ("float16", "bfloat16", "int8", "float8e4m3fn")
 """What sparse tensor cores multiply in 2:4. For float32 (TF32) their pattern is 1:2, which 2:4 does not imply."""
@@ -107,7 +107,7 @@ def _judge(entry: PatternEntry, around: Around, seen: Observed) -> LayerEvidence
     conforms: Known = "unknown" if on_purpose else _known(entry.verdict == "conforms")
     rule = obstacle(entry, around)
     inspected = seen.inspected.get(entry.node)
-    timing = seen.log.timings.get(entry.node, Timing())
+    timing = seen.log.timings.get(entry.node, TacticTimes())
     eligible = _told(entry.node, seen.log.eligible, seen.log.eligible)
     if eligible == "unknown" and rule:
         eligible = "no"

@@ -48,7 +48,7 @@ class Told:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class TacticTimes:
     """Fastest times that the builder measured for one layer, in milliseconds; None where no such tactic was tried."""
 
     dense_ms: float | None = None
@@ -69,7 +69,7 @@ class SparsityLog:
 
     eligible: Told | None = None
     chosen: Told | None = None
-    timings: Mapping[str, Timing] = field(default_factory=dict)
+    timings: Mapping[str, TacticTimes] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -99,7 +99,7 @@ def parse_log(lines: Iterable[str]) -> SparsityLog:
     """
     eligible: Told | None = None
     chosen: Told | None = None
-    times = _Times()
+    times = _TimeCollector()
     nodes: dict[str, str] = {}
     for line in lines:
         if (match := _REGISTERED.search(line)) and match[1] != match[2]:
@@ -169,7 +169,7 @@ def is_sparse_tactic(name: str) -> bool:
     return _SPARSE_TACTIC.search(name) is not None
 
 
-class _Times:
+class _TimeCollector:
     """Collects the fastest dense and sparse tactic of each layer."""
 
     def __init__(self) -> None:
@@ -193,9 +193,9 @@ class _Times:
             kinds, sparse = self._fastest[self._layer], is_sparse_tactic(name)
             kinds[sparse] = min(time_ms, kinds.get(sparse, time_ms))
 
-    def found(self) -> dict[str, Timing]:
+    def found(self) -> dict[str, TacticTimes]:
         return {
-            name: Timing(dense_ms=kinds.get(False), sparse_ms=kinds.get(True))
+            name: TacticTimes(dense_ms=kinds.get(False), sparse_ms=kinds.get(True))
             for layer, kinds in self._fastest.items()
             if kinds
             for name in layer_names(layer)

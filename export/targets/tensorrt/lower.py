@@ -39,7 +39,7 @@ AHEAD_OF_TIME: Final = (80, 86, 89, 120)
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EngineJob:
     """What all engines of one export are built from.
 
     Attributes:
@@ -146,7 +146,7 @@ def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) 
     layers: list[LayerEvidence] = []
     notes = [*artifact.notes, *_notes(installed, artifact, here)]
     version = installed.version
-    job = Job(program=program, onnx=artifact, out=out, options=options, installed=installed, targets=targets, here=here)
+    job = EngineJob(program=program, onnx=artifact, out=out, options=options, installed=installed, targets=targets, here=here)
     for plan in plans:
         built = job.build(plan, inspect=bool(here))
         version = built.version
@@ -198,7 +198,7 @@ def resolve_targets(options: EngineTarget, installed: Installed, here: tuple[Gpu
     return ()
 
 
-def _measure(job: Job, plans: tuple[EnginePlan, ...], written: TensorrtArtifact) -> dict[str, Any]:
+def _measure(job: EngineJob, plans: tuple[EnginePlan, ...], written: TensorrtArtifact) -> dict[str, Any]:
     """Build each engine again without the flag, beside the folder, and time both."""
     found = {}
     with tempfile.TemporaryDirectory(prefix="sparsepass-dense-") as folder:

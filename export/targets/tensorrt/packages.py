@@ -32,7 +32,7 @@ class Gpu:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Runtime:
+class EngineBuilder:
     """A package that builds engines.
 
     Attributes:
@@ -57,10 +57,10 @@ class Runtime:
         return f'pip install "sparsepass[{self.extra}]"'
 
 
-RUNTIMES: Final[Mapping[str, Runtime]] = {
+RUNTIMES: Final[Mapping[str, EngineBuilder]] = {
     row.name: row
     for row in (
-        Runtime(
+        EngineBuilder(
             name="tensorrt",
             modules=("tensorrt", "tensorrt_bindings"),
             distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
@@ -68,7 +68,7 @@ RUNTIMES: Final[Mapping[str, Runtime]] = {
             needs_gpu=True,
             does="times dense and sparse tactics and reports which it took",
         ),
-        Runtime(
+        EngineBuilder(
             name="tensorrt-rtx",
             modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
             distributions=("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
@@ -76,7 +76,7 @@ RUNTIMES: Final[Mapping[str, Runtime]] = {
             needs_gpu=False,
             does="builds ahead of time for SM80, SM86, SM89 and SM120 and picks kernels later, on the GPU that runs the engine",
         ),
-        Runtime(
+        EngineBuilder(
             name="torch-tensorrt",
             modules=("torch_tensorrt",),
             distributions=("torch-tensorrt", "torch-tensorrt-rtx"),
@@ -100,7 +100,7 @@ class Installed:
         version: Its version, "unknown" if pip does not know it.
     """
 
-    runtime: Runtime
+    runtime: EngineBuilder
     module: str
     version: str
 

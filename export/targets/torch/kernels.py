@@ -43,7 +43,7 @@ TWO_FOUR: Final = NMPattern(2, 4)
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class MeasuredOn:
     """The GPU and torch that something was measured on.
 
     Attributes:
@@ -101,7 +101,7 @@ def gpu_is_here() -> bool:
     return torch.cuda.is_available()
 
 
-def check_device(device: torch.device) -> Device:
+def check_device(device: torch.device) -> MeasuredOn:
     """Describe the GPU that layers are lowered for.
 
     Raises:
@@ -120,11 +120,11 @@ def check_device(device: torch.device) -> Device:
         )
     major, minor = torch.cuda.get_device_capability(device)
     return check_generation(
-        Device(name=torch.cuda.get_device_name(device), sm=10 * major + minor, torch=str(torch.__version__))
+        MeasuredOn(name=torch.cuda.get_device_name(device), sm=10 * major + minor, torch=str(torch.__version__))
     )
 
 
-def check_generation(device: Device) -> Device:
+def check_generation(device: MeasuredOn) -> MeasuredOn:
     """Refuse GPUs without sparse tensor cores, by name.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from sparsepass.export.targets.torch.choice import ChoiceRules, Timing, Verdict
-from sparsepass.export.targets.torch.kernels import BACKENDS, Device, check_generation
+from sparsepass.export.targets.torch.kernels import BACKENDS, MeasuredOn, check_generation
 from sparsepass.graph.support import SparsepassError, write_text
 
 RECORD_FILE: Final = "torch_semi_structured.json"
@@ -85,7 +85,7 @@ class Measured:
         times: One for each shape.
     """
 
-    device: Device
+    device: MeasuredOn
     dtype: str
     compiled: bool
     backends: Mapping[str, str]
@@ -231,7 +231,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         for each in found["times"]
     )
     return Measured(
-        device=check_generation(Device(name=found["name"], sm=found["sm"], torch=found["torch"])),
+        device=check_generation(MeasuredOn(name=found["name"], sm=found["sm"], torch=found["torch"])),
         dtype=found["dtype"],
         compiled=found["compiled"],
         backends=dict(found["backends"]),

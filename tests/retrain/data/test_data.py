@@ -21,7 +21,7 @@ from sparsepass.passes.data.texts import default_text, text_pieces
 from sparsepass.retrain.data import DataConfig, TrainingData, open_data
 from sparsepass.retrain.data.sequences import permutation, spread
 from sparsepass.retrain.data.stream import Place, TokenStream
-from sparsepass.retrain.data.tokens import Part, TokenTable, part_of_rows
+from sparsepass.retrain.data.tokens import TokenRows, TokenTable, part_of_rows
 
 EOS = 2
 
@@ -758,10 +758,10 @@ def test_bad_settings() -> None:
 
 def test_a_changed_token_changes_the_fingerprint() -> None:
     ids = np.arange(100_000, dtype=np.int32)
-    whole = TokenTable([Part(columns={"input_ids": ids}, lengths=np.array([100_000]))]).fingerprint()
-    halves = [Part(columns={"input_ids": half}, lengths=np.array([50_000])) for half in np.split(ids, 2)]
+    whole = TokenTable([TokenRows(columns={"input_ids": ids}, lengths=np.array([100_000]))]).fingerprint()
+    halves = [TokenRows(columns={"input_ids": half}, lengths=np.array([50_000])) for half in np.split(ids, 2)]
     assert TokenTable(halves).read(49_999, 50_001)["input_ids"].tolist() == [49_999, 50_000]
     for place in (0, 4095, 4096, 50_000, 99_999):
         changed = ids.copy()
         changed[place] += 1
-        assert TokenTable([Part(columns={"input_ids": changed}, lengths=np.array([100_000]))]).fingerprint() != whole
+        assert TokenTable([TokenRows(columns={"input_ids": changed}, lengths=np.array([100_000]))]).fingerprint() != whole

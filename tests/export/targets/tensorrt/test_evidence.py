@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 from sparsepass.export.pattern import PatternEntry, check_pattern
 from sparsepass.export.targets.evidence import LayerEvidence, counts
 from sparsepass.export.targets.tensorrt.evidence import Around, Observed, gather, obstacle, surroundings
-from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, Timing, Told
+from sparsepass.export.targets.tensorrt.log import InspectedLayer, SparsityLog, TacticTimes, Told
 
 ENTRY = PatternEntry(
     file="model.onnx",
@@ -71,7 +71,7 @@ def test_numbers_that_are_equal_tell_of_all_that_are_eligible() -> None:
 
 def test_times_tell_by_how_much_dense_was_faster() -> None:
     log = SparsityLog(
-        eligible=named("node_linear"), chosen=named(), timings={"node_linear": Timing(dense_ms=0.012, sparse_ms=0.02)}
+        eligible=named("node_linear"), chosen=named(), timings={"node_linear": TacticTimes(dense_ms=0.012, sparse_ms=0.02)}
     )
     found = judged(log=log)
     assert states(found) == ("yes", "yes", "yes", "no", "no")
@@ -80,7 +80,7 @@ def test_times_tell_by_how_much_dense_was_faster() -> None:
 
 
 def test_no_kernel_on_this_target() -> None:
-    log = SparsityLog(eligible=named("node_linear"), chosen=named(), timings={"node_linear": Timing(dense_ms=0.012)})
+    log = SparsityLog(eligible=named("node_linear"), chosen=named(), timings={"node_linear": TacticTimes(dense_ms=0.012)})
     assert judged(log=log).reason.startswith("no kernel on this target")
 
 

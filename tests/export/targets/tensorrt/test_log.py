@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from sparsepass.export.targets.tensorrt.log import InspectedLayer, Timing, Told, is_sparse_tactic, parse_inspection, parse_log
+from sparsepass.export.targets.tensorrt.log import (
+    InspectedLayer,
+    TacticTimes,
+    Told,
+    is_sparse_tactic,
+    parse_inspection,
+    parse_log,
+)
 
 # TensorRT 8.4, from NVIDIA/TensorRT issue 4056 (shortened), 1403 and 2271.
 OLD = """\
@@ -92,8 +99,8 @@ def test_of_two_builds_the_last_one_counts() -> None:
 def test_times_of_dense_and_sparse_tactics() -> None:
     found = parse_log(lines(TIMINGS)).timings
     assert found == {
-        "loss3/classifier": Timing(dense_ms=0.0262451, sparse_ms=0.0241811),
-        "prob": Timing(dense_ms=0.00364102),
+        "loss3/classifier": TacticTimes(dense_ms=0.0262451, sparse_ms=0.0241811),
+        "prob": TacticTimes(dense_ms=0.00364102),
     }
 
 

@@ -130,7 +130,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     rtx = Installed(runtime=RUNTIMES["tensorrt-rtx"], module="tensorrt_rtx", version="1")
     monkeypatch.setattr(tensorrt, "gpus", lambda: (Gpu(name="RTX A5000", sm=86),))
     monkeypatch.setattr(tensorrt, "choose", lambda name, gpus: rtx)
-    monkeypatch.setattr(tensorrt.Job, "build", build)
+    monkeypatch.setattr(tensorrt.EngineJob, "build", build)
     monkeypatch.setattr(tensorrt, "engine_files", cannot)
     monkeypatch.setattr(tensorrt_verify, "engine_files", cannot)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,13 +15,13 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from sparsepass.export.targets.torch import load, lower, measure as torch_measure
-from sparsepass.export.targets.torch.kernels import Device
+from sparsepass.export.targets.torch.kernels import MeasuredOn
 from sparsepass.export.targets.torch.record import TO_BE_MEASURED, LayerRecord
 from sparsepass.graph import Program, capture
 from sparsepass.passes import apply_passes
 
 CPU = torch.device("cpu")
-GPU = Device(name="emulated", sm=80, torch=str(torch.__version__))
+GPU = MeasuredOn(name="emulated", sm=80, torch=str(torch.__version__))
 TIMINGS = Path(__file__).parent / "data" / "torch_timings.json"
 
 
