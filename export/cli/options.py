@@ -93,7 +93,7 @@ def option(name: str, hint: Any, *, flag: str, help: str, default: Any) -> Param
     """One option, as a parameter that typer reads.
 
     Args:
-        name: Of the parameter.
+        name: Of the parameter; an argument's is its flag in small letters.
         hint: Type of the field that it fills. A switch that is on by default becomes ``--no-x``.
         flag: Its name on the command line; a word without hyphens makes it an argument.
         help: What ``--help`` says of it.
@@ -111,7 +111,7 @@ def option(name: str, hint: Any, *, flag: str, help: str, default: Any) -> Param
     if flag.startswith("-"):
         made = typer.Option(flag, help=text, show_default=default is not None)
     else:
-        made = typer.Argument(metavar=flag, help=text, show_default=False)
+        made, name = typer.Argument(metavar=flag, help=text, show_default=False), flag.lower()
     given = Parameter.empty if default is ... else default
     return Parameter(name, Parameter.KEYWORD_ONLY, default=given, annotation=Annotated[annotation, made])
 

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer.core
@@ -65,6 +65,8 @@ def _parameters(command: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _choices(kind: Any) -> list[str] | None:
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
     members: dict[str, Enum] = getattr(kind, "__members__", {})
     return [str(member.value) for member in members.values()] or None
 
