@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,13 +105,10 @@ def lm_eval_tasks(
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what lm-eval changes: the model's modes, and the seeds it sets for the whole process."""
-    modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), evaluating(model):
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for module, training in modes:
-            module.training = training
