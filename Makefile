@@ -1,6 +1,7 @@
 # make demo   prune, export and verify SmolLM2-135M: the main job, in at most ten minutes on two cores
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
 # make quick  the tests that take little time: what to run between edits
+# make docs   what is made from the code: tables of options, reference of the report, picture of the rooms
 # make clean  remove what the above made
 #
 # Both set up .venv by themselves. Needed: Python 3.11 or later with pip, and make.
@@ -17,10 +18,10 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Results must not hang on the processor, whose instructions decide how sums are rounded.
 FEWER_INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-isa quick lint clean help
+.PHONY: demo test test-isa quick lint docs clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sparsepass.export.cli.demo --out demo-out
@@ -41,6 +42,11 @@ lint: $(VENV)/.test
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pylint graph passes retrain export src/sparsepass/*.py
+
+docs: $(VENV)/.test
+	$(VENV)/bin/python -m tests.export.cli.documentation
+	$(VENV)/bin/python -m tests.export.report.documentation
+	$(VENV)/bin/python docs/draw_architecture.py
 
 # A Python without ensurepip (Debian splits it off) makes the environment without pip, and its own pip fills it.
 $(VENV)/.torch: pyproject.toml

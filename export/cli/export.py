@@ -27,7 +27,7 @@ def export(
         typer.Option(
             "--target",
             "-t",
-            help="What to write: onnx, hf, tensorrt or torch; options may stand with it: 'onnx{opset=18}'.",
+            help=f"What to write: {', '.join(TARGETS)}; options may stand with it: 'onnx{{opset=18}}'.",
             show_default=False,
         ),
     ],
@@ -48,7 +48,7 @@ def export(
     no_validate: support.NoValidate = False,
     **options: Any,
 ) -> None:
-    """Apply passes to MODEL, write it as ONNX, TensorRT engines or a Hugging Face folder, open it, and verify it.
+    """Apply passes to MODEL, write it in the form of a target, open what was written, and verify it.
 
     Beside the artifact stand recipe.txt, samples (inputs and outputs) and the report (json, html, md).
 

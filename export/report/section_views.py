@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from sparsepass.export.report import sections
@@ -120,9 +121,11 @@ def artifact_view(section: sections.ArtifactSection, report: ReportDocument) -> 
     bars = [Bar(label=name, parts=((float(count), tone),), text=size(count)) for name, count, tone in sizes]
     if bars:
         yield drawn(bar_chart("Sizes on disk", bars))
+    read = all(Path(name).suffix in ("", ".onnx", ".safetensors") for name in section.expected_sparse)
+    again = ", and `sparsepass verify` on this folder checks them again" if read else ""
     yield Sentence(
-        f"{section.num_sparse} stored weights have to be N:M sparse; `artifact.expected_sparse` in report.json names them, and "
-        "`sparsepass verify` on this folder checks them again. A sparse weight is stored with its zeros, so the files are as "
+        f"{section.num_sparse} stored weights have to be N:M sparse; `artifact.expected_sparse` in report.json names "
+        f"them{again}. A sparse weight is stored with its zeros, so the files are as "
         "large as dense ones; runtimes that know 2:4 pack it when they load it."
     )
     yield Notes(tuple(section.notes))

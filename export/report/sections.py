@@ -214,7 +214,7 @@ class AccuracySection(Part):
 class ArtifactSection(Part):
     """What `export` wrote."""
 
-    target: str = Field(description="`onnx`, `hf`, `tensorrt` or `torch` so far")
+    target: str = Field(description="its name in the table of targets, such as `onnx`")
     files: dict[str, int] = Field(description="file -> bytes, the evidence beside it left out")
     size_bytes: int = Field(description="sum of these")
     expected_sparse: dict[str, Any] = Field(

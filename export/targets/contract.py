@@ -3,8 +3,10 @@
 1. A target is a frozen, keyword-only dataclass. Its fields are its options, in Python, as text, in a recipe, and on the
    command line.
 2. `Target.lower` writes files into a folder. `Target.verify` opens them again and compares them with the program.
-3. The file of a target imports torch, onnx and the like inside its methods only: the command line reads the fields of every
-   target for its help, which comes at once.
+3. The file of a target imports torch, onnx and the like inside its methods only, so its work lies in files beside it (see
+   `hf/`): the command line reads the fields of every target for its help, which comes at once.
+4. A field has its help in the class's docstring. One that is true by default becomes ``--no-NAME`` on the command line.
+5. A dtype that a target cannot hold is refused. After a conversion, `canonical_zeros` of `passes/maths` takes away -0.0.
 """
 
 from abc import ABC, abstractmethod
@@ -45,7 +47,8 @@ class Lowered:
 
     Attributes:
         dtype: Type of the written weights.
-        expected_sparse: File (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose.
+        expected_sparse: File (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose. The
+            pattern checker reads .onnx and .safetensors files, and leaves others to the target's own `verify`.
         axes: File -> stored weight -> axis along which the pattern runs, where the file itself does not tell.
         notes: What a reader should know of the files.
         details: The target's own record as JSON.
@@ -133,6 +136,10 @@ class Target(ABC):
     @abstractmethod
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the files into an existing, empty folder. The program is not changed.
+
+        The caller moves the folder into place when all is written and verified, so files are written plainly. Weights are
+        the parameters of ``program.graph_module``: a sparse one is read through `masked_weight` (`graph/program.py`), the
+        logits of learned masks (``SparseState.learned``) are none, and ``program.aliases`` has the names of tied ones.
 
         Raises:
             SparsepassError: If the program cannot be written in this form.

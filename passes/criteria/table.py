@@ -1,4 +1,7 @@
-"""The one table of criteria. A new criterion is one file beside this one and one line here."""
+"""The one table of criteria. A new criterion is one file beside this one and one line here.
+
+`wanda` is the example of a score, `sparsegpt` of a criterion that changes the weights it keeps.
+"""
 
 from typing import Final
 

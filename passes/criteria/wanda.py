@@ -16,7 +16,7 @@ def wanda(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatt
     Shapes: ``[..., O, I]``.
 
     Args:
-        weight_OI: The dense weight, any float dtype; scores are computed in fp32.
+        weight_OI: The dense weight, any float dtype; scores are computed in fp32, or fp64 if it is.
         statistics: The inputs' norms.
         pattern: The pattern along the last axis.
         options: Not used.

@@ -127,7 +127,7 @@ def test_ria_refuses_a_vector() -> None:
 def test_scores_without_a_gram_matrix_take_experts() -> None:
     weight_EOI = random(3, 4, 8)
     statistics = statistics_of(inputs(40, 8))
-    for name in ("magnitude", "wanda", "ria"):
+    for name in (name for name, criterion in CRITERIA.items() if criterion.needs != "gram"):
         whole = CRITERIA[name].function(weight_EOI, statistics, P24, DEFAULT)
         for expert, weight_OI in enumerate(weight_EOI):
             one = CRITERIA[name].function(weight_OI, statistics, P24, DEFAULT)
@@ -322,7 +322,6 @@ def test_bad_options_raise(options: dict[str, Any]) -> None:
         CriterionOptions(**options)
 
 
-def test_the_table_is_complete() -> None:
-    assert list(CRITERIA) == ["magnitude", "wanda", "ria", "proxsparse", "sparsegpt", "alps"]
+def test_the_table_names_its_functions() -> None:
     for name, criterion in CRITERIA.items():
         assert criterion.name == name == criterion.function.__name__
