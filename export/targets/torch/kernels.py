@@ -131,7 +131,7 @@ def check_generation(device: MeasuredOn) -> MeasuredOn:
         SparsepassError: If it is older than Ampere.
 
     Example:
-        >>> check_generation(Device(name="Tesla T4", sm=75, torch="2.13.0"))
+        >>> check_generation(MeasuredOn(name="Tesla T4", sm=75, torch="2.13.0"))
         Traceback (most recent call last):
         ...
         sparsepass.SparsepassError: Tesla T4 is SM75 and has no 2:4 kernels: they need Ampere (SM80) or newer; ...

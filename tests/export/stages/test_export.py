@@ -11,6 +11,7 @@ import torch
 from tests.export.tiny import WORDS, save_tiny_llama
 from torch import Tensor, nn
 
+from sparsepass._docs import attribute_docs
 from sparsepass.export.pattern.check import check_pattern
 from sparsepass.export.report.document import HTML_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE, read_report
 from sparsepass.export.stages.exporting import SAMPLES_FILE, export, read_samples
@@ -291,7 +292,7 @@ def test_every_target_is_complete() -> None:
         assert callable(row.verify)
         assert issubclass(row, Target)
         assert row.__dataclass_params__.frozen  # type: ignore[attr-defined]
-        assert all(field.kw_only and field.metadata["help"] for field in dataclasses.fields(row))
+        assert all(field.kw_only and attribute_docs(row)[field.name] for field in dataclasses.fields(row))
 
 
 def test_news_goes_to_the_log_and_to_the_old_keyword_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
