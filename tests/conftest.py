@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _SLOW = Path(__file__).with_name("slow.txt")
-_SLOW_SECONDS = 2.0
+_SLOW_SECONDS = 1.0
 _found_slow: set[str] = set()
 
 
