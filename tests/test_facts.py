@@ -40,6 +40,7 @@ FACTS: dict[str, tuple[str, set[str]]] = {
         r"\bchanged_by=|history\b.*\bslorb|record\.text\.startswith",
         {"graph/program.py", "passes/manager.py", "retrain/trainee.py"},
     ),
+    "version of a package that may be missing": (r"PackageNotFoundError", {"graph/support/machine.py"}),
     "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"passes/data/sources.py"}),
 }
 

@@ -7,7 +7,6 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ from sparsepass.export.report.pages import drawn_figures, render_html, render_ma
 from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry, ReportDocument, RunEntry, check_report
 from sparsepass.export.report.sections import MeasurementEntry
 from sparsepass.export.report.view import report_view
-from sparsepass.graph.support import SparsepassError, replaced_file
+from sparsepass.graph.support import SparsepassError, package_version, replaced_file
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
 
@@ -150,8 +149,8 @@ def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:
     """
     import torch
 
-    versions = {"sparsepass": _version("sparsepass") or "unknown", "python": platform.python_version()}
-    libraries = {package: _version(package) for package in _PACKAGES}
+    versions = {"sparsepass": package_version("sparsepass") or "unknown", "python": platform.python_version()}
+    libraries = {package: package_version(package) for package in _PACKAGES}
     return RunEntry(
         stage=stage,
         command=command or "python",
@@ -213,13 +212,6 @@ def _replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with replaced_file(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

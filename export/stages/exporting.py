@@ -157,9 +157,15 @@ def export(
     pipeline = parse_pipeline(passes) if passes else None
     check_free(out, force=force)
     if isinstance(model, str | Path):
-        model = ModelSource(source=str(model), gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+        model = ModelSource(source=str(model))
     if isinstance(model, ModelSource):
-        model = replace(model, task=model.task or chosen.model_task)
+        model = replace(
+            model,
+            task=model.task or chosen.model_task,
+            gguf_file=gguf_file or model.gguf_file,
+            revision=revision or model.revision,
+            trust_remote_code=trust_remote_code or model.trust_remote_code,
+        )
     with nullcontext() if tell is None else listen(tell):
         prepared = prepare(
             model,

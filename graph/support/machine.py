@@ -1,7 +1,8 @@
-"""What the machine does: memory that it keeps, and the 16-bit type that it is fast in."""
+"""What the machine does and has: memory that it keeps, the 16-bit type that it is fast in, installed packages."""
 
 import ctypes
 import sys
+from importlib import metadata
 
 import torch
 
@@ -38,3 +39,11 @@ def fast_low_precision(device: torch.device | str) -> torch.dtype | None:
         asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return torch.bfloat16 if any(getattr(torch.cpu, name, lambda: False)() for name in asked) else None
     return None
+
+
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

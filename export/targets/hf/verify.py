@@ -1,7 +1,6 @@
 """Verification of the target `hf`: load what was written with plain transformers (and peft), and check what was kept."""
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check
 from sparsepass.export.targets.hf.lower import auto_class, stored_weights
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import quiet_loading
+from sparsepass.graph.support import package_version, quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
 
 # Relative error of the outputs that is taken for rounding without a further look, by the checkpoint's dtype.
@@ -76,7 +75,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         "weights": weights,
         "outputs": outputs,
         "adapter_read_by": read_by,
-        "versions": {name: _version(name) for name in ("torch", "transformers", "safetensors", "peft")},
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "safetensors", "peft")},
     }
 
 
@@ -154,11 +153,3 @@ def _flat_outputs(program: Program, outputs: Any) -> dict[str, Tensor]:
             value = value[int(part)] if part.isdigit() else value[part]
         found[name] = value
     return found
-
-
-def _version(package: str) -> str | None:
-    """Version of an installed package; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -8,10 +8,9 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Final, final
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, package_version
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
@@ -117,12 +116,8 @@ def find(name: str) -> Installed | None:
     module = next((each for each in row.modules if _is_there(each)), None)
     if module is None:
         return None
-    for distribution in row.distributions:
-        try:
-            return Installed(runtime=row, module=module, version=metadata.version(distribution))
-        except metadata.PackageNotFoundError:
-            continue
-    return Installed(runtime=row, module=module, version="unknown")
+    versions = filter(None, map(package_version, row.distributions))
+    return Installed(runtime=row, module=module, version=next(versions, "unknown"))
 
 
 def choose(name: str | None, gpus: tuple[Gpu, ...]) -> Installed:
