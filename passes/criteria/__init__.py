@@ -1,6 +1,7 @@
 """One-shot pruning criteria, one file each, all behind one function signature."""
 
-from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, keep_masked, refine
+from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, keep_masked
+from sparsepass.passes.criteria.refinement import refine
 from sparsepass.passes.criteria.table import CRITERIA
 
 __all__ = [

@@ -6,7 +6,8 @@ Shape suffixes: O out, I in, M columns of one group.
 import torch
 from torch import Tensor
 
-from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_matrix, finished, pieces, solve_rows, unit_gram
+from sparsepass.passes.criteria.criterion import CriterionOptions, Pruned, check_matrix, finished, pieces, unit_gram
+from sparsepass.passes.criteria.refinement import solve_rows
 from sparsepass.passes.maths import InputStatistics, NMPattern, keep_largest
 
 _FIRST_RHO = 0.1

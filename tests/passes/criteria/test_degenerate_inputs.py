@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from tests.layers import check_form, inputs, output_error, random, statistics_of
 from torch import Tensor
 
-from sparsepass.passes.criteria.criterion import refine
+from sparsepass.passes.criteria.refinement import refine
 from sparsepass.passes.criteria.sparsegpt import inverse_cholesky, sparsegpt
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions, Pruned
 from sparsepass.passes.maths import NMPattern

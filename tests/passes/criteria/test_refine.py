@@ -11,7 +11,7 @@ import sparsepass.passes.criteria.criterion as module
 from sparsepass.graph import PassError
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
-from sparsepass.passes.criteria.criterion import refine, solve_on_support
+from sparsepass.passes.criteria.refinement import refine, solve_on_support
 from sparsepass.passes.criteria.table import CRITERIA, CriterionOptions, Pruned
 from sparsepass.passes.maths.pattern import NMPattern
 from sparsepass.passes.maths.statistics import InputStatistics
