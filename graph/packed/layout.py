@@ -34,6 +34,7 @@ class PackedWeight:
             the first one in the low half, each plus 8.
         codes: Place of each kept value in its group of four: ``[O, K / 4]`` of uint8, four to a byte, the first one lowest.
         scales: ``[O, G]`` float32; None for floating values.
+        group_size: Columns that share a scale, the last ones of a row maybe fewer; 0 for floating values.
     """
 
     values: Values
@@ -41,12 +42,7 @@ class PackedWeight:
     kept: Tensor
     codes: Tensor
     scales: Tensor | None = None
-
-    @property
-    def group_size(self) -> int:
-        """Columns that share a scale."""
-        assert self.scales is not None
-        return -(-self.shape[1] // self.scales.shape[1])
+    group_size: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -102,7 +98,7 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0) -> 
     steps_OGK = grouped_OGK / scales_OG.where(scales_OG > 0, 1.0)[..., None]
     rounded_OK = steps_OGK.round().flatten(-2)[:, : kept_OK.shape[1]]
     kept = rounded_OK.to(torch.int8) if values == "int8" else in_bytes((rounded_OK + 8).to(torch.int64), bits=4)
-    return PackedWeight(values=values, shape=(rows, columns), kept=kept, codes=codes, scales=scales_OG)
+    return PackedWeight(values=values, shape=(rows, columns), kept=kept, codes=codes, scales=scales_OG, group_size=size)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
