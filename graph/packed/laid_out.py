@@ -1,0 +1,290 @@
+"""A packed weight in memory, as a kernel reads it, and its product with activations.
+
+How the bytes lie depends on the kernel (*path*) and is the library's affair; `interface.h` has its functions. The path ``torch``
+has rows of kept values followed by their codes, and torch's own operations. A weight that was not laid out, or lies on another
+device, is taken as it is stored (`codes` beside `data`), by torch's operations too.
+
+Tensor shapes: O rows, I columns, R sums of k columns, T tokens.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsepass.graph.native import KINDS, PATHS, TORCH, Kernels, NativeWeight, kernels
+from sparsepass.graph.packed.layout import PackedWeight, bad_codes, check_codes, check_sizes, stored_form, with_zeros
+from sparsepass.graph.support import SparsepassError
+
+TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Activations that a packed layer takes."""
+MOST_TOKENS: Final = 16
+"""More of them are multiplied by torch, with the weight unpacked: then arithmetic is what takes time, not memory."""
+TILE: Final = 1 << 19
+"""Weights that are unpacked at once for that: they stay in the second-level cache until they have been multiplied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a weight in memory is, without its tensors.
+
+    Attributes:
+        values: Kind of the values.
+        path: Kernel that the weight is laid out for.
+        rows: Output features.
+        columns: Input features.
+        group_size: Columns that share a scale; 0 for one scale a row, or none.
+        k: Input features that the SLoRB branch sums into one; 0 for no branch.
+        dense: The data are all values, row by row.
+    """
+
+    values: str
+    path: str
+    rows: int
+    columns: int
+    group_size: int = 0
+    k: int = 0
+    dense: bool = False
+
+    def to_numbers(self) -> list[int]:
+        """As integers, for an operator.
+
+        Example:
+            >>> form = Form(values="int8", path="generic", rows=2, columns=8)
+            >>> Form.from_numbers(form.to_numbers()) == form
+            True
+        """
+        return [KINDS[self.values], PATHS[self.path], self.rows, self.columns, self.group_size, self.k, int(self.dense)]
+
+    @staticmethod
+    def from_numbers(numbers: list[int]) -> "Form":
+        """The form that `to_numbers` gave."""
+        kind, path, rows, columns, group_size, k, dense = numbers
+        return Form(
+            values=_NAMES_OF_KINDS[kind],
+            path=_NAMES_OF_PATHS[path],
+            rows=rows,
+            columns=columns,
+            group_size=group_size,
+            k=k,
+            dense=bool(dense),
+        )
+
+
+_NAMES_OF_KINDS: Final = {number: name for name, number in KINDS.items()}
+_NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
+
+
+class LaidOut:
+    """A weight in memory, with all that its product needs.
+
+    Args:
+        form: What it is.
+        data: Its bytes; for a weight that is not laid out, the kept values; for a dense one, all values ``[O, I]``.
+        codes: For a weight that is not laid out.
+        scales: ``[O, G]`` bfloat16 of integers.
+        branch: ``[O, R]``, fp16 for the kind fp16 and else bfloat16.
+        bias: ``[O]`` float32.
+    """
+
+    __slots__ = ("address", "branch", "codes", "columns", "data", "form", "native", "pointer", "scales", "bias", "struct")
+
+    def __init__(
+        self,
+        form: Form,
+        data: Tensor,
+        *,
+        codes: Tensor | None = None,
+        scales: Tensor | None = None,
+        branch: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.form, self.columns = form, form.columns
+        self.data, self.codes, self.scales, self.branch, self.bias = data, codes, scales, branch, bias
+        self.address = data.data_ptr()
+        self.native = None if form.path == TORCH or codes is not None else native(form.path)
+        if self.native is not None:
+            self.struct = NativeWeight(
+                KINDS[form.values],
+                PATHS[form.path],
+                int(form.dense),
+                form.k if branch is not None else 0,
+                form.rows,
+                form.columns,
+                form.group_size,
+                self.address,
+                *(None if each is None else each.data_ptr() for each in (scales, branch, bias)),
+            )
+            self.pointer = ctypes.byref(self.struct)
+
+
+def native(path: str) -> Kernels:
+    """The library that has a path.
+
+    Raises:
+        SparsepassError: If it is missing.
+    """
+    library = kernels()
+    if library is None:
+        raise SparsepassError(f"a weight is laid out for the kernel {path}, and there is no compiled library here")
+    return library
+
+
+def lay_out(packed: PackedWeight, path: str, name: str = "the packed weight") -> Tensor:
+    """Bring a stored weight into the form that a kernel reads.
+
+    Args:
+        packed: The weight, on the processor. Sizes, types and codes are checked.
+        path: The kernel.
+        name: What the weight is called in a message.
+
+    Returns:
+        The bytes, of one axis.
+
+    Raises:
+        SparsepassError: If the weight is damaged.
+    """
+    rows, columns = packed.shape
+    check_stored(packed, name, path)
+    if path == TORCH:
+        return torch.cat((packed.kept.view(torch.uint8), packed.codes), dim=1).flatten()
+    library, kind, threads = native(path), KINDS[packed.values], torch.get_num_threads()
+    data = torch.empty(library.laid_out_bytes(PATHS[path], kind, rows, columns), dtype=torch.uint8)
+    library.huge_pages(data.data_ptr(), data.nbytes)
+    kept, codes = packed.kept.contiguous(), packed.codes.contiguous()
+    failed = library.lay_out(PATHS[path], kind, kept.data_ptr(), codes.data_ptr(), rows, columns, data.data_ptr(), threads)
+    _check_path(failed, path, packed.values)
+    return data
+
+
+def store(form: Form, data: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept values and codes of a weight in memory, as they are stored."""
+    parts = stored_form(form.values, form.rows, form.columns, form.group_size)
+    if form.path == TORCH:
+        kept, codes = _parts_of_rows(form, data, 0, form.rows)
+        return kept.clone(), codes.clone()
+    kept, codes = (torch.empty(shape, dtype=dtype) for shape, dtype in (parts["kept"], parts["codes"]))
+    failed = native(form.path).store(
+        PATHS[form.path],
+        KINDS[form.values],
+        data.data_ptr(),
+        form.rows,
+        form.columns,
+        kept.data_ptr(),
+        codes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check_path(failed, form.path, form.values)
+    return kept, codes
+
+
+def product(weight: LaidOut, x: Tensor) -> Tensor:
+    """``x`` times the transposed weight, plus branch and bias.
+
+    Shapes: x ``[..., I]`` with any strides, the result ``[..., O]``, of x's type.
+
+    Raises:
+        SparsepassError: If x does not fit.
+    """
+    shape, columns = x.shape, weight.columns
+    number = TYPES.get(x.dtype)
+    if number is None or not shape or shape[-1] != columns:
+        raise refusal(x, columns)
+    tokens = x.numel() // columns
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+    y = torch.empty((*shape[:-1], weight.form.rows), dtype=x.dtype, device=x.device)
+    if weight.native is None or tokens > MOST_TOKENS:
+        _by_tiles(weight, x.reshape(-1, columns), y.view(-1, weight.form.rows))
+        return y
+    stride = x.stride(0) if x.dim() == 2 else columns
+    failed = weight.native.linear(
+        weight.pointer, number, x.data_ptr(), stride, tokens, y.data_ptr(), torch.get_num_threads()
+    )
+    if failed:
+        _check_path(failed, weight.form.path, weight.form.values)
+    return y
+
+
+def refusal(x: Tensor, columns: int) -> SparsepassError:
+    """The error for activations that a packed layer does not take."""
+    if x.dtype not in TYPES:
+        return SparsepassError(f"packed layers take bfloat16, float16 and float32, and this input is {x.dtype}; cast it")
+    return SparsepassError(f"this packed layer takes {columns} features, and the input is {list(x.shape)}")
+
+
+def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:
+    """Write some rows of a weight with its zeros, scaled.
+
+    Args:
+        weight: The weight.
+        first: The first row.
+        last: The row behind the last one.
+        out: ``[last - first, I]`` of a type of activations, without gaps.
+    """
+    form = weight.form
+    if weight.native is not None:
+        failed = weight.native.unpack(weight.pointer, first, last, TYPES[out.dtype], out.data_ptr(), torch.get_num_threads())
+        _check_path(failed, form.path, form.values)
+        return
+    scales = None if weight.scales is None else weight.scales[first:last]
+    if form.dense:
+        numbers_OI = weight.data[first:last]
+        if scales is not None:
+            numbers_OI = numbers_OI.float() * scales.float().repeat_interleave(form.group_size or form.columns, 1)[:, : form.columns]
+        out.copy_(numbers_OI)
+        return
+    if weight.codes is not None:
+        kept, codes = weight.data[first:last], weight.codes[first:last]
+    else:
+        kept, codes = _parts_of_rows(form, weight.data, first, last)
+    out.copy_(with_zeros(form.values, kept, codes, scales, form.group_size, out.dtype))
+
+
+def _by_tiles(weight: LaidOut, x_TI: Tensor, y_TO: Tensor) -> None:
+    """The product by torch, with a few rows of the weight unpacked at a time."""
+    form = weight.form
+    step = max(1, min(form.rows, TILE // form.columns))
+    tile_OI = torch.empty(step, form.columns, dtype=x_TI.dtype, device=x_TI.device)
+    for first in range(0, form.rows, step):
+        last = min(form.rows, first + step)
+        rows_of(weight, first, last, tile_OI[: last - first])
+        torch.mm(x_TI, tile_OI[: last - first].T, out=y_TO[:, first:last])
+    if weight.branch is not None:
+        y_TO.addmm_(x_TI.unflatten(-1, (-1, form.k)).sum(-1), weight.branch.T.to(x_TI.dtype))
+    if weight.bias is not None:
+        y_TO += weight.bias.to(x_TI.dtype)
+
+
+def _parts_of_rows(form: Form, data: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Kept values and codes of rows that are laid out for the path ``torch``."""
+    (_, width), dtype = stored_form(form.values, form.rows, form.columns, form.group_size)["kept"]
+    rows_OB = data.view(form.rows, -1)[first:last]
+    return rows_OB[:, : width * dtype.itemsize].contiguous().view(dtype), rows_OB[:, width * dtype.itemsize :]
+
+
+def check_stored(packed: PackedWeight, name: str, path: str = TORCH) -> None:
+    """Refuse a damaged weight; the codes are looked at by the compiled kernels where there are any.
+
+    Raises:
+        SparsepassError: If sizes, types or codes do not fit.
+    """
+    rows, columns = packed.shape
+    check_sizes(packed, name)
+    if path == TORCH:
+        check_codes(packed.codes, name)
+        return
+    codes = packed.codes.contiguous()
+    group = native(path).bad_codes(codes.data_ptr(), rows, columns, torch.get_num_threads())
+    if group >= 0:
+        raise bad_codes(name, group // (columns // 4), group % (columns // 4) * 4)
+
+
+def _check_path(failed: int, path: str, values: str) -> None:
+    if failed:
+        raise SparsepassError(f"this processor lacks the kernel {path} for {values}, which the weight was laid out for")
