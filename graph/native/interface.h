@@ -57,7 +57,8 @@ int64_t sparsepass_bad_codes(const uint8_t* codes, int64_t rows, int64_t columns
 int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t last, int type, void* out, int threads);
 
 // y = x times the transposed weight, plus branch and bias. x is [tokens, columns] with `x_stride` elements from row to row, y is
-// [tokens, rows], both of one type. x is rounded to the weight's kind: bf16, fp16, or bytes with a scale for each 128 columns.
+// [tokens, rows], both of one type. x is rounded to the weight's kind: bf16, fp16, or signed bytes,
+// round(x * (127 / m)) for each 128 columns, where m is their largest magnitude and m / 127 their scale.
 int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, void* y, int threads);
 
 }  // extern "C"

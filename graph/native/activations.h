@@ -1,0 +1,106 @@
+// Activations as the kernels read them, and results as the caller wants them.
+
+#pragma once
+
+#include "layouts.h"
+
+namespace sparsepass {
+
+inline float element(int type, const void* data, int64_t i) {
+  if (type == kTypeFloat) return static_cast<const float*>(data)[i];
+  return widen(type == kTypeFp16, static_cast<const uint16_t*>(data)[i]);
+}
+
+inline int64_t element_bytes(int type) { return type == kTypeFloat ? 4 : 2; }
+
+// Rows of x in the form that a weight's kernels take, filled up with zeros to whole registers.
+struct Activations {
+  std::vector<uint8_t> own;
+  std::vector<float> scales, wide;
+  const uint8_t* data = nullptr;
+  int64_t bytes = 0, groups = 0;  // of a row
+
+  // words: x rounded to bf16 or fp16. It is used where it lies if it fits as it is.
+  void take_words(bool is_fp16, int64_t columns, int64_t padded, int type, const void* x, int64_t stride, int64_t tokens) {
+    const bool same = type == (is_fp16 ? kTypeFp16 : kTypeBf16);
+    if (same && columns == padded) {
+      data = static_cast<const uint8_t*>(x);
+      bytes = stride * 2;
+      return;
+    }
+    bytes = padded * 2;
+    own.assign(static_cast<size_t>(tokens * bytes), 0);
+    for (int64_t t = 0; t < tokens; t++) {
+      const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
+      auto* to = reinterpret_cast<uint16_t*>(own.data() + t * bytes);
+      if (same) {
+        std::memcpy(to, from, static_cast<size_t>(columns) * 2);
+      } else {
+        for (int64_t i = 0; i < columns; i++) to[i] = round_word(is_fp16, element(type, from, i));
+      }
+    }
+    data = own.data();
+  }
+
+  // bytes: see interface.h; `offset` makes them unsigned.
+  void take_bytes(int64_t columns, int64_t padded, int type, const void* x, int64_t stride, int64_t tokens, uint8_t offset) {
+    bytes = padded;
+    groups = padded / kGroup;
+    own.resize(static_cast<size_t>(tokens * bytes));
+    scales.resize(static_cast<size_t>(tokens * groups));
+    wide.assign(static_cast<size_t>(padded), 0.f);
+    for (int64_t t = 0; t < tokens; t++) {
+      const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
+      if (type == kTypeBf16) {
+        const auto* words = reinterpret_cast<const uint16_t*>(from);
+        for (int64_t i = 0; i < columns; i++) wide[i] = widen_bf16(words[i]);
+      } else {
+        for (int64_t i = 0; i < columns; i++) wide[i] = element(type, from, i);
+      }
+      for (int64_t g = 0; g < groups; g++) scales[t * groups + g] = round_group(wide.data() + g * kGroup, offset, own.data() + t * bytes + g * kGroup);
+    }
+    data = own.data();
+  }
+
+  // Sums of k elements that lie side by side, as words.
+  void take_sums(bool is_fp16, int64_t columns, int64_t k, int type, const void* x, int64_t stride, int64_t tokens) {
+    const int64_t sums = columns / k, padded = ceil_div(sums, 32) * 32;
+    bytes = padded * 2;
+    own.assign(static_cast<size_t>(tokens * bytes), 0);
+    for (int64_t t = 0; t < tokens; t++) {
+      const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
+      auto* to = reinterpret_cast<uint16_t*>(own.data() + t * bytes);
+      for (int64_t r = 0; r < sums; r++) {
+        float sum = 0;
+        for (int64_t i = r * k; i < (r + 1) * k; i++) sum += element(type, from, i);
+        to[r] = round_word(is_fp16, sum);
+      }
+    }
+    data = own.data();
+  }
+
+ private:
+  // Magnitudes are compared as integers and numbers are rounded by an addition, because compilers make vector instructions of that.
+  static float round_group(const float* from, uint8_t offset, uint8_t* to) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < kGroup; i++) largest = std::max(largest, to_bits(from[i]) & 0x7fffffff);
+    const float most = from_bits(largest), inverse = most > 0 ? 127.f / most : 0.f;
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: added, it leaves no bit for what is behind the point
+    for (int64_t i = 0; i < kGroup; i++) to[i] = static_cast<uint8_t>(to_bits(from[i] * inverse + kMagic) + offset);
+    return most / 127.f;
+  }
+};
+
+inline void put_results(int type, const float* y, const float* bias, int64_t rows, int64_t token, int64_t first, int64_t last, void* out) {
+  for (int64_t row = first; row < last; row++) {
+    const int64_t i = token * rows + row;
+    const float value = bias == nullptr ? y[i] : y[i] + bias[row];
+    if (type == kTypeFloat) {
+      static_cast<float*>(out)[i] = value;
+    } else {
+      static_cast<uint16_t*>(out)[i] = round_word(type == kTypeFp16, value);
+    }
+  }
+}
+
+}  // namespace sparsepass

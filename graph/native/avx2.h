@@ -1,0 +1,249 @@
+// Kernels for AVX2 with FMA and F16C.
+//
+// A 16-byte half of vpshufb holds the kept values of two rows over the same 8 columns of words, or 16 of bytes: x is read once for
+// both, and no lane is half empty.
+//
+// vpmaddubsw wants one side without sign: the values' signs move to x.
+
+#pragma once
+
+#include "layouts.h"
+
+#if defined(__x86_64__)
+
+#define SPARSEPASS_AVX2 __attribute__((target("avx2,fma,f16c")))
+
+namespace sparsepass::avx2 {
+
+constexpr int64_t kAhead = 1536;
+constexpr int kMostTokens = 4;
+
+inline bool has() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+SPARSEPASS_AVX2 inline __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+
+SPARSEPASS_AVX2 inline float sum_of(__m256 v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+// The sums of two rows: lanes 0, 1 and 4, 5 are the even one's, the others the odd one's.
+SPARSEPASS_AVX2 inline void put_pair(__m256 v, float scale_even, float scale_odd, float* y, bool has_odd) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_hadd_ps(four, four);
+  y[0] = _mm_cvtss_f32(two) * scale_even;
+  if (has_odd) y[1] = _mm_cvtss_f32(_mm_movehdup_ps(two)) * scale_odd;
+}
+
+// ---- Words ----
+
+// sums + x times values: words 2i of a register go to one sum, words 2i + 1 to the other (bf16), or one half to each (fp16).
+template <bool kIsFp16>
+SPARSEPASS_AVX2 inline void multiply_add(__m256 (&sums)[2], __m256i x, __m256i values) {
+  if constexpr (kIsFp16) {
+    sums[0] = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_castsi256_si128(values)), sums[0]);
+    sums[1] = _mm256_fmadd_ps(
+        _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(values, 1)), sums[1]);
+  } else {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    sums[0] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(values, 16)), sums[0]);
+    sums[1] =
+        _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, high)), _mm256_castsi256_ps(_mm256_and_si256(values, high)), sums[1]);
+  }
+}
+
+template <int T, bool kIsFp16>
+SPARSEPASS_AVX2 void packed_words(const Product& p, const uint8_t* x, float* y, int64_t first, int64_t last) {
+  const auto& w = *p.weight;
+  const Layout layout(kAvx2, w.kind, w.rows, w.columns);
+  alignas(32) uint16_t starts[16];
+  // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code.
+  for (int lane = 0; lane < 16; lane++) starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
+  const __m256i start = load(starts), two_bits = _mm256_set1_epi16(3), twice = _mm256_set1_epi16(0x0202);
+  constexpr int kTurns = T == 1 ? 2 : 1;
+  for (int64_t row = first; row < last; row += 2) {
+    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    __m256 sums[T][kTurns][2];
+    for (int t = 0; t < T; t++)
+      for (int turn = 0; turn < kTurns; turn++) sums[t][turn][0] = sums[t][turn][1] = _mm256_setzero_ps();
+    auto step = [&](int turn, __m256i& codes, const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_AVX2 {
+      const __m256i lanes = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(codes, two_bits), twice), start);
+      codes = _mm256_srli_epi16(codes, 2);
+      const __m256i values = load(values_at);
+      for (int t = 0; t < T; t++)
+        multiply_add<kIsFp16>(sums[t][turn], _mm256_shuffle_epi8(load(x_at + t * p.x_bytes), lanes), values);
+    };
+    const uint8_t* x_at = x;
+    for (int64_t block = 0; block < layout.full; block++, at += 288, x_at += 256) {
+      __m256i codes = load(at + 256);
+      for (int line = 0; line < 5; line++) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line * 64), _MM_HINT_T0);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++) step(k % kTurns, codes, at + k * 32, x_at + k * 32);
+    }
+    if (layout.left) {
+      __m256i codes = load(at + layout.left_bytes);
+      for (int64_t k = 0; k < layout.left; k++) step(0, codes, at + k * 32, x_at + k * 32);
+    }
+    for (int t = 0; t < T; t++) {
+      __m256 sum = _mm256_add_ps(sums[t][0][0], sums[t][0][1]);
+      if constexpr (kTurns == 2) sum = _mm256_add_ps(sum, _mm256_add_ps(sums[t][1][0], sums[t][1][1]));
+      // fp16: lanes 0 to 3 are the even row's.
+      if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
+      put_pair(sum, 1.f, 1.f, y + t * w.rows + row, row + 1 < w.rows);
+    }
+  }
+}
+
+// y += x W^T for words that lie row by row.
+template <int T, bool kIsFp16>
+SPARSEPASS_AVX2 void add_words(const uint16_t* weight, int64_t columns, const uint8_t* x, int64_t x_bytes, float* y, int64_t rows,
+                               int64_t first, int64_t last) {
+  constexpr int kTurns = T == 1 ? 2 : 1;
+  const int64_t whole = columns / 16;
+  for (int64_t row = first; row < last; row++) {
+    const auto* at = reinterpret_cast<const uint8_t*>(weight + row * columns);
+    __m256 sums[T][kTurns][2];
+    for (int t = 0; t < T; t++)
+      for (int turn = 0; turn < kTurns; turn++) sums[t][turn][0] = sums[t][turn][1] = _mm256_setzero_ps();
+    int64_t i = 0;
+    for (; i + kTurns <= whole; i += kTurns) {
+      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + i * 32), _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int turn = 0; turn < kTurns; turn++)
+        for (int t = 0; t < T; t++)
+          multiply_add<kIsFp16>(sums[t][turn], load(x + t * x_bytes + (i + turn) * 32), load(at + (i + turn) * 32));
+    }
+    alignas(32) uint16_t rest[16] = {};
+    for (; i * 16 < columns; i++) {
+      const void* values = at + i * 32;
+      if (i == whole) {
+        std::memcpy(rest, at + i * 32, static_cast<size_t>(columns % 16) * 2);
+        values = rest;
+      }
+      for (int t = 0; t < T; t++) multiply_add<kIsFp16>(sums[t][0], load(x + t * x_bytes + i * 32), load(values));
+    }
+    for (int t = 0; t < T; t++) {
+      __m256 sum = _mm256_add_ps(sums[t][0][0], sums[t][0][1]);
+      if constexpr (kTurns == 2) sum = _mm256_add_ps(sum, _mm256_add_ps(sums[t][1][0], sums[t][1][1]));
+      y[t * rows + row] += sum_of(sum);
+    }
+  }
+}
+
+// ---- Bytes ----
+
+SPARSEPASS_AVX2 inline __m256i products_of(__m256i x, __m256i values, __m256i magnitudes) {
+  return _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, values));
+}
+
+// kGroups: scales of 128 columns.
+template <int T, bool kNibbles, int kGroups>
+SPARSEPASS_AVX2 void packed_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
+  const auto& w = *p.weight;
+  const Layout layout(kAvx2, w.kind, w.rows, w.columns);
+  alignas(32) uint8_t starts[32];
+  for (int lane = 0; lane < 32; lane++) starts[lane] = static_cast<uint8_t>(lane % 8 / 2 * 4);
+  const __m256i start = load(starts), two_bits = _mm256_set1_epi8(3), four_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+  const __m256i ones = _mm256_set1_epi16(1);
+  const int64_t size = w.group_size ? w.group_size : w.columns, scales_a_row = ceil_div(w.columns, size);
+  const int64_t blocks_a_scale = std::max<int64_t>(1, size / kGroup);
+  const bool row_has_one = kGroups == 1 && scales_a_row == 1;
+  // Steps whose products are summed as words: 4 steps x 2 products x 8 x 127 fit, 2 x 127 x 127 are a word's limit.
+  constexpr int kSteps = kGroups >= 4 ? 1 : 4 / kGroups;  // that share a scale
+  for (int64_t row = first; row < last; row += 2) {
+    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    const bool has_odd = row + 1 < w.rows;
+    const uint16_t* even = w.scales + row * scales_a_row;
+    const uint16_t* odd = has_odd ? even + scales_a_row : even;
+    __m256 sums[T];
+    for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_ps();
+    for (int64_t block = 0; block < layout.full; block++, at += layout.values_bytes + 32) {
+      __m256i codes = load(at + layout.values_bytes), held = _mm256_setzero_si256(), words[T];
+      for (int64_t line = 0; line < layout.values_bytes + 32; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line), _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        __m256i values;
+        if constexpr (kNibbles) {
+          held = k % 2 ? _mm256_srli_epi16(held, 4) : load(at + k / 2 * 32);
+          values = _mm256_sub_epi8(_mm256_and_si256(held, four_bits), eight);
+        } else {
+          values = load(at + k * 32);
+        }
+        const __m256i magnitudes = _mm256_abs_epi8(values);
+        const __m256i lanes = _mm256_or_si256(_mm256_and_si256(codes, two_bits), start);
+        codes = _mm256_srli_epi16(codes, 2);
+        for (int t = 0; t < T; t++) {
+          const __m256i met = _mm256_shuffle_epi8(load(x + t * p.x_bytes + block * 128 + k * 32), lanes);
+          const __m256i now = products_of(met, values, magnitudes);
+          if constexpr (kNibbles) {
+            words[t] = k % kSteps ? _mm256_add_epi16(words[t], now) : now;
+          } else {
+            const __m256i wide = _mm256_madd_epi16(now, ones);
+            words[t] = k % kSteps ? _mm256_add_epi32(words[t], wide) : wide;
+          }
+        }
+        if (k % kSteps != kSteps - 1) continue;
+        __m256 scale;
+        if constexpr (kGroups == 8) {
+          const int64_t low = std::min(block * 8 + k * 2, scales_a_row - 1), high = std::min(low + 1, scales_a_row - 1);
+          const float a = widen_bf16(even[low]), b = widen_bf16(odd[low]), c = widen_bf16(even[high]), d = widen_bf16(odd[high]);
+          scale = _mm256_setr_ps(a, a, b, b, c, c, d, d);
+        } else if (row_has_one) {
+          scale = _mm256_set1_ps(1.f);
+        } else {
+          const int64_t at_scale = kGroups == 1 ? block / blocks_a_scale : std::min(block * kGroups + k / kSteps, scales_a_row - 1);
+          const __m256 of_even = _mm256_set1_ps(widen_bf16(even[at_scale])), of_odd = _mm256_set1_ps(widen_bf16(odd[at_scale]));
+          scale = _mm256_blend_ps(of_even, of_odd, 0xCC);
+        }
+        for (int t = 0; t < T; t++) {
+          const __m256i wide = kNibbles ? _mm256_madd_epi16(words[t], ones) : words[t];
+          const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[t * p.x_groups + block]));
+          sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), both, sums[t]);
+        }
+      }
+    }
+    const float scale_even = row_has_one ? widen_bf16(even[0]) : 1.f, scale_odd = row_has_one ? widen_bf16(odd[0]) : 1.f;
+    for (int t = 0; t < T; t++) put_pair(sums[t], scale_even, scale_odd, y + t * w.rows + row, has_odd);
+  }
+}
+
+template <int T>
+SPARSEPASS_AVX2 void dense_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
+  const auto& w = *p.weight;
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t row = first; row < last; row++) {
+    const auto* at = static_cast<const uint8_t*>(w.data) + row * w.columns;
+    __m256 sums[T];
+    for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_ps();
+    for (int64_t begin = 0; begin < w.columns; begin += kGroup) {
+      const int64_t end = std::min(begin + kGroup, w.columns);
+      __m256i wide[T];
+      for (int t = 0; t < T; t++) wide[t] = _mm256_setzero_si256();
+      _mm_prefetch(reinterpret_cast<const char*>(at + begin + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(at + begin + kAhead + 64), _MM_HINT_T0);
+      for (int64_t i = begin; i < end; i += 32) {
+        alignas(32) uint8_t rest[32] = {};
+        const void* from = at + i;
+        if (end - i < 32) {
+          std::memcpy(rest, at + i, static_cast<size_t>(end - i));
+          from = rest;
+        }
+        const __m256i values = load(from), magnitudes = _mm256_abs_epi8(values);
+        for (int t = 0; t < T; t++)
+          wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(products_of(load(x + t * p.x_bytes + i), values, magnitudes), ones));
+      }
+      for (int t = 0; t < T; t++) {
+        const __m256 scale = _mm256_set1_ps(x_scales[t * p.x_groups + begin / kGroup]);
+        sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide[t]), scale, sums[t]);
+      }
+    }
+    const float scale = widen_bf16(w.scales[row]);
+    for (int t = 0; t < T; t++) y[t * w.rows + row] = sum_of(sums[t]) * scale;
+  }
+}
+
+}  // namespace sparsepass::avx2
+
+#endif

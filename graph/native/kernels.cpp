@@ -1,0 +1,292 @@
+// The functions of interface.h: they choose the kernel of a path, and share the rows among threads.
+
+#include "activations.h"
+#include "avx2.h"
+#include "avx512.h"
+#include "generic.h"
+#include "interface.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sparsepass {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 32;  // that stay in the processor's cache while further tokens meet them
+
+struct Words {
+  const uint16_t* weight;
+  int64_t columns;
+  const Activations* x;
+  bool is_fp16;
+};
+
+#if defined(__x86_64__)
+
+// Calls run<T>(first token) for all tokens, with up to kMost tokens at once.
+template <int kMost, class Run>
+void by_tokens(int64_t tokens, const Run& run) {
+  int64_t from = 0;
+  for (; tokens - from >= kMost; from += kMost) run(std::integral_constant<int, kMost>{}, from);
+  switch (tokens - from) {
+    case 7: if constexpr (kMost > 7) run(std::integral_constant<int, 7>{}, from); break;
+    case 6: if constexpr (kMost > 6) run(std::integral_constant<int, 6>{}, from); break;
+    case 5: if constexpr (kMost > 5) run(std::integral_constant<int, 5>{}, from); break;
+    case 4: if constexpr (kMost > 4) run(std::integral_constant<int, 4>{}, from); break;
+    case 3: if constexpr (kMost > 3) run(std::integral_constant<int, 3>{}, from); break;
+    case 2: if constexpr (kMost > 2) run(std::integral_constant<int, 2>{}, from); break;
+    case 1: run(std::integral_constant<int, 1>{}, from); break;
+    default: break;
+  }
+}
+
+void avx512_rows(const Product& p, int64_t tokens, int64_t first, int64_t last) {
+  const auto& w = *p.weight;
+  by_tokens<avx512::kMostTokens>(tokens, [&](auto number, int64_t from) {
+    constexpr int T = decltype(number)::value;
+    const uint8_t* x = p.x + from * p.x_bytes;
+    const float* scales = p.x_scales == nullptr ? nullptr : p.x_scales + from * p.x_groups;
+    float* y = p.y + from * w.rows;
+    const bool one_scale = w.group_size == 0 || w.group_size >= kGroup;
+    if (w.dense) return avx512::dense_bytes<T>(p, x, scales, y, first, last);
+    switch (w.kind) {
+      case kBf16: return avx512::packed_words<T, false>(p, x, y, first, last);
+      case kFp16: return avx512::packed_words<T, true>(p, x, y, first, last);
+      case kInt8:
+        return one_scale ? avx512::packed_bytes<T, false, true>(p, x, scales, y, first, last)
+                         : avx512::packed_bytes<T, false, false>(p, x, scales, y, first, last);
+      default:
+        return one_scale ? avx512::packed_bytes<T, true, true>(p, x, scales, y, first, last)
+                         : avx512::packed_bytes<T, true, false>(p, x, scales, y, first, last);
+    }
+  });
+}
+
+template <int T, bool kNibbles>
+void avx2_bytes(const Product& p, const uint8_t* x, const float* scales, float* y, int64_t first, int64_t last) {
+  switch (p.weight->group_size) {
+    case 16: return avx2::packed_bytes<T, kNibbles, 8>(p, x, scales, y, first, last);
+    case 32: return avx2::packed_bytes<T, kNibbles, 4>(p, x, scales, y, first, last);
+    case 64: return avx2::packed_bytes<T, kNibbles, 2>(p, x, scales, y, first, last);
+    default: return avx2::packed_bytes<T, kNibbles, 1>(p, x, scales, y, first, last);
+  }
+}
+
+void avx2_rows(const Product& p, int64_t tokens, int64_t first, int64_t last) {
+  const auto& w = *p.weight;
+  by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
+    constexpr int T = decltype(number)::value;
+    const uint8_t* x = p.x + from * p.x_bytes;
+    const float* scales = p.x_scales == nullptr ? nullptr : p.x_scales + from * p.x_groups;
+    float* y = p.y + from * w.rows;
+    if (w.dense) return avx2::dense_bytes<T>(p, x, scales, y, first, last);
+    switch (w.kind) {
+      case kBf16: return avx2::packed_words<T, false>(p, x, y, first, last);
+      case kFp16: return avx2::packed_words<T, true>(p, x, y, first, last);
+      case kInt8: return avx2_bytes<T, false>(p, x, scales, y, first, last);
+      default: return avx2_bytes<T, true>(p, x, scales, y, first, last);
+    }
+  });
+}
+
+#endif
+
+// y = x W^T for rows whose weight is packed, or dense bytes.
+void rows_of(const Product& p, int64_t tokens, int64_t first, int64_t last) {
+#if defined(__x86_64__)
+  if (p.weight->path == kAvx512) return avx512_rows(p, tokens, first, last);
+  if (p.weight->path == kAvx2) return avx2_rows(p, tokens, first, last);
+#endif
+  p.weight->dense ? generic::dense_bytes(p, tokens, first, last) : generic::packed_rows(p, tokens, first, last);
+}
+
+// y += x W^T for rows of dense words: a branch, or a dense weight.
+void add_words(int path, const Words& words, float* y, int64_t rows, int64_t tokens, int64_t first, int64_t last) {
+  const Activations& x = *words.x;
+#if defined(__x86_64__)
+  if (path == kAvx512 && avx512::has(kBf16)) {
+    return by_tokens<avx512::kMostTokens>(tokens, [&](auto number, int64_t from) {
+      constexpr int T = decltype(number)::value;
+      const auto& kernel = words.is_fp16 ? avx512::add_words<T, true> : avx512::add_words<T, false>;
+      kernel(words.weight, words.columns, x.data + from * x.bytes, x.bytes, y + from * rows, rows, first, last);
+    });
+  }
+  if (path != kGeneric) {
+    return by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
+      constexpr int T = decltype(number)::value;
+      const auto& kernel = words.is_fp16 ? avx2::add_words<T, true> : avx2::add_words<T, false>;
+      kernel(words.weight, words.columns, x.data + from * x.bytes, x.bytes, y + from * rows, rows, first, last);
+    });
+  }
+#endif
+  generic::add_words(words.is_fp16, words.weight, words.columns, x.data, x.bytes, y, rows, tokens, first, last);
+}
+
+int64_t bytes_of_row(const SparsepassWeight& w) {
+  if (w.dense) return w.columns * (is_integer(w.kind) ? 1 : 2);
+  return Layout(w.path, w.kind, w.rows, w.columns).bytes() / std::max<int64_t>(1, w.rows);
+}
+
+void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, void* out, int threads) {
+  thread_local Activations of_x, of_sums;
+  thread_local std::vector<float> results;
+  const bool integers = is_integer(w.kind), is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
+  if (integers) {
+    const uint8_t offset = w.path == kAvx512 ? 128 : 0;
+    of_x.take_bytes(w.columns, ceil_div(w.columns, kGroup) * kGroup, type, x, stride, tokens, offset);
+  } else {
+    const int64_t padded = dense_words ? ceil_div(w.columns, 32) * 32 : Layout(w.path, w.kind, w.rows, w.columns).padded_columns();
+    of_x.take_words(is_fp16, w.columns, padded, type, x, stride, tokens);
+  }
+  const bool has_branch = w.branch != nullptr && w.k > 0;
+  if (has_branch) of_sums.take_sums(is_fp16, w.columns, w.k, type, x, stride, tokens);
+  results.resize(static_cast<size_t>(tokens * w.rows));
+  // Threads have a copy of neither: they read the caller's.
+  const Activations &acts = of_x, &sums = of_sums;
+  float* y = results.data();
+  const Product p{&w, acts.data, integers ? acts.scales.data() : nullptr, acts.bytes, acts.groups, y};
+  const int64_t multiple = std::max<int64_t>(8, kRowsAtOnce);
+  // Waking threads costs some microseconds, as much as one thread needs for this many bytes.
+  const int64_t worth = std::max<int64_t>(1, bytes_of_row(w) * w.rows / 32768);
+  in_parts(w.rows, multiple, static_cast<int>(std::min<int64_t>(threads, worth)), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+      const int64_t last = std::min(end, first + kRowsAtOnce);
+      if (dense_words) {
+        for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.rows + first, y + t * w.rows + last, 0.f);
+        add_words(w.path, {static_cast<const uint16_t*>(w.data), w.columns, &acts, is_fp16}, y, w.rows, tokens, first, last);
+      } else {
+        rows_of(p, tokens, first, last);
+      }
+      if (has_branch) add_words(w.path, {w.branch, w.columns / w.k, &sums, is_fp16}, y, w.rows, tokens, first, last);
+      for (int64_t t = 0; t < tokens; t++) put_results(type, y, w.bias, w.rows, t, first, last, out);
+    }
+  });
+}
+
+// One row with its zeros, through its stored form.
+void unpack_row(const SparsepassWeight& w, const Layout& layout, int64_t row, int type, uint8_t* kept, uint8_t* codes, void* out) {
+  const auto* data = static_cast<const uint8_t*>(w.data);
+  store_row(layout, row, data, kept, codes);
+  std::memset(out, 0, static_cast<size_t>(w.columns * element_bytes(type)));
+  const int64_t size = w.group_size ? w.group_size : w.columns, groups = ceil_div(w.columns, size);
+  for (int64_t i = 0; i < w.columns / 2; i++) {
+    const int64_t column = generic::column_of(codes, i);
+    float value;
+    if (is_integer(w.kind)) {
+      value = static_cast<float>(generic::value_of(layout, kept, i)) * widen_bf16(w.scales[row * groups + i * 2 / size]);
+    } else {
+      value = widen(w.kind == kFp16, reinterpret_cast<const uint16_t*>(kept)[i]);
+    }
+    if (type == kTypeFloat) {
+      static_cast<float*>(out)[column] = value;
+    } else {
+      static_cast<uint16_t*>(out)[column] = round_word(type == kTypeFp16, value);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparsepass
+
+using namespace sparsepass;
+
+extern "C" {
+
+int sparsepass_version(void) { return 1; }
+
+void sparsepass_use_openmp(void* entry) { gomp_parallel = reinterpret_cast<GompParallel>(entry); }
+
+int sparsepass_has(int path, int kind) {
+  if (path == kGeneric) return 1;
+#if defined(__x86_64__)
+  if (path == kAvx2) return avx2::has();
+  if (path == kAvx512) return avx512::has(kind);
+#endif
+  (void)kind;
+  return 0;
+}
+
+void sparsepass_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2u << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+int64_t sparsepass_laid_out_bytes(int path, int kind, int64_t rows, int64_t columns) { return Layout(path, kind, rows, columns).bytes(); }
+
+int64_t sparsepass_row_multiple(int path, int kind, int64_t columns) { return Layout(path, kind, 1, columns).unit_rows; }
+
+int sparsepass_lay_out(int path, int kind, const void* kept, const uint8_t* codes, int64_t rows, int64_t columns, void* data,
+                       int threads) {
+  if (!sparsepass_has(path, kind)) return 1;
+  const Layout layout(path, kind, rows, columns);
+  const int64_t kept_bytes = columns / 2 * (is_integer(kind) ? 1 : 2) / (kind == kInt4 ? 2 : 1);
+  in_parts(ceil_div(rows, layout.unit_rows), 8, threads, [&](int64_t first, int64_t last) {
+    auto* to = static_cast<uint8_t*>(data);
+    std::memset(to + first * layout.unit_bytes, 0, static_cast<size_t>((last - first) * layout.unit_bytes));
+    for (int64_t row = first * layout.unit_rows; row < std::min(rows, last * layout.unit_rows); row++)
+      lay_out_row(layout, row, static_cast<const uint8_t*>(kept) + row * kept_bytes, codes + row * (columns / 8), to);
+  });
+  return 0;
+}
+
+int sparsepass_store(int path, int kind, const void* data, int64_t rows, int64_t columns, void* kept, uint8_t* codes, int threads) {
+  if (!sparsepass_has(path, kind)) return 1;
+  const Layout layout(path, kind, rows, columns);
+  const int64_t kept_bytes = columns / 2 * (is_integer(kind) ? 1 : 2) / (kind == kInt4 ? 2 : 1);
+  in_parts(rows, 8, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++)
+      store_row(layout, row, static_cast<const uint8_t*>(data), static_cast<uint8_t*>(kept) + row * kept_bytes, codes + row * (columns / 8));
+  });
+  return 0;
+}
+
+int64_t sparsepass_bad_codes(const uint8_t* codes, int64_t rows, int64_t columns, int threads) {
+  const int64_t bytes = rows * (columns / 8);
+  std::atomic<int64_t> worst{bytes};
+  in_parts(bytes, 65536, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      if (ascend(codes[i])) continue;
+      int64_t before = worst.load();
+      while (i < before && !worst.compare_exchange_weak(before, i)) {}
+      return;
+    }
+  });
+  if (worst == bytes) return -1;
+  const uint8_t byte = codes[worst];
+  return worst * 2 + ((byte & 3) < (byte >> 2 & 3) ? 1 : 0);
+}
+
+int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t last, int type, void* out, int threads) {
+  const auto& w = *weight;
+  if (!sparsepass_has(w.path, w.kind)) return 1;
+  const Layout layout(w.path, w.kind, w.rows, w.columns);
+  in_parts(last - first, 8, threads, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> kept(static_cast<size_t>(w.columns) + 1), codes(static_cast<size_t>(w.columns / 8) + 1);
+    for (int64_t i = begin; i < end; i++) {
+      auto* to = static_cast<uint8_t*>(out) + i * w.columns * element_bytes(type);
+#if defined(__x86_64__)
+      if (w.path == kAvx512 && type == (w.kind == kFp16 ? kTypeFp16 : kTypeBf16) && !is_integer(w.kind)) {
+        avx512::unpack_words(layout, static_cast<const uint8_t*>(w.data), first + i, reinterpret_cast<uint16_t*>(to));
+        continue;
+      }
+#endif
+      unpack_row(w, layout, first + i, type, kept.data(), codes.data(), to);
+    }
+  });
+  return 0;
+}
+
+int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, void* y, int threads) {
+  if (!sparsepass_has(weight->path, weight->kind)) return 1;
+  linear(*weight, type, x, x_stride, tokens, y, threads);
+  return 0;
+}
+
+}  // extern "C"

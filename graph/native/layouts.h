@@ -1,0 +1,158 @@
+// How a packed weight lies in memory for each path, and the way from its stored form and back.
+//
+// Stored, and for the path `generic`: row after row, a row's kept values in order, then its codes in order, four to a byte.
+//
+// Otherwise a *step* is one register of values, a *block* is up to 8 steps of words or 4 of bytes and then one register of their
+// codes, two bits a step in each lane (`plane` bits of step k are at 2k). int4 has the nibbles of steps 2j and 2j + 1 in the low and
+// high halves of one register. Columns are filled up to whole steps with values of zero.
+//
+//   avx512  A step holds the kept values of 64 columns (words) or 128 (bytes) of one row. The steps that are left over at a row's end
+//           have few codes, so a register of codes serves several rows: with t steps left, 8 / t rows (words) or 4 / t (bytes) are a
+//           unit, which begins with that register.
+//   avx2    A step holds the kept values of 16 columns (words) or 32 (bytes) of two rows: each half of the register has those of the
+//           even row and then those of the odd one, for the columns that one vpshufb reaches. Integers: whole blocks only.
+
+#pragma once
+
+#include "common.h"
+
+namespace sparsepass {
+
+struct Layout {
+  int path, kind;
+  int64_t rows, columns;
+  int64_t lane_bytes;   // of values, 1 or 2; a nibble counts as 1
+  int64_t lanes;        // kept values of one row in a step
+  int64_t step_bytes;   // of a register
+  int64_t per_block;    // steps
+  int64_t steps;        // of a row
+  int64_t full, left;   // whole blocks of a row, and the steps after them
+  int64_t unit_rows;    // rows that lie together
+  int64_t values_bytes, left_bytes;  // of the values of a block, of what is left
+  int64_t row_bytes;    // of a row (avx2: of two) without a register that is shared
+  int64_t unit_bytes;
+
+  Layout(int path_, int kind_, int64_t rows_, int64_t columns_) : path(path_), kind(kind_), rows(rows_), columns(columns_) {
+    const bool nibbles = kind == kInt4;
+    lane_bytes = is_integer(kind) ? 1 : 2;
+    if (path == kGeneric) {
+      lanes = columns / 2;
+      unit_rows = 1;
+      values_bytes = nibbles ? columns / 4 : lanes * lane_bytes;
+      row_bytes = unit_bytes = values_bytes + columns / 8;
+      step_bytes = per_block = steps = full = left = left_bytes = 0;
+      return;
+    }
+    step_bytes = path == kAvx512 ? 64 : 32;
+    lanes = step_bytes / lane_bytes / (path == kAvx2 ? 2 : 1);
+    per_block = is_integer(kind) ? 4 : 8;
+    steps = ceil_div(columns, 2 * lanes);
+    if (path == kAvx2 && is_integer(kind)) steps = ceil_div(steps, per_block) * per_block;
+    full = steps / per_block;
+    left = steps % per_block;
+    const int64_t halves = nibbles ? 2 : 1;
+    values_bytes = per_block / halves * step_bytes;
+    left_bytes = ceil_div(left, halves) * step_bytes;
+    row_bytes = full * (values_bytes + step_bytes) + left_bytes;
+    if (path == kAvx512) {
+      unit_rows = left ? per_block / left : 1;
+      unit_bytes = unit_rows * row_bytes + (left ? step_bytes : 0);
+    } else {
+      unit_rows = 2;
+      if (left) row_bytes += step_bytes;
+      unit_bytes = row_bytes;
+    }
+  }
+
+  int64_t padded_columns() const { return path == kGeneric ? columns : steps * lanes * 2; }
+  int64_t bytes() const { return ceil_div(rows, unit_rows) * unit_bytes; }
+
+  // Where the values of a row begin.
+  int64_t at_row(int64_t row) const {
+    const int64_t unit = row / unit_rows * unit_bytes;
+    if (path != kAvx512) return unit;
+    return unit + (left ? step_bytes : 0) + row % unit_rows * row_bytes;
+  }
+
+  // Calls put(byte of the value, its nibble, byte of the code, its shift) for each kept value of a row in order, padding included.
+  template <class Put>
+  void each(int64_t row, const Put& put) const {
+    const int64_t start = at_row(row);
+    if (path == kGeneric) {
+      for (int64_t i = 0; i < lanes; i++) {
+        const int64_t value = kind == kInt4 ? i / 2 : i * lane_bytes;
+        put(start + value, kind == kInt4 ? i % 2 : 0, start + values_bytes + i / 4, i % 4 * 2);
+      }
+      return;
+    }
+    const int64_t run = 8 / lane_bytes;  // avx2: kept values of a row that lie together
+    for (int64_t step = 0; step < steps; step++) {
+      const int64_t block = step / per_block, k = step % per_block;
+      const bool is_left = block == full;
+      const int64_t at_block = start + block * (values_bytes + step_bytes);
+      const int64_t at_values = at_block + (kind == kInt4 ? k / 2 : k) * step_bytes;
+      int64_t at_codes = at_block + (is_left ? left_bytes : values_bytes), shift = 2 * k;
+      if (is_left && path == kAvx512) {
+        at_codes = row / unit_rows * unit_bytes;
+        shift += row % unit_rows * left * 2;
+      }
+      for (int64_t j = 0; j < lanes; j++) {
+        const int64_t lane = path == kAvx512 ? j : j / run * 2 * run + row % 2 * run + j % run;
+        const int64_t byte = lane * lane_bytes + (shift >= 8 ? 1 : 0);
+        put(at_values + lane * lane_bytes, kind == kInt4 ? k % 2 : 0, at_codes + byte, shift % 8);
+      }
+    }
+  }
+};
+
+// One row's kept values and codes as they are stored.
+struct StoredRow {
+  const int kind;
+  uint8_t* kept;
+  uint8_t* codes;
+
+  void clear(int64_t columns) {
+    std::memset(kept, 0, columns / 2 * (is_integer(kind) ? 1 : 2) / (kind == kInt4 ? 2 : 1));
+    std::memset(codes, 0, columns / 8);
+  }
+};
+
+inline void lay_out_row(const Layout& to, int64_t row, const uint8_t* kept, const uint8_t* codes, uint8_t* data) {
+  const int64_t count = to.columns / 2;
+  int64_t i = 0;
+  to.each(row, [&](int64_t value, int64_t nibble, int64_t code, int64_t shift) {
+    if (to.kind == kInt4) {
+      const int bits = i < count ? kept[i / 2] >> (i % 2 * 4) & 15 : 8;
+      data[value] = static_cast<uint8_t>((data[value] & (nibble ? 0x0f : 0xf0)) | bits << (nibble * 4));
+    } else if (i < count) {
+      std::memcpy(data + value, kept + i * to.lane_bytes, to.lane_bytes);
+    }
+    if (i < count) data[code] = static_cast<uint8_t>(data[code] | (codes[i / 4] >> (i % 4 * 2) & 3) << shift);
+    i++;
+  });
+}
+
+inline void store_row(const Layout& from, int64_t row, const uint8_t* data, uint8_t* kept, uint8_t* codes) {
+  const int64_t count = from.columns / 2;
+  StoredRow{from.kind, kept, codes}.clear(from.columns);
+  int64_t i = 0;
+  from.each(row, [&](int64_t value, int64_t nibble, int64_t code, int64_t shift) {
+    if (i < count) {
+      if (from.kind == kInt4) {
+        kept[i / 2] = static_cast<uint8_t>(kept[i / 2] | (data[value] >> (nibble * 4) & 15) << (i % 2 * 4));
+      } else {
+        std::memcpy(kept + i * from.lane_bytes, data + value, from.lane_bytes);
+      }
+      codes[i / 4] = static_cast<uint8_t>(codes[i / 4] | (data[code] >> shift & 3) << (i % 4 * 2));
+    }
+    i++;
+  });
+}
+
+// The two codes of each group ascend, where a byte holds those of two groups.
+inline bool ascend(uint8_t byte) {
+  const int first = byte & 0x33, second = byte >> 2 & 0x33;
+  return (first & 3) < (second & 3) && (first >> 4) < (second >> 4);
+}
+
+}  // namespace sparsepass
