@@ -228,7 +228,7 @@ def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:
         out: ``[last - first, I]`` of a type of activations, without gaps.
     """
     form = weight.form
-    if weight.native is not None:
+    if weight.native is not None and not form.dense:
         failed = weight.native.unpack(weight.pointer, first, last, TYPES[out.dtype], out.data_ptr(), torch.get_num_threads())
         _check_path(failed, form.path, form.values)
         return
