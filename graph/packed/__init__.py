@@ -1,6 +1,18 @@
 """2:4 weights in packed form: stored, in memory, and as layers of a model, for inference."""
 
+from sparsepass.graph.packed.dense import DenseLinear, Int8Embedding
 from sparsepass.graph.packed.layout import PackedWeight, Values, check, pack, unpack
 from sparsepass.graph.packed.module import PackedLinear
+from sparsepass.graph.packed.siblings import group_siblings
 
-__all__ = ["PackedLinear", "PackedWeight", "Values", "check", "pack", "unpack"]
+__all__ = [
+    "DenseLinear",
+    "Int8Embedding",
+    "PackedLinear",
+    "PackedWeight",
+    "Values",
+    "check",
+    "group_siblings",
+    "pack",
+    "unpack",
+]
