@@ -84,7 +84,7 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
         raise SparsepassError(f"scales of a weight {rows} x {columns} {wanted}, and these are {list(scales.shape)}")
     kept_parts, codes_parts, scales_parts = [], [], []
     for first, last in chunks(rows, columns):
-        kept_OK, codes = _kept_and_codes(weight_OI[first:last].detach(), first)
+        kept_OK, codes = _kept_and_codes(weight_OI[first:last].detach().contiguous(), first)
         codes_parts.append(codes)
         if values in FLOATS:
             kept_parts.append(_cast(kept_OK, values))
