@@ -39,6 +39,7 @@ LLAMA_1B = [(2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)]
 LLAMA_8B = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 LARGE_8B = [(4096, 4096), (14336, 4096), (4096, 14336)]
 PATHS = {"avx2": 1, "avx512": 2}
+TWO_FOUR = NMPattern(2, 4)
 
 
 @dataclass
@@ -112,7 +113,7 @@ def roomy(data: Tensor) -> Tensor:
 def sparse_weight(rows: int, columns: int) -> Tensor:
     """A random 2:4 weight, bf16."""
     weight_OI = torch.randn(rows, columns)
-    return (weight_OI * keep_largest_of_groups(weight_OI.abs(), NMPattern(2, 4))).to(torch.bfloat16)
+    return (weight_OI * keep_largest_of_groups(weight_OI.abs(), TWO_FOUR)).to(torch.bfloat16)
 
 
 def packed_way(packed: PackedWeight, path: str, x: Tensor, copies: int, name: str) -> Way:
@@ -250,11 +251,11 @@ def masks(repeats: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         weight_OI = torch.randn(4096, 4096).to(dtype)
         norms_I = torch.rand(4096)
         score_OI = weight_OI.abs() if kind == "magnitude" else weight_OI.abs() * norms_I
-        two_four, num_bytes = NMPattern(2, 4), score_OI.nbytes
-        assert torch.equal(nm_mask(score_OI, two_four), by_torch(score_OI, two_four)), "the masks differ"
-        ours = [Way("library", [lambda s=score_OI: keep_largest_of_groups(s, two_four)], num_bytes)]
+        num_bytes = score_OI.nbytes
+        assert torch.equal(nm_mask(score_OI, TWO_FOUR), by_torch(score_OI, TWO_FOUR)), "the masks differ"
+        ours = [Way("library", [lambda s=score_OI: keep_largest_of_groups(s, TWO_FOUR)], num_bytes)]
         others = [
-            Way("torch, comparing", [lambda s=score_OI: by_torch(s, two_four)], num_bytes),
+            Way("torch, comparing", [lambda s=score_OI: by_torch(s, TWO_FOUR)], num_bytes),
             Way("torch, topk", [lambda s=score_OI: by_topk(s)], num_bytes),
         ]
         take_turns([*ours, *others], repeats)
