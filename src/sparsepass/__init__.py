@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    from sparsepass import _moved  # noqa: F401  (old paths of modules)
+    from sparsepass import _moved, _registration  # noqa: F401  (old paths of modules; packed folders in transformers)
     from sparsepass._lazy import face
 
     _get, _, __all__ = face(__name__, __file__)

@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER as ADAPTER_FOLDER, read_adapter as read_adapter
-    from sparsepass.export.targets.hf.lower import HfArtifact as HfArtifact, lower_hf as lower_hf
+    from sparsepass.export.targets.hf.lower import (
+        HfArtifact as HfArtifact,
+        auto_class as auto_class,
+        front_matter as front_matter,
+        lower_hf as lower_hf,
+        save_model as save_model,
+        settle_config as settle_config,
+    )
     from sparsepass.export.targets.hf.target import HuggingFace as HuggingFace
     from sparsepass.export.targets.hf.verify import load_plain as load_plain, verify_hf as verify_hf
 else:
