@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsepass.export.targets import (
         HuggingFace as HuggingFace,
         Onnx as Onnx,
+        Packed as Packed,
         SemiStructured as SemiStructured,
         Target as Target,
         TensorRT as TensorRT,

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
         settle_config as settle_config,
     )
     from sparsepass.export.targets.hf.target import HuggingFace as HuggingFace
-    from sparsepass.export.targets.hf.verify import load_plain as load_plain, verify_hf as verify_hf
+    from sparsepass.export.targets.hf.verify import (
+        check_outputs as check_outputs,
+        load_plain as load_plain,
+        verify_hf as verify_hf,
+    )
 else:
     from sparsepass._lazy import face
 

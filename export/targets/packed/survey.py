@@ -124,7 +124,7 @@ def groups(layers: Iterable[LayerChoice]) -> tuple[tuple[str, ...], ...]:
 def matrix_of(program: Program, layer: LayerChoice) -> Tensor:
     """The weight of a linear layer as it multiplies, behind its mask: [O, I]."""
     weight = masked_weight(program, layer.weight)
-    return weight.t() if layer.transposed else weight
+    return weight.t().contiguous() if layer.transposed else weight
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
