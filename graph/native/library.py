@@ -125,7 +125,9 @@ def available_paths(kind: str) -> tuple[str, ...]:
         'torch'
     """
     library = kernels()
-    native = [] if library is None else [name for name in ("avx512", "avx2", "generic") if library.has(PATHS[name], KINDS[kind])]
+    native = (
+        [] if library is None else [name for name in ("avx512", "avx2", "generic") if library.has(PATHS[name], KINDS[kind])]
+    )
     return (*native, TORCH)
 
 

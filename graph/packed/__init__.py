@@ -1,6 +1,21 @@
 """2:4 weights in packed form: stored, in memory, and as layers of a model, for inference."""
 
+from sparsepass.graph.packed.dense import DenseLinear, Int8Embedding
 from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check, check_form, pack, stored_form, unpack
 from sparsepass.graph.packed.module import PackedLinear
+from sparsepass.graph.packed.siblings import group_siblings
 
-__all__ = ["FLOATS", "PackedLinear", "PackedWeight", "Values", "check", "check_form", "pack", "stored_form", "unpack"]
+__all__ = [
+    "FLOATS",
+    "DenseLinear",
+    "Int8Embedding",
+    "PackedLinear",
+    "PackedWeight",
+    "Values",
+    "check",
+    "check_form",
+    "group_siblings",
+    "pack",
+    "stored_form",
+    "unpack",
+]

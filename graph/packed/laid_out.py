@@ -90,7 +90,7 @@ class LaidOut:
         bias: ``[O]`` float32.
     """
 
-    __slots__ = ("address", "branch", "codes", "columns", "data", "form", "native", "pointer", "scales", "bias", "struct")
+    __slots__ = ("address", "bias", "branch", "codes", "columns", "data", "form", "native", "pointer", "scales", "struct")
 
     def __init__(
         self,
@@ -194,6 +194,8 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
     if number is None or not shape or shape[-1] != columns:
         raise refusal(x, columns)
     tokens = x.numel() // columns
+    if tokens > MOST_TOKENS and weight.form.dense and weight.scales is None:
+        return functional.linear(x, weight.data.to(x.dtype), None if weight.bias is None else weight.bias.to(x.dtype))
     if not x.is_contiguous():
         x = x.reshape(-1, columns)
         if x.stride(1) != 1:
@@ -203,9 +205,7 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
         _by_tiles(weight, x.reshape(-1, columns), y.view(-1, weight.form.rows))
         return y
     stride = x.stride(0) if x.dim() == 2 else columns
-    failed = weight.native.linear(
-        weight.pointer, number, x.data_ptr(), stride, tokens, y.data_ptr(), torch.get_num_threads()
-    )
+    failed = weight.native.linear(weight.pointer, number, x.data_ptr(), stride, tokens, y.data_ptr(), torch.get_num_threads())
     if failed:
         _check_path(failed, weight.form.path, weight.form.values)
     return y
@@ -228,7 +228,7 @@ def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:
         out: ``[last - first, I]`` of a type of activations, without gaps.
     """
     form = weight.form
-    if weight.native is not None:
+    if weight.native is not None and not form.dense:
         failed = weight.native.unpack(weight.pointer, first, last, TYPES[out.dtype], out.data_ptr(), torch.get_num_threads())
         _check_path(failed, form.path, form.values)
         return
@@ -236,7 +236,9 @@ def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:
     if form.dense:
         numbers_OI = weight.data[first:last]
         if scales is not None:
-            numbers_OI = numbers_OI.float() * scales.float().repeat_interleave(form.group_size or form.columns, 1)[:, : form.columns]
+            numbers_OI = (
+                numbers_OI.float() * scales.float().repeat_interleave(form.group_size or form.columns, 1)[:, : form.columns]
+            )
         out.copy_(numbers_OI)
         return
     if weight.codes is not None:

@@ -81,7 +81,11 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
     if scales is not None and (values in FLOATS or tuple(scales.shape) != (rows, num_groups(columns, group_size))):
         raise SparsepassError(
             f"scales of a weight {rows} x {columns} of {values} with group_size={group_size} are "
-            + ("not wanted" if values in FLOATS else f"[{rows}, {num_groups(columns, group_size)}], and not {list(scales.shape)}")
+            + (
+                "not wanted"
+                if values in FLOATS
+                else f"[{rows}, {num_groups(columns, group_size)}], and not {list(scales.shape)}"
+            )
         )
     kept_parts, codes_parts, scales_parts = [], [], []
     for first, last in chunks(rows, columns):
@@ -91,7 +95,7 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
             kept_parts.append(_cast(kept_OK, values))
         else:
             given = None if scales is None else scales[first:last]
-            kept, scales_OG = _round(kept_OK.float(), values, group_size or columns, given)
+            kept, scales_OG = _round(kept_OK.float(), values, (group_size or columns) // 2, given)
             kept_parts.append(kept)
             scales_parts.append(scales_OG)
     return PackedWeight(
@@ -134,9 +138,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     return weight_OI
 
 
-def with_zeros(
-    values: str, kept: Tensor, codes: Tensor, scales: Tensor | None, group_size: int, dtype: torch.dtype
-) -> Tensor:
+def with_zeros(values: str, kept: Tensor, codes: Tensor, scales: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
     """Some rows of a weight, with their zeros, scaled.
 
     Args:
@@ -157,6 +159,22 @@ def with_zeros(
         numbers_OK = numbers_OK.float() * per_value
     is_kept_OI = _masks(codes.device)[codes.int()].view(rows, columns)
     return torch.zeros(rows, columns, dtype=dtype, device=codes.device).masked_scatter_(is_kept_OI, numbers_OK.to(dtype))
+
+
+def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a dense weight to bytes, with a scale for each row that clips nothing.
+
+    Returns:
+        ``[O, I]`` int8 and ``[O, 1]`` bfloat16.
+
+    Raises:
+        SparsepassError: If a value is not finite.
+    """
+    if not weight_OI.isfinite().all():
+        raise SparsepassError("the weight holds values that are not finite; the checkpoint is broken")
+    columns = weight_OI.shape[1]
+    parts = [_round(weight_OI[first:last].detach().float(), "int8", columns, None) for first, last in chunks(*weight_OI.shape)]
+    return torch.cat([numbers for numbers, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
 def check(packed: PackedWeight, name: str = "the packed weight") -> None:
@@ -183,7 +201,9 @@ def check_sizes(packed: PackedWeight, name: str) -> None:
     check_form(packed.values, columns, packed.group_size, name)
     expected = stored_form(packed.values, rows, columns, packed.group_size)
     if (packed.scales is None) != ("scales" not in expected):
-        raise SparsepassError(f"{name}: scales belong to integers, and {packed.values} has {'some' if packed.scales is not None else 'none'}")
+        raise SparsepassError(
+            f"{name}: scales belong to integers, and {packed.values} has {'some' if packed.scales is not None else 'none'}"
+        )
     for part, (shape, dtype) in expected.items():
         found: Tensor = getattr(packed, part)
         if tuple(found.shape) != shape or found.dtype != dtype:
@@ -295,9 +315,9 @@ def _cast(kept_OK: Tensor, values: Values) -> Tensor:
 
 
 def _round(kept_OK: Tensor, values: Values, size: int, scales_OG: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Integers ``[O, K]`` (int4: two to a byte) and their scales ``[O, G]``."""
+    """Integers ``[O, K]`` (int4: two to a byte) and their scales ``[O, G]``, one for each `size` values."""
     least, most = _ENDS[values]
-    grouped_OGK = functional.pad(kept_OK, (0, -kept_OK.shape[1] % (size // 2))).unflatten(-1, (-1, size // 2))
+    grouped_OGK = functional.pad(kept_OK, (0, -kept_OK.shape[1] % size)).unflatten(-1, (-1, size))
     if scales_OG is None:
         scales_OG = _rounded_up(grouped_OGK.abs().amax(-1) / most)
     scales_OG = scales_OG.to(torch.bfloat16)

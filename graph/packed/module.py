@@ -5,7 +5,7 @@ Tensor shapes: O out, I in, K kept values of a row (I / 2), G groups of columns 
 
 from collections.abc import Callable
 from threading import RLock
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from sparsepass.graph.packed.laid_out import Form, LaidOut, lay_out, product, st
 from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check_form, check_sizes, pack, stored_form
 from sparsepass.graph.packed.operator import WithoutGradient, refuse_training
 from sparsepass.graph.support import SparsepassError
+
+
+class GroupOfLayers(Protocol):
+    """What a layer knows of the group in which it is computed."""
+
+    def result(self, member: "PackedLinear", x: Tensor) -> Tensor | None:
+        """The result of one of the layers; None if it has to compute alone."""
+
 
 _ZEROS = 0x44  # codes of two groups that keep their first two places
 _LOCK = RLock()
@@ -95,6 +103,7 @@ class PackedLinear(nn.Module):
         self._own("slorb_weight", torch.zeros(out_features, sums, dtype=self.small_type, device=device) if sums else None)
         self._own("slorb_projection", torch.zeros(sums, in_features, dtype=self.small_type, device=device) if trained else None)
         self.register_buffer("data", None, persistent=False)
+        self.siblings: GroupOfLayers | None = None
         self._form: Form | None = None
         self._ready: LaidOut | None = None
 
@@ -197,6 +206,8 @@ class PackedLinear(nn.Module):
             path = best_path(self.values)
             data = lay_out(self.packed(), path, f"{name}.weight")
             self._form = self._form_for(path)
+            if self.slorb_weight is not None:
+                self.slorb_weight.data = self.slorb_weight.data.to(self.small_type).contiguous()
             self._own("weight", None)
             self._own("codes", None)
             self._buffers["data"] = data
@@ -240,11 +251,21 @@ class PackedLinear(nn.Module):
         parts += [f"slorb_k={self.slorb_k}"] if self.slorb_k else []
         return ", ".join([*parts, f"bias={self.bias is not None}", f"kernel={self.path or 'not laid out'}"])
 
-    def _by_kernel(self, x: Tensor) -> Tensor:
+    def laid_out(self) -> LaidOut:
+        """The weight in memory, with all that its product needs; a weight on the processor is laid out first.
+
+        Raises:
+            SparsepassError: If there is no weight yet.
+        """
         ready = self._ready
         if ready is None or ready.data is not self._buffers["data"]:
             ready = self._prepared()
-        return product(ready, x)
+        return ready
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        if self.siblings is not None and (y := self.siblings.result(self, x)) is not None:
+            return y
+        return product(self.laid_out(), x)
 
     def _by_operator(self, x: Tensor) -> Tensor:
         """What a compiler or an exporter sees; a layer that is not laid out stays so."""
@@ -300,7 +321,9 @@ class PackedLinear(nn.Module):
     def _check_sizes(self, name: str) -> None:
         assert self.codes is not None
         if self.codes.device.type != "cpu":
-            raise SparsepassError(f"{name} is on the device {self.codes.device}, and kernels run on the processor; move it first")
+            raise SparsepassError(
+                f"{name} is on the device {self.codes.device}, and kernels run on the processor; move it first"
+            )
         check_sizes(self.packed(), f"{name}.weight")
         sums = self.in_features // self.slorb_k if self.slorb_k else 0
         for part, shape in (
@@ -310,7 +333,9 @@ class PackedLinear(nn.Module):
         ):
             found = self._parameters[part]
             if found is not None and (tuple(found.shape) != shape or not found.is_floating_point()):
-                raise SparsepassError(f"{name}.{part} has to be {list(shape)} of a floating type, and is {list(found.shape)} of {found.dtype}")
+                raise SparsepassError(
+                    f"{name}.{part} has to be {list(shape)} of a floating type, and is {list(found.shape)} of {found.dtype}"
+                )
 
     def _own(self, name: str, tensor: Tensor | None) -> None:
         """Keep a parameter that is never trained."""
@@ -342,6 +367,11 @@ class PackedLinear(nn.Module):
         if self.is_laid_out:
             packed = self.packed()
             destination[f"{prefix}weight"], destination[f"{prefix}codes"] = packed.kept, packed.codes
+        if self.siblings is not None:
+            # They are parts of their group's tensor, which a file shall not take for one tensor under several names.
+            for name in self._parameters.keys() & {"scales", "slorb_weight"}:
+                if (tensor := destination.get(f"{prefix}{name}")) is not None:
+                    destination[f"{prefix}{name}"] = tensor.clone()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
@@ -362,7 +392,9 @@ class PackedLinear(nn.Module):
         if self.is_laid_out:
             # The layout is this processor's own.
             packed = self.packed()
-            stored = {name: nn.Parameter(t, requires_grad=False) for name, t in (("weight", packed.kept), ("codes", packed.codes))}
+            stored = {
+                name: nn.Parameter(t, requires_grad=False) for name, t in (("weight", packed.kept), ("codes", packed.codes))
+            }
             state["_parameters"] = {**self._parameters, **stored}
             state["_buffers"] = {**self._buffers, "data": None}
             state["_lay_out"] = True

@@ -4,11 +4,14 @@ It is registered by hand: `torch.library.custom_op` takes 12 us for each call (t
 Run eagerly, a layer calls its kernel itself.
 """
 
+from dataclasses import replace
+from functools import cache
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from sparsepass.graph.native import best_path
 from sparsepass.graph.packed.laid_out import TYPES, Form, LaidOut, product, refusal
 from sparsepass.graph.support import SparsepassError
 
@@ -27,8 +30,16 @@ def _computed(
     bias: Tensor | None,
     form: list[int],
 ) -> Tensor:
-    weight = LaidOut(Form.from_numbers(form), data, codes=codes, scales=scales, branch=branch, bias=bias)
-    return product(weight, x)
+    what = Form.from_numbers(form)
+    if what.dense and data.device.type == "cpu":
+        what = replace(what, path=_path_of_dense(what.values))
+    return product(LaidOut(what, data, codes=codes, scales=scales, branch=branch, bias=bias), x)
+
+
+@cache
+def _path_of_dense(values: str) -> str:
+    """A dense weight lies the same way for all kernels, so that one is chosen where it runs."""
+    return best_path(values)
 
 
 def _refuse(*_: object) -> NoReturn:
