@@ -1,4 +1,7 @@
-"""Packed layers in a model that transformers is loading: put in place before the weights are read, laid out afterwards."""
+"""Packed layers in a model that transformers is loading: put in place before the weights are read, laid out afterwards.
+
+The output head runs on the kernels of packed layers too, dense as it is: it is a large part of what a token reads.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
@@ -6,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
-from sparsepass.graph.packed import PackedLinear, stored_form
+from sparsepass.graph.native import TORCH, best_path
+from sparsepass.graph.packed import FLOATS, DenseLinear, Int8Embedding, PackedLinear, group_siblings, stored_form
 from sparsepass.graph.packed_folder.names import find_layer, is_conv1d, linear_layers, stored_names
 from sparsepass.graph.packed_folder.settings import BranchSettings, PackedSettings
 from sparsepass.graph.support import SparsepassError, give_back_freed_memory
@@ -18,13 +22,15 @@ _ADVICE: Final = "the folder is damaged or incomplete: copy it again, or export 
 
 
 def is_packed_module(module: nn.Module) -> bool:
-    """Whether a module holds packed tensors.
+    """Whether a module holds tensors in a form of ours: a packed layer, or an embedding or head of bytes.
 
     Example:
         >>> is_packed_module(nn.Linear(8, 4)), is_packed_module(PackedLinear(8, 4))
         (False, True)
     """
-    return isinstance(module, PackedLinear)
+    if isinstance(module, DenseLinear):
+        return module.weight.dtype == torch.int8
+    return isinstance(module, PackedLinear | Int8Embedding)
 
 
 def install(model: "PreTrainedModel", settings: PackedSettings) -> dict[str, str]:
@@ -57,9 +63,10 @@ def install(model: "PreTrainedModel", settings: PackedSettings) -> dict[str, str
             # Rounded no further than the rest of the model is.
             bias = torch.empty_like(dense.bias)  # type: ignore[arg-type]
             packed.bias = nn.Parameter(bias, requires_grad=False)
-        parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, packed)
+        _replace(model, path, packed)
         installed[name] = path
+    if settings.embeddings:
+        installed |= _install_embeddings(model, settings)
     return installed
 
 
@@ -79,6 +86,40 @@ def _empty_layer(dense: nn.Module, settings: PackedSettings, branch: BranchSetti
     )
 
 
+def _install_embeddings(model: "PreTrainedModel", settings: PackedSettings) -> dict[str, str]:
+    """Put embeddings and heads of bytes in place, with all that is tied to one of them."""
+    tables = {path: m for path, m in model.named_modules() if path and type(m) in (nn.Embedding, nn.Linear)}
+    by_name = {name: path for path, name in stored_names(model, tables).items()}
+    installed: dict[str, str] = {}
+    for name in settings.embeddings:
+        path = find_layer(model, by_name, name)
+        if path is None:
+            continue
+        tied = [target for target, source in model.all_tied_weights_keys.items() if source == f"{path}.weight"]
+        for each in (path, *(target.removesuffix(".weight") for target in tied)):
+            _replace(model, each, _empty_table(tables[each]))
+            if each != path:
+                # transformers ties the scales as it does the weights.
+                model.all_tied_weights_keys[f"{each}.scales"] = f"{path}.scales"
+        installed[name] = path
+    return installed
+
+
+def _empty_table(dense: nn.Module) -> nn.Module:
+    if isinstance(dense, nn.Embedding):
+        rows, columns = dense.weight.shape
+        return Int8Embedding(rows, columns, dtype=dense.weight.dtype, device="meta")
+    assert isinstance(dense, nn.Linear)
+    layer = DenseLinear(dense.in_features, dense.out_features, dtype=torch.int8, device="meta")
+    layer.bias = dense.bias
+    return layer
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
 def settle(model: "PreTrainedModel", settings: PackedSettings, installed: Mapping[str, str]) -> None:
     """Check the tensors of the packed layers that were read, and bring them into the form of the processor's kernels.
 
@@ -94,27 +135,58 @@ def settle(model: "PreTrainedModel", settings: PackedSettings, installed: Mappin
     """
     for path in installed.values():
         layer = model.get_submodule(path)
-        assert isinstance(layer, PackedLinear)
         _check_read(layer, path)
         layer.requires_grad_(False)
-        if layer.codes is not None and layer.codes.device.type == "cpu":
+        if isinstance(layer, PackedLinear) and layer.codes is not None and layer.codes.device.type == "cpu":
             layer.lay_out(path)
     _own_dense_weights(model)
+    for group in settings.groups:
+        siblings = [model.get_submodule(installed[name]) for name in group if name in installed]
+        if len(siblings) > 1:
+            group_siblings(siblings)  # type: ignore[arg-type]
+    _run_head_by_kernel(model)
     give_back_freed_memory()
 
 
-def _check_read(layer: PackedLinear, path: str) -> None:
+def _check_read(layer: nn.Module, path: str) -> None:
     """Every tensor was in the files, and is of the type that the files have."""
     for name, parameter in layer.named_parameters(recurse=False):
         # transformers marks what it has read, and fills what is missing with random numbers.
         if parameter.is_meta or not getattr(parameter, "_is_hf_initialized", False):
             raise SparsepassError(f"{path}.{name} is missing in the model's files; {_ADVICE}")
-    # transformers keeps some modules in float32, and reads packed numbers as such too: these come back as they were.
-    parts = stored_form(layer.values, layer.out_features, layer.in_features, layer.group_size)
-    for name, (_, dtype) in (parts | {"weight": parts["kept"]}).items():
-        parameter = layer._parameters.get(name)
-        if parameter is not None and parameter.dtype == torch.float32:
+    if isinstance(layer, PackedLinear):
+        parts = stored_form(layer.values, layer.out_features, layer.in_features, layer.group_size)
+        # Sizes and codes are checked when it is laid out.
+        expected = {("weight" if name == "kept" else name): (None, dtype) for name, (_, dtype) in parts.items()}
+    else:
+        sizes = ("num_embeddings", "embedding_dim") if isinstance(layer, Int8Embedding) else ("out_features", "in_features")
+        rows, columns = (int(getattr(layer, size)) for size in sizes)
+        expected = {"weight": ((rows, columns), torch.int8), "scales": ((rows, 1), torch.bfloat16)}
+    for name, (shape, dtype) in expected.items():
+        parameter = getattr(layer, name)
+        if parameter.dtype == torch.float32:
+            # transformers keeps some modules in float32, and reads packed numbers as such too: they come back as they were.
             parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype or (shape is not None and tuple(parameter.shape) != shape):
+            size = "" if shape is None else f"{list(shape)} of "
+            raise SparsepassError(
+                f"{path}.{name} has to be {size}{dtype}, and is {list(parameter.shape)} of {parameter.dtype}; {_ADVICE}"
+            )
+
+
+def _run_head_by_kernel(model: "PreTrainedModel") -> None:
+    """Let the output head, if it is a plain linear layer in memory, be multiplied by the kernels. Its weight stays where it is."""
+    head = model.get_output_embeddings()
+    kinds = {dtype: kind for kind, dtype in FLOATS.items()}
+    if type(head) is not nn.Linear or head.weight.device.type != "cpu" or head.weight.dtype not in kinds:
+        return
+    if best_path(kinds[head.weight.dtype]) == TORCH:
+        return
+    path = next(path for path, module in model.named_modules() if module is head)
+    layer = DenseLinear(head.in_features, head.out_features, dtype=head.weight.dtype, device="meta")
+    # The parameters themselves, which may be those of the embedding too.
+    layer.weight, layer.bias = head.weight, head.bias
+    _replace(model, path, layer.eval())
 
 
 def _own_dense_weights(model: nn.Module) -> None:

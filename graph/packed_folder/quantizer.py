@@ -92,6 +92,14 @@ class PackedQuantizer(HfQuantizer):
             "a packed model is unpacked as a folder, without both forms in memory: `sparsepass unpack FOLDER -o OUT`"
         )
 
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[Any, dict[str, Any]]:
+        """What is saved: scales that are shared, as the bytes beside them are, are stored once."""
+        state = model.state_dict()
+        for name in model.all_tied_weights_keys:
+            if name.endswith(".scales"):
+                state.pop(name, None)
+        return state, {}
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes: what was stored comes back bit for bit."""
         return True

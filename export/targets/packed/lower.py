@@ -20,10 +20,10 @@ from torch import Tensor
 from sparsepass.export.targets.evidence import LayerEvidence, counts
 from sparsepass.export.targets.hf import auto_class, save_model, settle_config
 from sparsepass.export.targets.packed.card import card
-from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey
+from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey, tables
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.model import skeleton
-from sparsepass.graph.packed import PackedWeight, pack, unpack
+from sparsepass.graph.packed import Int8Embedding, PackedWeight, pack, unpack
 from sparsepass.graph.packed_folder import INTEGERS, PackedSettings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, package_version, quiet_loading
@@ -183,7 +183,10 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
         reasons = Counter(layer.reason for layer in layers).most_common(3)
         why = "; ".join(f"{number} layers: {reason}" for reason, number in reasons) or "it has no linear layer"
         raise SparsepassError(f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify")
+    embeddings = tables(program, model, (layer.layer for layer in packed.values())) if target.embedding else {}
     settings = PackedSettings(
+        embedding=target.embedding,  # type: ignore[arg-type]
+        embeddings=tuple(embeddings.values()),
         values=target.values,  # type: ignore[arg-type]
         group_size=target.group_size if target.is_integer else 0,
         groups=groups(layers),
@@ -194,6 +197,8 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     with quiet_loading():
         settle_config(model, dtype)
         state, errors = _tensors(program, model, packed, settings, dtype)
+        for path in embeddings:
+            state |= _table(program, model, path, errors)
         model.config.quantization_config = settings.to_dict()
         save_model(model, folder, state)
     loads_with = auto_class(type(model), model.config)
@@ -257,6 +262,17 @@ def _packed_tensors(
         if state.branch.projection is not None:
             parts["slorb_projection"] = program.tensor(state.branch.projection).detach().to(small)
     return {f"{layer.layer}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def _table(program: Program, model: "PreTrainedModel", path: str, errors: dict[str, float]) -> dict[str, Tensor]:
+    """An embedding or head in int8, under all names that it has in the model."""
+    name = program.aliases.get(f"{path}.weight", f"{path}.weight")
+    weight_VD = masked_weight(program, name)
+    table = Int8Embedding.from_weight(weight_VD)
+    found_VD = table.weight.float() * table.scales.float()
+    errors[path] = relative_error([(weight_VD.float() - found_VD, weight_VD.float())], ())
+    users = [each for each in model.state_dict() if program.aliases.get(each, each) == name]
+    return {user: table.weight.data for user in users} | {f"{path}.scales": table.scales.data}
 
 
 def packed_weight(program: Program, layer: LayerChoice, settings: PackedSettings) -> PackedWeight:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsepass.graph.packed_folder import BranchSettings, is_conv1d, linear_layers, stored_names
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.sites import Site
+from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.maths import NMPattern, num_violations
 
 if TYPE_CHECKING:
@@ -119,6 +120,33 @@ def groups(layers: Iterable[LayerChoice]) -> tuple[tuple[str, ...], ...]:
             key = (layer.inputs, layer.shape[1]) if len(layer.inputs) == 1 else (layer.layer,)
             found[key].append(layer.name)
     return tuple(map(tuple, found.values()))
+
+
+def tables(program: Program, model: "PreTrainedModel", packed: Iterable[str]) -> dict[str, str]:
+    """Module path -> name in the files, of the embedding and the output head that can be kept in int8.
+
+    A head that is tied to the embedding has its weight, and is not named.
+
+    Args:
+        program: Captured from a model of transformers.
+        model: The model's skeleton.
+        packed: Module paths of layers that are packed, and so are no tables.
+
+    Raises:
+        SparsepassError: If the embedding is no plain one.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    if type(embedding) is not nn.Embedding or id(embedding) not in paths:
+        raise SparsepassError(
+            f"embedding=int8: the model's embedding is a {type(embedding).__name__}, which does more than look up; leave it out"
+        )
+    found: dict[str, nn.Module] = {paths[id(embedding)]: embedding}
+    if type(head) is nn.Linear and paths[id(head)] not in {*packed}:
+        names = {program.aliases.get(f"{paths[id(m)]}.weight", f"{paths[id(m)]}.weight") for m in (embedding, head)}
+        if len(names) == 2 and head.weight is not embedding.weight:
+            found[paths[id(head)]] = head
+    return stored_names(model, found)
 
 
 def matrix_of(program: Program, layer: LayerChoice) -> Tensor:
