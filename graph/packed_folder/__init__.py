@@ -3,7 +3,10 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.graph.packed_folder.install import is_packed_module as is_packed_module
+    from sparsepass.graph.packed_folder.install import (
+        is_packed_module as is_packed_module,
+        num_parameters as num_parameters,
+    )
     from sparsepass.graph.packed_folder.names import (
         find_layer as find_layer,
         is_conv1d as is_conv1d,
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     )
     from sparsepass.graph.packed_folder.quantizer import register_quantizer as register_quantizer
     from sparsepass.graph.packed_folder.settings import (
+        FOR_INFERENCE as FOR_INFERENCE,
         INTEGERS as INTEGERS,
         QUANT_METHOD as QUANT_METHOD,
         BranchSettings as BranchSettings,

@@ -33,6 +33,20 @@ def is_packed_module(module: nn.Module) -> bool:
     return isinstance(module, PackedLinear | Int8Embedding)
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones counted once, and the zeros of packed layers counted too.
+
+    Example:
+        >>> num_parameters(nn.Linear(8, 4)), num_parameters(nn.Sequential(PackedLinear(8, 4, bias=True)))
+        (36, 36)
+    """
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    # A group of scales and the codes are no parameters of the model.
+    form = {id(p) for layer in packed for p in (layer.weight, layer.codes, layer.scales) if p is not None}
+    weights = sum(layer.in_features * layer.out_features for layer in packed)
+    return weights + sum(p.numel() for p in model.parameters() if id(p) not in form)
+
+
 def install(model: "PreTrainedModel", settings: PackedSettings) -> dict[str, str]:
     """Put a packed layer without values in the place of each dense one that a folder holds packed.
 

@@ -16,6 +16,10 @@ QUANT_METHOD: Final = "sparsepass"
 FORMAT_VERSION: Final = 1
 Values = Literal["bf16", "fp16", "int8", "int4"]
 INTEGERS: Final = ("int8", "int4")
+FOR_INFERENCE: Final = (
+    "packed folders are for inference, and cannot be rewritten or trained: start from the program that was exported, or from the plain "
+    "folder that `sparsepass unpack FOLDER -o OUT` writes"
+)
 _ADVICE: Final = "the folder is damaged or was changed by hand: export the model again"
 
 

@@ -3,8 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER as ADAPTER_FOLDER, read_adapter as read_adapter
+    from sparsepass.export.targets.hf.adapter import (
+        ADAPTER_FOLDER as ADAPTER_FOLDER,
+        adapter_names as adapter_names,
+        read_adapter as read_adapter,
+        write_branches as write_branches,
+    )
     from sparsepass.export.targets.hf.lower import (
+        PEFT_TASKS as PEFT_TASKS,
         HfArtifact as HfArtifact,
         auto_class as auto_class,
         front_matter as front_matter,

@@ -45,7 +45,7 @@ _AUTO_CLASSES = (
     "AutoModel",
 )
 # peft wraps these in classes of its own; for others its plain wrapper passes every argument through.
-_PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
@@ -155,7 +155,7 @@ def lower_hf(
     adapter = None
     if branches:
         adapter = folder / ADAPTER_FOLDER
-        write_adapter(program, model, adapter, base_name=base_name, task=_PEFT_TASKS.get(loads_with))
+        write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
     (folder / "README.md").write_text(_card(program, loads_with, kept_in), encoding="utf-8")
