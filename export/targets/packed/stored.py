@@ -34,6 +34,11 @@ class StoredFolder:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._files)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor by its name in the files.
 
@@ -57,6 +62,20 @@ class StoredFolder:
             scales=scales,
             group_size=self.settings.group_size,
         )
+
+
+def is_packed_folder(folder: str | Path) -> bool:
+    """Whether the configuration of a folder says that it is packed.
+
+    Example:
+        >>> is_packed_folder("no/such/folder")
+        False
+    """
+    try:
+        document = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and is_packed(document.get("quantization_config"))
 
 
 @contextmanager
