@@ -1,7 +1,7 @@
 """Builds the kernels for packed weights, where there is a C++ compiler; all else stands in pyproject.toml.
 
-The library is no Python extension: it knows neither Python nor torch, so one wheel fits every version of both. Where it cannot be
-compiled, sparsepass is installed without it, and packed layers run by torch's own operations.
+The library is no Python extension: it knows neither Python nor torch, so one wheel fits every version of both. Where it cannot
+be compiled, sparsepass is installed without it, and packed layers run by torch's own operations.
 
     python setup.py build_ext --inplace     # into graph/native/, for a checkout that is not installed
 """

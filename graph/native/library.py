@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sparsepass.graph.support import SparsepassError, nearest
 
@@ -44,7 +44,7 @@ class NativeWeight(ctypes.Structure):
     )
 
 
-_FUNCTIONS: Final[dict[str, tuple[object, list[object]]]] = {
+_FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "version": (c_int, []),
     "use_openmp": (None, [c_void_p]),
     "has": (c_int, [c_int, c_int]),
@@ -150,15 +150,16 @@ def best_path(kind: str) -> str:
         )
     if forced != TORCH and forced not in (have := available_paths(kind)):
         raise SparsepassError(
-            f"{VARIABLE}={forced}, and there is no such kernel for {kind} here: {', '.join(have)}; leave it unset for the fastest one"
+            f"{VARIABLE}={forced}, and there is no such kernel for {kind} here: {', '.join(have)}; leave it unset for the "
+            "fastest one"
         )
     return forced
 
 
-def _declared(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+def _declared(library: ctypes.CDLL, name: str) -> Any:
     function = getattr(library, f"sparsepass_{name}")
     function.restype, function.argtypes = _FUNCTIONS[name]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _openmp() -> c_void_p | None:

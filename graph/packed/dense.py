@@ -13,7 +13,7 @@ from torch.nn import functional
 from sparsepass.graph.native import TORCH, best_path
 from sparsepass.graph.packed.laid_out import Form, LaidOut, product
 from sparsepass.graph.packed.layout import quantize_rows
-from sparsepass.graph.packed.operator import WithoutGradient, refuse_training
+from sparsepass.graph.packed.operator import is_seen, packed_linear, refuse_training, without_gradient
 from sparsepass.graph.support import SparsepassError
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -32,7 +32,8 @@ class DenseLinear(nn.Module):
         bias: Whether there is one.
         device: Where the tensors are made.
 
-    Shapes: x ``[..., I]`` of bfloat16, float16 or float32 gives ``[..., O]`` of the same type; `weight` ``[O, I]``, `scales`` ``[O, 1]``.
+    Shapes: x ``[..., I]`` of bfloat16, float16 or float32 gives ``[..., O]`` of the same type; `weight` ``[O, I]``, `scales`
+    ``[O, 1]`` of int8.
 
     Raises:
         SparsepassError: If x does not fit; in training mode with gradients; when a gradient is asked for.
@@ -80,6 +81,7 @@ class DenseLinear(nn.Module):
             bias: ``[V]``.
         """
         weight = embedding.weight
+        assert isinstance(weight, nn.Parameter)
         layer = cls(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
         layer.weight = weight
         if isinstance(embedding, Int8Embedding):
@@ -106,17 +108,14 @@ class DenseLinear(nn.Module):
         """
         if self.weight.dtype not in _KINDS:
             return functional.linear(x, self.weight, self.bias)  # `float()` made it another layer
-        if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
-            numbers = self._form(TORCH).to_numbers()  # the operator chooses
-            return torch.ops.sparsepass.packed_linear(  # type: ignore[no-any-return]
-                x, self.weight, None, self.scales, None, self._float_bias(), numbers
-            )
+        if is_seen(x):
+            return packed_linear(x, self.weight, None, self.scales, None, self._float_bias(), self._form(TORCH))
         if x.requires_grad and torch.is_grad_enabled():
             if self.training:
                 refuse_training()
             with torch.no_grad():
                 y = product(self._prepared(), x)
-            return WithoutGradient.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
+            return without_gradient(x, y)
         return product(self._prepared(), x)
 
     def extra_repr(self) -> str:
@@ -219,4 +218,4 @@ def _move(layer: Layer, fn: Callable[[Tensor], Tensor], recurse: bool, *, keep: 
         result = fn(tensor)
         return tensor.to(result.device) if keep and result.dtype != tensor.dtype else result
 
-    return nn.Module._apply(layer, moved, recurse)  # type: ignore[no-any-return, no-untyped-call]
+    return nn.Module._apply(layer, moved, recurse)  # type: ignore[no-any-return]

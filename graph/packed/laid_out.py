@@ -1,13 +1,14 @@
 """A packed weight in memory, as a kernel reads it, and its product with activations.
 
-How the bytes lie depends on the kernel (*path*) and is the library's affair; `interface.h` has its functions. The path ``torch``
-has rows of kept values followed by their codes, and torch's own operations. A weight that was not laid out, or lies on another
-device, is taken as it is stored (`codes` beside `data`), by torch's operations too.
+How the bytes lie depends on the kernel (*path*) and is the library's affair; `interface.h` has its functions. The path
+``torch`` has rows of kept values followed by their codes, and torch's own operations. A weight that was not laid out, or lies
+on another device, is taken as it is stored (`codes` beside `data`), by torch's operations too.
 
 Tensor shapes: O rows, I columns, R sums of k columns, T tokens.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,7 +61,7 @@ class Form:
         return [KINDS[self.values], PATHS[self.path], self.rows, self.columns, self.group_size, self.k, int(self.dense)]
 
     @staticmethod
-    def from_numbers(numbers: list[int]) -> "Form":
+    def from_numbers(numbers: Sequence[int]) -> "Form":
         """The form that `to_numbers` gave."""
         kind, path, rows, columns, group_size, k, dense = numbers
         return Form(
@@ -85,7 +86,7 @@ class LaidOut:
         form: What it is.
         data: Its bytes; for a weight that is not laid out, the kept values; for a dense one, all values ``[O, I]``.
         codes: For a weight that is not laid out.
-        scales: ``[O, G]`` bfloat16 of integers.
+        scales: ``[O, G]`` bfloat16 of integers; of dense ones, ``[O, 1]``.
         branch: ``[O, R]``, fp16 for the kind fp16 and else bfloat16.
         bias: ``[O]`` float32.
     """
@@ -236,9 +237,7 @@ def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:
     if form.dense:
         numbers_OI = weight.data[first:last]
         if scales is not None:
-            numbers_OI = (
-                numbers_OI.float() * scales.float().repeat_interleave(form.group_size or form.columns, 1)[:, : form.columns]
-            )
+            numbers_OI = numbers_OI.float() * scales.float()
         out.copy_(numbers_OI)
         return
     if weight.codes is not None:

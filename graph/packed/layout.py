@@ -31,11 +31,11 @@ class PackedWeight:
     Attributes:
         values: Kind of the values.
         shape: Rows and columns.
-        kept: The kept values in order: ``[O, K]`` of the floating type or int8; for int4 ``[O, K / 2]`` of uint8, two to a byte,
-            the first one in the low half, each plus 8.
+        kept: The kept values in order: ``[O, K]`` of the floating type or int8; for int4 ``[O, K / 2]`` of uint8, two to a
+            byte, the first one in the low half, each plus 8.
         codes: Place of each kept value in its group of four: ``[O, K / 4]`` of uint8, four to a byte, the first one lowest.
         scales: ``[O, G]`` bfloat16; None for floating values.
-        group_size: Columns that share a scale, the last ones of a row maybe fewer; 0 if all of a row do, and for floating values.
+        group_size: Columns that share a scale, the last ones of a row maybe fewer; 0 if all of a row do, or none.
     """
 
     values: Values
@@ -57,8 +57,8 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
     Args:
         weight_OI: The weight with its zeros, ``[O, I]``, I a multiple of 8.
         values: What values are stored as. Integers are rounded to the nearest.
-        group_size: Columns that share a scale, 0 for all of a row. Integers only: for int8 a multiple of 16, for int4 16, 32, 64
-            or a multiple of 128.
+        group_size: Columns that share a scale, 0 for all of a row. Integers only: for int8 a multiple of 16, for int4 16, 32,
+            64 or a multiple of 128.
         scales: ``[O, G]`` scales of integers. By default each is the least bfloat16 that does not clip its group.
 
     Returns:
@@ -78,15 +78,10 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
         raise SparsepassError(f"packing takes a weight of two axes, and this one has the shape {list(weight_OI.shape)}")
     rows, columns = weight_OI.shape
     check_form(values, columns, group_size)
-    if scales is not None and (values in FLOATS or tuple(scales.shape) != (rows, num_groups(columns, group_size))):
-        raise SparsepassError(
-            f"scales of a weight {rows} x {columns} of {values} with group_size={group_size} are "
-            + (
-                "not wanted"
-                if values in FLOATS
-                else f"[{rows}, {num_groups(columns, group_size)}], and not {list(scales.shape)}"
-            )
-        )
+    form = stored_form(values, rows, columns, group_size).get("scales")
+    if scales is not None and (form is None or tuple(scales.shape) != form[0]):
+        wanted = f"of {values} are {list(form[0])}" if form else f"are not for {values}"
+        raise SparsepassError(f"scales of a weight {rows} x {columns} {wanted}, and these are {list(scales.shape)}")
     kept_parts, codes_parts, scales_parts = [], [], []
     for first, last in chunks(rows, columns):
         kept_OK, codes = _kept_and_codes(weight_OI[first:last].detach(), first)
@@ -201,9 +196,8 @@ def check_sizes(packed: PackedWeight, name: str) -> None:
     check_form(packed.values, columns, packed.group_size, name)
     expected = stored_form(packed.values, rows, columns, packed.group_size)
     if (packed.scales is None) != ("scales" not in expected):
-        raise SparsepassError(
-            f"{name}: scales belong to integers, and {packed.values} has {'some' if packed.scales is not None else 'none'}"
-        )
+        found_some = "none" if packed.scales is None else "some"
+        raise SparsepassError(f"{name}: scales belong to integers, and {packed.values} has {found_some}")
     for part, (shape, dtype) in expected.items():
         found: Tensor = getattr(packed, part)
         if tuple(found.shape) != shape or found.dtype != dtype:
@@ -300,8 +294,8 @@ def _kept_and_codes(weight_OI: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
     if (codes_OG == _NOT_2_4).any():
         row, group = (codes_OG == _NOT_2_4).nonzero()[0].tolist()
         raise SparsepassError(
-            f"the weight is not 2:4: columns {4 * group} to {4 * group + 3} of row {first_row + row} hold more than two values; "
-            "prune it first"
+            f"the weight is not 2:4: columns {4 * group} to {4 * group + 3} of row {first_row + row} hold more than two "
+            "values; prune it first"
         )
     kept_OK = weight_OI.masked_select(kept_of[groups_OG.int()].view(rows, columns)).view(rows, columns // 2)
     return kept_OK + 0.0, codes_OG[:, 0::2] | codes_OG[:, 1::2] << 4

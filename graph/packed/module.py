@@ -14,7 +14,7 @@ from torch.nn import functional
 from sparsepass.graph.native import TORCH, best_path
 from sparsepass.graph.packed.laid_out import Form, LaidOut, lay_out, product, store
 from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check_form, check_sizes, pack, stored_form
-from sparsepass.graph.packed.operator import WithoutGradient, refuse_training
+from sparsepass.graph.packed.operator import is_seen, packed_linear, refuse_training, without_gradient
 from sparsepass.graph.support import SparsepassError
 
 
@@ -32,9 +32,9 @@ _LOCK = RLock()
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` with a 2:4 weight that is kept without its zeros, for inference.
 
-    It is in one of two states. *Stored*, it has the tensors of a checkpoint (below). *Laid out*, it has in place of `weight` and
-    `codes` one buffer, `data`, in the order in which this processor's kernel reads it. The state dict is that of the stored
-    state in both. Run on the processor, a stored layer is laid out first; `lay_out` does it beforehand, with a name for messages.
+    It is in one of two states. *Stored*, it has the tensors of a checkpoint (below). *Laid out*, it has in place of `weight`
+    and `codes` one buffer, `data`, in the order in which this processor's kernel reads it. The state dict is that of the stored
+    state in both. Run on the processor, a stored layer is laid out first; `lay_out` does it beforehand.
 
     A branch of SLoRB, ``S (X x)``, is added by the kernel too where X sums every `slorb_k` features. A trained X runs by torch.
 
@@ -48,8 +48,8 @@ class PackedLinear(nn.Module):
         slorb_trained: Whether X was trained, and is stored.
         device: Where the tensors are made; on ``meta`` they are made without memory.
 
-    Shapes: x ``[..., I]`` of bfloat16, float16 or float32 gives ``[..., O]`` of the same type. Stored are `weight` ``[O, K]`` (int4:
-    ``[O, K / 2]``) and `codes` ``[O, K / 4]`` as in `PackedWeight`, `scales` ``[O, G]`` of integers, `bias` ``[O]``,
+    Shapes: x ``[..., I]`` of bfloat16, float16 or float32 gives ``[..., O]`` of the same type. Stored are `weight` ``[O, K]``
+    (int4: ``[O, K / 2]``) and `codes` ``[O, K / 4]`` as in `PackedWeight`, `scales` ``[O, G]`` of integers, `bias` ``[O]``,
     `slorb_weight` ``[O, R]`` and `slorb_projection` ``[R, I]``.
 
     Raises:
@@ -232,14 +232,14 @@ class PackedLinear(nn.Module):
 
         Shapes: x ``[..., I]``, the result ``[..., O]``.
         """
-        if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
+        if is_seen(x):
             y = self._by_operator(x)
         elif x.requires_grad and torch.is_grad_enabled():
             if self.training:
                 refuse_training()
             with torch.no_grad():
                 y = self._with_trained_branch(self._by_kernel(x), x)
-            return WithoutGradient.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
+            return without_gradient(x, y)
         else:
             y = self._by_kernel(x)
         return self._with_trained_branch(y, x)
@@ -273,9 +273,7 @@ class PackedLinear(nn.Module):
         if data is None or form is None:
             data, form = self.weight, self._form_for(TORCH)
         assert data is not None
-        return torch.ops.sparsepass.packed_linear(  # type: ignore[no-any-return]
-            x, data, self.codes, self.scales, self._branch(), self._float_bias(), form.to_numbers()
-        )
+        return packed_linear(x, data, self.codes, self.scales, self._branch(), self._float_bias(), form)
 
     def _prepared(self) -> LaidOut:
         """The weight with addresses for the kernel."""
@@ -321,9 +319,7 @@ class PackedLinear(nn.Module):
     def _check_sizes(self, name: str) -> None:
         assert self.codes is not None
         if self.codes.device.type != "cpu":
-            raise SparsepassError(
-                f"{name} is on the device {self.codes.device}, and kernels run on the processor; move it first"
-            )
+            raise SparsepassError(f"{name} is on the device {self.codes.device}, and its kernels run on the processor; move it")
         check_sizes(self.packed(), f"{name}.weight")
         sums = self.in_features // self.slorb_k if self.slorb_k else 0
         for part, shape in (
@@ -363,7 +359,7 @@ class PackedLinear(nn.Module):
         return next(t.device for t in (self._buffers["data"], self._parameters["codes"]) if t is not None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_laid_out:
             packed = self.packed()
             destination[f"{prefix}weight"], destination[f"{prefix}codes"] = packed.kept, packed.codes
@@ -383,7 +379,7 @@ class PackedLinear(nn.Module):
             if given is not None and own is not None and given.dtype != own.dtype:
                 lists[2].append(f"{prefix}{name} is {given.dtype}, and this layer of {self.values} takes {own.dtype}")
                 return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if was_laid_out and not lists[2]:
             self.lay_out(prefix.removesuffix("."))
 
@@ -392,16 +388,14 @@ class PackedLinear(nn.Module):
         if self.is_laid_out:
             # The layout is this processor's own.
             packed = self.packed()
-            stored = {
-                name: nn.Parameter(t, requires_grad=False) for name, t in (("weight", packed.kept), ("codes", packed.codes))
-            }
-            state["_parameters"] = {**self._parameters, **stored}
+            weight, codes = (nn.Parameter(each, requires_grad=False) for each in (packed.kept, packed.codes))
+            state["_parameters"] = {**self._parameters, "weight": weight, "codes": codes}
             state["_buffers"] = {**self._buffers, "data": None}
             state["_lay_out"] = True
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         was_laid_out = state.pop("_lay_out", False)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if was_laid_out:
             self.lay_out()

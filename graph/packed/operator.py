@@ -19,64 +19,107 @@ _LIBRARY = torch.library.Library("sparsepass", "FRAGMENT")
 _LIBRARY.define(
     "packed_linear(Tensor x, Tensor data, Tensor? codes, Tensor? scales, Tensor? branch, Tensor? bias, int[] form) -> Tensor"
 )
+_OPERATOR = torch.ops.sparsepass.packed_linear.default
 
 
-def _computed(
+def packed_linear(
     x: Tensor,
     data: Tensor,
     codes: Tensor | None,
     scales: Tensor | None,
     branch: Tensor | None,
     bias: Tensor | None,
-    form: list[int],
+    form: Form,
 ) -> Tensor:
-    what = Form.from_numbers(form)
-    if what.dense and data.device.type == "cpu":
-        what = replace(what, path=_path_of_dense(what.values))
-    return product(LaidOut(what, data, codes=codes, scales=scales, branch=branch, bias=bias), x)
+    """Call the operator: what a compiler or an exporter has to see.
+
+    Args:
+        x: ``[..., I]``.
+        data: As in `LaidOut`.
+        codes: As in `LaidOut`.
+        scales: As in `LaidOut`.
+        branch: As in `LaidOut`.
+        bias: As in `LaidOut`.
+        form: What the weight is. The kernel of a dense weight is chosen where the operator runs.
+
+    Returns:
+        ``[..., O]``.
+    """
+    return _OPERATOR(x, data, codes, scales, branch, bias, form.to_numbers())  # type: ignore[no-any-return]
+
+
+def _compute(
+    x: Tensor,
+    data: Tensor,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    numbers: list[int],
+) -> Tensor:
+    form = _form_of(tuple(numbers), data.device.type == "cpu")
+    return product(LaidOut(form, data, codes=codes, scales=scales, branch=branch, bias=bias), x)
 
 
 @cache
-def _path_of_dense(values: str) -> str:
-    """A dense weight lies the same way for all kernels, so that one is chosen where it runs."""
-    return best_path(values)
+def _form_of(numbers: tuple[int, ...], is_cpu: bool) -> Form:
+    form = Form.from_numbers(numbers)
+    return replace(form, path=best_path(form.values)) if form.dense and is_cpu else form
 
 
-def _refuse(*_: object) -> NoReturn:
-    raise SparsepassError(
-        "packed layers are for inference, and have no gradients; prune or retrain the program and export it again. Without "
-        "training, run the model under torch.no_grad()"
-    )
-
-
-def _keep_nothing(*_: object, **__: object) -> None:
-    """A backward pass that refuses needs nothing."""
-
-
-_LIBRARY.impl("packed_linear", _computed, "CompositeExplicitAutograd")
-torch.library.register_autograd("sparsepass::packed_linear", _refuse, setup_context=_keep_nothing, lib=_LIBRARY)
-
-
-@torch.library.register_fake("sparsepass::packed_linear", lib=_LIBRARY)
-def _(x: Tensor, data: Tensor, codes: object, scales: object, branch: object, bias: object, form: list[int]) -> Tensor:
-    rows, columns = form[2:4]
+def _fake(x: Tensor, data: Tensor, codes: object, scales: object, branch: object, bias: object, numbers: list[int]) -> Tensor:
+    rows, columns = numbers[2:4]
     if x.dtype not in TYPES or not x.dim() or x.shape[-1] != columns:
         raise refusal(x, columns)
     return x.new_empty((*x.shape[:-1], rows))
 
 
-class WithoutGradient(torch.autograd.Function):
-    """A result that was computed without a graph: whoever asks for its gradient is told that there is none."""
+def _with_autograd(
+    x: Tensor,
+    data: Tensor,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    branch: Tensor | None,
+    bias: Tensor | None,
+    numbers: list[int],
+) -> Tensor:
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    # Where nobody listens, the way by the dispatcher would only cost time.
+    if type(x) is Tensor and not needs_gradient and not torch._C._len_torch_dispatch_stack():
+        return _compute(x, data, codes, scales, branch, bias, numbers)
+    with torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = _OPERATOR(x, data, codes, scales, branch, bias, numbers)
+    return without_gradient(x, y) if needs_gradient else y
 
+
+_LIBRARY.impl("packed_linear", _compute, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear", _with_autograd, "Autograd")
+torch.library.register_fake("sparsepass::packed_linear", _fake, lib=_LIBRARY)
+
+
+class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: object, _x: Tensor, y: Tensor) -> Tensor:
-        """The result as it is."""
         return y.view_as(y)
 
     @staticmethod
     def backward(_ctx: object, *_: Tensor) -> NoReturn:
-        """Refuse."""
-        _refuse()
+        refuse_training()
+
+
+def without_gradient(x: Tensor, y: Tensor) -> Tensor:
+    """A result that was computed without a graph: whoever asks for its gradient is told that there is none.
+
+    Args:
+        x: What it was computed from.
+        y: The result.
+    """
+    return _WithoutGradient.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def is_seen(x: Tensor) -> bool:
+    """Whether a layer has to call the operator, since somebody looks on: a compiler, an exporter, a mode of torch."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 def refuse_training() -> NoReturn:
@@ -85,4 +128,7 @@ def refuse_training() -> NoReturn:
     Raises:
         SparsepassError: Always.
     """
-    _refuse()
+    raise SparsepassError(
+        "packed layers are for inference, and have no gradients; prune or retrain the program and export it again. Without "
+        "training, run the model in evaluation mode, or under torch.no_grad()"
+    )

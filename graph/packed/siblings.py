@@ -1,4 +1,4 @@
-"""Packed layers that read one input, such as q, k and v: the first one that is called computes all of them in one run of the kernel.
+"""Packed layers that read one input, such as q, k and v: the first one called computes all of them in one run of the kernel.
 
 A run on few tokens takes about as long as its weight is read, and a small weight is read before all threads are awake.
 """
@@ -27,7 +27,7 @@ class _Kept:
 
     def __init__(self, x: Tensor, results: dict[int, Tensor]) -> None:
         self.results, self.num_taken = results, 0
-        self.x = weakref.ref(x, lambda _, results=results: results.clear())
+        self.x = weakref.ref(x, lambda _: results.clear())
         # Tensors of inference mode count no changes: what they held tells then.
         self.copy = x.clone() if x.is_inference() else None
         self.version = 0 if self.copy is not None else x._version
@@ -85,10 +85,10 @@ class Siblings:
             return None
         y_O = product(whole, x)
         parts = y_O.split([each.out_features for each in self.members], dim=-1)
-        results = {id(each): part.contiguous() for each, part in zip(self.members, parts, strict=True)}
-        y = results.pop(index)
+        results: dict[int, Tensor] = {id(each): part.contiguous() for each, part in zip(self.members, parts, strict=True)}
+        own = results.pop(index)
         self._local.kept = _Kept(x, results)
-        return y
+        return own
 
     def _laid_out(self) -> LaidOut | None:
         """All weights as one; laid together anew if one of them was moved or loaded."""
@@ -115,7 +115,7 @@ class Siblings:
         library.huge_pages(data.data_ptr(), data.nbytes)
         self._data = []
         for member, part in zip(self.members, data.split([each.data.nbytes for each in ready]), strict=True):
-            part.copy_(member._buffers["data"])  # type: ignore[arg-type]
+            part.copy_(member.laid_out().data)
             member._buffers["data"] = part
             self._data.append(part)
         biases = [each.bias if each.bias is not None else torch.zeros(each.form.rows) for each in ready]
@@ -141,9 +141,9 @@ class Siblings:
 def group_siblings(modules: Sequence[PackedLinear]) -> bool:
     """Let layers that read the same input be computed in one run of the kernel.
 
-    Whoever is called first with an input of up to 16 tokens computes the results of all; the others take theirs if they are called with the
-    very same tensor, unchanged, and else compute alone. Copies, moves and new weights keep the group. Compilers and exporters
-    see each layer by itself.
+    Whoever is called first with an input of up to 16 tokens computes the results of all; the others take theirs if they are
+    called with the very same tensor, unchanged, and else compute alone. Copies, moves and new weights keep the group. Compilers
+    and exporters see each layer by itself.
 
     Args:
         modules: Two layers or more, each in one group at most.
