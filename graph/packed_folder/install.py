@@ -162,6 +162,21 @@ def settle(model: "PreTrainedModel", settings: PackedSettings, installed: Mappin
     give_back_freed_memory()
 
 
+def cast_dense(model: "PreTrainedModel", types: Mapping[str, torch.dtype]) -> None:
+    """Give what stays dense the types that a model was made with.
+
+    Args:
+        model: With its weights. It is changed.
+        types: Name of a parameter -> its type; others stay.
+    """
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=path, recurse=False) if not is_packed_module(module) else ():
+            wanted = types.get(name, parameter.dtype)
+            in_float32 = parameter.dtype == torch.float32 and any(part in name for part in model._get_dtype_plan(wanted))
+            if parameter.is_floating_point() and parameter.dtype != wanted and not in_float32:
+                parameter.data = parameter.data.to(wanted)
+
+
 def _check_read(layer: nn.Module, path: str) -> None:
     """Every tensor was in the files, and is of the type that the files have."""
     for name, parameter in layer.named_parameters(recurse=False):

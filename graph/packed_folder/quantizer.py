@@ -51,6 +51,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._installed: dict[str, str] = {}
+        self._types: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to spread a packed model over devices: its layers know no offloading.
@@ -78,12 +79,16 @@ class PackedQuantizer(HfQuantizer):
 
         del kwargs
         self._installed = install(model, self._settings)
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            # transformers before 5.20 (seen in 5.17) reads renamed tensors of a quantized model in the type of the file.
+            self._types = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from sparsepass.graph.packed_folder.install import settle
+        from sparsepass.graph.packed_folder.install import cast_dense, settle
 
         del kwargs
+        cast_dense(model, self._types)
         settle(model, self._settings, self._installed)
         return model
 
