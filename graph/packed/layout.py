@@ -57,8 +57,8 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
     Args:
         weight_OI: The weight with its zeros, ``[O, I]``, I a multiple of 8.
         values: What values are stored as. Integers are rounded to the nearest.
-        group_size: Columns that share a scale, 0 for all of a row. Integers only: for int8 a multiple of 16, for int4 16, 32,
-            64 or a multiple of 128.
+        group_size: Columns that share a scale, 0 for all of a row. Integers only: 16, 32, 64 or a multiple of 128, since
+            kernels work on 128 columns at once.
         scales: ``[O, G]`` scales of integers. By default each is the least bfloat16 that does not clip its group.
 
     Returns:
@@ -239,11 +239,10 @@ def check_form(values: str, columns: int, group_size: int, name: str = "packing"
         raise SparsepassError(f"{name} takes a multiple of 8 columns, and this weight has {columns}")
     if values in FLOATS and group_size:
         raise SparsepassError(f"{name}: {values} has no scales; leave group_size out")
-    small = (0, 16, 32, 64) if values == "int4" else ()
-    multiple = 128 if values == "int4" else 16
-    if group_size < 0 or (group_size % multiple and group_size not in small):
-        allowed = "16, 32, 64 or a multiple of 128" if values == "int4" else "a multiple of 16"
-        raise SparsepassError(f"{name}: group_size of {values} is {allowed}, or 0 for one scale a row; it is {group_size}")
+    if group_size < 0 or (group_size % 128 and group_size not in (16, 32, 64)):
+        raise SparsepassError(
+            f"{name}: group_size is 16, 32, 64 or a multiple of 128, or 0 for one scale a row; it is {group_size}"
+        )
 
 
 def num_groups(columns: int, group_size: int) -> int:
