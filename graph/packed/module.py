@@ -301,8 +301,10 @@ class PackedLinear(nn.Module):
         return None if self.bias is None else self.bias.float()
 
     def _with_trained_branch(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.slorb_projection is None or self.slorb_weight is None:
+        if self._parameters["slorb_projection"] is None:  # asked for by name, it would cost as much as all other questions here
             return y
+        assert self.slorb_projection is not None
+        assert self.slorb_weight is not None
         sums_R = functional.linear(x, self.slorb_projection.to(x.dtype))
         return y + functional.linear(sums_R, self.slorb_weight.to(x.dtype))
 

@@ -5,6 +5,7 @@ A run on few tokens takes about as long as its weight is read, and a small weigh
 
 import weakref
 from collections.abc import Sequence
+from ctypes import c_void_p
 from dataclasses import replace
 from threading import RLock, local
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.native import KINDS, PATHS, TORCH
-from sparsepass.graph.packed.laid_out import MOST_TOKENS, LaidOut, native, product
+from sparsepass.graph.packed.laid_out import MOST_TOKENS, LaidOut, native, products
 from sparsepass.graph.packed.module import PackedLinear
 from sparsepass.graph.support import SparsepassError
 
@@ -21,26 +22,45 @@ _PATIENCE = 4  # inputs in a row whose other results nobody took, after which la
 
 
 class _Kept:
-    """Results of one input that wait for the layers they belong to."""
+    """Results of a thread's last input that wait for the layers they belong to.
 
-    __slots__ = ("copy", "num_taken", "results", "version", "x")
+    Args:
+        num_members: Layers.
+    """
 
-    def __init__(self, x: Tensor, results: dict[int, Tensor]) -> None:
+    __slots__ = ("addresses", "copy", "num_taken", "results", "version", "x")
+
+    def __init__(self, num_members: int) -> None:
+        self.x: weakref.ref[Tensor] | None = None
+        self.copy: Tensor | None = None
+        self.version = self.num_taken = 0
+        self.results: list[Tensor | None] = []
+        self.addresses = (c_void_p * num_members)()
+
+    def put(self, x: Tensor, results: list[Tensor | None]) -> None:
+        """Keep results until they are taken, or their input goes."""
         self.results, self.num_taken = results, 0
         self.x = weakref.ref(x, lambda _: results.clear())
         # Tensors of inference mode count no changes: what they held tells then.
         self.copy = x.clone() if x.is_inference() else None
         self.version = 0 if self.copy is not None else x._version
 
-    def take(self, x: Tensor, index: int) -> Tensor | None:
+    def take(self, x: Tensor, place: int) -> Tensor | None:
         """The result for a layer, if it is that of this very input, unchanged."""
-        if self.x() is not x:
+        if self.x is None or self.x() is not x or not self.results:
             return None
         if not torch.equal(self.copy, x) if self.copy is not None else x._version != self.version:
             return None
-        y = self.results.pop(index, None)
+        y, self.results[place] = self.results[place], None
         self.num_taken += y is not None
         return y
+
+
+class _OfThread(local):
+    """What each thread has of its own."""
+
+    def __init__(self, num_members: int) -> None:
+        self.kept = _Kept(num_members)
 
 
 class Siblings:
@@ -54,9 +74,10 @@ class Siblings:
 
     def __init__(self, members: Sequence[PackedLinear]) -> None:
         self.members = list(members)
-        self._lock, self._local = RLock(), local()
+        self._places = {id(member): place for place, member in enumerate(self.members)}
+        self._lock, self._local = RLock(), _OfThread(len(self.members))
         self._whole: LaidOut | None = None
-        self._data: list[Tensor] = []
+        self._data: list[Tensor | None] = [None] * len(self.members)
         self._is_off, self._num_untaken = False, 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,34 +91,34 @@ class Siblings:
 
         Shapes: x ``[..., I]``, the result ``[..., O]``.
         """
-        if self._is_off or x.numel() > MOST_TOKENS * member.in_features or not x.numel() or x.shape[-1] != member.in_features:
+        if self._is_off:
             return None
-        kept: _Kept | None = getattr(self._local, "kept", None)
-        index = id(member)
-        if kept is not None:
-            if (y := kept.take(x, index)) is not None:
+        kept, place = self._local.kept, self._places[id(member)]
+        # It may have got new weights since; each of the others is looked at when it is called.
+        is_current = self._data[place] is member._buffers["data"] and self._whole is not None
+        if kept.x is not None:
+            if is_current and (y := kept.take(x, place)) is not None:
                 return y
             self._num_untaken = 0 if kept.num_taken else self._num_untaken + 1
             self._is_off = self._num_untaken > _PATIENCE
-            self._local.kept = None
-        whole = self._laid_out()
+            kept.x = None
+        if not 0 < x.numel() <= MOST_TOKENS * member.in_features:
+            return None
+        whole = self._whole if is_current else self._laid_out()
         if whole is None:
             return None
-        y_O = product(whole, x)
-        parts = y_O.split([each.out_features for each in self.members], dim=-1)
-        results: dict[int, Tensor] = {id(each): part.contiguous() for each, part in zip(self.members, parts, strict=True)}
-        own = results.pop(index)
-        self._local.kept = _Kept(x, results)
+        results: list[Tensor | None] = [*products(whole, x, kept.addresses)]
+        own, results[place] = results[place], None
+        kept.put(x, results)
         return own
 
     def _laid_out(self) -> LaidOut | None:
         """All weights as one; laid together anew if one of them was moved or loaded."""
-        whole = self._whole
-        if whole is not None and all(m._buffers["data"] is data for m, data in zip(self.members, self._data, strict=True)):
-            return whole
         with self._lock:
-            self._whole = self._laid_together()
-            self._is_off = self._whole is None
+            is_current = all(m._buffers["data"] is data for m, data in zip(self.members, self._data, strict=True))
+            if self._whole is None or not is_current:
+                self._whole = self._laid_together()
+                self._is_off = self._whole is None
             return self._whole
 
     def _laid_together(self) -> LaidOut | None:
@@ -113,12 +134,13 @@ class Siblings:
         if data.nbytes != library.laid_out_bytes(PATHS[form.path], kind, form.rows, form.columns):
             return None
         library.huge_pages(data.data_ptr(), data.nbytes)
-        self._data = []
+        found: list[Tensor | None] = []
         for member, part in zip(self.members, data.split([each.data.nbytes for each in ready]), strict=True):
             part.copy_(member.laid_out().data)
             member._buffers["data"] = part
             member._ready = None  # which has the old place, and would keep it
-            self._data.append(part)
+            found.append(part)
+        self._data = found
         biases = [each.bias if each.bias is not None else torch.zeros(each.form.rows) for each in ready]
         return LaidOut(
             form,
@@ -126,6 +148,7 @@ class Siblings:
             scales=self._parameter_of_all("scales"),
             branch=self._parameter_of_all("slorb_weight") if form.k else None,
             bias=torch.cat(biases) if any(each.bias is not None for each in ready) else None,
+            parts=[each.form.rows for each in ready],
         )
 
     def _parameter_of_all(self, name: str) -> Tensor | None:
