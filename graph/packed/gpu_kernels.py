@@ -1,8 +1,8 @@
-"""The Triton kernels for packed 2:4 weights. `gpu.py` launches them; where triton is missing, this file can be read but not run.
+"""The Triton kernels for packed 2:4 weights. `gpu_ways.py` launches them; without triton, this file is read but not run.
 
-They read the stored form as it is. A byte of codes places the kept values of eight columns, a *unit*, so every tile counts in units:
-its codes are bytes, and its values words of 64 bits (16 for each value), 32 (int8) or 16 (int4). Both then lie alike over the
-threads, and no value has to move from one to another.
+They read the stored form as it is. A byte of codes places the kept values of eight columns, a *unit*, so every tile counts in
+units: its codes are bytes, and its values words of 64 bits (16 for each value), 32 (int8) or 16 (int4). Both then lie alike
+over the threads, and no value has to move from one to another.
 
 Three ways to multiply:
 
@@ -81,7 +81,12 @@ def _columns(x, x_words, unit_U, inside_U, HALF: tl.constexpr, WIDE: tl.constexp
     if WIDE:
         word_U = tl.load(x_words + unit_U * 2 + HALF, mask=inside_U, other=0)
         dtype: tl.constexpr = x.dtype.element_ty
-        x0, x1, x2, x3 = _of_word(word_U, 0, dtype), _of_word(word_U, 1, dtype), _of_word(word_U, 2, dtype), _of_word(word_U, 3, dtype)
+        x0, x1, x2, x3 = (
+            _of_word(word_U, 0, dtype),
+            _of_word(word_U, 1, dtype),
+            _of_word(word_U, 2, dtype),
+            _of_word(word_U, 3, dtype),
+        )
     else:
         at_U = x + unit_U * 8 + 4 * HALF
         x0 = tl.load(at_U, mask=inside_U, other=0.0).to(tl.float32)
@@ -143,7 +148,10 @@ def _branch(x, branch, row_R, first, step, PARTS: tl.constexpr, K: tl.constexpr,
 
 @jit
 def _dot(a, b, total, EXACT: tl.constexpr):
-    """The product on tensor cores. EXACT: in float32, since Triton's interpreter takes the bits of a bfloat16 for an integer."""
+    """The product on tensor cores.
+
+    EXACT: in float32, since Triton's interpreter (3.9) takes the bits of a bfloat16 for an integer.
+    """
     if EXACT:
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
@@ -217,6 +225,7 @@ def one_token(
         U: Units of a step.
         PER_THREAD: Units of a step that one thread takes.
         SPLITS: Parts of the columns, one for each program along the second axis.
+        STAGES: Steps whose loads are under way at once, in shared memory; 1 leaves them to the hardware.
     """
     row_R = tl.minimum(tl.program_id(0) * R + tl.arange(0, R), rows - 1)
     split, token = tl.program_id(1), tl.program_id(2)
