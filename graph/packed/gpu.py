@@ -120,9 +120,10 @@ def ways(x_TI: Tensor, weight: GpuWeight) -> tuple[Way, ...]:
     tokens, columns = x_TI.shape[0], weight.shape[1]
     found: list[Way] = []
     if tokens <= _ONE_BY_ONE or (x_TI.dtype == torch.float32 and tokens <= OWN_TOKENS):
-        sizes = [Way(name="select", rows=4), Way(name="select", rows=8), Way(name="select", rows=16)]
-        sizes += [Way(name="select", rows=16, units=128, per_thread=4, warps=8), Way(name="gather", rows=8)]
-        found += [each for size in sizes for each in (size, replace(size, splits=4)) if each.splits * each.units * 8 <= columns]
+        sizes = [Way(name="select", rows=4), Way(name="select", rows=8), Way(name="select", rows=8, unroll=2)]
+        sizes += [Way(name="select", rows=16), Way(name="select", rows=16, units=128, per_thread=4, warps=8)]
+        sizes += [Way(name="select", rows=8, stages=4), Way(name="gather")]
+        found += [replace(size, splits=n) for size in sizes for n in (1, 2, 4) if n * size.units * 8 <= columns]
         found = found or [Way(name="select", rows=4)]
     if 1 < tokens <= DOT_TOKENS and x_TI.dtype != torch.float32:
         block = min(64, max(16, 1 << (tokens - 1).bit_length()))
@@ -160,7 +161,8 @@ def fastest(x_TI: Tensor, weight: GpuWeight, *, timer: Timer | None = None) -> W
     """
     times: dict[Way, float] = {}
     reasons: list[str] = []
-    failures = (RuntimeError, *_triton_errors())  # a way needs more than this GPU has, or its library is missing
+    # A way may need more than this GPU has, or a library that is missing.
+    failures: tuple[type[Exception], ...] = (RuntimeError, *_triton_errors())
     for way in ways(x_TI, weight):
         y_TO = x_TI.new_empty(x_TI.shape[0], weight.shape[0])
         try:

@@ -111,6 +111,16 @@ def _met(x, x_words, unit_U, inside_U, code_RU, HALF: tl.constexpr, WIDE: tl.con
 
 
 @jit
+def _inside(unit_U, UNITS: tl.constexpr, U: tl.constexpr):
+    """Which units are columns of the weight. All of them where steps fill a row, which the compiler then need not ask."""
+    if UNITS % U == 0:
+        inside_U = tl.full((U,), True, tl.int1)
+    else:
+        inside_U = unit_U < UNITS
+    return inside_U
+
+
+@jit
 def _tile(codes, kept, row_R, unit_U, inside_U, UNITS: tl.constexpr):
     """Codes and words of a tile, [R, U]; zeros beyond the last column."""
     at_RU = row_R[:, None].to(tl.int64) * UNITS + unit_U[None, :]
@@ -191,11 +201,11 @@ def _finish(y, total_RT, bias, row_R, token_T, rows, tokens, split, HAS_BIAS: tl
 @jit
 def one_token(
     x, x_words, kept, codes, scales, branch, bias, y,
-    rows, tokens, x_stride,
+    rows, tokens, x_stride, splits,
     UNITS: tl.constexpr, VALUES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     PARTS: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATHER: tl.constexpr, WIDE: tl.constexpr,
-    R: tl.constexpr, U: tl.constexpr, PER_THREAD: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, U: tl.constexpr, PER_THREAD: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Multiply R rows with one token, by selection or by gathering. Tokens lie along the third axis of the programs.
 
@@ -207,10 +217,11 @@ def one_token(
         scales: ``[rows, GROUPS]``, or anything where GROUPS is 0.
         branch: ``[rows, PARTS]``, or anything where PARTS is 0.
         bias: ``[rows]``, or anything.
-        y: ``[SPLITS, tokens, rows]``: float32 if there are splits.
+        y: ``[splits, tokens, rows]``: float32 if there are splits.
         rows: Rows of the weight.
         tokens: Tokens.
         x_stride: Elements.
+        splits: Parts of the columns, one for each program along the second axis.
         UNITS: Columns over eight.
         VALUES: Kind of the values.
         GROUPS: Scales of a row.
@@ -224,17 +235,17 @@ def one_token(
         R: Rows of a program.
         U: Units of a step.
         PER_THREAD: Units of a step that one thread takes.
-        SPLITS: Parts of the columns, one for each program along the second axis.
         STAGES: Steps whose loads are under way at once, in shared memory; 1 leaves them to the hardware.
+        UNROLL: Steps that are written out one after the other, so that their loads can start together.
     """
     row_R = tl.minimum(tl.program_id(0) * R + tl.arange(0, R), rows - 1)
     split, token = tl.program_id(1), tl.program_id(2)
     x_here, words_here = x + token * x_stride, x_words + token * (x_stride // 4)
     sums_RU = tl.zeros((R, U), tl.float32)
-    for start in tl.range(split * U, UNITS, SPLITS * U, num_stages=STAGES):
+    for start in tl.range(split * U, UNITS, splits * U, num_stages=STAGES, loop_unroll_factor=UNROLL):
         # Without the hint, one thread would take 16 bytes of codes, and hold all of x that they meet.
         unit_U = start + tl.max_contiguous(tl.arange(0, U), PER_THREAD)
-        inside_U = unit_U < UNITS
+        inside_U = _inside(unit_U, UNITS, U)
         code_RU, word_RU = _tile(codes, kept, row_R, unit_U, inside_U, UNITS)
         a, b = _met(x_here, words_here, unit_U, inside_U, code_RU, 0, WIDE, GATHER)
         c, d = _met(x_here, words_here, unit_U, inside_U, code_RU, 1, WIDE, GATHER)
@@ -252,7 +263,7 @@ def one_token(
     if GROUPS == 1:
         total_R *= tl.load(scales + row_R).to(tl.float32)
     if PARTS > 0:
-        total_R += _branch(x_here, branch, row_R, split, SPLITS, PARTS, K, K_BLOCK)
+        total_R += _branch(x_here, branch, row_R, split, splits, PARTS, K, K_BLOCK)
     _finish(y, total_R[:, None], bias, row_R, token + tl.arange(0, 1), rows, tokens, split, HAS_BIAS)
 
 
@@ -291,10 +302,10 @@ def _column(x, token_T, unit_U, x_stride, inside_UT, J: tl.constexpr):
 @jit
 def some_tokens(
     x, kept, codes, scales, branch, bias, y,
-    rows, tokens, x_stride,
+    rows, tokens, x_stride, splits,
     UNITS: tl.constexpr, VALUES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     PARTS: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-    R: tl.constexpr, U: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr,
+    R: tl.constexpr, U: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Multiply R rows with T tokens on tensor cores, in the type of x.
 
@@ -308,9 +319,9 @@ def some_tokens(
     inside_T = token_T < tokens
     dtype: tl.constexpr = x.dtype.element_ty
     total_RT = tl.zeros((R, T), tl.float32)
-    for start in range(split * U, UNITS, SPLITS * U):
+    for start in range(split * U, UNITS, splits * U):
         unit_U = start + tl.arange(0, U)
-        inside_U = unit_U < UNITS
+        inside_U = _inside(unit_U, UNITS, U)
         inside_UT = inside_U[:, None] & inside_T[None, :]
         code_RU, word_RU = _tile(codes, kept, row_R, unit_U, inside_U, UNITS)
         w0, w1, w2, w3 = _dense_half(code_RU, word_RU, scales, row_R, unit_U, inside_U, VALUES, GROUPS, SIZE, 0, dtype)
@@ -326,7 +337,7 @@ def some_tokens(
     if GROUPS == 1:
         total_RT *= tl.load(scales + row_R).to(tl.float32)[:, None]
     if PARTS > 0:
-        total_RT += _branch_dot(x, branch, row_R, token_T, x_stride, inside_T, split, SPLITS, PARTS, K, dtype, EXACT)
+        total_RT += _branch_dot(x, branch, row_R, token_T, x_stride, inside_T, split, splits, PARTS, K, dtype, EXACT)
     _finish(y, total_RT, bias, row_R, token_T, rows, tokens, split, HAS_BIAS)
 
 
@@ -348,7 +359,7 @@ def make_dense(
     """Write R rows and U units of the weight with its zeros, scaled, to out ``[rows, 8 * UNITS]``. Args: as `one_token`."""
     row_R = tl.minimum(tl.program_id(0) * R + tl.arange(0, R), rows - 1)
     unit_U = tl.program_id(1) * U + tl.arange(0, U)
-    inside_U = unit_U < UNITS
+    inside_U = _inside(unit_U, UNITS, U)
     dtype: tl.constexpr = tl.float32 if GROUPS == 1 else out.dtype.element_ty
     code_RU, word_RU = _tile(codes, kept, row_R, unit_U, inside_U, UNITS)
     w0, w1, w2, w3 = _dense_half(code_RU, word_RU, scales, row_R, unit_U, inside_U, VALUES, GROUPS, SIZE, 0, dtype)

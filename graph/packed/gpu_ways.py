@@ -41,7 +41,8 @@ class Way:
         tokens: Tokens in a program (dot only).
         splits: Programs that share the columns of a row.
         warps: Warps of a program.
-        stages: Steps whose loads are under way at once; 1 leaves it to the hardware.
+        stages: Steps whose loads are under way at once, in shared memory; 1 leaves it to the hardware (one token only).
+        unroll: Steps that are written out one after the other (one token only).
     """
 
     name: Literal["select", "gather", "dot", "torch", "dense"]
@@ -52,6 +53,7 @@ class Way:
     splits: int = 1
     warps: int = 4
     stages: int = 1
+    unroll: int = 1
 
 
 class GpuWeight(NamedTuple):
@@ -167,6 +169,7 @@ def _one_token(way: Way, x_TI: Tensor, weight: GpuWeight, y_TO: Tensor) -> None:
         rows,
         tokens,
         x_TI.stride(0),
+        way.splits,
         *_constants(weight),
         *_branch(weight),
         _power(max(weight.k, 1)),
@@ -176,8 +179,8 @@ def _one_token(way: Way, x_TI: Tensor, weight: GpuWeight, y_TO: Tensor) -> None:
         way.rows,
         way.units,
         way.per_thread,
-        way.splits,
         way.stages,
+        way.unroll,
         num_warps=way.warps,
         **_OPTIONS,
     )
@@ -196,6 +199,7 @@ def _several_tokens(way: Way, x_TI: Tensor, weight: GpuWeight, y_TO: Tensor) -> 
         rows,
         tokens,
         x_TI.stride(0),
+        way.splits,
         *_constants(weight),
         *_branch(weight),
         weight.bias is not None,
@@ -203,7 +207,6 @@ def _several_tokens(way: Way, x_TI: Tensor, weight: GpuWeight, y_TO: Tensor) -> 
         way.rows,
         way.units,
         way.tokens,
-        way.splits,
         num_warps=way.warps,
         **_OPTIONS,
     )
