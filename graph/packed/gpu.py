@@ -84,6 +84,10 @@ def packed_linear_gpu(
             f"{list(x.shape)} of {x.dtype}"
         )
     check_stored(weight)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        # Triton launches where torch is, not where the tensors are.
+        with torch.cuda.device(x.device):
+            return packed_linear_gpu(x, kept, codes, scales, group_size, values, branch, k, bias, way=way)
     flat_TI = x.reshape(-1, columns)
     if flat_TI.stride(1) != 1:
         flat_TI = flat_TI.contiguous()
