@@ -53,9 +53,9 @@ LLAMA = {
     "vocab_size": 32000,
 }
 if REHEARSED:
-    SHAPES = {"square": (64, 512), "narrow": (16, 192)}
+    SHAPES = {"small": (16, 512)}
     ROTATED_BYTES, ROUNDS, NEW_TOKENS, MORE_TOKENS = 1, 1, 2, (4, 20)
-    LLAMA = dict(zip(LLAMA, (64, 192, 1, 4, 2, 96), strict=True))
+    LLAMA = dict(zip(LLAMA, (32, 64, 1, 4, 2, 96), strict=True))
 
 
 def two_four(rows: int, columns: int) -> Tensor:

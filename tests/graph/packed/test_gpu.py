@@ -31,6 +31,7 @@ from sparsepass.graph.support import SparsepassError
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 BF16 = torch.bfloat16
+_OLD = "the interpreter of triton 3.6 fails with numpy 2.4"
 runs = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device or the interpreter"),
@@ -84,12 +85,27 @@ def check(x: Tensor, weight: GpuWeight, whole: Tensor, way: Way | None) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter")
 def test_all_of_this_file_in_the_interpreter() -> None:
-    pytest.importorskip("triton", "3.7", reason="the interpreter of triton 3.6 fails with numpy 2.4")
+    pytest.importorskip("triton", "3.7", reason=_OLD)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter")
+def test_the_script_for_a_gpu_rehearses(tmp_path: Path) -> None:
+    """It has to run at the first try where a GPU is."""
+    pytest.importorskip("triton", "3.7", reason=_OLD)
+    root = Path(__file__).parents[3]
+    command = [sys.executable, str(root / "benchmarks" / "gpu_packed.py"), "--rehearse", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "gpu_packed_rehearsal.md").read_text(encoding="utf-8")
+    assert "| products are right | yes |" in page
+    assert "| int4 | " in page
+    assert "left out" not in page
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
