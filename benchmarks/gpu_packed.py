@@ -53,8 +53,8 @@ LLAMA = {
     "vocab_size": 32000,
 }
 if REHEARSED:
-    SHAPES = {"small": (16, 512)}
-    ROTATED_BYTES, ROUNDS, NEW_TOKENS, MORE_TOKENS = 1, 1, 2, (4, 20)
+    SHAPES = {"small": (8, 512)}
+    ROTATED_BYTES, ROUNDS, NEW_TOKENS, MORE_TOKENS = 1, 1, 2, (2, 20)
     LLAMA = dict(zip(LLAMA, (32, 64, 1, 4, 2, 96), strict=True))
 
 
