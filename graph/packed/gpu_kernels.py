@@ -124,8 +124,9 @@ def _inside(unit_U, UNITS: tl.constexpr, U: tl.constexpr):
 def _tile(codes, kept, row_R, unit_U, inside_U, UNITS: tl.constexpr):
     """Codes and words of a tile, [R, U]; zeros beyond the last column."""
     at_RU = row_R[:, None].to(tl.int64) * UNITS + unit_U[None, :]
-    code_RU = tl.load(codes + at_RU, mask=inside_U[None, :], other=0).to(tl.int32)
-    return code_RU, tl.load(kept + at_RU, mask=inside_U[None, :], other=0)
+    # Each is read once: x should stay in L1 instead.
+    code_RU = tl.load(codes + at_RU, mask=inside_U[None, :], other=0, eviction_policy="evict_first").to(tl.int32)
+    return code_RU, tl.load(kept + at_RU, mask=inside_U[None, :], other=0, eviction_policy="evict_first")
 
 
 @jit
