@@ -60,7 +60,7 @@ def packed_linear_gpu(
         kept: The kept values, ``[O, I / 2]``; for int4 ``[O, I / 4]`` of bytes.
         codes: ``[O, I / 8]`` of bytes.
         scales: ``[O, G]`` of integers.
-        group_size: Columns that share a scale, a multiple of 4; 0 for all of a row.
+        group_size: Columns that share a scale, a multiple of 8; 0 for all of a row.
         values: What the kept values are.
         branch: ``[O, I / k]``.
         k: Consecutive columns of x that the branch sums.

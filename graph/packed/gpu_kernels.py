@@ -130,9 +130,9 @@ def _tile(codes, kept, row_R, unit_U, inside_U, UNITS: tl.constexpr):
 
 
 @jit
-def _scale(scales, row_R, unit_U, inside_U, GROUPS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Scale of the first or last four columns of each unit, [R, U] float32."""
-    at_RU = row_R[:, None] * GROUPS + ((unit_U * 8 + 4 * HALF) // SIZE)[None, :]
+def _scale(scales, row_R, unit_U, inside_U, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """Scale of each unit, [R, U] float32."""
+    at_RU = row_R[:, None] * GROUPS + (unit_U // (SIZE // 8))[None, :]
     return tl.load(scales + at_RU, mask=inside_U[None, :], other=0.0).to(tl.float32)
 
 
@@ -226,7 +226,7 @@ def one_token(
         UNITS: Columns over eight.
         VALUES: Kind of the values.
         GROUPS: Scales of a row.
-        SIZE: Columns that share a scale.
+        SIZE: Columns that share a scale, a multiple of 8.
         PARTS: Columns of the branch.
         K: Columns of x that it sums.
         K_BLOCK: The next power of two.
@@ -252,12 +252,9 @@ def one_token(
         c, d = _met(x_here, words_here, unit_U, inside_U, code_RU, 1, WIDE, GATHER)
         v0, v1 = _value(word_RU, 0, VALUES), _value(word_RU, 1, VALUES)
         v2, v3 = _value(word_RU, 2, VALUES), _value(word_RU, 3, VALUES)
-        if GROUPS > 1 and SIZE % 8 == 0:
+        if GROUPS > 1:
             part_RU = tl.fma(v3, d, tl.fma(v2, c, tl.fma(v1, b, v0 * a)))
-            sums_RU = tl.fma(part_RU, _scale(scales, row_R, unit_U, inside_U, GROUPS, SIZE, 0), sums_RU)
-        elif GROUPS > 1:
-            sums_RU = tl.fma(tl.fma(v1, b, v0 * a), _scale(scales, row_R, unit_U, inside_U, GROUPS, SIZE, 0), sums_RU)
-            sums_RU = tl.fma(tl.fma(v3, d, v2 * c), _scale(scales, row_R, unit_U, inside_U, GROUPS, SIZE, 1), sums_RU)
+            sums_RU = tl.fma(part_RU, _scale(scales, row_R, unit_U, inside_U, GROUPS, SIZE), sums_RU)
         else:
             sums_RU = tl.fma(v3, d, tl.fma(v2, c, tl.fma(v1, b, tl.fma(v0, a, sums_RU))))
     total_R = tl.sum(sums_RU, axis=1)
@@ -289,7 +286,7 @@ def _dense_half(
     """The first or last four columns of each unit of the weight, scaled and rounded to DTYPE; scales of a row are left out."""
     first_RU, second_RU = _value(word_RU, 2 * HALF, VALUES), _value(word_RU, 2 * HALF + 1, VALUES)
     if GROUPS > 1:
-        scale_RU = _scale(scales, row_R, unit_U, inside_U, GROUPS, SIZE, HALF)
+        scale_RU = _scale(scales, row_R, unit_U, inside_U, GROUPS, SIZE)
         first_RU, second_RU = first_RU * scale_RU, second_RU * scale_RU
     return _dense_columns(code_RU, first_RU.to(DTYPE), second_RU.to(DTYPE), HALF)
 

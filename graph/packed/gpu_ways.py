@@ -110,6 +110,8 @@ def check_stored(weight: GpuWeight) -> None:
         raise SparsepassError(
             f"scales belong to integers, and {weight.values} has {'none' if weight.scales is None else 'some'}"
         )
+    if weight.group_size % 8:
+        raise SparsepassError(f"a scale is shared by a multiple of 8 columns, and group_size is {weight.group_size}")
     if weight.branch is not None and (weight.k < 1 or columns % weight.k):
         raise SparsepassError(f"a branch sums k columns, where k divides {columns}, and k is {weight.k}")
 
