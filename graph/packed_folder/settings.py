@@ -101,7 +101,9 @@ class PackedSettings:
             )
         values = document.get("values")
         if values not in get_args(Values):
-            raise SparsepassError(f"quantization_config names the values {values!r}, expected one of {get_args(Values)}; {_ADVICE}")
+            raise SparsepassError(
+                f"quantization_config names the values {values!r}, expected one of {get_args(Values)}; {_ADVICE}"
+            )
         try:
             return cls(
                 values=values,
