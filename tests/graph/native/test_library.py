@@ -28,7 +28,8 @@ def _no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def product(weight: Tensor = WEIGHT) -> Tensor:
-    return PackedLinear.from_packed(pack(weight)).lay_out()(torch.ones(1, 8))
+    y: Tensor = PackedLinear.from_packed(pack(weight)).lay_out()(torch.ones(1, 8))
+    return y
 
 
 @pytest.mark.usefixtures("_no_library")
