@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         TARGETS as TARGETS,
         HuggingFace as HuggingFace,
         Onnx as Onnx,
+        Packed as Packed,
         SemiStructured as SemiStructured,
         Target as Target,
         TensorRT as TensorRT,

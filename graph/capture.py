@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from sparsepass.graph import structure
 from sparsepass.graph.examples import example_inputs_for
 from sparsepass.graph.ops import ASSERTIONS
+from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
 from sparsepass.graph.support import CaptureError, evaluating, first_line, quiet_export
 
@@ -119,6 +120,8 @@ def _check_model(model: nn.Module) -> None:
             "the model is wrapped by PEFT: merge the adapter first (model = model.merge_and_unload()), then prune the "
             "result; merged after pruning, an adapter would destroy the pattern"
         )
+    if any(is_packed_module(module) for module in model.modules()):
+        raise CaptureError(FOR_INFERENCE)
     if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
         raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -15,6 +15,7 @@ from sparsepass.export.cli.report import report_command
 from sparsepass.export.cli.retrain import retrain_command, run_command
 from sparsepass.export.cli.sample import sample_command
 from sparsepass.export.cli.sensitivity import sensitivity_command
+from sparsepass.export.cli.unpack import unpack_command
 from sparsepass.export.cli.verify import verify_command
 
 app = typer.Typer(
@@ -89,6 +90,7 @@ app.command("export", short_help=_EXPORT_SHORT)(_export_command)
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
+app.command("unpack", short_help="Write the plain folder of a packed one.")(support.clean(unpack_command))
 app.command("masks", short_help="Write, show or compare masks apart from the weights.")(support.clean(masks_command))
 app.command("criteria", short_help="Compare pruning criteria on a model, on one calibration.")(support.clean(criteria_command))
 app.command("sensitivity", short_help="Which layers should stay dense?")(support.clean(sensitivity_command))

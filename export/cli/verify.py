@@ -133,6 +133,7 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
     """
     from sparsepass.export.pattern import check_pattern
     from sparsepass.export.report import ReportDocument, find_report, new_report
+    from sparsepass.export.targets.packed import check_packed_folder, is_packed_folder
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.saved import PROGRAM_FILE
 
@@ -141,6 +142,9 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
     if path.is_dir() and (path / PROGRAM_FILE).is_file():
         return (_check_program(path, pattern, ignore),)
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() and is_packed_folder(path):
+        found = ReportDocument.parse(find_report(folder) or new_report()).passes
+        return (_with_reasons(check_packed_folder(path, pattern or "2:4", ignore=ignore), found.skipped if found else {}),)
     report = ReportDocument.parse(find_report(folder) or new_report())
     artifact = report.artifact
     expected, axes = ({}, {}) if artifact is None else (artifact.expected_sparse, artifact.axes or {})

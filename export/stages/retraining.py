@@ -32,6 +32,7 @@ from sparsepass.export.stages.settings import Evaluation, ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel
+from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, replaced_folder, write_text
 from sparsepass.retrain.config import RetrainConfig
@@ -290,6 +291,8 @@ def _on_device(model: Measured) -> nn.Module:
 
 
 def _program(loaded: LoadedModel, source: str | Path) -> Program:
+    if any(is_packed_module(module) for module in loaded.model.modules()):
+        raise SparsepassError(f"{source} is packed: {FOR_INFERENCE}")
     if loaded.program is None:
         raise SparsepassError(
             f"{source} is no saved program; write one with `sparsepass prune {source} -o pruned/`, and retrain that"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     )
     from sparsepass.export.targets.hf import HuggingFace as HuggingFace
     from sparsepass.export.targets.onnx import Onnx as Onnx
+    from sparsepass.export.targets.packed import Packed as Packed
     from sparsepass.export.targets.table import (
         TARGETS as TARGETS,
         parse_target as parse_target,

@@ -6,10 +6,11 @@ from sparsepass._plugins import extended
 from sparsepass.export.targets.contract import Target
 from sparsepass.export.targets.hf import HuggingFace
 from sparsepass.export.targets.onnx import Onnx
+from sparsepass.export.targets.packed import Packed
 from sparsepass.export.targets.tensorrt import TensorRT
 from sparsepass.export.targets.torch import SemiStructured
 
-TARGETS: Final[dict[str, type[Target]]] = {kind.name: kind for kind in (Onnx, HuggingFace, TensorRT, SemiStructured)}
+TARGETS: Final[dict[str, type[Target]]] = {kind.name: kind for kind in (Onnx, HuggingFace, TensorRT, SemiStructured, Packed)}
 """Name -> class. A new target is one folder, one line here, one test file."""
 
 

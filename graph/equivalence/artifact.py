@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.graph.hierarchy import Hierarchy
 from sparsepass.graph.nodes import module_path
+from sparsepass.graph.packed_folder import is_packed_module
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import EquivalenceError, evaluating
 
@@ -346,6 +347,7 @@ def _hooks(module: nn.Module, observe: Observe | None) -> Iterator[None]:
     try:
         for path, child in module.named_modules() if observe is not None else ():
             owns = any(p.dim() > 1 and p.is_floating_point() for p in child.parameters(recurse=False))
+            owns = owns or is_packed_module(child)
             inside = any(path.startswith(f"{wrapper}.") for wrapper in wrappers)
             name = canonical_path(path)
             if name and (path in wrappers or (owns and not inside)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
+from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, first_line, quiet_loading
 
@@ -77,8 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_not_quantized(quantization: object, name: str) -> None:
-    """Refuse a checkpoint whose configuration says that it is quantized."""
-    if not quantization:
+    """Refuse a checkpoint whose configuration says that it is quantized. One that is packed by us is taken, to be run."""
+    if not quantization or is_packed(quantization):
         return
     settings = quantization if isinstance(quantization, Mapping) else getattr(quantization, "__dict__", {})
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method") or "an unknown method"))

@@ -20,6 +20,7 @@ from sparsepass.graph.load.checkpoint import (
     model_class_of,
     read_config,
 )
+from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, closest, first_line, quiet_loading
@@ -279,8 +280,15 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
         processor=processor,
         source=name,
         kind=kind,
-        provenance={**facts, "files": weights, "notes": notes + more_notes},
+        provenance={**facts, "files": weights, "notes": notes + more_notes + _packed_notes(model)},
     )
+
+
+def _packed_notes(model: nn.Module) -> list[str]:
+    if not is_packed(getattr(getattr(model, "config", None), "quantization_config", None)):
+        return []
+    number = sum(is_packed_module(module) for module in model.modules())
+    return [f"{number} layers are packed, for inference; `sparsepass unpack` writes a plain folder"]
 
 
 def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
@@ -355,5 +363,5 @@ def _facts(model: nn.Module) -> dict[str, object]:
     return {
         "class": model_class,
         "dtype": "+".join(dtypes),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_parameters": num_parameters(model),
     }

@@ -117,6 +117,7 @@ class Siblings:
         for member, part in zip(self.members, data.split([each.data.nbytes for each in ready]), strict=True):
             part.copy_(member.laid_out().data)
             member._buffers["data"] = part
+            member._ready = None  # which has the old place, and would keep it
             self._data.append(part)
         biases = [each.bias if each.bias is not None else torch.zeros(each.form.rows) for each in ready]
         return LaidOut(

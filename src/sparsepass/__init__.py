@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsepass.export.targets import (
         HuggingFace as HuggingFace,
         Onnx as Onnx,
+        Packed as Packed,
         SemiStructured as SemiStructured,
         Target as Target,
         TensorRT as TensorRT,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    from sparsepass import _moved  # noqa: F401  (old paths of modules)
+    from sparsepass import _moved, _registration  # noqa: F401  (old paths of modules; packed folders in transformers)
     from sparsepass._lazy import face
 
     _get, _, __all__ = face(__name__, __file__)

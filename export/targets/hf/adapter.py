@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,16 +65,40 @@ def write_adapter(program: Program, model: "PreTrainedModel", folder: Path, *, b
         SparsepassError: If a branch stands beside a layer that LoRA does not know, or beside layers that one adapter cannot
             hold together.
     """
+    paths = [weight.removesuffix(".weight") for weight in branched(program)]
+    write_branches(paths, adapter_tensors(program, model.dtype), model, folder, base_name=base_name, task=task)
+
+
+def write_branches(
+    paths: Iterable[str],
+    tensors: Mapping[str, Tensor],
+    model: "PreTrainedModel",
+    folder: Path,
+    *,
+    base_name: str | None = None,
+    task: str | None = None,
+) -> None:
+    """Write branches as a LoRA adapter.
+
+    Args:
+        paths: Module paths of the layers that have one.
+        tensors: What peft stores, by the names that `adapter_names` gives.
+        model: The model without branches; its values are not read.
+        folder: Created.
+        base_name: ``base_model_name_or_path`` of the adapter.
+        task: peft's task type.
+
+    Raises:
+        SparsepassError: See `write_adapter`.
+    """
     modules = dict(model.named_modules())
-    tensors = adapter_tensors(program, model.dtype)
     ranks: dict[str, int] = {}
     transposed: set[bool] = set()
-    for weight in branched(program):
-        path = weight.removesuffix(".weight")
+    for path in paths:
         kind = type(modules.get(path)).__name__
         if not isinstance(modules.get(path), nn.Linear) and kind != "Conv1D":
             raise SparsepassError(
-                f"{weight} has a SLoRB branch, and its layer is a {kind}: a LoRA adapter stands beside nn.Linear and "
+                f"{path} has a SLoRB branch, and its layer is a {kind}: a LoRA adapter stands beside nn.Linear and "
                 "GPT-2's Conv1D only; apply slorb with this layer among ignore, or use the target onnx"
             )
         transposed.add(kind == "Conv1D")
@@ -87,8 +111,18 @@ def write_adapter(program: Program, model: "PreTrainedModel", folder: Path, *, b
     folder.mkdir()
     document = adapter_config(ranks, modules, base_name=base_name, task=task, fan_in_fan_out=transposed == {True})
     (folder / "adapter_config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(_CARD, encoding="utf-8")
+
+
+def adapter_names(path: str) -> tuple[str, str]:
+    """Names by which peft stores A and B of a layer.
+
+    Example:
+        >>> adapter_names("lm_head")[0]
+        'base_model.model.lm_head.lora_A.weight'
+    """
+    return _LORA_A.format(path), _LORA_B.format(path)
 
 
 def adapter_tensors(program: Program, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ the folder `adapter/` in peft's own format.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -45,7 +45,7 @@ _AUTO_CLASSES = (
     "AutoModel",
 )
 # peft wraps these in classes of its own; for others its plain wrapper passes every argument through.
-_PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
+PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
@@ -149,13 +149,13 @@ def lower_hf(
     branches = branched(program)
     with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
-        _settle_config(model, None if dtype is None else parse_dtype(dtype))
-        _save(model, folder)
+        settle_config(model, None if dtype is None else parse_dtype(dtype))
+        save_model(model, folder)
     loads_with = auto_class(type(model), model.config)
     adapter = None
     if branches:
         adapter = folder / ADAPTER_FOLDER
-        write_adapter(program, model, adapter, base_name=base_name, task=_PEFT_TASKS.get(loads_with))
+        write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
     (folder / "README.md").write_text(_card(program, loads_with, kept_in), encoding="utf-8")
@@ -181,7 +181,8 @@ def _without_branches(program: Program) -> Program:
     return program.sharing(sparse=bare)
 
 
-def _settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
+def settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
+    """Make a model and its configuration those of a plain floating-point one, of a type if one is given."""
     if dtype is not None:
         model.to(dtype)  # type: ignore[arg-type]
     parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
@@ -195,8 +196,14 @@ def _settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
             part.dtype = dtype
 
 
-def _save(model: "PreTrainedModel", folder: Path) -> None:
-    """Save the model. transformers loads some generation settings that it refuses to save: they are kept as they came."""
+def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Save a model. transformers loads some generation settings that it refuses to save: they are kept as they came.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        state: Its tensors by name; by default those that it has.
+    """
     settings = model.generation_config if model.can_generate() else None
     as_it_came = None
     if settings is not None:
@@ -205,7 +212,7 @@ def _save(model: "PreTrainedModel", folder: Path) -> None:
         except ValueError:
             as_it_came = settings.to_json_string()
             model.generation_config = type(settings)()
-    model.save_pretrained(folder, max_shard_size=_MAX_SHARD)
+    model.save_pretrained(folder, max_shard_size=_MAX_SHARD, state_dict=state)
     if as_it_came is not None:
         (folder / "generation_config.json").write_text(as_it_came, encoding="utf-8")
 
@@ -217,15 +224,7 @@ def _card(program: Program, loads_with: str, dtype: str) -> str:
     branches = branched(program)
     skipped = Counter(report.skipped().values())
     lines = [
-        "---",
-        "library_name: transformers",
-        *([f"pipeline_tag: {_PIPELINES[loads_with]}"] if loads_with in _PIPELINES else []),
-        "tags:",
-        "- sparsepass",
-        "- sparse",
-        *(f'- "{pattern}"' for pattern in patterns),
-        "---",
-        "",
+        *front_matter(loads_with, patterns),
         f"# {(program.origin.model_class or '').removeprefix('transformers.')}, N:M sparse",
         "",
         f"Made by sparsepass. {report.num_sparse} of {len(report.sites)} linear layers are sparse ({said}; N:M along the",
@@ -269,6 +268,22 @@ def _card(program: Program, loads_with: str, dtype: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def front_matter(loads_with: str, patterns: Iterable[str]) -> list[str]:
+    """The lines that the hub reads at the top of a model card.
+
+    Args:
+        loads_with: The Auto class that loads the model.
+        patterns: Its patterns.
+
+    Example:
+        >>> front_matter("AutoModel", ["2:4"])[-4:]
+        ['- sparse', '- "2:4"', '---', '']
+    """
+    pipeline = [f"pipeline_tag: {_PIPELINES[loads_with]}"] if loads_with in _PIPELINES else []
+    tags = ["tags:", "- sparsepass", "- sparse", *(f'- "{pattern}"' for pattern in patterns)]
+    return ["---", "library_name: transformers", *pipeline, *tags, "---", ""]
 
 
 def auto_class(kind: type, config: Any) -> str:

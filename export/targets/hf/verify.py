@@ -60,7 +60,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
     elif branched(program):
         failures.append(f"the program has SLoRB branches, and {folder} holds no {ADAPTER_FOLDER}/ for them")
     failures += weights.pop("failures")
-    outputs = _check_outputs(program, runs, given, dtype)
+    outputs = check_outputs(program, runs, given, dtype)
     if not outputs["holds"]:
         failures.append(
             f"the outputs differ from the program's: relative error {outputs['relative_error']:.3g}, allowed "
@@ -121,7 +121,18 @@ def _check_weights(program: Program, model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _check_outputs(program: Program, runs: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+def check_outputs(program: Program, runs: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+    """Compare the outputs of a loaded model with the program's. A large error is looked into: it may be rounding.
+
+    Args:
+        program: What was lowered.
+        runs: The loaded model. If rounding is looked into, it comes out in a wider dtype.
+        inputs: What both run.
+        dtype: Of the loaded model.
+
+    Returns:
+        Findings as JSON: ``holds``, ``relative_error``, ``tolerance``, ``rounding`` (what was found when it was looked into).
+    """
     expected = _flat_outputs(program, program(**inputs))
     found = _flat_outputs(program, runs(**_cast(inputs, dtype)))
     measured = difference(expected, found)
