@@ -9,7 +9,7 @@ Tensor shape legend: O out features, I in features, R sums of k features.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -183,6 +183,7 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
         reasons = Counter(layer.reason for layer in layers).most_common(3)
         why = "; ".join(f"{number} layers: {reason}" for reason, number in reasons) or "it has no linear layer"
         raise SparsepassError(f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify")
+    _check_branches(program, layers)
     embeddings = tables(program, model, (layer.layer for layer in packed.values())) if target.embedding else {}
     settings = PackedSettings(
         embedding=target.embedding,  # type: ignore[arg-type]
@@ -214,6 +215,17 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return replace(artifact, files=files)
+
+
+def _check_branches(program: Program, layers: Iterable[LayerChoice]) -> None:
+    """A branch beside a dense layer has no place in the folder, and must not be lost."""
+    reasons = {layer.weight: layer.reason for layer in layers}
+    for weight, state in program.sparse.items():
+        if state.branch is not None and (reason := reasons.get(weight, "it is no linear layer")):
+            raise SparsepassError(
+                f"{weight.removesuffix('.weight')} has a SLoRB branch and cannot be packed ({reason}); apply slorb with this layer "
+                "among ignore, or use the target hf"
+            )
 
 
 def _dtype(program: Program, target: "Packed") -> torch.dtype:
