@@ -4,12 +4,30 @@ from sparsepass.graph.native.library import (
     KINDS,
     PATHS,
     TORCH,
+    TYPES,
     VARIABLE,
     Kernels,
     NativeWeight,
     available_paths,
     best_path,
+    find_kernels,
     kernels,
+    openmp,
+    processor,
 )
 
-__all__ = ["KINDS", "PATHS", "TORCH", "VARIABLE", "Kernels", "NativeWeight", "available_paths", "best_path", "kernels"]
+__all__ = [
+    "KINDS",
+    "PATHS",
+    "TORCH",
+    "TYPES",
+    "VARIABLE",
+    "Kernels",
+    "NativeWeight",
+    "available_paths",
+    "best_path",
+    "find_kernels",
+    "kernels",
+    "openmp",
+    "processor",
+]

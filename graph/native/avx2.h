@@ -15,7 +15,7 @@
 
 namespace sparsepass::avx2 {
 
-constexpr int64_t kAhead = 1536;
+constexpr int64_t kAhead = 2048;
 constexpr int kMostTokens = 4;
 
 inline bool has() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }

@@ -13,18 +13,24 @@ inline int value_of(const Layout& layout, const uint8_t* kept, int64_t i) {
 
 inline int64_t column_of(const uint8_t* codes, int64_t i) { return i / 2 * 4 + (codes[i / 4] >> (i % 4 * 2) & 3); }
 
+// Rows may have an odd number of bytes, so that words lie at any address.
+inline uint16_t word_at(const uint8_t* row, int64_t i) {
+  uint16_t word;
+  std::memcpy(&word, row + 2 * i, sizeof word);
+  return word;
+}
+
 inline void rows_of_floats(const Product& p, int64_t tokens, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const Layout layout(kGeneric, w.kind, w.rows, w.columns);
   const bool is_fp16 = w.kind == kFp16;
   for (int64_t row = first; row < last; row++) {
     const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
-    const auto* values = reinterpret_cast<const uint16_t*>(at);
     const uint8_t* codes = at + layout.values_bytes;
     for (int64_t t = 0; t < tokens; t++) {
       const auto* x = reinterpret_cast<const uint16_t*>(p.x + t * p.x_bytes);
       float sums[4] = {};
-      for (int64_t i = 0; i < w.columns / 2; i++) sums[i % 4] += widen(is_fp16, values[i]) * widen(is_fp16, x[column_of(codes, i)]);
+      for (int64_t i = 0; i < w.columns / 2; i++) sums[i % 4] += widen(is_fp16, word_at(at, i)) * widen(is_fp16, x[column_of(codes, i)]);
       p.y[t * w.rows + row] = sums[0] + sums[1] + (sums[2] + sums[3]);
     }
   }

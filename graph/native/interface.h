@@ -61,4 +61,7 @@ int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t las
 // round(x * (127 / m)) for each 128 columns, where m is their largest magnitude and m / 127 their scale.
 int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, void* y, int threads);
 
+// A byte for each score: 1 for the n largest of each four, 0 for the others; ties go to the lowest index. Scores are not NaN.
+void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads);
+
 }  // extern "C"

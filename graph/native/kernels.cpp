@@ -5,6 +5,7 @@
 #include "avx512.h"
 #include "generic.h"
 #include "interface.h"
+#include "masks.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -287,6 +288,10 @@ int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, i
   if (!sparsepass_has(weight->path, weight->kind)) return 1;
   linear(*weight, type, x, x_stride, tokens, y, threads);
   return 0;
+}
+
+void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads) {
+  in_parts(groups, 8192, threads, [&](int64_t first, int64_t last) { largest_of_groups(type, scores, first, last, n, mask); });
 }
 
 }  // extern "C"

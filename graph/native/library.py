@@ -5,6 +5,7 @@ Tensors are not known here: functions take addresses, which ``Tensor.data_ptr()`
 
 import ctypes
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,11 @@ VERSION: Final = 1
 TORCH: Final = "torch"
 """The path of torch's own operations, which needs no library and is slow."""
 KINDS: Final = {"bf16": 0, "fp16": 1, "int8": 2, "int4": 3}
+TYPES: Final = {"bfloat16": 0, "float16": 1, "float32": 2}
+"""Of activations, results and scores, by torch's names."""
 PATHS: Final = {TORCH: -1, "generic": 0, "avx2": 1, "avx512": 2}
 VARIABLE: Final = "SPARSEPASS_KERNEL"
+_INSTRUCTIONS: Final = {"avx2": "AVX2", "avx512_bf16": "AVX512 with BF16", "avx512_vnni": "VNNI", "amx_bf16": "AMX"}
 
 
 class NativeWeight(ctypes.Structure):
@@ -54,8 +58,10 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "lay_out": (c_int, [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "store": (c_int, [c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int]),
     "bad_codes": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
+    "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
     "unpack": (c_int, [POINTER(NativeWeight), c_int64, c_int64, c_int, c_void_p, c_int]),
     "linear": (c_int, [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_void_p, c_int]),
+    "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
 }
 
 
@@ -71,8 +77,10 @@ class Kernels:
     lay_out: Callable[[int, int, int, int, int, int, int, int], int]
     store: Callable[[int, int, int, int, int, int, int, int], int]
     bad_codes: Callable[[int, int, int, int], int]
+    largest_of_four: Callable[[int, int, int, int, int, int], None]
     unpack: Callable[[object, int, int, int, int, int], int]
     linear: Callable[[object, int, int, int, int, int, int], int]
+    largest_of_four: Callable[[int, int, int, int, int, int], None]
 
 
 def library_file() -> Path:
@@ -82,20 +90,29 @@ def library_file() -> Path:
 
 @cache
 def kernels() -> Kernels | None:
-    """The compiled kernels; None if they cannot be loaded, which is told once.
+    """The compiled kernels; None if they cannot be loaded, which is told once."""
+    found = find_kernels()
+    if isinstance(found, SparsepassError):
+        warnings.warn(
+            f"{found}. Packed layers run all the same, by torch's own operations: each call unpacks the whole weight, which "
+            "is many times slower than the dense layer. Install a C++ compiler (g++) and sparsepass anew, or take its wheel",
+            stacklevel=2,
+        )
+        return None
+    return found
+
+
+@cache
+def find_kernels() -> Kernels | SparsepassError:
+    """The compiled kernels, or why they cannot be loaded.
 
     Threads are those of torch, if it has been imported before and brings its own OpenMP runtime.
     """
     try:
         found = load(library_file())
     except SparsepassError as error:
-        warnings.warn(
-            f"{error}. Packed layers run all the same, by torch's own operations: each call unpacks the whole weight, which "
-            "is many times slower than the dense layer. Install a C++ compiler (g++) and sparsepass anew, or take its wheel",
-            stacklevel=2,
-        )
-        return None
-    found.use_openmp(_openmp())
+        return error
+    found.use_openmp(openmp())
     return found
 
 
@@ -162,7 +179,7 @@ def _declared(library: ctypes.CDLL, name: str) -> Any:
     return function
 
 
-def _openmp() -> c_void_p | None:
+def openmp() -> c_void_p | None:
     """GOMP_parallel of the OpenMP runtime that torch brings and has loaded; None for threads of the kernels' own."""
     spec = find_spec("torch") if "torch" in sys.modules else None
     if spec is None or spec.origin is None or not hasattr(os, "RTLD_NOLOAD"):
@@ -174,3 +191,24 @@ def _openmp() -> c_void_p | None:
             continue  # there, and not what torch uses
         return ctypes.cast(runtime.GOMP_parallel, c_void_p)
     return None
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it, and which of the instructions that kernels use it has.
+
+    Example:
+        >>> len(processor()) > 0
+        True
+    """
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in reversed(lines):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        if key.strip() == "flags":
+            flags = set(value.split())
+    return ", ".join([name, *(said for flag, said in _INSTRUCTIONS.items() if flag in flags)])

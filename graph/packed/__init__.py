@@ -1,6 +1,7 @@
 """2:4 weights in packed form: stored, in memory, and as layers of a model, for inference."""
 
 from sparsepass.graph.packed.dense import DenseLinear, Int8Embedding
+from sparsepass.graph.packed.laid_out import Form, LaidOut, lay_out, product
 from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check, check_form, pack, stored_form, unpack
 from sparsepass.graph.packed.module import PackedLinear
 from sparsepass.graph.packed.siblings import group_siblings
@@ -8,14 +9,18 @@ from sparsepass.graph.packed.siblings import group_siblings
 __all__ = [
     "FLOATS",
     "DenseLinear",
+    "Form",
     "Int8Embedding",
+    "LaidOut",
     "PackedLinear",
     "PackedWeight",
     "Values",
     "check",
     "check_form",
     "group_siblings",
+    "lay_out",
     "pack",
+    "product",
     "stored_form",
     "unpack",
 ]

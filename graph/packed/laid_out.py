@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsepass.graph.native import KINDS, PATHS, TORCH, Kernels, NativeWeight, kernels
+from sparsepass.graph.native import KINDS, PATHS, TORCH, TYPES as TYPE_NAMES, Kernels, NativeWeight, kernels
 from sparsepass.graph.packed.layout import PackedWeight, bad_codes, check_codes, check_sizes, stored_form, with_zeros
 from sparsepass.graph.support import SparsepassError
 
-TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+TYPES: Final = {getattr(torch, name): number for name, number in TYPE_NAMES.items()}
 """Activations that a packed layer takes."""
 MOST_TOKENS: Final = 16
 """More of them are multiplied by torch, with the weight unpacked: then arithmetic is what takes time, not memory."""

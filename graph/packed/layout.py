@@ -84,7 +84,7 @@ def pack(weight_OI: Tensor, *, values: Values = "bf16", group_size: int = 0, sca
         raise SparsepassError(f"scales of a weight {rows} x {columns} {wanted}, and these are {list(scales.shape)}")
     kept_parts, codes_parts, scales_parts = [], [], []
     for first, last in chunks(rows, columns):
-        kept_OK, codes = _kept_and_codes(weight_OI[first:last].detach(), first)
+        kept_OK, codes = _kept_and_codes(weight_OI[first:last].detach().contiguous(), first)
         codes_parts.append(codes)
         if values in FLOATS:
             kept_parts.append(_cast(kept_OK, values))
@@ -119,7 +119,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     Example:
         >>> weight = torch.tensor([[0, 3.0, 0, -3, 1, 0, 0, 2]])
         >>> unpack(pack(weight, values="int8"))  # 3 / 127, rounded up to bfloat16, is a step
-        tensor([[ 0.0000,  3.0059,  0.0000, -3.0059,  0.9941,  0.0000,  0.0000,  2.0039]])
+        tensor([[ 0.0000,  3.0076,  0.0000, -3.0076,  0.9946,  0.0000,  0.0000,  1.9893]])
     """
     check(packed)
     rows, columns = packed.shape

@@ -139,7 +139,7 @@ class PackedLinear(nn.Module):
         given |= {"slorb_weight": slorb_weight, "slorb_projection": slorb_projection}
         for name, tensor in given.items():
             if tensor is not None:
-                layer._own(name, tensor.detach() if name != "slorb_weight" else tensor.detach().to(layer.small_type))
+                layer._own(name, tensor.detach().to(layer.small_type if name.startswith("slorb") else tensor.dtype))
         return layer
 
     @classmethod

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsepass.graph.native import TYPES, Kernels, find_kernels
 from sparsepass.graph.soft_masks import candidate_masks
 from sparsepass.graph.spec import num_broken_groups
 from sparsepass.graph.support import SparsepassError
@@ -20,6 +21,7 @@ from sparsepass.graph.support import SparsepassError
 _LARGEST_PAIRWISE_M = 16
 # An integer of one byte for each weight of a group.
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NATIVE_TYPES = {getattr(torch, name): number for name, number in TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,22 @@ def keep_largest_of_groups(score_OI: Tensor, pattern: NMPattern) -> Tensor:
     >>> keep_largest_of_groups(torch.tensor([1.0, 1.0, 0.0, 1.0]), NMPattern(2, 4))
     tensor([ True,  True, False, False])
     """
+    if pattern.m == 4 and score_OI.device.type == "cpu" and score_OI.dtype in _NATIVE_TYPES:
+        library = find_kernels()
+        if not isinstance(library, SparsepassError):
+            return _largest_by_library(library, score_OI.contiguous(), pattern.n)
     if pattern.m in _WORDS:
         return _largest_by_words(score_OI.flatten(), pattern).view(score_OI.shape)
     score_OGM = torch.unflatten(score_OI, -1, (score_OI.shape[-1] // pattern.m, pattern.m))
     mask_MOG = keep_largest(score_OGM.movedim(-1, 0).contiguous(), pattern.n)
     return mask_MOG.movedim(0, -1).flatten(-2).contiguous()
+
+
+def _largest_by_library(library: Kernels, score_OI: Tensor, n: int) -> Tensor:
+    mask_OI = torch.empty(score_OI.shape, dtype=torch.bool)
+    number, groups = _NATIVE_TYPES[score_OI.dtype], score_OI.numel() // 4
+    library.largest_of_four(number, score_OI.data_ptr(), groups, n, mask_OI.data_ptr(), torch.get_num_threads())
+    return mask_OI
 
 
 def _largest_by_words(score_X: Tensor, pattern: NMPattern) -> Tensor:

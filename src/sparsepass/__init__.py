@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         compare as compare,
     )
     from sparsepass.graph.load import LoadedModel as LoadedModel, load_model as load_model
+    from sparsepass.graph.packed import PackedWeight as PackedWeight, pack as pack, unpack as unpack
     from sparsepass.graph.perplexity import Perplexity as Perplexity, perplexity as perplexity
     from sparsepass.passes import (
         Fold as Fold,
