@@ -1,7 +1,7 @@
 """The target `packed`: a Hugging Face folder whose 2:4 layers hold their kept values and the places of these.
 
-1. A packed layer keeps its name: ``.weight`` has the kept values, in a shape that is not the dense one, so that transformers without
-   sparsepass stops at it. ``.codes``, ``.scales`` and a SLoRB branch stand beside it.
+1. A packed layer keeps its name: ``.weight`` has the kept values, in a shape that is not the dense one, so that transformers
+   without sparsepass stops at it. ``.codes``, ``.scales`` and a SLoRB branch stand beside it.
 2. Everything else is stored as the target hf stores it.
 3. A weight is packed by itself: no dense copy of the model is made.
 
@@ -83,8 +83,8 @@ class PackedArtifact:
             worst = max(self.errors, key=lambda layer: self.errors[layer])
             middle = sorted(self.errors.values())[len(self.errors) // 2]
             said.append(
-                f"rounded to {self.settings.values}: relative error of a weight {middle:.2g} in the middle, {self.errors[worst]:.2g} "
-                f"at most ({worst})"
+                f"rounded to {self.settings.values}: relative error of a weight {middle:.2g} in the middle, "
+                f"{self.errors[worst]:.2g} at most ({worst})"
             )
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         said += [f"{number} left dense: {reason}" for reason, number in reasons.most_common()]
@@ -156,8 +156,8 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     Args:
         program: Captured from a transformers model. It is not changed.
         folder: An existing, empty folder.
-        target: The options. Without `dtype`, what is not packed is stored in the 16-bit type of the values: that of fp16 is float16,
-            and else bfloat16, or the program's own for integers if it is of 16 bits.
+        target: The options. Without `dtype`, what is not packed is stored in the 16-bit type of the values: that of fp16 is
+            float16, and else bfloat16, or the program's own for integers if it is of 16 bits.
 
     Returns:
         What was written.
@@ -171,8 +171,8 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     """
     if program.origin.model_class is None or program.origin.config is None:
         raise SparsepassError(
-            "the target packed writes a folder for a class of transformers, and this program was captured from a plain nn.Module "
-            "(or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
+            "the target packed writes a folder for a class of transformers, and this program was captured from a plain "
+            "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
         )
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program has no weights yet, so there is nothing to pack; fill it first")
@@ -182,7 +182,9 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     if not packed:
         reasons = Counter(layer.reason for layer in layers).most_common(3)
         why = "; ".join(f"{number} layers: {reason}" for reason, number in reasons) or "it has no linear layer"
-        raise SparsepassError(f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify")
+        raise SparsepassError(
+            f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify"
+        )
     _check_branches(program, layers)
     embeddings = tables(program, model, (layer.layer for layer in packed.values())) if target.embedding else {}
     settings = PackedSettings(
@@ -223,8 +225,8 @@ def _check_branches(program: Program, layers: Iterable[LayerChoice]) -> None:
     for weight, state in program.sparse.items():
         if state.branch is not None and (reason := reasons.get(weight, "it is no linear layer")):
             raise SparsepassError(
-                f"{weight.removesuffix('.weight')} has a SLoRB branch and cannot be packed ({reason}); apply slorb with this layer "
-                "among ignore, or use the target hf"
+                f"{weight.removesuffix('.weight')} has a SLoRB branch and cannot be packed ({reason}); apply slorb with this "
+                "layer among ignore, or use the target hf"
             )
 
 
@@ -284,7 +286,7 @@ def _table(program: Program, model: "PreTrainedModel", path: str, errors: dict[s
     found_VD = table.weight.float() * table.scales.float()
     errors[path] = relative_error([(weight_VD.float() - found_VD, weight_VD.float())], ())
     users = [each for each in model.state_dict() if program.aliases.get(each, each) == name]
-    return {user: table.weight.data for user in users} | {f"{path}.scales": table.scales.data}
+    return dict.fromkeys(users, table.weight.data) | {f"{path}.scales": table.scales.data}
 
 
 def packed_weight(program: Program, layer: LayerChoice, settings: PackedSettings) -> PackedWeight:

@@ -50,7 +50,9 @@ def run_alone(code: str) -> subprocess.CompletedProcess[str]:
     """Run some Python in a process of its own, with this package on its path."""
     paths = [path for path in sys.path if path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
 
 
 ORDERS = {
@@ -119,11 +121,16 @@ def test_a_second_registration_does_nothing() -> None:
 def test_greedy_tokens_are_the_programs(name: str, tmp_path: Path) -> None:
     program = sparse(name)
     write(program, tmp_path)
-    dense = program.to_model().to(torch.bfloat16)
+    dense: Any = program.to_model().to(torch.bfloat16)
     for seed in range(10):
         ids = torch.randint(3, 96, (1, 6), generator=torch.Generator().manual_seed(seed))
-        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        mine, theirs = (model.generate(ids, **options) for model in (load(tmp_path), dense))  # type: ignore[operator]
+        options: dict[str, Any] = {
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
+        mine, theirs = (model.generate(ids, **options) for model in (load(tmp_path), dense))
         different = (mine.sequences != theirs.sequences)[0, 6:].nonzero()
         if len(different):  # then the two best logits lie closer than the tolerance
             best = theirs.logits[int(different[0])][0].float().topk(2).values
@@ -168,7 +175,9 @@ def test_pipelines_and_a_static_cache_run(with_tokenizer: Path) -> None:
     said = transformers.pipeline("text-generation", model=str(with_tokenizer))("the quick", max_new_tokens=4, do_sample=False)
     assert said[0]["generated_text"].startswith("the quick")
     model, ids = load(with_tokenizer), torch.arange(3, 9)[None]
-    dynamic, static = (model.generate(ids, max_new_tokens=6, do_sample=False, **kind) for kind in ({}, {"cache_implementation": "static"}))
+    dynamic, static = (
+        model.generate(ids, max_new_tokens=6, do_sample=False, **kind) for kind in ({}, {"cache_implementation": "static"})
+    )
     assert torch.equal(dynamic, static)
 
 
