@@ -32,8 +32,6 @@ from sparsepass.passes.maths import canonical_zeros, relative_error
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sparsepass.export.targets.packed.target import Packed
-
 _ENGINE: Final = "model"
 
 
@@ -150,14 +148,24 @@ class PackedArtifact:
         )
 
 
-def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArtifact:
+def lower_packed(
+    program: Program,
+    folder: Path,
+    *,
+    values: str = "bf16",
+    group_size: int = 64,
+    embedding: str | None = None,
+    dtype: "torch.dtype | str | None" = None,
+) -> PackedArtifact:
     """Write a program as a packed folder.
 
     Args:
         program: Captured from a transformers model. It is not changed.
         folder: An existing, empty folder.
-        target: The options. Without `dtype`, what is not packed is stored in the 16-bit type of the values: that of fp16 is
-            float16, and else bfloat16, or the program's own for integers if it is of 16 bits.
+        values: What a kept value is stored as.
+        group_size: Input features that share a scale, for integers; 0 for one scale a row.
+        embedding: ``int8`` to keep embedding and head in it.
+        dtype: Type of what is not packed. By default 16 bits: float16 for fp16, the program's own for integers, else bfloat16.
 
     Returns:
         What was written.
@@ -186,20 +194,20 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
             f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify"
         )
     _check_branches(program, layers)
-    embeddings = tables(program, model, (layer.layer for layer in packed.values())) if target.embedding else {}
+    embeddings = tables(program, model, (layer.layer for layer in packed.values())) if embedding else {}
     settings = PackedSettings(
-        embedding=target.embedding,  # type: ignore[arg-type]
+        embedding=embedding,  # type: ignore[arg-type]
         embeddings=tuple(embeddings.values()),
-        values=target.values,  # type: ignore[arg-type]
-        group_size=target.group_size if target.is_integer else 0,
+        values=values,  # type: ignore[arg-type]
+        group_size=group_size if values in INTEGERS else 0,
         groups=groups(layers),
         branches={layer.name: layer.branch for layer in packed.values() if layer.branch is not None},
         transposed=tuple(layer.name for layer in packed.values() if layer.transposed),
     )
-    dtype = _dtype(program, target)
+    kind = _dtype(program, values) if dtype is None else parse_dtype(dtype)
     with quiet_loading():
-        settle_config(model, dtype)
-        state, errors = _tensors(program, model, packed, settings, dtype)
+        settle_config(model, kind)
+        state, errors = _tensors(program, model, packed, settings, kind)
         for path in embeddings:
             state |= _table(program, model, path, errors)
         model.config.quantization_config = settings.to_dict()
@@ -210,9 +218,9 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
         layers=layers,
         errors=errors,
         auto_class=loads_with,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(kind).removeprefix("torch."),
         files={},
-        dense_bytes=_dense_bytes(program, model, dtype),
+        dense_bytes=_dense_bytes(program, model, kind),
     )
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -230,11 +238,10 @@ def _check_branches(program: Program, layers: Iterable[LayerChoice]) -> None:
             )
 
 
-def _dtype(program: Program, target: "Packed") -> torch.dtype:
-    if target.dtype is not None:
-        return parse_dtype(target.dtype)
+def _dtype(program: Program, values: str) -> torch.dtype:
+    """Type of what is not packed, if none is asked for."""
     own = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
-    if target.values == "fp16" or (target.is_integer and own == torch.float16):
+    if values == "fp16" or (values in INTEGERS and own == torch.float16):
         return torch.float16
     return torch.bfloat16
 

@@ -210,7 +210,8 @@ def test_training_is_refused_in_words(folder: Path, tmp_path: Path) -> None:
 def test_a_dense_model_is_not_packed_while_it_is_loaded(tmp_path: Path) -> None:
     from sparsepass.graph.packed_folder.quantizer import PackedConfig
 
-    BY_NAME["llama"].model().save_pretrained(tmp_path)
+    dense: Any = BY_NAME["llama"].model()
+    dense.save_pretrained(tmp_path)
     config = PackedConfig(**PackedSettings(values="bf16").to_dict())
     with pytest.raises(ValueError, match="pre-quantized"):
         load(tmp_path, quantization_config=config)
