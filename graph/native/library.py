@@ -58,13 +58,13 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "lay_out": (c_int, [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "store": (c_int, [c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int]),
     "bad_codes": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
+    "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
     "unpack": (c_int, [POINTER(NativeWeight), c_int64, c_int64, c_int, c_void_p, c_int]),
     "linear": (c_int, [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "linear_parts": (
         c_int,
         [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int],
     ),
-    "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
 }
 
 
@@ -80,10 +80,10 @@ class Kernels:
     lay_out: Callable[[int, int, int, int, int, int, int, int], int]
     store: Callable[[int, int, int, int, int, int, int, int], int]
     bad_codes: Callable[[int, int, int, int], int]
+    largest_of_four: Callable[[int, int, int, int, int, int], None]
     unpack: Callable[[object, int, int, int, int, int], int]
     linear: Callable[[object, int, int, int, int, int, int], int]
     linear_parts: Callable[[object, int, int, int, int, int, object, object, int], int]
-    largest_of_four: Callable[[int, int, int, int, int, int], None]
 
 
 def library_file() -> Path:

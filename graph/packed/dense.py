@@ -164,7 +164,7 @@ class Int8Embedding(nn.Module):
 
     Example:
         >>> Int8Embedding.from_weight(torch.tensor([[0.5, -1.0], [2.0, 0.0]]), dtype=torch.float32)(torch.tensor([1]))
-        tensor([[2.0020, 0.0000]])
+        tensor([[1.9995, 0.0000]])
     """
 
     def __init__(

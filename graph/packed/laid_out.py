@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsepass.graph.native import KINDS, PATHS, TORCH, TYPES as TYPE_NAMES, Kernels, NativeWeight, kernels
-from sparsepass.graph.packed.layout import PackedWeight, bad_codes, check_codes, check_sizes, stored_form, with_zeros
+from sparsepass.graph.packed.gpu import packed_linear_gpu
+from sparsepass.graph.packed.gpu_ways import gpu_refusal
+from sparsepass.graph.packed.layout import PackedWeight, Values, bad_codes, check_codes, check_sizes, stored_form, with_zeros
 from sparsepass.graph.support import SparsepassError
 
 TYPES: Final = {getattr(torch, name): number for name, number in TYPE_NAMES.items()}
@@ -44,7 +46,7 @@ class Form:
         dense: The data are all values, row by row.
     """
 
-    values: str
+    values: Values
     path: str
     rows: int
     columns: int
@@ -77,7 +79,7 @@ class Form:
         )
 
 
-_NAMES_OF_KINDS: Final = {number: name for name, number in KINDS.items()}
+_NAMES_OF_KINDS: Final[dict[int, Values]] = {number: name for name, number in KINDS.items()}
 _NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
 
 
@@ -312,9 +314,17 @@ def _by_torch(weight: LaidOut, x: Tensor, call: _Call) -> Tensor:
     form = weight.form
     if call.tokens > MOST_TOKENS and form.dense and weight.scales is None:
         return functional.linear(x, weight.data.to(x.dtype), None if weight.bias is None else weight.bias.to(x.dtype))
+    if weight.codes is not None and x.is_cuda and not gpu_refusal(x.device):
+        return _on_gpu(weight, weight.codes, x).view(call.results[0].shape)
     y = x.new_empty(call.results[0].shape)
     _by_tiles(weight, x.reshape(-1, form.columns), y.view(-1, form.rows))
     return y
+
+
+def _on_gpu(weight: LaidOut, codes: Tensor, x: Tensor) -> Tensor:
+    form = weight.form
+    rest = (weight.scales, form.group_size, form.values, weight.branch, form.k, weight.bias)
+    return packed_linear_gpu(x, weight.data, codes, *rest)
 
 
 def refusal(x: Tensor, columns: int) -> SparsepassError:

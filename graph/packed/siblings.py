@@ -28,18 +28,18 @@ class _Kept:
         num_members: Layers.
     """
 
-    __slots__ = ("addresses", "copy", "num_taken", "results", "version", "x")
+    __slots__ = ("addresses", "copy", "num_taken", "results", "version", "weights", "x")
 
     def __init__(self, num_members: int) -> None:
         self.x: weakref.ref[Tensor] | None = None
         self.copy: Tensor | None = None
-        self.version = self.num_taken = 0
+        self.version = self.weights = self.num_taken = 0
         self.results: list[Tensor | None] = []
         self.addresses = (c_void_p * num_members)()
 
-    def put(self, x: Tensor, results: list[Tensor | None]) -> None:
-        """Keep results until they are taken, or their input goes."""
-        self.results, self.num_taken = results, 0
+    def put(self, x: Tensor, weights: int, results: list[Tensor | None]) -> None:
+        """Keep results until they are taken, or their input goes; `weights` says of which weights they are."""
+        self.results, self.num_taken, self.weights = results, 0, weights
         self.x = weakref.ref(x, lambda _: results.clear())
         # Tensors of inference mode count no changes: what they held tells then.
         self.copy = x.clone() if x.is_inference() else None
@@ -77,8 +77,7 @@ class Siblings:
         self._places = {id(member): place for place, member in enumerate(self.members)}
         self._lock, self._local = RLock(), _OfThread(len(self.members))
         self._whole: LaidOut | None = None
-        self._data: list[Tensor | None] = [None] * len(self.members)
-        self._is_off, self._num_untaken = False, 0
+        self._is_off, self._num_untaken, self._num_changes = False, 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -94,31 +93,32 @@ class Siblings:
         if self._is_off:
             return None
         kept, place = self._local.kept, self._places[id(member)]
-        # It may have got new weights since; each of the others is looked at when it is called.
-        is_current = self._data[place] is member._buffers["data"] and self._whole is not None
         if kept.x is not None:
-            if is_current and (y := kept.take(x, place)) is not None:
+            if kept.weights == self._num_changes and (y := kept.take(x, place)) is not None:
                 return y
             self._num_untaken = 0 if kept.num_taken else self._num_untaken + 1
             self._is_off = self._num_untaken > _PATIENCE
             kept.x = None
-        if not 0 < x.numel() <= MOST_TOKENS * member.in_features:
+        if not x.is_cpu or not 0 < x.numel() <= MOST_TOKENS * member.in_features:
             return None
-        whole = self._whole if is_current else self._laid_out()
+        weights, whole = self._num_changes, self._whole or self._laid_out()
         if whole is None:
             return None
         results: list[Tensor | None] = [*products(whole, x, kept.addresses)]
         own, results[place] = results[place], None
-        kept.put(x, results)
+        kept.put(x, weights, results)
         return own
 
+    def forget(self) -> None:
+        """One of the layers was moved or loaded: its weight lies elsewhere, and results that wait are those of the old one."""
+        self._whole = None
+        self._num_changes += 1
+
     def _laid_out(self) -> LaidOut | None:
-        """All weights as one; laid together anew if one of them was moved or loaded."""
+        """All weights as one."""
         with self._lock:
-            is_current = all(m._buffers["data"] is data for m, data in zip(self.members, self._data, strict=True))
-            if self._whole is None or not is_current:
-                self._whole = self._laid_together()
-                self._is_off = self._whole is None
+            self._whole = self._whole or self._laid_together()
+            self._is_off = self._whole is None
             return self._whole
 
     def _laid_together(self) -> LaidOut | None:
@@ -134,13 +134,10 @@ class Siblings:
         if data.nbytes != library.laid_out_bytes(PATHS[form.path], kind, form.rows, form.columns):
             return None
         library.huge_pages(data.data_ptr(), data.nbytes)
-        found: list[Tensor | None] = []
         for member, part in zip(self.members, data.split([each.data.nbytes for each in ready]), strict=True):
             part.copy_(member.laid_out().data)
             member._buffers["data"] = part
             member._ready = None  # which has the old place, and would keep it
-            found.append(part)
-        self._data = found
         biases = [each.bias if each.bias is not None else torch.zeros(each.form.rows) for each in ready]
         return LaidOut(
             form,
