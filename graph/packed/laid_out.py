@@ -286,7 +286,7 @@ def products(weight: LaidOut, x: Tensor, addresses: "ctypes.Array[ctypes.c_void_
         x, stride = _rows(x)
     ys = [torch.empty_like(like) for like in call.results]
     for i, y in enumerate(ys):
-        addresses[i] = y.data_ptr()  # type: ignore[call-overload]
+        addresses[i] = y.data_ptr()
     failed = library.linear_parts(
         weight.pointer,
         call.number,
@@ -336,7 +336,9 @@ def refusal(x: Tensor, columns: int) -> SparsepassError:
 
 def elsewhere(x: Tensor) -> SparsepassError:
     """The error for activations that are on another device than the weight."""
-    return SparsepassError(f"this packed layer lies in the processor's memory, and the input is on {x.device}; move one of them")
+    return SparsepassError(
+        f"this packed layer lies in the processor's memory, and the input is on {x.device}; move one of them"
+    )
 
 
 def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:
