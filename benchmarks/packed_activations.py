@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import commit, machine
 from torch import Tensor, nn
 
@@ -81,8 +80,9 @@ def main() -> None:
     lines = [
         "# What rounding activations costs",
         "",
-        f"SmolLM2-135M-Instruct, SparseGPT 2:4 calibrated on 16 x 512 tokens of Python's documentation, {found.num_tokens} tokens of "
-        f"{Path(args.eval_text).name}, context 512. Commit {report['commit']}, {datetime.now(UTC).date().isoformat()}.",
+        f"SmolLM2-135M-Instruct, SparseGPT 2:4 calibrated on 16 x 512 tokens of Python's documentation, {found.num_tokens} "
+        f"tokens of {Path(args.eval_text).name}, context 512.",
+        f"Commit {report['commit']}, {datetime.now(UTC).date().isoformat()}.",
         "",
         "| weights | inputs | perplexity |",
         "|---|---|---:|",
