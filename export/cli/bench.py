@@ -1,7 +1,7 @@
 """The command `bench`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,9 +9,6 @@ from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
 from sparsepass.export.cli.report import AddTo, add_to
 from sparsepass.export.stages import BenchSettings, ModelSource
-
-if TYPE_CHECKING:
-    from sparsepass.export.report import SpeedSection
 
 _FOLDER = "Packed or plain folder, hub id or .gguf file of a model."
 
@@ -43,6 +40,7 @@ def bench_command(
     import time
     from dataclasses import replace
 
+    from sparsepass.export.cli.show import speed_tables
     from sparsepass.export.report import find_report, plain_json
     from sparsepass.export.stages import bench
 
@@ -56,13 +54,5 @@ def bench_command(
     if as_json:
         typer.echo(json.dumps(plain_json(found), indent=1))
     else:
-        show_speed(found)
+        support.stdout().print(speed_tables(found))
     add_to(report or (own if keeps else None), "bench", {"speed": found}, started)
-
-
-def show_speed(found: "SpeedSection") -> None:
-    """Print what was measured."""
-    from sparsepass.export.cli.show import sections
-    from sparsepass.export.report import new_report, plain_json
-
-    support.stdout().print(sections(new_report() | {"speed": plain_json(found)}, "speed"))

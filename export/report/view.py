@@ -329,13 +329,17 @@ def _measured(report: ReportDocument, section: SpeedSection) -> Answer:
     """Whether a kernel skips the zeros, and what that gains, by what a benchmark measured."""
     question, side, point = "Does a runtime use the sparsity?", section.sides[0], section.main
     if side.runs_packed:
-        word, said = "yes", [f"{side.name}: {side.said}."]
+        word, said = "yes", [f"Yes: {side.name}: {side.said}."]
     elif side.num_packed:
         word = "no"
-        said = [f"{side.name}: {side.said}. torch's own operations unpack each weight for each call; no kernel of ours ran."]
+        said = [
+            f"No: {side.name}: {side.said}. torch's own operations unpack each weight for each call; no kernel of ours ran."
+        ]
     else:
         word = "no"
-        said = [f"{side.name}: {side.said}. Zeros are multiplied as any other number; `--target packed` leaves them out."]
+        said = [f"No: {side.name}: {side.said}. Zeros are multiplied as any other number; `--target packed` leaves them out."]
+    if not side.num_packed and report.sparsity is not None:
+        return _used(report)  # another runtime, which knows better than plain transformers
     if point is None or not point.rates:
         return Answer(question, word, said, tone="good" if side.runs_packed else "bad")
     where = section.place

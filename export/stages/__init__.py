@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.stages.bench import bench as bench, measure_speed as measure_speed
+    from sparsepass.export.stages.benching import bench as bench, measure_speed as measure_speed
     from sparsepass.export.stages.criteria import (
         CriteriaSettings as CriteriaSettings,
         Job as Job,

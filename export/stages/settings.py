@@ -170,12 +170,12 @@ class BenchSettings:
     memory: bool = True
 
     def __post_init__(self) -> None:
-        from sparsepass.graph.support import SparsepassError
-
         numbers = {name: value for name, value in vars(self).items() if type(value) is int}
         numbers["batches"] = min(self.batches, default=0)
         for name, value in numbers.items():
             if value < 1:
+                from sparsepass.graph.support import SparsepassError
+
                 raise SparsepassError(f"{name} of a benchmark is {value}; expected at least 1")
 
 
