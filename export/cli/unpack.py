@@ -16,7 +16,7 @@ def unpack_command(
     out: support.Out,
     force: support.Force = False,
 ) -> None:
-    """Write the plain Hugging Face folder of a packed one: dense weights with their zeros, for programs that know no packed layers.
+    """Write the plain Hugging Face folder of a packed one: weights with their zeros, for programs that know no packed layers.
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """

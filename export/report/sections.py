@@ -308,14 +308,14 @@ class MeasuredEntry(Part):
 
 
 class SparsitySection(Part):
-    """What is known of sparse kernels, from the targets `tensorrt` and `torch`.
+    """What is known of sparse kernels, from the targets `tensorrt`, `torch` and `packed`.
 
     What the [four states](tensorrt.md#was-the-sparsity-used) mean, and [how torch chooses](torch.md#how-layers-are-chosen).
     """
 
     runtime: str = Field(
         description="what built the engines: `tensorrt`, `tensorrt-rtx` or `torch-tensorrt`; `torch` where torch itself runs "
-        "the layers"
+        "the layers, `sparsepass` where its own kernels do"
     )
     runtime_version: str = Field(description="its version")
     gpus: list[str] = Field(description="GPUs of the machine that built them; empty if it has none")

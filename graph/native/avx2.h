@@ -244,6 +244,93 @@ SPARSEPASS_AVX2 void dense_bytes(const Product& p, const uint8_t* x, const float
   }
 }
 
+// ---- With their zeros ----
+
+// The lanes of a half that hold the first and the second kept value of each column's group, and each column's place in it.
+struct Places {
+  __m256i first, second, place;
+
+  SPARSEPASS_AVX2 Places(int64_t lane_bytes, int64_t row) {
+    alignas(32) uint8_t firsts[32], seconds[32], places[32];
+    const int size = static_cast<int>(lane_bytes), of_odd = row % 2 ? 8 : 0;
+    for (int byte = 0; byte < 32; byte++) {
+      const int column = byte % 16 / size, part = byte % size;
+      firsts[byte] = static_cast<uint8_t>(of_odd + column / 4 * 2 * size + part);
+      seconds[byte] = static_cast<uint8_t>(firsts[byte] + size);
+      places[byte] = static_cast<uint8_t>(part ? 0 : column % 4);
+    }
+    first = load(firsts), second = load(seconds), place = load(places);
+  }
+
+  // One register of values and one of codes, of which each lane has two bits: the columns of one row.
+  template <bool kWords>
+  SPARSEPASS_AVX2 __m256i spread(__m256i values, __m256i codes) const {
+    const __m256i of_first = _mm256_shuffle_epi8(codes, first), of_second = _mm256_shuffle_epi8(codes, second);
+    const __m256i is_first = kWords ? _mm256_cmpeq_epi16(of_first, place) : _mm256_cmpeq_epi8(of_first, place);
+    const __m256i is_second = kWords ? _mm256_cmpeq_epi16(of_second, place) : _mm256_cmpeq_epi8(of_second, place);
+    return _mm256_or_si256(_mm256_and_si256(is_first, _mm256_shuffle_epi8(values, first)),
+                           _mm256_and_si256(is_second, _mm256_shuffle_epi8(values, second)));
+  }
+};
+
+// One row, 16 columns of words or 32 of bytes at a time; `out` has room for whole registers.
+template <bool kWords>
+SPARSEPASS_AVX2 void unpack(const Layout& layout, const uint8_t* data, int64_t row, void* out) {
+  const Places places(layout.lane_bytes, row);
+  const __m256i two_bits = kWords ? _mm256_set1_epi16(3) : _mm256_set1_epi8(3);
+  const __m256i four_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+  const bool nibbles = layout.kind == kInt4;
+  const uint8_t* at = data + layout.at_row(row);
+  for (int64_t step = 0; step < layout.steps; step++) {
+    const int64_t k = step % layout.per_block, block = step / layout.per_block;
+    const uint8_t* at_block = at + block * (layout.values_bytes + 32);
+    const uint8_t* at_codes = at_block + (block == layout.full ? layout.left_bytes : layout.values_bytes);
+    const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(load(at_codes), _mm_cvtsi64_si128(2 * k)), two_bits);
+    __m256i values = load(at_block + (nibbles ? k / 2 : k) * 32);
+    if (nibbles) values = _mm256_sub_epi8(_mm256_and_si256(k % 2 ? _mm256_srli_epi16(values, 4) : values, four_bits), eight);
+    _mm256_storeu_si256(static_cast<__m256i*>(out) + step, places.spread<kWords>(values, codes));
+  }
+}
+
+// Dense words of one kind, or bytes with their scales, as elements of a type: compilers make vectors of these loops.
+template <bool kIsFp16>
+SPARSEPASS_AVX2 inline void convert_words(const uint16_t* from, int64_t columns, int type, void* out) {
+  alignas(32) float wide[8];
+  for (int64_t i = 0; i < columns; i += 8) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    const __m256 values = kIsFp16 ? _mm256_cvtph_ps(words) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+    if (type == kTypeFloat) {
+      _mm256_storeu_ps(static_cast<float*>(out) + i, values);
+    } else if (type == kTypeFp16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      _mm256_store_ps(wide, values);
+      for (int64_t j = 0; j < 8; j++) static_cast<uint16_t*>(out)[i + j] = round_bf16(wide[j]);
+    }
+  }
+}
+
+SPARSEPASS_AVX2 inline void convert_bytes(
+    const int8_t* from, const uint16_t* scales, int64_t size, int64_t columns, int type, void* out) {
+  const __m256i rounding = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
+  for (int64_t i = 0; i < columns; i += 8) {
+    const __m256 scale = _mm256_set1_ps(widen_bf16(scales[i / size]));
+    const __m256i numbers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i)));
+    const __m256 values = _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), scale);
+    if (type == kTypeFloat) {
+      _mm256_storeu_ps(static_cast<float*>(out) + i, values);
+    } else if (type == kTypeFp16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      // Scales are finite, so a product is never NaN, and rounding by an addition will do.
+      const __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+      const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, rounding), odd), 16);
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_castsi256_si128(words));
+    }
+  }
+}
+
 }  // namespace sparsepass::avx2
 
 #endif

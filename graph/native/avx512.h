@@ -266,6 +266,35 @@ SPARSEPASS_WORDS inline void unpack_words(const Layout& layout, const uint8_t* d
   }
 }
 
+// Bytes of one row, 64 columns at a time; `out` has room for whole registers.
+SPARSEPASS_BYTES inline void unpack_bytes(const Layout& layout, const uint8_t* data, int64_t row, int8_t* out) {
+  alignas(64) uint8_t order[64], places[64];
+  for (int lane = 0; lane < 64; lane++) order[lane] = static_cast<uint8_t>(lane / 4 * 2);
+  for (int lane = 0; lane < 64; lane++) places[lane] = static_cast<uint8_t>(lane % 4);
+  const __m512i place = _mm512_load_si512(places), two_bits = _mm512_set1_epi8(3), one = _mm512_set1_epi8(1);
+  const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), half_way = _mm512_set1_epi8(32);
+  const bool nibbles = layout.kind == kInt4;
+  const uint8_t* at = data + layout.at_row(row);
+  for (int64_t step = 0; step < layout.steps; step++) {
+    const int64_t k = step % 4, block = step / 4;
+    const uint8_t* at_block = at + block * (layout.values_bytes + 64);
+    const bool is_left = block == layout.full;
+    const uint8_t* at_codes = is_left ? data + row / layout.unit_rows * layout.unit_bytes : at_block + layout.values_bytes;
+    const int64_t shift = 2 * (is_left ? row % layout.unit_rows * layout.left + k : k);
+    const __m512i codes = _mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512(at_codes), _mm_cvtsi64_si128(shift)), two_bits);
+    __m512i values = _mm512_loadu_si512(at_block + (nibbles ? k / 2 : k) * 64);
+    if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k % 2 ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
+    __m512i first = _mm512_load_si512(order);
+    for (int64_t half = 0; half < 2; half++, first = _mm512_add_epi8(first, half_way)) {
+      const __m512i second = _mm512_add_epi8(first, one);
+      const __mmask64 is_first = _mm512_cmpeq_epi8_mask(_mm512_permutexvar_epi8(first, codes), place);
+      const __mmask64 is_second = _mm512_cmpeq_epi8_mask(_mm512_permutexvar_epi8(second, codes), place);
+      const __m512i found = _mm512_mask_permutexvar_epi8(_mm512_maskz_permutexvar_epi8(is_first, first, values), is_second, second, values);
+      _mm512_storeu_si512(out + step * 128 + half * 64, found);
+    }
+  }
+}
+
 }  // namespace sparsepass::avx512
 
 #endif

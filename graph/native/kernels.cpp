@@ -165,19 +165,29 @@ void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, 
   });
 }
 
+// Room for one row on its way to its zeros.
+struct Row {
+  std::vector<uint8_t> kept, codes, dense;
+
+  explicit Row(const Layout& layout)
+      : kept(static_cast<size_t>(layout.columns) + 1),
+        codes(static_cast<size_t>(layout.columns / 8) + 1),
+        dense(static_cast<size_t>(std::max(layout.columns, layout.padded_columns()) * 2 + 64)) {}
+};
+
 // One row with its zeros, through its stored form.
-void unpack_row(const SparsepassWeight& w, const Layout& layout, int64_t row, int type, uint8_t* kept, uint8_t* codes, void* out) {
+void unpack_any(const SparsepassWeight& w, const Layout& layout, int64_t row, int type, Row& room, void* out) {
   const auto* data = static_cast<const uint8_t*>(w.data);
-  store_row(layout, row, data, kept, codes);
+  store_row(layout, row, data, room.kept.data(), room.codes.data());
   std::memset(out, 0, static_cast<size_t>(w.columns * element_bytes(type)));
   const int64_t size = w.group_size ? w.group_size : w.columns, groups = ceil_div(w.columns, size);
   for (int64_t i = 0; i < w.columns / 2; i++) {
-    const int64_t column = generic::column_of(codes, i);
+    const int64_t column = generic::column_of(room.codes.data(), i);
     float value;
     if (is_integer(w.kind)) {
-      value = static_cast<float>(generic::value_of(layout, kept, i)) * widen_bf16(w.scales[row * groups + i * 2 / size]);
+      value = static_cast<float>(generic::value_of(layout, room.kept.data(), i)) * widen_bf16(w.scales[row * groups + i * 2 / size]);
     } else {
-      value = widen(w.kind == kFp16, reinterpret_cast<const uint16_t*>(kept)[i]);
+      value = widen(w.kind == kFp16, reinterpret_cast<const uint16_t*>(room.kept.data())[i]);
     }
     if (type == kTypeFloat) {
       static_cast<float*>(out)[column] = value;
@@ -185,6 +195,29 @@ void unpack_row(const SparsepassWeight& w, const Layout& layout, int64_t row, in
       static_cast<uint16_t*>(out)[column] = round_word(type == kTypeFp16, value);
     }
   }
+}
+
+void unpack_row(const SparsepassWeight& w, const Layout& layout, int64_t row, int type, Row& room, void* out) {
+#if defined(__x86_64__)
+  if (w.path == kAvx2 || w.path == kAvx512) {
+    const auto* data = static_cast<const uint8_t*>(w.data);
+    if (is_integer(w.kind)) {
+      auto* bytes = reinterpret_cast<int8_t*>(room.dense.data());
+      w.path == kAvx512 ? avx512::unpack_bytes(layout, data, row, bytes) : avx2::unpack<false>(layout, data, row, bytes);
+      const int64_t size = w.group_size ? w.group_size : w.columns;
+      return avx2::convert_bytes(bytes, w.scales + row * ceil_div(w.columns, size), size, w.columns, type, out);
+    }
+    const bool as_it_is = type == (w.kind == kFp16 ? kTypeFp16 : kTypeBf16);
+    auto* words = reinterpret_cast<uint16_t*>(as_it_is && w.path == kAvx512 ? out : room.dense.data());
+    w.path == kAvx512 ? avx512::unpack_words(layout, data, row, words) : avx2::unpack<true>(layout, data, row, words);
+    if (as_it_is) {
+      if (words != out) std::memcpy(out, words, static_cast<size_t>(w.columns) * 2);
+      return;
+    }
+    return w.kind == kFp16 ? avx2::convert_words<true>(words, w.columns, type, out) : avx2::convert_words<false>(words, w.columns, type, out);
+  }
+#endif
+  unpack_any(w, layout, row, type, room, out);
 }
 
 }  // namespace
@@ -269,16 +302,9 @@ int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t las
   if (!sparsepass_has(w.path, w.kind)) return 1;
   const Layout layout(w.path, w.kind, w.rows, w.columns);
   in_parts(last - first, 8, threads, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> kept(static_cast<size_t>(w.columns) + 1), codes(static_cast<size_t>(w.columns / 8) + 1);
+    Row room(layout);
     for (int64_t i = begin; i < end; i++) {
-      auto* to = static_cast<uint8_t*>(out) + i * w.columns * element_bytes(type);
-#if defined(__x86_64__)
-      if (w.path == kAvx512 && type == (w.kind == kFp16 ? kTypeFp16 : kTypeBf16) && !is_integer(w.kind)) {
-        avx512::unpack_words(layout, static_cast<const uint8_t*>(w.data), first + i, reinterpret_cast<uint16_t*>(to));
-        continue;
-      }
-#endif
-      unpack_row(w, layout, first + i, type, kept.data(), codes.data(), to);
+      unpack_row(w, layout, first + i, type, room, static_cast<uint8_t*>(out) + i * w.columns * element_bytes(type));
     }
   });
   return 0;

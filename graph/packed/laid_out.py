@@ -10,14 +10,16 @@ Tensor shapes: O rows, I columns, R sums of k columns, T tokens.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sparsepass.graph.native import KINDS, PATHS, TORCH, TYPES as TYPE_NAMES, Kernels, NativeWeight, kernels
-from sparsepass.graph.packed.layout import PackedWeight, bad_codes, check_codes, check_sizes, stored_form, with_zeros
+from sparsepass.graph.packed.gpu import packed_linear_gpu
+from sparsepass.graph.packed.gpu_ways import gpu_refusal
+from sparsepass.graph.packed.layout import PackedWeight, Values, bad_codes, check_codes, check_sizes, stored_form, with_zeros
 from sparsepass.graph.support import SparsepassError
 
 TYPES: Final = {getattr(torch, name): number for name, number in TYPE_NAMES.items()}
@@ -43,7 +45,7 @@ class Form:
         dense: The data are all values, row by row.
     """
 
-    values: str
+    values: Values
     path: str
     rows: int
     columns: int
@@ -76,7 +78,7 @@ class Form:
         )
 
 
-_NAMES_OF_KINDS: Final = {number: name for name, number in KINDS.items()}
+_NAMES_OF_KINDS: Final[dict[int, Values]] = {KINDS[name]: name for name in get_args(Values)}
 _NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
 
 
@@ -204,6 +206,8 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
             x = x.contiguous()
     y = torch.empty((*shape[:-1], weight.form.rows), dtype=x.dtype, device=x.device)
     if weight.native is None or tokens > MOST_TOKENS:
+        if weight.codes is not None and x.is_cuda and not gpu_refusal(x.device):
+            return _on_gpu(weight, weight.codes, x).view(y.shape)
         _by_tiles(weight, x.reshape(-1, columns), y.view(-1, weight.form.rows))
         return y
     stride = x.stride(0) if x.dim() == 2 else columns
@@ -211,6 +215,12 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
     if failed:
         _check_path(failed, weight.form.path, weight.form.values)
     return y
+
+
+def _on_gpu(weight: LaidOut, codes: Tensor, x: Tensor) -> Tensor:
+    form = weight.form
+    rest = (weight.scales, form.group_size, form.values, weight.branch, form.k, weight.bias)
+    return packed_linear_gpu(x, weight.data, codes, *rest)
 
 
 def refusal(x: Tensor, columns: int) -> SparsepassError:

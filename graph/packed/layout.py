@@ -119,7 +119,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     Example:
         >>> weight = torch.tensor([[0, 3.0, 0, -3, 1, 0, 0, 2]])
         >>> unpack(pack(weight, values="int8"))  # 3 / 127, rounded up to bfloat16, is a step
-        tensor([[ 0.0000,  3.0059,  0.0000, -3.0059,  0.9941,  0.0000,  0.0000,  2.0039]])
+        tensor([[ 0.0000,  3.0076,  0.0000, -3.0076,  0.9946,  0.0000,  0.0000,  1.9893]])
     """
     check(packed)
     rows, columns = packed.shape

@@ -24,6 +24,9 @@ class GroupOfLayers(Protocol):
     def result(self, member: "PackedLinear", x: Tensor) -> Tensor | None:
         """The result of one of the layers; None if it has to compute alone."""
 
+    def forget(self) -> None:
+        """One of the layers was moved or loaded."""
+
 
 _ZEROS = 0x44  # codes of two groups that keep their first two places
 _LOCK = RLock()
@@ -224,7 +227,8 @@ class PackedLinear(nn.Module):
                 packed = self.packed()
                 self._own("weight", packed.kept)
                 self._own("codes", packed.codes)
-                self._buffers["data"] = self._form = self._ready = None
+                self._buffers["data"] = self._form = None
+                self._forget_addresses()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ class PackedLinear(nn.Module):
             return without_gradient(x, y)
         else:
             y = self._by_kernel(x)
-        return self._with_trained_branch(y, x)
+        return self._with_trained_branch(y, x) if self.slorb_trained else y
 
     def extra_repr(self) -> str:
         """What `repr` tells."""
@@ -333,6 +337,11 @@ class PackedLinear(nn.Module):
                     f"{name}.{part} has to be {list(shape)} of a floating type, and is {list(found.shape)} of {found.dtype}"
                 )
 
+    def _forget_addresses(self) -> None:
+        self._ready = None
+        if self.siblings is not None:
+            self.siblings.forget()
+
     def _own(self, name: str, tensor: Tensor | None) -> None:
         """Keep a parameter that is never trained."""
         self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
@@ -350,7 +359,7 @@ class PackedLinear(nn.Module):
         if after != before:
             self.to_stored()
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        self._ready = None
+        self._forget_addresses()
         if after != before and after.type == "cpu" and before.type != "meta":
             self.lay_out()
         return self

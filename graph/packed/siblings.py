@@ -56,8 +56,9 @@ class Siblings:
         self.members = list(members)
         self._lock, self._local = RLock(), local()
         self._whole: LaidOut | None = None
-        self._data: list[Tensor] = []
         self._is_off, self._num_untaken = False, 0
+        self._keys = [id(each) for each in self.members]
+        self._rows: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -70,33 +71,35 @@ class Siblings:
 
         Shapes: x ``[..., I]``, the result ``[..., O]``.
         """
-        if self._is_off or x.numel() > MOST_TOKENS * member.in_features or not x.numel() or x.shape[-1] != member.in_features:
+        columns, num_elements, key = member.in_features, x.numel(), id(member)
+        if self._is_off or not x.is_cpu or num_elements > MOST_TOKENS * columns or not num_elements or x.shape[-1] != columns:
             return None
         kept: _Kept | None = getattr(self._local, "kept", None)
-        index = id(member)
         if kept is not None:
-            if (y := kept.take(x, index)) is not None:
+            if (y := kept.take(x, key)) is not None:
                 return y
             self._num_untaken = 0 if kept.num_taken else self._num_untaken + 1
             self._is_off = self._num_untaken > _PATIENCE
             self._local.kept = None
-        whole = self._laid_out()
+        whole = self._whole or self._laid_out()
         if whole is None:
             return None
-        y_O = product(whole, x)
-        parts = y_O.split([each.out_features for each in self.members], dim=-1)
-        results: dict[int, Tensor] = {id(each): part.contiguous() for each, part in zip(self.members, parts, strict=True)}
-        own = results.pop(index)
+        parts: Sequence[Tensor] = torch.split_with_sizes(product(whole, x), self._rows, dim=-1)
+        if num_elements > columns:
+            parts = [part.contiguous() for part in parts]
+        results = dict(zip(self._keys, parts, strict=True))
+        own = results.pop(key)
         self._local.kept = _Kept(x, results)
         return own
 
+    def forget(self) -> None:
+        """One of the layers was moved or loaded: its weight lies elsewhere."""
+        self._whole = None
+
     def _laid_out(self) -> LaidOut | None:
-        """All weights as one; laid together anew if one of them was moved or loaded."""
-        whole = self._whole
-        if whole is not None and all(m._buffers["data"] is data for m, data in zip(self.members, self._data, strict=True)):
-            return whole
+        """All weights as one."""
         with self._lock:
-            self._whole = self._laid_together()
+            self._whole = self._whole or self._laid_together()
             self._is_off = self._whole is None
             return self._whole
 
@@ -113,12 +116,11 @@ class Siblings:
         if data.nbytes != library.laid_out_bytes(PATHS[form.path], kind, form.rows, form.columns):
             return None
         library.huge_pages(data.data_ptr(), data.nbytes)
-        self._data = []
         for member, part in zip(self.members, data.split([each.data.nbytes for each in ready]), strict=True):
             part.copy_(member.laid_out().data)
             member._buffers["data"] = part
             member._ready = None  # which has the old place, and would keep it
-            self._data.append(part)
+        self._rows = [each.form.rows for each in ready]
         biases = [each.bias if each.bias is not None else torch.zeros(each.form.rows) for each in ready]
         return LaidOut(
             form,

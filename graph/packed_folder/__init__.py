@@ -3,10 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.graph.packed_folder.install import (
-        is_packed_module as is_packed_module,
-        num_parameters as num_parameters,
-    )
+    from sparsepass.graph.packed_folder.install import is_packed_module as is_packed_module, num_parameters as num_parameters
     from sparsepass.graph.packed_folder.names import (
         find_layer as find_layer,
         is_conv1d as is_conv1d,

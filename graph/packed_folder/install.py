@@ -40,10 +40,12 @@ def num_parameters(model: nn.Module) -> int:
         >>> num_parameters(nn.Linear(8, 4)), num_parameters(nn.Sequential(PackedLinear(8, 4, bias=True)))
         (36, 36)
     """
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    # A group of scales and the codes are no parameters of the model.
-    form = {id(p) for layer in packed for p in (layer.weight, layer.codes, layer.scales) if p is not None}
-    weights = sum(layer.in_features * layer.out_features for layer in packed)
+    packed = [module for module in model.modules() if is_packed_module(module)]
+    layers = [module for module in packed if isinstance(module, PackedLinear)]
+    # Scales and codes are no parameters of the model.
+    form = {id(module._parameters.get(name)) for module in packed for name in ("codes", "scales")}
+    form |= {id(layer.weight) for layer in layers}
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
     return weights + sum(p.numel() for p in model.parameters() if id(p) not in form)
 
 
@@ -186,6 +188,7 @@ def _check_read(layer: nn.Module, path: str) -> None:
     if isinstance(layer, PackedLinear):
         parts = stored_form(layer.values, layer.out_features, layer.in_features, layer.group_size)
         # Sizes and codes are checked when it is laid out.
+        expected: dict[str, tuple[tuple[int, int] | None, torch.dtype]]
         expected = {("weight" if name == "kept" else name): (None, dtype) for name, (_, dtype) in parts.items()}
     else:
         sizes = ("num_embeddings", "embedding_dim") if isinstance(layer, Int8Embedding) else ("out_features", "in_features")
@@ -204,7 +207,7 @@ def _check_read(layer: nn.Module, path: str) -> None:
 
 
 def _run_head_by_kernel(model: "PreTrainedModel") -> None:
-    """Let the output head, if it is a plain linear layer in memory, be multiplied by the kernels. Its weight stays where it is."""
+    """Let the output head, if it is a plain linear layer in memory, be multiplied by the kernels. Its weight is not copied."""
     head = model.get_output_embeddings()
     kinds = {dtype: kind for kind, dtype in FLOATS.items()}
     if type(head) is not nn.Linear or head.weight.device.type != "cpu" or head.weight.dtype not in kinds:
@@ -214,7 +217,7 @@ def _run_head_by_kernel(model: "PreTrainedModel") -> None:
     path = next(path for path, module in model.named_modules() if module is head)
     layer = DenseLinear(head.in_features, head.out_features, dtype=head.weight.dtype, device="meta")
     # The parameters themselves, which may be those of the embedding too.
-    layer.weight, layer.bias = head.weight, head.bias
+    layer._parameters |= head._parameters
     _replace(model, path, layer.eval())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is GPT-2's Conv1D, a linear layer that stores its weight [in, out].
 

@@ -1,12 +1,16 @@
 """Packed folders as transformers loads them: a configuration and a quantizer for its registry.
 
-This file is imported while transformers itself is (see `sparsepass/_registration.py`), so it takes from transformers only what is
-there by then, and what does the work is imported when a model is loaded.
+This file is imported while transformers itself is (see `sparsepass/_registration.py`), so it takes from transformers only what
+is there by then, and what does the work is imported when a model is loaded.
 """
 
 from typing import TYPE_CHECKING, Any, final
 
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer as add_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer as add_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -63,8 +67,8 @@ class PackedQuantizer(HfQuantizer):
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if len(places) > 1 or "disk" in places:
             raise SparsepassError(
-                f"a packed model lies on one device, and device_map names {', '.join(sorted(map(str, places)))}; leave it out, or "
-                "name one device"
+                f"a packed model lies on one device, and device_map names {', '.join(sorted(map(str, places)))}; leave it out, "
+                "or name one device"
             )
 
     def param_needs_quantization(self, model: "PreTrainedModel", param_name: str, **kwargs: Any) -> bool:

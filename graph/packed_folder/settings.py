@@ -1,14 +1,14 @@
 """What config.json of a packed folder says of its layers: the entry `quantization_config`.
 
 1. The layers that are packed stand in groups: those of a group read one input, and run in one call.
-2. Everything that cannot be read from the model's class and the tensors' shapes stands here, so that the modules are known before
-   a tensor is read.
+2. Everything that cannot be read from the model's class and the tensors' shapes stands here, so that the modules are known
+   before a tensor is read.
 3. A layer is named as in the files, which is what stays: module paths change with the version of transformers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, final, get_args
+from typing import Any, Final, Literal, cast, final, get_args
 
 from sparsepass.graph.support import SparsepassError
 
@@ -17,8 +17,8 @@ FORMAT_VERSION: Final = 1
 Values = Literal["bf16", "fp16", "int8", "int4"]
 INTEGERS: Final = ("int8", "int4")
 FOR_INFERENCE: Final = (
-    "packed folders are for inference, and cannot be rewritten or trained: start from the program that was exported, or from the plain "
-    "folder that `sparsepass unpack FOLDER -o OUT` writes"
+    "packed folders are for inference, and cannot be rewritten or trained: start from the program that was exported, or from "
+    "the plain folder that `sparsepass unpack FOLDER -o OUT` writes"
 )
 _ADVICE: Final = "the folder is damaged or was changed by hand: export the model again"
 
@@ -97,14 +97,17 @@ class PackedSettings:
             raise SparsepassError(f"quantization_config has the version {version!r}, expected {FORMAT_VERSION}; {_ADVICE}")
         if version > FORMAT_VERSION:
             raise SparsepassError(
-                f"quantization_config has version {version}, and this sparsepass reads up to {FORMAT_VERSION}; upgrade sparsepass"
+                f"quantization_config has version {version}, and this sparsepass reads up to {FORMAT_VERSION}; "
+                "upgrade sparsepass"
             )
         values = document.get("values")
         if values not in get_args(Values):
-            raise SparsepassError(f"quantization_config names the values {values!r}, expected one of {get_args(Values)}; {_ADVICE}")
+            raise SparsepassError(
+                f"quantization_config names the values {values!r}, expected one of {get_args(Values)}; {_ADVICE}"
+            )
         try:
             return cls(
-                values=values,
+                values=cast(Values, values),
                 group_size=int(document.get("group_size", 0)),
                 embedding=document.get("embedding"),
                 groups=tuple(tuple(map(str, group)) for group in document["layers"]),

@@ -1,7 +1,7 @@
 """Packed folders become known to transformers when its table of quantizers is loaded, and no earlier.
 
-`import sparsepass` loads neither torch nor transformers, so if they are not there yet, a hook waits for the one module that holds
-the table. It goes away when it has done its work.
+`import sparsepass` loads neither torch nor transformers, so if they are not there yet, a hook waits for the one module that
+holds the table. It goes away when it has done its work.
 """
 
 import importlib.util

@@ -273,7 +273,7 @@ def _storage(tensor: ir.TensorProtocol) -> object:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Packed:
+class _PackedBits:
     """A packed weight, found and not yet read.
 
     Attributes:
@@ -306,7 +306,7 @@ class _Packed:
         return view_bits((values & np.uint8(self.mask)) != self.zero, has_sign=False)
 
 
-def _read_packed(node: ir.Node, follower: Follower) -> _Packed:
+def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
     """Find the weight of a MatMulNBits or MatMulBnb4.
 
     MatMulNBits: B is [out, blocks, bytes], lowest bits first; zero is the block's zero point, or half the range.
@@ -325,7 +325,7 @@ def _read_packed(node: ir.Node, follower: Follower) -> _Packed:
         if not int_of(node, "transB", 1):
             raise Problem("a weight that is not transposed is not supported")
         is_nf4 = int_of(node, "quant_type", _NF4) == _NF4
-        return _Packed(
+        return _PackedBits(
             constant=found,
             shape=(num_out, num_in),
             dtype="nf4" if is_nf4 else "fp4",
@@ -350,7 +350,7 @@ def _read_packed(node: ir.Node, follower: Follower) -> _Packed:
         packed = follower.data.read(stored.tensor, stored.name).reshape(num_out, -1)
         num_blocks = -(-num_in // block)
         zero = unpack_bits(packed, bits)[:, :num_blocks].repeat(block, axis=1)[:, :num_in]
-    return _Packed(
+    return _PackedBits(
         constant=found,
         shape=(num_out, num_in),
         dtype=f"uint{bits}",

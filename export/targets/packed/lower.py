@@ -1,7 +1,7 @@
 """The target `packed`: a Hugging Face folder whose 2:4 layers hold their kept values and the places of these.
 
-1. A packed layer keeps its name: ``.weight`` has the kept values, in a shape that is not the dense one, so that transformers without
-   sparsepass stops at it. ``.codes``, ``.scales`` and a SLoRB branch stand beside it.
+1. A packed layer keeps its name: ``.weight`` has the kept values, in a shape that is not the dense one, so that transformers
+   without sparsepass stops at it. ``.codes``, ``.scales`` and a SLoRB branch stand beside it.
 2. Everything else is stored as the target hf stores it.
 3. A weight is packed by itself: no dense copy of the model is made.
 
@@ -9,7 +9,7 @@ Tensor shape legend: O out features, I in features, R sums of k features.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
@@ -31,8 +31,6 @@ from sparsepass.passes.maths import canonical_zeros, relative_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from sparsepass.export.targets.packed.target import Packed
 
 _ENGINE: Final = "model"
 
@@ -83,8 +81,8 @@ class PackedArtifact:
             worst = max(self.errors, key=lambda layer: self.errors[layer])
             middle = sorted(self.errors.values())[len(self.errors) // 2]
             said.append(
-                f"rounded to {self.settings.values}: relative error of a weight {middle:.2g} in the middle, {self.errors[worst]:.2g} "
-                f"at most ({worst})"
+                f"rounded to {self.settings.values}: relative error of a weight {middle:.2g} in the middle, "
+                f"{self.errors[worst]:.2g} at most ({worst})"
             )
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         said += [f"{number} left dense: {reason}" for reason, number in reasons.most_common()]
@@ -150,14 +148,24 @@ class PackedArtifact:
         )
 
 
-def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArtifact:
+def lower_packed(
+    program: Program,
+    folder: Path,
+    *,
+    values: str = "bf16",
+    group_size: int = 64,
+    embedding: str | None = None,
+    dtype: "torch.dtype | str | None" = None,
+) -> PackedArtifact:
     """Write a program as a packed folder.
 
     Args:
         program: Captured from a transformers model. It is not changed.
         folder: An existing, empty folder.
-        target: The options. Without `dtype`, what is not packed is stored in the 16-bit type of the values: that of fp16 is float16,
-            and else bfloat16, or the program's own for integers if it is of 16 bits.
+        values: What a kept value is stored as.
+        group_size: Input features that share a scale, for integers; 0 for one scale a row.
+        embedding: ``int8`` to keep embedding and head in it.
+        dtype: Type of what is not packed. By default 16 bits: float16 for fp16, the program's own for integers, else bfloat16.
 
     Returns:
         What was written.
@@ -171,8 +179,8 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     """
     if program.origin.model_class is None or program.origin.config is None:
         raise SparsepassError(
-            "the target packed writes a folder for a class of transformers, and this program was captured from a plain nn.Module "
-            "(or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
+            "the target packed writes a folder for a class of transformers, and this program was captured from a plain "
+            "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
         )
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program has no weights yet, so there is nothing to pack; fill it first")
@@ -182,21 +190,24 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
     if not packed:
         reasons = Counter(layer.reason for layer in layers).most_common(3)
         why = "; ".join(f"{number} layers: {reason}" for reason, number in reasons) or "it has no linear layer"
-        raise SparsepassError(f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify")
-    embeddings = tables(program, model, (layer.layer for layer in packed.values())) if target.embedding else {}
+        raise SparsepassError(
+            f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify"
+        )
+    _check_branches(program, layers)
+    embeddings = tables(program, model, (layer.layer for layer in packed.values())) if embedding else {}
     settings = PackedSettings(
-        embedding=target.embedding,  # type: ignore[arg-type]
+        embedding=embedding,  # type: ignore[arg-type]
         embeddings=tuple(embeddings.values()),
-        values=target.values,  # type: ignore[arg-type]
-        group_size=target.group_size if target.is_integer else 0,
+        values=values,  # type: ignore[arg-type]
+        group_size=group_size if values in INTEGERS else 0,
         groups=groups(layers),
         branches={layer.name: layer.branch for layer in packed.values() if layer.branch is not None},
         transposed=tuple(layer.name for layer in packed.values() if layer.transposed),
     )
-    dtype = _dtype(program, target)
+    kind = _dtype(program, values) if dtype is None else parse_dtype(dtype)
     with quiet_loading():
-        settle_config(model, dtype)
-        state, errors = _tensors(program, model, packed, settings, dtype)
+        settle_config(model, kind)
+        state, errors = _tensors(program, model, packed, settings, kind)
         for path in embeddings:
             state |= _table(program, model, path, errors)
         model.config.quantization_config = settings.to_dict()
@@ -207,20 +218,30 @@ def lower_packed(program: Program, folder: Path, target: "Packed") -> PackedArti
         layers=layers,
         errors=errors,
         auto_class=loads_with,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(kind).removeprefix("torch."),
         files={},
-        dense_bytes=_dense_bytes(program, model, dtype),
+        dense_bytes=_dense_bytes(program, model, kind),
     )
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return replace(artifact, files=files)
 
 
-def _dtype(program: Program, target: "Packed") -> torch.dtype:
-    if target.dtype is not None:
-        return parse_dtype(target.dtype)
+def _check_branches(program: Program, layers: Iterable[LayerChoice]) -> None:
+    """A branch beside a dense layer has no place in the folder, and must not be lost."""
+    reasons = {layer.weight: layer.reason for layer in layers}
+    for weight, state in program.sparse.items():
+        if state.branch is not None and (reason := reasons.get(weight, "it is no linear layer")):
+            raise SparsepassError(
+                f"{weight.removesuffix('.weight')} has a SLoRB branch and cannot be packed ({reason}); apply slorb with this "
+                "layer among ignore, or use the target hf"
+            )
+
+
+def _dtype(program: Program, values: str) -> torch.dtype:
+    """Type of what is not packed, if none is asked for."""
     own = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
-    if target.values == "fp16" or (target.is_integer and own == torch.float16):
+    if values == "fp16" or (values in INTEGERS and own == torch.float16):
         return torch.float16
     return torch.bfloat16
 
@@ -272,7 +293,7 @@ def _table(program: Program, model: "PreTrainedModel", path: str, errors: dict[s
     found_VD = table.weight.float() * table.scales.float()
     errors[path] = relative_error([(weight_VD.float() - found_VD, weight_VD.float())], ())
     users = [each for each in model.state_dict() if program.aliases.get(each, each) == name]
-    return {user: table.weight.data for user in users} | {f"{path}.scales": table.scales.data}
+    return dict.fromkeys(users, table.weight.data) | {f"{path}.scales": table.scales.data}
 
 
 def packed_weight(program: Program, layer: LayerChoice, settings: PackedSettings) -> PackedWeight:

@@ -34,7 +34,9 @@ def check_packed_folder(folder: str | Path, pattern: str = _PATTERN, *, ignore: 
             entries += found.entries
             unused &= set(found.unused)
         tables = [f"{layer}.weight" for layer in stored.settings.embeddings]
-        rest = {name: stored.tensor(name) for name in stored.names if name.endswith(".weight") and name not in {*names, *tables}}
+        rest = {
+            name: stored.tensor(name) for name in stored.names if name.endswith(".weight") and name not in {*names, *tables}
+        }
         rest = {name: tensor for name, tensor in rest.items() if tensor.dim() > 1}
         if rest:
             found = check_pattern(rest, pattern, ignore=ignore, expected_sparse=[])

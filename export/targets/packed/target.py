@@ -59,7 +59,14 @@ class Packed(Target):
         from sparsepass.export.targets.packed.lower import lower_packed
 
         context.save_companions(folder)
-        artifact = lower_packed(program, folder, self)
+        artifact = lower_packed(
+            program,
+            folder,
+            values=self.values,
+            group_size=self.group_size,
+            embedding=self.embedding,
+            dtype=self.dtype,
+        )
         return Lowered(
             dtype=artifact.dtype,
             expected_sparse={},

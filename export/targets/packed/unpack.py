@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
-from sparsepass.export.targets.hf import (
-    ADAPTER_FOLDER,
-    PEFT_TASKS,
-    adapter_names,
-    auto_class,
-    front_matter,
-    write_branches,
-)
+from sparsepass.export.targets.hf import ADAPTER_FOLDER, PEFT_TASKS, adapter_names, auto_class, front_matter, write_branches
 from sparsepass.export.targets.packed.stored import PARTS, StoredFolder, stored_folder
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.packed import check, unpack
@@ -60,8 +53,8 @@ class Unpacked:
 def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -> Unpacked:
     """Write the plain Hugging Face folder of a packed one.
 
-    Weights have their zeros again; integers are multiplied by their scales and rounded to the type of the model. SLoRB branches go to
-    a PEFT adapter, as in the target hf.
+    Weights have their zeros again; integers are multiplied by their scales and rounded to the type of the model. SLoRB branches
+    go to a PEFT adapter, as in the target hf.
 
     Args:
         folder: A folder of the target packed.
@@ -146,7 +139,8 @@ def _skeleton(folder: Path) -> "PreTrainedModel":
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise SparsepassError(
-            f"config.json names the model class {config.architectures}, which transformers {transformers.__version__} lacks; upgrade it"
+            f"config.json names the model class {config.architectures}, which transformers {transformers.__version__} lacks; "
+            "upgrade it"
         )
     with quiet_loading(), torch.device("meta"):
         model: PreTrainedModel = kind(config)
@@ -177,8 +171,8 @@ def _card(loads_with: str, has_branches: bool) -> str:
         *front_matter(loads_with, ["2:4"]),
         "# A 2:4 sparse model, unpacked",
         "",
-        "Written by `sparsepass unpack` from a packed folder: the weights have their zeros again, and plain transformers loads them by",
-        f"`{loads_with}.from_pretrained`.",
+        "Written by `sparsepass unpack` from a packed folder: the weights have their zeros again, and plain transformers loads",
+        f"them by `{loads_with}.from_pretrained`.",
         "",
     ]
     if has_branches:

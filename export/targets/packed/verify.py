@@ -30,11 +30,11 @@ def verify_packed(program: Program, folder: Path, artifact: "PackedArtifact") ->
     """Check a packed folder against the program.
 
     1. ``pattern``: sizes, types and codes of each packed weight are such that it is 2:4 once it is unpacked.
-    2. ``weights``: unpacked, each is bit for bit the program's after rounding to a floating type; integers are within half a step of
-       their scale. So is everything that is not packed, when the folder is loaded.
+    2. ``weights``: unpacked, each is bit for bit the program's after rounding to a floating type; integers are within half a
+       step of their scale. So is everything that is not packed, when the folder is loaded.
     3. ``layers``: each packed layer of the loaded model gives what its unpacked weight gives.
-    4. ``outputs``: the loaded model's are the program's, within the tolerance of the type. For integers, how far rounding moved them
-       is told, and they have to be finite.
+    4. ``outputs``: the loaded model's are the program's, within the tolerance of the type. For integers, how far rounding moved
+       them is told, and they have to be finite.
 
     Args:
         program: What was lowered.
@@ -69,8 +69,8 @@ def verify_packed(program: Program, folder: Path, artifact: "PackedArtifact") ->
             name="layers",
             held=not layers,
             summary="; ".join(layers[:5])
-            or f"{len(packed)} packed layers give what their unpacked weights give: relative error {worst:.2g} at most (allowed "
-            f"{_LAYER_TOLERANCES[artifact.settings.values]:g})",
+            or f"{len(packed)} packed layers give what their unpacked weights give: relative error {worst:.2g} at most "
+            f"(allowed {_LAYER_TOLERANCES[artifact.settings.values]:g})",
             details={"largest_relative_error": worst, "failures": layers},
         ),
         _outputs(program, model, artifact),
@@ -81,8 +81,8 @@ def _told_of_weights(artifact: "PackedArtifact", num_equal: int) -> str:
     values, number = artifact.settings.values, len(artifact.packed)
     if artifact.errors:
         return (
-            f"{number} packed weights are the program's, rounded to {values} (relative error {max(artifact.errors.values()):.2g} at "
-            f"most); {num_equal} others are bit for bit the program's"
+            f"{number} packed weights are the program's, rounded to {values} (relative error "
+            f"{max(artifact.errors.values()):.2g} at most); {num_equal} others are bit for bit the program's"
         )
     return f"{number} packed weights, unpacked, and {num_equal} others are bit for bit the program's"
 
@@ -143,7 +143,9 @@ def _check_layers(packed: dict[str, PackedLinear]) -> tuple[list[str], float]:
         error = float((found_TO.cpu() - expected_TO).norm() / expected_TO.norm().clamp(min=1e-12))
         worst = max(worst, error)
         if not error <= tolerance:
-            failures.append(f"{path} gives another result than its unpacked weight: relative error {error:.3g}, allowed {tolerance:g}")
+            failures.append(
+                f"{path} gives another result than its unpacked weight: relative error {error:.3g}, allowed {tolerance:g}"
+            )
     return failures, worst
 
 
@@ -161,7 +163,8 @@ def _outputs(program: Program, model: nn.Module, artifact: "PackedArtifact") -> 
     found = check_outputs(program, model, inputs, getattr(torch, artifact.dtype))
     error = found["relative_error"]
     if artifact.settings.values in INTEGERS or artifact.settings.embedding:
-        said = f"loaded by {artifact.auto_class}: rounding to {artifact.settings.values} moved the outputs by {error:.2g} of their size"
+        moved = f"rounding to {artifact.settings.values} moved the outputs by {error:.2g} of their size"
+        said = f"loaded by {artifact.auto_class}: {moved}"
         return Check(name="outputs", held=bool(error < float("inf")), summary=said, details=found | {"tolerance": None})
     said = f"loaded by {artifact.auto_class}: relative error {error:.2g} (allowed {found['tolerance']:g})"
     if not found["holds"]:

@@ -19,16 +19,22 @@ COMPILED = pytest.mark.skipif(not library.library_file().is_file(), reason="no l
 WEIGHT = torch.tensor([[0, 1.0, 2.0, 0, 0, 3.0, 0, 4.0]])
 
 
+def _forget() -> None:
+    library.kernels.cache_clear()
+    library.find_kernels.cache_clear()
+
+
 @pytest.fixture
 def _no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(library, "library_file", lambda: tmp_path / "libsparsepass.so")
-    library.kernels.cache_clear()
+    _forget()
     yield
-    library.kernels.cache_clear()
+    _forget()
 
 
 def product(weight: Tensor = WEIGHT) -> Tensor:
-    return PackedLinear.from_packed(pack(weight)).lay_out()(torch.ones(1, 8))
+    y: Tensor = PackedLinear.from_packed(pack(weight)).lay_out()(torch.ones(1, 8))
+    return y
 
 
 @pytest.mark.usefixtures("_no_library")
@@ -104,7 +110,7 @@ def test_numbers_are_those_of_the_interface() -> None:
 @COMPILED
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings its own OpenMP runtime on Linux only")
 def test_threads_are_those_of_torch() -> None:
-    entry = library._openmp()
+    entry = library.openmp()
     if entry is None:
         pytest.skip("this torch brings no libgomp")
     assert entry.value

@@ -117,6 +117,16 @@ def test_layouts_give_back_what_was_stored(values: Values, path: str, monkeypatc
         assert torch.equal(again.codes, packed.codes)
 
 
+@OF_EACH_KIND
+def test_torch_reads_what_any_processor_reads(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of kept values, each followed by its codes."""
+    data = {}
+    for path in ("generic", "torch"):
+        force(path, values, monkeypatch)
+        data[path] = PackedLinear.from_packed(packed_weight(7, 72, values)).lay_out().data
+    assert torch.equal(data["generic"], data["torch"])  # type: ignore[arg-type]
+
+
 @ON_EACH_PATH
 def test_zeros_and_values_that_are_not_finite_pass_through(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(path, "bf16", monkeypatch)

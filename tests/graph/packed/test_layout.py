@@ -109,10 +109,11 @@ def test_what_cannot_be_packed_is_refused(weight: Tensor, options: dict[str, obj
 
 def test_damage_is_found() -> None:
     good = packed_weight(4, 32, "int8", 16)
-    bad = {
+    assert good.scales is not None
+    bad: dict[str, tuple[Tensor, str]] = {
         "codes": (good.codes.clone().fill_(0), "do not ascend"),
         "kept": (good.kept[:, 1:], r"has to be \[4, 16\]"),
-        "scales": (good.scales * torch.nan, "not finite"),  # type: ignore[operator]
+        "scales": (good.scales * torch.nan, "not finite"),
     }
     for part, (tensor, said) in bad.items():
         damaged = {"kept": good.kept, "codes": good.codes, "scales": good.scales, part: tensor}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsepass import SparsepassError
 from sparsepass.graph.native import PATHS, available_paths
-from sparsepass.graph.packed import PackedLinear, Values, group_siblings, siblings
+from sparsepass.graph.packed import PackedLinear, Values, group_siblings, laid_out, siblings
 
 NATIVE = [path for path in PATHS if path != "torch"]
 
@@ -27,9 +27,9 @@ def _without_gradients() -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each common run of the kernel computed."""
     seen: list[int] = []
-    run = siblings.product
+    run = laid_out.product
 
-    def counted(weight: siblings.LaidOut, x: Tensor) -> Tensor:
+    def counted(weight: laid_out.LaidOut, x: Tensor) -> Tensor:
         seen.append(weight.form.rows)
         return run(weight, x)
 

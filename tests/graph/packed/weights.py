@@ -43,7 +43,8 @@ def rounded(x: Tensor, values: str) -> Tensor:
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
     largest = padded.abs().amax(-1, keepdim=True)
     steps = (padded * (127 / largest.where(largest > 0, 1.0))).round()
-    return (steps.double() * (largest / 127).double()).flatten(-2)[..., : x.shape[-1]]
+    known: Tensor = (steps.double() * (largest / 127).double()).flatten(-2)
+    return known[..., : x.shape[-1]]
 
 
 def expected(packed: PackedWeight, x: Tensor, path: str) -> Tensor:
