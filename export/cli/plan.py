@@ -58,8 +58,8 @@ def plan_command(
         model,
         gpu=gpu,
         runtime=runtime,
-        batches=_numbers("--batch", batch) or (1,),
-        seqs=_numbers("--seq", seq),
+        batches=support.numbers("--batch", batch) or (1,),
+        seqs=support.numbers("--seq", seq),
         new_tokens=new_tokens,
         dtype=dtype,
         slorb_k=slorb,
@@ -75,20 +75,6 @@ def plan_command(
         support.stdout().print(page(found, every_layer=show_all), highlight=False)
     add_to(report, "plan", {"plan": found.to_dict()}, started)
     support.finish(found.pays)
-
-
-def _numbers(option: str, given: list[str] | None) -> tuple[int, ...]:
-    """Numbers of an option that takes commas and may be repeated."""
-    from sparsepass.graph import SparsepassError
-
-    found = []
-    for word in ",".join(given or ()).split(","):
-        if word.strip():
-            try:
-                found.append(int(word))
-            except ValueError:
-                raise SparsepassError(f"{option} expects whole numbers such as 1,8,32, got {word.strip()!r}") from None
-    return tuple(dict.fromkeys(found))
 
 
 def _projection(word: str) -> 'Literal["fixed", "trainable"]':

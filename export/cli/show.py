@@ -7,7 +7,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsepass.export.report import HTML_FILE, Block, ReportDocument, Sentence, Table, section_view, summary as answers
+from sparsepass.export.report import (
+    HTML_FILE,
+    Block,
+    ReportDocument,
+    Sentence,
+    SpeedSection,
+    Table,
+    new_report,
+    plain_json,
+    section_view,
+    summary as answers,
+)
 
 _TONES: Final = {"good": "green", "bad": "bold red", "unknown": "yellow", "soft": "dim"}
 _MARKED: Final = {"sparse": "good", "held": "good", "DID NOT HOLD": "bad", "not checked": "unknown"}
@@ -30,6 +41,11 @@ def sections(document: Mapping[str, Any], *names: str) -> Group:
     report = ReportDocument.parse(document)
     blocks = [block for name in names for block in section_view(report, name).blocks if "terminal" in block.on]
     return Group(*(made for block in blocks for made in _rendered(block)))
+
+
+def speed_tables(found: SpeedSection) -> Group:
+    """What the terminal shows of a benchmark."""
+    return sections(new_report() | {"speed": plain_json(found)}, "speed")
 
 
 def answers_text(document: Mapping[str, Any]) -> Text:

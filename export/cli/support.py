@@ -64,6 +64,20 @@ TrustRemoteCode = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
+def numbers(option: str, given: list[str] | None) -> tuple[int, ...]:
+    """Numbers of an option that takes commas and may be repeated."""
+    from sparsepass.graph import SparsepassError
+
+    found = []
+    for word in ",".join(given or ()).split(","):
+        if word.strip():
+            try:
+                found.append(int(word))
+            except ValueError:
+                raise SparsepassError(f"{option} expects whole numbers such as 1,8,32, got {word.strip()!r}") from None
+    return tuple(dict.fromkeys(found))
+
+
 def command_line() -> str:
     """The command that was typed, for the report."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

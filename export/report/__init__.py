@@ -33,6 +33,12 @@ if TYPE_CHECKING:
         TrainingEntry as TrainingEntry,
         VerificationSection as VerificationSection,
     )
+    from sparsepass.export.report.speed import (
+        RateEntry as RateEntry,
+        SideEntry as SideEntry,
+        SpeedPointEntry as SpeedPointEntry,
+        SpeedSection as SpeedSection,
+    )
     from sparsepass.export.report.training import retraining_run as retraining_run, training_pictures as training_pictures
     from sparsepass.export.report.view import section_view as section_view, summary as summary
     from sparsepass.export.report.words import size as size

@@ -25,7 +25,7 @@ _PACKAGES: Final = (
     "tensorrt-rtx-cu13-bindings", "torch-tensorrt",
 )  # fmt: skip
 
-OF_FILES: Final = ("artifact", "verification", "samples", "sparsity", "pattern")
+OF_FILES: Final = ("artifact", "verification", "samples", "sparsity", "speed", "pattern")
 """Sections that tell of files, and do not go along with the program that they were written from."""
 
 

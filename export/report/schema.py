@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sparsepass.export.report import sections
 from sparsepass.export.report.sections import Number, Part
+from sparsepass.export.report.speed import SpeedSection
 from sparsepass.graph.support import SparsepassError
 
 SCHEMA: Final = "sparsepass-report"
@@ -41,7 +42,7 @@ class MachineEntry(Part):
 class RunEntry(Part):
     """A command that added to the report."""
 
-    stage: str = Field(description="`prune`, `retrain`, `eval`, `export`, `plan` or `verify` so far")
+    stage: str = Field(description="`prune`, `retrain`, `eval`, `export`, `plan`, `verify` or `bench` so far")
     command: str = Field(description="the command line, or `python` for a call from Python")
     created: str = Field(description="when it ended, ISO 8601, UTC")
     seconds: Number = Field(description="wall time, loading included")
@@ -63,6 +64,7 @@ class ReportDocument(Part):
     accuracy: sections.AccuracySection | None = None
     artifact: sections.ArtifactSection | None = None
     sparsity: sections.SparsitySection | None = None
+    speed: SpeedSection | None = None
     pattern: sections.PatternSection | None = None
     plan: sections.PlanSection | None = None
     verification: sections.VerificationSection | None = None

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,8 @@ from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, line_
 from sparsepass.export.report.layers import gain_drawings, layer_facts, layer_table
 from sparsepass.export.report.schema import ReportDocument
 from sparsepass.export.report.sections import is_number
-from sparsepass.export.report.words import dimensions, number, size, times
+from sparsepass.export.report.speed import SpeedSection
+from sparsepass.export.report.words import dimensions, number, rate, size, times
 
 _MOST_FILES: Final = 10
 _MOST_BARS: Final = 12
@@ -201,6 +202,39 @@ def sparsity_view(section: sections.SparsitySection, report: ReportDocument) -> 
         yield from _measured(section.measured)
     yield Subheading("Weight by weight")
     yield _evidence(section.layers)
+
+
+def speed_view(section: SpeedSection, report: ReportDocument) -> Iterator[Block]:
+    """Which kernels ran, and what they took: times, memory, size."""
+    turns = ", the models taking turns" if len(section.sides) > 1 else ""
+    yield Sentence(f"Measured on {section.place}: medians of {section.repeats} runs{turns}.", on=EVERYWHERE)
+    for side in section.sides:
+        yield Sentence(f"{side.name}: {side.said}.", on=EVERYWHERE)
+    decoding = [point for point in section.points if point.phase == "decode"]
+    if decoding:
+        lengths = f"{decoding[0].new_tokens - 1} tokens after the first, behind prompts of {decoding[0].prompt_tokens}"
+        said = f"Decoding: {lengths}, greedily, by generate with a static cache where the model has one."
+        yield Sentence(said, tone="soft", on=EVERYWHERE)
+    bars = [
+        Bar(label=f"{side.name}, batch {point.batch}", parts=((value, tone),), text=rate(value))
+        for point in decoding
+        for side, value, tone in zip(section.sides, point.rates, ("c", "n"), strict=False)
+    ]
+    if bars:
+        yield drawn(bar_chart("Decoding: tokens a second (longer is better)", bars))
+    named = [side.name for side in section.sides]
+    over = [f"times {named[1]}"] if len(named) > 1 else []
+    shown: dict[str, Callable[[float], str]] = {"rate": rate, "seconds": lambda value: f"{number(value)} s", "bytes": size}
+    rows = []
+    for said, values, kind in section.rows():
+        factor = [times(values[0] / values[1]) if len(values) > 1 and values[1] else ""] if over else []
+        rows.append((said, *map(shown[kind], values), *factor))
+    yield Table("Speed, memory and size", (Column("what"), *figures(*named, *over)), rows, on=EVERYWHERE)
+    spread = [float(result.spread) for point in section.points for result in point.results if is_number(result.spread)]
+    if spread:
+        yield Sentence(
+            f"Runs of one measurement lie apart by up to {max(spread):.0%} of their median.", tone="soft", on=EVERYWHERE
+        )
 
 
 def _states(engine: str, layers: Sequence[sections.EvidenceEntry]) -> Picture:

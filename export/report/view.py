@@ -16,14 +16,16 @@ from sparsepass.export.report.blocks import Block, Column, Drawings, Notes, Raw,
 from sparsepass.export.report.layers import layer_facts, passes_view, skipped_rows
 from sparsepass.export.report.schema import ReportDocument, RunEntry
 from sparsepass.export.report.sections import PassesSection, PatternSection, PlanSection, VerificationSection, is_number
+from sparsepass.export.report.speed import SpeedSection
 from sparsepass.export.report.training import training_view
-from sparsepass.export.report.words import number, size
+from sparsepass.export.report.words import number, rate, size
 
 Tone = Literal["good", "bad", "unknown", "plain"]
 
 _HOW_TO_FIND_OUT: Final = (
     "To find out, on a machine with the GPU: `sparse-export FOLDER --target tensorrt` builds engines and records for each "
-    "layer which kernel was chosen; `--target torch` measures torch's own 2:4 kernels."
+    "layer which kernel was chosen; `--target torch` measures torch's own 2:4 kernels. On a processor: `sparse-export FOLDER "
+    "--target packed`, then `sparsepass bench`."
 )
 _MOST_REASONS: Final = 6
 _MAX_UNKNOWN_LETTERS: Final = 4000
@@ -36,6 +38,7 @@ VIEWS: Final[Mapping[str, tuple[str, SectionViewer]]] = {
     "passes": ("Layers", passes_view),
     "retraining": ("Training", training_view),
     "sparsity": ("Was the sparsity used?", section_views.sparsity_view),
+    "speed": ("Speed", section_views.speed_view),
     "plan": ("Plan", section_views.plan_view),
     "artifact": ("Files", section_views.artifact_view),
     "verification": ("Verification", section_views.verification_view),
@@ -180,8 +183,8 @@ def summary(report: ReportDocument) -> list[Answer]:
         answers.append(_accuracy(report))
     if report.plan is not None:
         answers.append(_plan(report.plan))
-    if passes is not None or report.sparsity is not None or not has_more:
-        answers.append(_used(report))
+    if passes is not None or report.sparsity is not None or report.speed is not None or not has_more:
+        answers.append(_used(report) if report.speed is None else _measured(report, report.speed))
     if report.verification is not None:
         answers.append(_verified(report.verification))
     if report.pattern is not None:
@@ -320,6 +323,41 @@ def _used(report: ReportDocument) -> Answer:
     short = f"yes for {ran['yes']} of {len(meant)}" if ran["yes"] else "no" if not ran["unknown"] else "not seen"
     tone: Tone = "good" if ran["yes"] and ran["yes"] >= ran["no"] else "bad" if ran["no"] else "unknown"
     return Answer(question, short, said, tone=tone)
+
+
+def _measured(report: ReportDocument, section: SpeedSection) -> Answer:
+    """Whether a kernel skips the zeros, and what that gains, by what a benchmark measured."""
+    question, side, point = "Does a runtime use the sparsity?", section.sides[0], section.main
+    if side.runs_packed:
+        word, said = "yes", [f"Yes: {side.name}: {side.said}."]
+    elif side.num_packed:
+        word = "no"
+        said = [
+            f"No: {side.name}: {side.said}. torch's own operations unpack each weight for each call; no kernel of ours ran."
+        ]
+    else:
+        word = "no"
+        said = [f"No: {side.name}: {side.said}. Zeros are multiplied as any other number; `--target packed` leaves them out."]
+    if not side.num_packed and report.sparsity is not None:
+        return _used(report)  # another runtime, which knows better than plain transformers
+    if point is None or not point.rates:
+        return Answer(question, word, said, tone="good" if side.runs_packed else "bad")
+    where = section.place
+    gain = point.gain
+    if gain is None:
+        said.append(f"Measured, {point.said}: {rate(point.rates[0])} tokens a second ({where}).")
+        said.append("How much that gains is not known: `sparsepass bench FOLDER --against DENSE` measures both.")
+        short = f"{word}, {rate(point.rates[0])} tokens a second"
+        return Answer(question, short, said, tone="good" if side.runs_packed else "bad")
+    other = section.sides[1].name
+    for each in section.points:
+        if each.gain is not None:
+            both = " against ".join(map(rate, each.rates))
+            said.append(f"Measured, {each.said}: {both} tokens a second, {each.gain:.2f} times {other} ({where}).")
+    if side.loaded_bytes and section.sides[1].loaded_bytes:
+        said.append(f"Memory: {side.loaded_bytes / section.sides[1].loaded_bytes:.2f} times {other}.")
+    short = f"{word}, {gain:.2f} times as fast as {other}"
+    return Answer(question, short, said, tone="good" if side.runs_packed and gain >= 1 else "bad")
 
 
 def _not_known(question: str, report: ReportDocument) -> Answer:

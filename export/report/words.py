@@ -16,6 +16,16 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def rate(value: float) -> str:
+    """Tokens a second.
+
+    Example:
+        >>> [rate(value) for value in (1.234, 56.78, 1234.5)]
+        ['1.23', '56.8', '1,234']
+    """
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
 def size(num_bytes: float) -> str:
     """A number of bytes.
 

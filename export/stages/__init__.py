@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sparsepass.export.stages.benching import bench as bench, measure_speed as measure_speed
     from sparsepass.export.stages.criteria import (
         CriteriaSettings as CriteriaSettings,
         Job as Job,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sparsepass.export.stages.run import Outcome as Outcome, planned as planned, run_recipe as run_recipe
     from sparsepass.export.stages.sensitivity import Sensitivity as Sensitivity, auto_ignore as auto_ignore
     from sparsepass.export.stages.settings import (
+        BenchSettings as BenchSettings,
         Calibration as Calibration,
         Evaluation as Evaluation,
         ModelSource as ModelSource,

@@ -141,6 +141,44 @@ class Evaluation:
         return perplexity(model, tokenizer=tokenizer, **vars(self) | {"text": self.content()})
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What a benchmark measures.
+
+    Attributes:
+        batches: Sequences at once.
+        prompt_tokens: Tokens of each prompt that is decoded from.
+        new_tokens: Tokens to decode for each of them, after the first.
+        prefill_tokens: Tokens of the prompt that prefill is timed on; as many as a forward pass gets of a model that does not
+            generate.
+        repeats: Timed runs of each measurement, after one that does not count. Medians are shown.
+        threads: Threads to compute with; by default torch's own number.
+        device: Where to compute, such as cpu or cuda.
+        memory: Measure memory too, in a process of its own for each model.
+
+    Raises:
+        SparsepassError: If a number is too small.
+    """
+
+    batches: tuple[int, ...] = (1, 4, 16)
+    prompt_tokens: int = 32
+    new_tokens: int = 32
+    prefill_tokens: int = 512
+    repeats: int = 5
+    threads: int | None = None
+    device: str = "cpu"
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if type(value) is int}
+        numbers["batches"] = min(self.batches, default=0)
+        for name, value in numbers.items():
+            if value < 1:
+                from sparsepass.graph.support import SparsepassError
+
+                raise SparsepassError(f"{name} of a benchmark is {value}; expected at least 1")
+
+
 def _is_python_docs(text: Any) -> bool:
     from sparsepass.passes.data import PYTHON_DOCS
 

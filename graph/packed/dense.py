@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from sparsepass.graph.native import TORCH, best_path
 from sparsepass.graph.packed.laid_out import Form, LaidOut, product
-from sparsepass.graph.packed.layout import quantize_rows
+from sparsepass.graph.packed.layout import Values, quantize_rows
 from sparsepass.graph.packed.operator import is_seen, packed_linear, refuse_training, without_gradient
 from sparsepass.graph.support import SparsepassError
 
 Layer = TypeVar("Layer", bound=nn.Module)
-_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
+_KINDS: dict[torch.dtype, Values] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 
 
 class DenseLinear(nn.Module):

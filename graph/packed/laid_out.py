@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Form:
         )
 
 
-_NAMES_OF_KINDS: Final[dict[int, Values]] = {number: name for name, number in KINDS.items()}
+_NAMES_OF_KINDS: Final[dict[int, Values]] = {KINDS[name]: name for name in get_args(Values)}
 _NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
 
 
