@@ -88,7 +88,7 @@ def yardsticks() -> ctypes.CDLL:
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]
     subprocess.run(["c++", *flags, str(source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    library.yardstick_int4_bytes.restype = library.yardstick_read.restype = c_int64
+    library.yardstick_int4_bytes.restype = c_int64
     library.yardstick_use_openmp(openmp())
     return library
 
@@ -173,14 +173,11 @@ def dense_int4_way(library: ctypes.CDLL, path: str, rows: int, columns: int, x: 
     return Way(f"own dense int4, 32, {path}", [lambda w=w: run(w) for w in weights], data.nbytes)
 
 
-def read_way(library: ctypes.CDLL, num_bytes: int, copies: int) -> Way:
+def read_way(num_bytes: int, copies: int) -> Way:
     """Reads bytes, and does little else."""
-    buffers = [roomy(torch.ones(num_bytes, dtype=torch.uint8)) for _ in range(copies)]
-    return Way(
-        "read",
-        [lambda b=b: library.yardstick_read(c_void_p(b.data_ptr()), c_int64(num_bytes), c_int(THREADS)) for b in buffers],
-        num_bytes,
-    )
+    buffers, library = [roomy(torch.ones(num_bytes, dtype=torch.uint8)) for _ in range(copies)], kernels()
+    assert library is not None
+    return Way("read", [lambda b=b: library.read(b.data_ptr(), num_bytes, THREADS) for b in buffers], num_bytes)
 
 
 def row_of(title: str, ours: list[Way], others: list[Way], read: Way | None = None) -> dict[str, Any]:
@@ -206,7 +203,7 @@ def at_one_token(paths: list[str], repeats: int, library: ctypes.CDLL, name: str
         for number, (out, into) in enumerate([*LLAMA_1B, *LLAMA_8B]):
             copies, x = copies_of(out, into), torch.randn(1, into).to(torch.bfloat16)
             weight = sparse_weight(out, into)
-            read = read_way(library, out * into * 2, copies)
+            read = read_way(out * into * 2, copies)
             ours: list[Way] = []
             others: list[Way] = []
             sizes = (0,) if kind == "bf16" else (0, 64) if kind == "int8" else (128, 64, 32)

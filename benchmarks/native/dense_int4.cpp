@@ -125,16 +125,4 @@ int yardstick_int4_linear(int path, const uint8_t* weight, int64_t rows, int64_t
 #endif
 }
 
-// The largest number of a buffer: reads it once, and does little else. It measures what memory gives.
-int64_t yardstick_read(const uint8_t* data, int64_t bytes, int threads) {
-  std::atomic<int64_t> all{0};
-  in_parts(bytes / 64, 512, threads, [&](int64_t first, int64_t last) {
-    const auto* words = reinterpret_cast<const uint64_t*>(data);
-    uint64_t sum = 0;
-    for (int64_t i = first * 8; i < last * 8; i++) sum += words[i];
-    all += static_cast<int64_t>(sum);
-  });
-  return all;
-}
-
 }  // extern "C"

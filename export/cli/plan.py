@@ -18,11 +18,20 @@ def plan_command(
         ),
     ],
     gpu: Annotated[
-        str, typer.Option("--gpu", help="GPU to plan for, such as rtx4090, a100, l40s or h100.", show_default=False)
+        str,
+        typer.Option(
+            "--gpu",
+            help="GPU to plan for, such as rtx4090, a100, l40s or h100; cpu is this machine's processor.",
+            show_default=False,
+        ),
     ],
     runtime: Annotated[
-        str, typer.Option("--runtime", help="Model of the kernels: ideal, tensorrt-llm or torch.")
-    ] = "tensorrt-llm",
+        str | None,
+        typer.Option(
+            "--runtime",
+            help="Model of the kernels: ideal, tensorrt-llm (the default) or torch; for cpu, packed.",
+        ),
+    ] = None,
     batch: Annotated[
         list[str] | None, typer.Option("--batch", help="Sequences at once: 1, or 1,8,32. May be repeated. By default 1.")
     ] = None,
@@ -42,9 +51,10 @@ def plan_command(
     report: AddTo = None,
     as_json: support.AsJson = False,
 ) -> None:
-    """Predict what 2:4 sparsity gains for MODEL on a GPU, and which layers to leave dense.
+    """Predict what 2:4 sparsity gains for MODEL on a GPU or on this processor, and which layers to leave dense.
 
-    A roofline with the vendor's figures and published efficiencies of the runtime: a forecast, not a measurement.
+    A roofline with the vendor's figures and published efficiencies of the runtime: a forecast, not a measurement. For cpu, with
+    the bandwidth that is measured here.
 
     Exit code: 0 it pays for at least one layer, 1 it does not pay, 2 wrong usage or unreadable input.
     """

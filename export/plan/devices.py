@@ -1,4 +1,7 @@
-"""GPUs and runtimes that can be planned for: the vendors' figures, and the part of them that a runtime's kernels reach."""
+"""GPUs and runtimes that can be planned for: the vendors' figures, and the part of them that a runtime's kernels reach.
+
+This machine's processor can be planned for too; its figures are measured (`processor.py`).
+"""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +11,8 @@ from typing import Literal
 from sparsepass.export.plan.roofline import Machine
 from sparsepass.graph.support import SparsepassError, closest
 
+CPU = "cpu"
+"""Name of this machine's processor as a device."""
 Dtype = Literal["bf16", "fp16", "fp8", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp16", "fp8", "int8", "int4")
 """Types of the weights that can be planned. int4 is weight-only: it computes in 16 bits."""
@@ -16,6 +21,8 @@ DTYPES: tuple[Dtype, ...] = ("bf16", "fp16", "fp8", "int8", "int4")
 @dataclass(frozen=True)
 class Device:
     """What a vendor says of a GPU. Peaks are dense; sparse tensor cores do twice as much.
+
+    Of the processor, peaks and bandwidth are what was measured.
 
     Attributes:
         name: As it is given to ``--gpu``.
@@ -79,6 +86,8 @@ _PREFIXES = ("nvidia", "geforce", "tesla")
 def find_device(name: str) -> Device:
     """Return the GPU of that name; spaces, dashes, case and "NVIDIA", "GeForce" or "Tesla" do not matter.
 
+    ``cpu`` is this machine's processor, which is measured.
+
     Raises:
         SparsepassError: If it is older than Ampere, or not in the table (the nearest known name is given).
 
@@ -87,6 +96,10 @@ def find_device(name: str) -> Device:
         1008
     """
     wanted = _plain(name)
+    if wanted == CPU:
+        from sparsepass.export.plan.processor import this_processor
+
+        return this_processor()
     by_name = {_plain(device): device for device in DEVICES}
     for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}"):
         if candidate in by_name:
@@ -98,7 +111,7 @@ def find_device(name: str) -> Device:
             )
     near = closest(wanted, by_name, cutoff=0.5)
     hint = f"; did you mean {by_name[near]!r}?" if near else "; take the known one that is nearest to it."
-    raise SparsepassError(f"GPU {name!r} is not in the table of public figures{hint} Known: {', '.join(DEVICES)}")
+    raise SparsepassError(f"GPU {name!r} is not in the table of public figures{hint} Known: {', '.join((*DEVICES, CPU))}")
 
 
 def _plain(name: str) -> str:
@@ -126,7 +139,10 @@ class Runtime:
         takes_experts: Whether grouped matmuls of experts have 2:4 kernels.
         takes_convolutions: Whether convolutions have.
         align: Weight type -> number that both features of a 2:4 layer must be a multiple of.
+        aligns_rows: Whether that holds for the output features too.
         min_features: Weight type -> fewest input and output features of a 2:4 layer.
+        most_sparse_tokens: Tokens above which a 2:4 layer takes as long as a dense one; None for no such limit.
+        is_of_processor: Whether it runs on the processor, and not on a GPU.
     """
 
     name: str
@@ -142,7 +158,10 @@ class Runtime:
     takes_experts: bool = False
     takes_convolutions: bool = False
     align: Mapping[Dtype, int] | None = None
+    aligns_rows: bool = True
     min_features: Mapping[Dtype, int] | None = None
+    most_sparse_tokens: int | None = None
+    is_of_processor: bool = False
 
     def machine(self, device: Device, dtype: Dtype) -> Machine:
         """What the roofline needs of this runtime on a device, for weights of that type.
@@ -160,13 +179,14 @@ class Runtime:
             dense_host_s=self.dense_host_us * 1e-6,
             sparse_host_s=self.sparse_host_us * 1e-6,
             picks_faster=self.picks_faster,
+            most_sparse_tokens=self.most_sparse_tokens,
         )
 
     def refusal(self, in_features: int, out_features: int, dtype: Dtype) -> str | None:
         """Why the runtime's 2:4 kernels do not take a matrix of that shape, or None if they do."""
         align, least = (self.align or {}).get(dtype, 1), (self.min_features or {}).get(dtype, 1)
         for what, size in (("in_features", in_features), ("out_features", out_features)):
-            if size % align:
+            if size % align and (self.aligns_rows or what == "in_features"):
                 return f"{what} {size} is not a multiple of {align}, as 2:4 kernels need in {dtype}"
             if size < least:
                 return f"{what} {size} is below {least}, the least that 2:4 kernels take in {dtype}"
@@ -202,7 +222,17 @@ _ENGINE = replace(
 _IDEAL = Runtime(
     name="ideal", summary="the GPU's peaks: no kernel is faster than this", takes_experts=True, takes_convolutions=True
 )
-RUNTIMES: Mapping[str, Runtime] = {runtime.name: runtime for runtime in (_IDEAL, _ENGINE, _TORCH)}
+# graph/packed: a row's codes fill whole bytes; of more than 16 tokens, the weight is unpacked for torch's dense product.
+_PACKED = Runtime(
+    name="packed",
+    summary="sparsepass's own kernels on the processor, as far as bytes allow: up to 16 tokens read the packed weights",
+    sparse_compute=0.5,
+    align=dict.fromkeys(DTYPES, 8),
+    aligns_rows=False,
+    most_sparse_tokens=16,
+    is_of_processor=True,
+)
+RUNTIMES: Mapping[str, Runtime] = {runtime.name: runtime for runtime in (_IDEAL, _ENGINE, _TORCH, _PACKED)}
 
 
 def find_runtime(name: str) -> Runtime:
@@ -222,6 +252,24 @@ def find_runtime(name: str) -> Runtime:
     raise SparsepassError(f"runtime {name!r} is not known{hint} Known: {', '.join(RUNTIMES)}")
 
 
+def runtime_for(device: Device, name: str | None) -> Runtime:
+    """The runtime of that name; without one, ``tensorrt-llm`` for a GPU and ``packed`` for the processor.
+
+    Raises:
+        SparsepassError: If there is no such runtime, or the device does not run it.
+
+    Example:
+        >>> runtime_for(DEVICES["a100"], None).name
+        'tensorrt-llm'
+    """
+    is_processor = device.name == CPU
+    found = find_runtime(name or (_PACKED if is_processor else _ENGINE).name)
+    if found.is_of_processor != is_processor:
+        fitting = ", ".join(runtime.name for runtime in RUNTIMES.values() if runtime.is_of_processor == is_processor)
+        raise SparsepassError(f"runtime {found.name} does not run on {device.title}; expected {fitting} there")
+    return found
+
+
 def peak(device: Device, dtype: Dtype) -> float:
     """Dense peak of a device for weights of a type, 1e12 operations a second.
 
@@ -231,6 +279,8 @@ def peak(device: Device, dtype: Dtype) -> float:
     if dtype == "int8":
         return device.int8_tops
     if dtype == "fp8":
+        if device.name == CPU:
+            raise SparsepassError("packed layers on the processor have no fp8; take --dtype bf16, fp16, int8 or int4")
         if device.fp8_tflops is None:
             raise SparsepassError(
                 f"{device.title} ({device.architecture}) has no fp8 tensor cores; take --dtype int8 or bf16, or an Ada or "

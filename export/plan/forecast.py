@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsepass.export.plan.choice import ignore_list, matmul_of, pipeline_text, refusals, verify_choice
-from sparsepass.export.plan.devices import DTYPES, Device, Dtype, Runtime, find_device, find_runtime
+from sparsepass.export.plan.devices import DTYPES, Device, Dtype, Runtime, find_device, runtime_for
 from sparsepass.export.plan.model import Layer, ModelShape, load_for_plan, model_shape
-from sparsepass.export.plan.phases import Case, MemoryRow, PhaseTimes, Workload, cache_bytes, layer_tokens
+from sparsepass.export.plan.phases import TABLE, Case, MemoryRow, PhaseTimes, Workload, cache_bytes, layer_tokens
 from sparsepass.export.plan.roofline import Machine, Matmul, branch_time, dense_time, intensity, paying_ranges, sparse_time
 from sparsepass.graph import Program, SparsepassError
 
 Projection = Literal["fixed", "trainable"]
 _DEFAULT_SEQ = 2048
+_PROCESSOR_NOTES = (
+    "bandwidth and peak were measured here, just now, on all threads of torch: another program that runs makes them smaller",
+    "these are limits by bytes: how near the kernels come is what benchmarks/packed.py measures, and what transformers itself "
+    "takes for each token (Python, attention, norms) comes on top of both times",
+    "up to 16 tokens in one call read the packed weights; more are multiplied by torch, with the weights unpacked for it, and "
+    "gain nothing: prefill takes as long as it does dense",
+    "embedding and head stay in 16 bits; `packed{embedding=int8}` halves them, which is not counted",
+    "int8 counts one scale a row, int4 one in 128 columns (`group_size=0` and `group_size=128` of the target packed)",
+    "files are as large as the weights in memory: `sparse-export --target packed` writes the packed form",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +91,7 @@ class Plan:
     Attributes:
         source: What was planned for.
         shape: The model.
-        device: The GPU.
+        device: The GPU, or the processor.
         runtime: The model of its kernels.
         dtype: Type of the weights.
         slorb_k: Of the branches that were asked for; 0 for none.
@@ -169,7 +179,7 @@ def plan(
     source: "Program | str | Path",
     *,
     gpu: str,
-    runtime: str = "tensorrt-llm",
+    runtime: str | None = None,
     batches: Sequence[int] = (1,),
     seqs: Sequence[int] = (),
     new_tokens: int = 128,
@@ -187,8 +197,8 @@ def plan(
 
     Args:
         source: A program (with or without weights, with or without masks and branches), or what `load_for_plan` takes.
-        gpu: A name from the table of devices.
-        runtime: ``ideal``, ``tensorrt-llm`` or ``torch``.
+        gpu: A name from the table of devices, or ``cpu`` for this machine's processor, which is measured.
+        runtime: ``ideal``, ``tensorrt-llm`` (by default) or ``torch``; for ``cpu``, ``packed``.
         batches: Sequences at once.
         seqs: Prompt lengths; by default 2048, or as many as the model allows.
         new_tokens: Generated for each prompt, by models that generate.
@@ -209,7 +219,8 @@ def plan(
         >>> round(found.points[0].prefill.sparse_layers_s / found.points[0].prefill.planned_layers_s, 2)
         1.78
     """
-    device, kernels = find_device(gpu), find_runtime(runtime)
+    device = find_device(gpu)
+    kernels = runtime_for(device, runtime)
     _check(batches, seqs, new_tokens, slorb_k, projection, min_gain)
     program = source if isinstance(source, Program) else load_for_plan(source, gguf_file=gguf_file)
     shape = model_shape(program)
@@ -240,7 +251,7 @@ def plan(
         layers=layers,
         ignore=ignore,
         pipeline=pipeline_text(ignore, slorb_k, projection) if chosen else None,
-        memory=case.memory(chosen, able),
+        memory=case.memory(chosen, able, (kind for kind in TABLE if kind != "fp8" or not kernels.is_of_processor)),
         notes=(*notes, *_notes(shape, kernels)),
     )
 
@@ -383,4 +394,6 @@ def _notes(shape: ModelShape, kernels: Runtime) -> list[str]:
         notes.append(
             "this runtime runs a 2:4 layer densely where that is faster; where it picks no sparse tactic, 1.0x is left"
         )
+    if kernels.is_of_processor:
+        notes += _PROCESSOR_NOTES
     return notes

@@ -1,6 +1,6 @@
 """From layers to a model: the time of prefill (or of an encoder's whole run) and of one decoding step, and bytes of memory."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sparsepass.export.plan.devices import Dtype
@@ -10,7 +10,8 @@ from sparsepass.export.plan.roofline import Machine, Matmul, branch_weights, den
 START_TOKENS = 1
 """Tokens of the decoder in the prefill of an encoder-decoder."""
 _HALF_BITS = 16
-_TABLE: tuple[Dtype, ...] = ("bf16", "fp8", "int8", "int4")
+TABLE: tuple[Dtype, ...] = ("bf16", "fp8", "int8", "int4")
+"""Types of the weights whose bytes are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +139,9 @@ class Case:
             bits += branch_weights(matmul) * _HALF_BITS if name in chosen else 0
         return bits / 8
 
-    def memory(self, chosen: Collection[str], able: Collection[str]) -> tuple[MemoryRow, ...]:
+    def memory(self, chosen: Collection[str], able: Collection[str], types: Iterable[Dtype]) -> tuple[MemoryRow, ...]:
         """One row for each type, whatever type is planned."""
-        return tuple(self._memory_of(dtype, chosen, able) for dtype in _TABLE)
+        return tuple(self._memory_of(dtype, chosen, able) for dtype in types)
 
     def _memory_of(self, dtype: Dtype, chosen: Collection[str], able: Collection[str]) -> MemoryRow:
         plain = {layer.site.name for layer in self.shape.layers if layer.site.left_alone is not None}

@@ -22,7 +22,7 @@ _SCALE_BITS, _SCALE_GROUP = 16, 128
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A GPU as a runtime uses it, for one type of weights.
+    """A GPU or processor as a runtime uses it, for one type of weights.
 
     Attributes:
         dense_flops: Operations a second of dense matmuls.
@@ -33,6 +33,7 @@ class Machine:
         dense_host_s: Least time of a dense call.
         sparse_host_s: Least time of a 2:4 call.
         picks_faster: Whether a 2:4 weight runs densely where that is faster.
+        most_sparse_tokens: Tokens above which a 2:4 weight takes as long as a dense one; None for no such limit.
     """
 
     dense_flops: float
@@ -43,6 +44,7 @@ class Machine:
     dense_host_s: float = 0.0
     sparse_host_s: float = 0.0
     picks_faster: bool = False
+    most_sparse_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,8 @@ def sparse_time(matmul: Matmul, tokens: Count, machine: Machine) -> Count:
     compute = matmul_flops(matmul, tokens) / machine.sparse_flops
     memory = matmul_bytes(matmul, tokens, sparse=True) / machine.sparse_bandwidth
     time = _kernel(compute, memory, machine.sparse_host_s, machine)
+    if machine.most_sparse_tokens is not None:
+        time = np.where(np.asarray(tokens) > machine.most_sparse_tokens, dense_time(matmul, tokens, machine), time)
     if machine.picks_faster:
         time = np.minimum(time, dense_time(matmul, tokens, machine))
     return time + branch_time(matmul, tokens, machine)

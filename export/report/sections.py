@@ -434,7 +434,7 @@ class PlanSection(Part):
     """What `sparsepass plan --report` predicted; the content of its `--json`. [What the figures rest on](plan.md)."""
 
     model: str = Field(description="what was planned for")
-    device: dict[str, Any] = Field(description="the GPU, with its figures")
+    device: dict[str, Any] = Field(description="the GPU or processor, with its figures")
     runtime: dict[str, Any] = Field(description="the model of its kernels")
     dtype: str = Field(description="type of the weights")
     pays: bool = Field(description="whether 2:4 is predicted to gain anything")

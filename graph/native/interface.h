@@ -69,4 +69,7 @@ int sparsepass_linear_parts(const SparsepassWeight* weight, int type, const void
 // A byte for each score: 1 for the n largest of each four, 0 for the others; ties go to the lowest index. Scores are not NaN.
 void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads);
 
+// The sum of a buffer's whole words of 64 bits. It reads the buffer once and does little else: it measures what memory gives.
+int64_t sparsepass_read(const void* data, int64_t bytes, int threads);
+
 }  // extern "C"

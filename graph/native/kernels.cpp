@@ -323,6 +323,17 @@ int sparsepass_linear_parts(const SparsepassWeight* weight, int type, const void
   return 0;
 }
 
+int64_t sparsepass_read(const void* data, int64_t bytes, int threads) {
+  std::atomic<uint64_t> all{0};
+  in_parts(bytes / 8, 4096, threads, [&](int64_t first, int64_t last) {
+    const auto* words = static_cast<const uint64_t*>(data);
+    uint64_t sum = 0;
+    for (int64_t i = first; i < last; i++) sum += words[i];
+    all += sum;
+  });
+  return static_cast<int64_t>(all.load());
+}
+
 void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads) {
   in_parts(groups, 8192, threads, [&](int64_t first, int64_t last) { largest_of_groups(type, scores, first, last, n, mask); });
 }

@@ -59,6 +59,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "store": (c_int, [c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int]),
     "bad_codes": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
     "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
+    "read": (c_int64, [c_void_p, c_int64, c_int]),
     "unpack": (c_int, [POINTER(NativeWeight), c_int64, c_int64, c_int, c_void_p, c_int]),
     "linear": (c_int, [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_void_p, c_int]),
     "linear_parts": (
@@ -81,6 +82,7 @@ class Kernels:
     store: Callable[[int, int, int, int, int, int, int, int], int]
     bad_codes: Callable[[int, int, int, int], int]
     largest_of_four: Callable[[int, int, int, int, int, int], None]
+    read: Callable[[int, int, int], int]
     unpack: Callable[[object, int, int, int, int, int], int]
     linear: Callable[[object, int, int, int, int, int, int], int]
     linear_parts: Callable[[object, int, int, int, int, int, object, object, int], int]

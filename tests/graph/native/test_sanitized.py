@@ -27,6 +27,9 @@ def buffer(size, fill=None):
         ctypes.memmove(block, bytes(fill), size)
     return block
 
+def row_of(block, row, size):
+    return ctypes.string_at(block + row * size, size)
+
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -65,7 +68,17 @@ for path in (0, 1, 2):
                             x = buffer(tokens * columns * item, ([0] * (item - 1) + [0x3C]) * (tokens * columns))
                             y = buffer(tokens * rows * item)
                             assert library.linear(ctypes.byref(weight), kind_of_x, x, columns, tokens, y, 2) == 0
-                            libc.free(x), libc.free(y)
+                            # The same rows to three buffers, one of which gets none.
+                            numbers = (rows // 2, 0, rows - rows // 2)
+                            ends = (ctypes.c_int64 * 3)(rows // 2, rows // 2, rows)
+                            parts = (ctypes.c_void_p * 3)(*(buffer(tokens * number * item) for number in numbers))
+                            asked = (x, columns, tokens, 3, ends, parts, 2)
+                            assert library.linear_parts(ctypes.byref(weight), kind_of_x, *asked) == 0
+                            for token in range(tokens):
+                                found = [row_of(part, token, number * item) for part, number in zip(parts, numbers)]
+                                assert b"".join(found) == row_of(y, token, rows * item)
+                            for block in (x, y, *parts):
+                                libc.free(block)
                         out = buffer(rows * columns * item)
                         assert library.unpack(ctypes.byref(weight), 0, rows, kind_of_x, out, 2) == 0
                         libc.free(out)
