@@ -91,14 +91,24 @@ struct Activations {
   }
 };
 
-inline void put_results(int type, const float* y, const float* bias, int64_t rows, int64_t token, int64_t first, int64_t last, void* out) {
-  for (int64_t row = first; row < last; row++) {
-    const int64_t i = token * rows + row;
-    const float value = bias == nullptr ? y[i] : y[i] + bias[row];
-    if (type == kTypeFloat) {
-      static_cast<float*>(out)[i] = value;
-    } else {
-      static_cast<uint16_t*>(out)[i] = round_word(type == kTypeFp16, value);
+// Results of one token go to the buffer of each part: rows up to ends[0], rows from there up to ends[1], and so on.
+struct Outputs {
+  int64_t parts;
+  const int64_t* ends;
+  void* const* buffers;
+};
+
+inline void put_results(int type, const float* y, const float* bias, int64_t token, int64_t first, int64_t last, const Outputs& to) {
+  for (int64_t part = 0, begin = 0; part < to.parts; begin = to.ends[part++]) {
+    // Where the part's row 0 of this token would be, if the part began with the weight's row 0.
+    const int64_t end = to.ends[part], shift = token * (end - begin) - begin;
+    for (int64_t row = std::max(first, begin); row < std::min(last, end); row++) {
+      const float value = bias == nullptr ? y[row] : y[row] + bias[row];
+      if (type == kTypeFloat) {
+        static_cast<float*>(to.buffers[part])[shift + row] = value;
+      } else {
+        static_cast<uint16_t*>(to.buffers[part])[shift + row] = round_word(type == kTypeFp16, value);
+      }
     }
   }
 }

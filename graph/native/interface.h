@@ -61,6 +61,11 @@ int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t las
 // round(x * (127 / m)) for each 128 columns, where m is their largest magnitude and m / 127 their scale.
 int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, void* y, int threads);
 
+// The same for layers whose weights lie one after the other: rows up to ends[0] go to y[0], which is [tokens, ends[0]], rows from there
+// up to ends[1] to y[1], and so on; the last end is `rows`.
+int sparsepass_linear_parts(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, int parts,
+                            const int64_t* ends, void* const* y, int threads);
+
 // A byte for each score: 1 for the n largest of each four, 0 for the others; ties go to the lowest index. Scores are not NaN.
 void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads);
 

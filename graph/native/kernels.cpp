@@ -129,7 +129,7 @@ int64_t bytes_of_row(const SparsepassWeight& w) {
   return Layout(w.path, w.kind, w.rows, w.columns).bytes() / std::max<int64_t>(1, w.rows);
 }
 
-void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, void* out, int threads) {
+void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
   thread_local Activations of_x, of_sums;
   thread_local std::vector<float> results;
   const bool integers = is_integer(w.kind), is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
@@ -160,7 +160,7 @@ void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, 
         rows_of(p, tokens, first, last);
       }
       if (has_branch) add_words(w.path, {w.branch, w.columns / w.k, &sums, is_fp16}, y, w.rows, tokens, first, last);
-      for (int64_t t = 0; t < tokens; t++) put_results(type, y, w.bias, w.rows, t, first, last, out);
+      for (int64_t t = 0; t < tokens; t++) put_results(type, y + t * w.rows, w.bias, t, first, last, to);
     }
   });
 }
@@ -312,7 +312,14 @@ int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t las
 
 int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, void* y, int threads) {
   if (!sparsepass_has(weight->path, weight->kind)) return 1;
-  linear(*weight, type, x, x_stride, tokens, y, threads);
+  linear(*weight, type, x, x_stride, tokens, {1, &weight->rows, &y}, threads);
+  return 0;
+}
+
+int sparsepass_linear_parts(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, int parts,
+                            const int64_t* ends, void* const* y, int threads) {
+  if (!sparsepass_has(weight->path, weight->kind)) return 1;
+  linear(*weight, type, x, x_stride, tokens, {parts, ends, y}, threads);
   return 0;
 }
 

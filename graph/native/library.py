@@ -61,6 +61,10 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
     "unpack": (c_int, [POINTER(NativeWeight), c_int64, c_int64, c_int, c_void_p, c_int]),
     "linear": (c_int, [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_void_p, c_int]),
+    "linear_parts": (
+        c_int,
+        [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int],
+    ),
 }
 
 
@@ -79,6 +83,7 @@ class Kernels:
     largest_of_four: Callable[[int, int, int, int, int, int], None]
     unpack: Callable[[object, int, int, int, int, int], int]
     linear: Callable[[object, int, int, int, int, int, int], int]
+    linear_parts: Callable[[object, int, int, int, int, int, object, object, int], int]
 
 
 def library_file() -> Path:

@@ -106,7 +106,7 @@ class DenseLinear(nn.Module):
 
         Shapes: x ``[..., I]``, the result ``[..., O]``.
         """
-        if self.weight.dtype not in _KINDS:
+        if self._parameters["weight"].dtype not in _KINDS:  # type: ignore[union-attr]
             return functional.linear(x, self.weight, self.bias)  # `float()` made it another layer
         if is_seen(x):
             return packed_linear(x, self.weight, None, self.scales, None, self._float_bias(), self._form(TORCH))
@@ -123,7 +123,9 @@ class DenseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, dtype={self.weight.dtype}, bias={self.bias is not None}"
 
     def _prepared(self) -> LaidOut:
-        ready, weight, scales = self._ready, self.weight, self.scales
+        parameters = self._parameters
+        ready, weight, scales = self._ready, parameters["weight"], parameters["scales"]
+        assert weight is not None
         # The weight is shared, so that others may have moved it.
         if ready is None or ready.data is not weight or ready.scales is not scales or ready.address != weight.data_ptr():
             if weight.device.type == "meta":

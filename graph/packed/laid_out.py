@@ -10,6 +10,7 @@ Tensor shapes: O rows, I columns, R sums of k columns, T tokens.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final, get_args
 
 import torch
@@ -82,6 +83,27 @@ _NAMES_OF_KINDS: Final[dict[int, Values]] = {KINDS[name]: name for name in get_a
 _NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
 
 
+class _Call:
+    """What follows from the shape and the type of an input: told once, since most inputs are like the one before.
+
+    Args:
+        x: The input.
+        widths: Columns of each result.
+
+    Attributes:
+        results: A tensor like each result, without memory: `torch.empty_like` takes half the time of `torch.empty`.
+    """
+
+    __slots__ = ("dtype", "number", "results", "shape", "tokens")
+
+    def __init__(self, x: Tensor, widths: Sequence[int]) -> None:
+        self.shape, self.dtype, self.number = x.shape, x.dtype, TYPES[x.dtype]
+        self.tokens = x.numel() // self.shape[-1]
+        self.results = [x.new_empty((*self.shape[:-1], width)) for width in widths]
+        for result in self.results:
+            result.untyped_storage().resize_(0)
+
+
 class LaidOut:
     """A weight in memory, with all that its product needs.
 
@@ -92,9 +114,25 @@ class LaidOut:
         scales: ``[O, G]`` bfloat16 of integers; of dense ones, ``[O, 1]``.
         branch: ``[O, R]``, fp16 for the kind fp16 and else bfloat16.
         bias: ``[O]`` float32.
+        parts: Rows of each layer whose weight it holds, for `products`.
     """
 
-    __slots__ = ("address", "bias", "branch", "codes", "columns", "data", "form", "native", "pointer", "scales", "struct")
+    __slots__ = (
+        "address",
+        "bias",
+        "branch",
+        "call",
+        "codes",
+        "columns",
+        "data",
+        "ends",
+        "form",
+        "native",
+        "parts",
+        "pointer",
+        "scales",
+        "struct",
+    )
 
     def __init__(
         self,
@@ -105,8 +143,12 @@ class LaidOut:
         scales: Tensor | None = None,
         branch: Tensor | None = None,
         bias: Tensor | None = None,
+        parts: Sequence[int] = (),
     ) -> None:
         self.form, self.columns = form, form.columns
+        self.parts = tuple(parts) or (form.rows,)
+        self.call: _Call | None = None
+        self.ends = (ctypes.c_int64 * len(self.parts))(*accumulate(self.parts))
         self.data, self.codes, self.scales, self.branch, self.bias = data, codes, scales, branch, bias
         self.address = data.data_ptr()
         self.native = None if form.path == TORCH or codes is not None else native(form.path)
@@ -123,6 +165,19 @@ class LaidOut:
                 *(None if each is None else each.data_ptr() for each in (scales, branch, bias)),
             )
             self.pointer = ctypes.byref(self.struct)
+
+    def call_of(self, x: Tensor) -> _Call:
+        """What its product with an input needs to know of that.
+
+        Raises:
+            SparsepassError: If x does not fit.
+        """
+        call = self.call
+        if call is None or call.shape != x.shape or call.dtype is not x.dtype:
+            if x.dtype not in TYPES or not x.dim() or x.shape[-1] != self.columns:
+                raise refusal(x, self.columns)
+            self.call = call = _Call(x, self.parts)
+        return call
 
 
 def native(path: str) -> Kernels:
@@ -193,27 +248,76 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
     Raises:
         SparsepassError: If x does not fit.
     """
-    shape, columns = x.shape, weight.columns
-    number = TYPES.get(x.dtype)
-    if number is None or not shape or shape[-1] != columns:
-        raise refusal(x, columns)
-    tokens = x.numel() // columns
-    if tokens > MOST_TOKENS and weight.form.dense and weight.scales is None:
-        return functional.linear(x, weight.data.to(x.dtype), None if weight.bias is None else weight.bias.to(x.dtype))
+    call = weight.call_of(x)
+    if weight.native is None or call.tokens > MOST_TOKENS:
+        return _by_torch(weight, x, call)
+    if not x.is_cpu:
+        raise elsewhere(x)
+    stride = weight.columns
     if not x.is_contiguous():
-        x = x.reshape(-1, columns)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-    y = torch.empty((*shape[:-1], weight.form.rows), dtype=x.dtype, device=x.device)
-    if weight.native is None or tokens > MOST_TOKENS:
-        if weight.codes is not None and x.is_cuda and not gpu_refusal(x.device):
-            return _on_gpu(weight, weight.codes, x).view(y.shape)
-        _by_tiles(weight, x.reshape(-1, columns), y.view(-1, weight.form.rows))
-        return y
-    stride = x.stride(0) if x.dim() == 2 else columns
-    failed = weight.native.linear(weight.pointer, number, x.data_ptr(), stride, tokens, y.data_ptr(), torch.get_num_threads())
+        x, stride = _rows(x)
+    y = torch.empty_like(call.results[0])
+    failed = weight.native.linear(
+        weight.pointer, call.number, x.data_ptr(), stride, call.tokens, y.data_ptr(), torch.get_num_threads()
+    )
     if failed:
         _check_path(failed, weight.form.path, weight.form.values)
+    return y
+
+
+def products(weight: LaidOut, x: Tensor, addresses: "ctypes.Array[ctypes.c_void_p]") -> list[Tensor]:
+    """The products of several layers whose weights lie together, in one run of the kernel.
+
+    Shapes: x ``[..., I]`` with any strides and at most `MOST_TOKENS` rows; each result ``[..., O]`` of its layer, of x's type.
+
+    Args:
+        weight: All weights.
+        x: The input.
+        addresses: Room for one address a layer, which no other thread uses.
+
+    Raises:
+        SparsepassError: If x does not fit.
+    """
+    call, library, stride = weight.call_of(x), weight.native, weight.columns
+    assert library is not None
+    if not x.is_cpu:
+        raise elsewhere(x)
+    if not x.is_contiguous():
+        x, stride = _rows(x)
+    ys = [torch.empty_like(like) for like in call.results]
+    for i, y in enumerate(ys):
+        addresses[i] = y.data_ptr()
+    failed = library.linear_parts(
+        weight.pointer,
+        call.number,
+        x.data_ptr(),
+        stride,
+        call.tokens,
+        len(ys),
+        weight.ends,
+        addresses,
+        torch.get_num_threads(),
+    )
+    _check_path(failed, weight.form.path, weight.form.values)
+    return ys
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """The same as a matrix whose rows have no gaps, and the way from row to row."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    return x_TI, x_TI.stride(0)
+
+
+def _by_torch(weight: LaidOut, x: Tensor, call: _Call) -> Tensor:
+    """The product by torch's own operations."""
+    form = weight.form
+    if call.tokens > MOST_TOKENS and form.dense and weight.scales is None:
+        return functional.linear(x, weight.data.to(x.dtype), None if weight.bias is None else weight.bias.to(x.dtype))
+    if weight.codes is not None and x.is_cuda and not gpu_refusal(x.device):
+        return _on_gpu(weight, weight.codes, x).view(call.results[0].shape)
+    y = x.new_empty(call.results[0].shape)
+    _by_tiles(weight, x.reshape(-1, form.columns), y.view(-1, form.rows))
     return y
 
 
@@ -228,6 +332,13 @@ def refusal(x: Tensor, columns: int) -> SparsepassError:
     if x.dtype not in TYPES:
         return SparsepassError(f"packed layers take bfloat16, float16 and float32, and this input is {x.dtype}; cast it")
     return SparsepassError(f"this packed layer takes {columns} features, and the input is {list(x.shape)}")
+
+
+def elsewhere(x: Tensor) -> SparsepassError:
+    """The error for activations that are on another device than the weight."""
+    return SparsepassError(
+        f"this packed layer lies in the processor's memory, and the input is on {x.device}; move one of them"
+    )
 
 
 def rows_of(weight: LaidOut, first: int, last: int, out: Tensor) -> None:

@@ -288,7 +288,7 @@ class PackedLinear(nn.Module):
             self.lay_out()
         with _LOCK:
             scales = None if self.scales is None else self.scales.data
-            rest = {"scales": scales, "branch": self._branch(), "bias": self._float_bias()}
+            rest: dict[str, Any] = {"scales": scales, "branch": self._branch(), "bias": self._float_bias()}
             if self.data is not None and self._form is not None:
                 self._ready = LaidOut(self._form, self.data, **rest)
                 return self._ready

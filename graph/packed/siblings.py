@@ -5,6 +5,7 @@ A run on few tokens takes about as long as its weight is read, and a small weigh
 
 import weakref
 from collections.abc import Sequence
+from ctypes import c_void_p
 from dataclasses import replace
 from threading import RLock, local
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.native import KINDS, PATHS, TORCH
-from sparsepass.graph.packed.laid_out import MOST_TOKENS, LaidOut, native, product
+from sparsepass.graph.packed.laid_out import MOST_TOKENS, LaidOut, native, products
 from sparsepass.graph.packed.module import PackedLinear
 from sparsepass.graph.support import SparsepassError
 
@@ -21,26 +22,45 @@ _PATIENCE = 4  # inputs in a row whose other results nobody took, after which la
 
 
 class _Kept:
-    """Results of one input that wait for the layers they belong to."""
+    """Results of a thread's last input that wait for the layers they belong to.
 
-    __slots__ = ("copy", "num_taken", "results", "version", "x")
+    Args:
+        num_members: Layers.
+    """
 
-    def __init__(self, x: Tensor, results: dict[int, Tensor]) -> None:
-        self.results, self.num_taken = results, 0
+    __slots__ = ("addresses", "copy", "num_taken", "results", "version", "weights", "x")
+
+    def __init__(self, num_members: int) -> None:
+        self.x: weakref.ref[Tensor] | None = None
+        self.copy: Tensor | None = None
+        self.version = self.weights = self.num_taken = 0
+        self.results: list[Tensor | None] = []
+        self.addresses = (c_void_p * num_members)()
+
+    def put(self, x: Tensor, weights: int, results: list[Tensor | None]) -> None:
+        """Keep results until they are taken, or their input goes; `weights` says of which weights they are."""
+        self.results, self.num_taken, self.weights = results, 0, weights
         self.x = weakref.ref(x, lambda _: results.clear())
         # Tensors of inference mode count no changes: what they held tells then.
         self.copy = x.clone() if x.is_inference() else None
         self.version = 0 if self.copy is not None else x._version
 
-    def take(self, x: Tensor, index: int) -> Tensor | None:
+    def take(self, x: Tensor, place: int) -> Tensor | None:
         """The result for a layer, if it is that of this very input, unchanged."""
-        if self.x() is not x:
+        if self.x is None or self.x() is not x or not self.results:
             return None
         if not torch.equal(self.copy, x) if self.copy is not None else x._version != self.version:
             return None
-        y = self.results.pop(index, None)
+        y, self.results[place] = self.results[place], None
         self.num_taken += y is not None
         return y
+
+
+class _OfThread(local):
+    """What each thread has of its own."""
+
+    def __init__(self, num_members: int) -> None:
+        self.kept = _Kept(num_members)
 
 
 class Siblings:
@@ -54,11 +74,10 @@ class Siblings:
 
     def __init__(self, members: Sequence[PackedLinear]) -> None:
         self.members = list(members)
-        self._lock, self._local = RLock(), local()
+        self._places = {id(member): place for place, member in enumerate(self.members)}
+        self._lock, self._local = RLock(), _OfThread(len(self.members))
         self._whole: LaidOut | None = None
-        self._is_off, self._num_untaken = False, 0
-        self._keys = [id(each) for each in self.members]
-        self._rows: list[int] = []
+        self._is_off, self._num_untaken, self._num_changes = False, 0, 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members}
@@ -71,30 +90,29 @@ class Siblings:
 
         Shapes: x ``[..., I]``, the result ``[..., O]``.
         """
-        columns, num_elements, key = member.in_features, x.numel(), id(member)
-        if self._is_off or not x.is_cpu or num_elements > MOST_TOKENS * columns or not num_elements or x.shape[-1] != columns:
+        if self._is_off:
             return None
-        kept: _Kept | None = getattr(self._local, "kept", None)
-        if kept is not None:
-            if (y := kept.take(x, key)) is not None:
+        kept, place = self._local.kept, self._places[id(member)]
+        if kept.x is not None:
+            if kept.weights == self._num_changes and (y := kept.take(x, place)) is not None:
                 return y
             self._num_untaken = 0 if kept.num_taken else self._num_untaken + 1
             self._is_off = self._num_untaken > _PATIENCE
-            self._local.kept = None
-        whole = self._whole or self._laid_out()
+            kept.x = None
+        if not x.is_cpu or not 0 < x.numel() <= MOST_TOKENS * member.in_features:
+            return None
+        weights, whole = self._num_changes, self._whole or self._laid_out()
         if whole is None:
             return None
-        parts: Sequence[Tensor] = torch.split_with_sizes(product(whole, x), self._rows, dim=-1)
-        if num_elements > columns:
-            parts = [part.contiguous() for part in parts]
-        results = dict(zip(self._keys, parts, strict=True))
-        own = results.pop(key)
-        self._local.kept = _Kept(x, results)
+        results: list[Tensor | None] = [*products(whole, x, kept.addresses)]
+        own, results[place] = results[place], None
+        kept.put(x, weights, results)
         return own
 
     def forget(self) -> None:
-        """One of the layers was moved or loaded: its weight lies elsewhere."""
+        """One of the layers was moved or loaded: its weight lies elsewhere, and results that wait are those of the old one."""
         self._whole = None
+        self._num_changes += 1
 
     def _laid_out(self) -> LaidOut | None:
         """All weights as one."""
@@ -120,7 +138,6 @@ class Siblings:
             part.copy_(member.laid_out().data)
             member._buffers["data"] = part
             member._ready = None  # which has the old place, and would keep it
-        self._rows = [each.form.rows for each in ready]
         biases = [each.bias if each.bias is not None else torch.zeros(each.form.rows) for each in ready]
         return LaidOut(
             form,
@@ -128,6 +145,7 @@ class Siblings:
             scales=self._parameter_of_all("scales"),
             branch=self._parameter_of_all("slorb_weight") if form.k else None,
             bias=torch.cat(biases) if any(each.bias is not None for each in ready) else None,
+            parts=[each.form.rows for each in ready],
         )
 
     def _parameter_of_all(self, name: str) -> Tensor | None:

@@ -4,6 +4,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ def _without_gradients() -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each common run of the kernel computed."""
     seen: list[int] = []
-    run = laid_out.product
+    run = laid_out.products
 
-    def counted(weight: laid_out.LaidOut, x: Tensor) -> Tensor:
+    def counted(weight: laid_out.LaidOut, x: Tensor, addresses: Any) -> list[Tensor]:
         seen.append(weight.form.rows)
-        return run(weight, x)
+        return run(weight, x, addresses)
 
-    monkeypatch.setattr(siblings, "product", counted)
+    monkeypatch.setattr(siblings, "products", counted)
     return seen
 
 
@@ -104,13 +105,23 @@ def test_a_changed_input_is_computed_anew(mode: type[torch.no_grad]) -> None:
         assert torch.equal(layers[1](same), alone[1](same))
 
 
+def test_a_layer_with_new_weights_does_not_get_a_result_of_the_old_ones() -> None:
+    layers, others = group_of(), group_of(rows=(32, 32, 32))
+    group_siblings(layers)
+    x = x_of()
+    layers[0](x)
+    layers[2].load_state_dict(others[1].state_dict())
+    assert torch.equal(layers[2](x), others[1](x))
+    assert torch.equal(layers[1](x), copy.deepcopy(layers[1])(x))
+
+
 def test_nothing_is_kept_that_nobody_can_ask_for() -> None:
     layers = group_of()
     group_siblings(layers)
     x = x_of()
     layers[0](x)
     kept = layers[0].siblings._local.kept  # type: ignore[union-attr]
-    assert len(kept.results) == 2
+    assert [y is None for y in kept.results] == [True, False, False]
     there = weakref.ref(x)
     del x
     gc.collect()
