@@ -1,18 +1,18 @@
 """How long a token takes in packed layers and in dense ones, measured where a folder is written.
 
-The folder is for other machines too, and smaller in any case, so a shape that is slower here is packed all the same. It is told.
+The folder is for other machines too, and smaller in any case, so a shape that is slower here is packed all the same, and told.
 
 Tensor shape legend: O out features, I in features.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
-from torch.nn import functional
+from torch import Tensor, nn
 
 from sparsepass.graph.native import best_path, processor
 from sparsepass.graph.packed import PackedLinear, PackedWeight, unpack
@@ -32,7 +32,7 @@ class ShapeTime:
     Attributes:
         shape: Out and in features.
         packed_ms: In a packed layer, median.
-        dense_ms: By torch's linear, median.
+        dense_ms: In `nn.Linear`, median.
     """
 
     shape: tuple[int, int]
@@ -105,22 +105,23 @@ def one_token_times(weights: Sequence[PackedWeight], dtype: torch.dtype) -> OneT
 def _time(packed: PackedWeight, dtype: torch.dtype) -> ShapeTime:
     weight_OI = unpack(packed).to(dtype)
     copies = max(2, min(_MOST_COPIES, _ROTATED_BYTES // weight_OI.nbytes))
-    layers = [PackedLinear.from_packed(packed).lay_out() for _ in range(copies)]
-    dense = [weight_OI.clone() for _ in range(copies)]
+    sides: list[list[nn.Module]] = [
+        [PackedLinear.from_packed(packed).lay_out() for _ in range(copies)],
+        [_dense(weight_OI.clone()) for _ in range(copies)],
+    ]
     x = torch.randn(1, packed.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    took: tuple[list[float], list[float]] = ([], [])
+    took: list[list[float]] = [[], []]
     for i in range(-1, _REPEATS):
-        for times, run in zip(
-            took, (lambda: layers[i % copies](x), lambda: functional.linear(x, dense[i % copies])), strict=True
-        ):
-            seconds = _seconds(run)
+        for layers, times in zip(sides, took, strict=True):
+            begin = time.perf_counter()
+            layers[i % copies](x)
             if i >= 0:
-                times.append(seconds)
+                times.append(time.perf_counter() - begin)
     packed_ms, dense_ms = (1e3 * statistics.median(times) for times in took)
     return ShapeTime(shape=packed.shape, packed_ms=packed_ms, dense_ms=dense_ms)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+def _dense(weight_OI: Tensor) -> nn.Module:
+    layer = nn.Linear(*reversed(weight_OI.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    return layer
