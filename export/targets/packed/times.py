@@ -122,6 +122,6 @@ def _time(packed: PackedWeight, dtype: torch.dtype) -> ShapeTime:
 
 
 def _dense(weight_OI: Tensor) -> nn.Module:
-    layer = nn.Linear(*reversed(weight_OI.shape), bias=False, device="meta")
+    layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight_OI, requires_grad=False)
     return layer
