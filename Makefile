@@ -1,4 +1,4 @@
-# make demo   prune, export and verify SmolLM2-135M: the main job, in at most ten minutes on two cores
+# make demo   prune, export and verify SmolLM2-135M, and run it packed: the main job, in at most ten minutes on two cores
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
 # make quick  the tests that take little time: what to run between edits
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there

@@ -31,6 +31,7 @@ class Model:
     def __init__(self, file, threads, context):
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
+        params.use_mmap = False  # else weights that ggml has put into its own order count twice in the resident memory
         self.model = llama_cpp.llama_model_load_from_file(file.encode(), params)
         if not self.model:
             raise OSError(f"llama.cpp cannot load {file}")

@@ -20,7 +20,7 @@ _PROCESSOR_NOTES = (
     "these are limits by bytes: how near the kernels come is what benchmarks/packed.py measures, and what transformers itself "
     "takes for each token (Python, attention, norms) comes on top of both times",
     "up to 16 tokens in one call read the packed weights; more are multiplied by torch, with the weights unpacked for it, and "
-    "gain nothing: prefill takes as long as it does dense",
+    "gain nothing: prefill takes as long as it does dense, and a little longer, which is not counted",
     "embedding and head stay in 16 bits; `packed{embedding=int8}` halves them, which is not counted",
     "int8 counts one scale a row, int4 one in 128 columns (`group_size=0` and `group_size=128` of the target packed)",
     "files are as large as the weights in memory: `sparse-export --target packed` writes the packed form",

@@ -154,7 +154,7 @@ class BenchSettings:
         repeats: Timed runs of each measurement, after one that does not count. Medians are shown.
         threads: Threads to compute with; by default torch's own number.
         device: Where to compute, such as cpu or cuda.
-        memory: Measure memory too, in a process of its own for each model.
+        memory: By default memory is measured too, in a process of its own for each model; with --no-memory it is not.
 
     Raises:
         SparsepassError: If a number is too small.

@@ -1,6 +1,7 @@
 """2:4 weights in packed form: stored, in memory, and as layers of a model, for inference."""
 
 from sparsepass.graph.packed.dense import DenseLinear, Int8Embedding
+from sparsepass.graph.packed.gpu_ways import gpu_refusal
 from sparsepass.graph.packed.laid_out import Form, LaidOut, lay_out, product
 from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check, check_form, pack, stored_form, unpack
 from sparsepass.graph.packed.module import PackedLinear
@@ -17,6 +18,7 @@ __all__ = [
     "Values",
     "check",
     "check_form",
+    "gpu_refusal",
     "group_siblings",
     "lay_out",
     "pack",

@@ -21,6 +21,7 @@ from sparsepass.export.targets.evidence import LayerEvidence, counts
 from sparsepass.export.targets.hf import auto_class, save_model, settle_config
 from sparsepass.export.targets.packed.card import card
 from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey, tables
+from sparsepass.export.targets.packed.times import OneTokenTimes, one_token_times
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.packed import Int8Embedding, PackedWeight, pack, unpack
@@ -48,6 +49,7 @@ class PackedArtifact:
         dtype: Type of what is not packed.
         files: Path of each file, relative to the folder -> its size in bytes.
         dense_bytes: What the same weights take in a plain folder of that type.
+        times: One token through each shape, packed and dense, on this machine.
     """
 
     settings: PackedSettings
@@ -57,6 +59,7 @@ class PackedArtifact:
     dtype: str
     files: Mapping[str, int]
     dense_bytes: int
+    times: OneTokenTimes
 
     @property
     def packed(self) -> tuple[LayerChoice, ...]:
@@ -75,6 +78,7 @@ class PackedArtifact:
         said = [
             f"{len(self.packed)} of {len(self.layers)} linear layers are packed as {self.settings.values}; the weights take "
             f"{share:.2f} of what they take dense in {self.dtype}",
+            self.times.note,
             f"`import sparsepass`, then {self.auto_class}.from_pretrained; `sparsepass unpack` writes a plain folder",
         ]
         if self.errors:
@@ -101,6 +105,7 @@ class PackedArtifact:
             "relative_errors": dict(self.errors),
             "dense_bytes": self.dense_bytes,
             "weights_bytes": self.weights_bytes,
+            "one_token": self.times.to_dict(),
             "files": dict(self.files),
         }
 
@@ -213,6 +218,7 @@ def lower_packed(
         model.config.quantization_config = settings.to_dict()
         save_model(model, folder, state)
     loads_with = auto_class(type(model), model.config)
+    of_each_shape = {layer.shape: layer for layer in packed.values()}
     artifact = PackedArtifact(
         settings=settings,
         layers=layers,
@@ -221,6 +227,7 @@ def lower_packed(
         dtype=str(kind).removeprefix("torch."),
         files={},
         dense_bytes=_dense_bytes(program, model, kind),
+        times=one_token_times([packed_weight(program, layer, settings) for layer in of_each_shape.values()], kind),
     )
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
