@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from tests.export.report.reports import answers, full_report, html_page, markdown_page
 
-from sparsepass.export.report.document import check_report, new_report
+from sparsepass.export.report.document import new_report
+from sparsepass.export.report.schema import check_report
 from sparsepass.export.report.speed import SpeedSection
 from sparsepass.graph import SparsepassError
 
