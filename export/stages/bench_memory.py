@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparsepass.export.stages.bench_runs import Shape, generate, run_once, shapes
+from sparsepass.export.stages.bench_runs import BenchShape, generate, run_once, shapes
 from sparsepass.export.stages.settings import BenchSettings, ModelSource
 from sparsepass.graph.support import give_back_freed_memory
 
@@ -50,7 +50,7 @@ def measure_memory(source: ModelSource, settings: BenchSettings) -> dict[str, in
     return {name: None if before is None or value is None else value - before for name, value in found.items()}
 
 
-def _shape(model: Any, settings: BenchSettings) -> Shape:
+def _shape(model: Any, settings: BenchSettings) -> BenchShape:
     """The prompt that prefill is timed on, and a token more; or the first forward pass."""
     found = shapes([model], settings)
     return next((replace(shape, new_tokens=2) for shape in found if shape.phase == "prefill"), found[0])

@@ -15,7 +15,7 @@ from sparsepass.graph.limits import position_limit
 
 @final
 @dataclass(frozen=True)
-class Shape:
+class BenchShape:
     """What a model is given.
 
     Attributes:
@@ -35,7 +35,7 @@ class Shape:
 
 @final
 @dataclass(frozen=True)
-class Times:
+class BenchTimes:
     """Seconds of a run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Times:
     rest_s: float
 
 
-def shapes(models: Sequence[nn.Module], settings: BenchSettings) -> list[Shape]:
+def shapes(models: Sequence[nn.Module], settings: BenchSettings) -> list[BenchShape]:
     """What is measured, within the positions and the words that all models have.
 
     Args:
@@ -69,7 +69,7 @@ def shapes(models: Sequence[nn.Module], settings: BenchSettings) -> list[Shape]:
     words = min(config.get_text_config().vocab_size for config in configs)
     prefill = settings.prefill_tokens if limit is None else min(settings.prefill_tokens, limit - 1)
     if not all(generating.values()):
-        return [Shape("forward", batch, prefill, 0, words) for batch in settings.batches]
+        return [BenchShape("forward", batch, prefill, 0, words) for batch in settings.batches]
     # The first new token is the prompt's; from the second on, they are decoded.
     decoded = settings.new_tokens + 1
     if limit is not None and settings.prompt_tokens + decoded > limit:
@@ -77,8 +77,8 @@ def shapes(models: Sequence[nn.Module], settings: BenchSettings) -> list[Shape]:
             f"prompts of {settings.prompt_tokens} tokens and {decoded} new ones do not fit the {limit} positions of the model; "
             "lower prompt_tokens or new_tokens"
         )
-    decoding = [Shape("decode", batch, settings.prompt_tokens, decoded, words) for batch in settings.batches]
-    return [*decoding, Shape("prefill", 1, prefill, 1, words)]
+    decoding = [BenchShape("decode", batch, settings.prompt_tokens, decoded, words) for batch in settings.batches]
+    return [*decoding, BenchShape("prefill", 1, prefill, 1, words)]
 
 
 def _generates(model: Any) -> bool:
@@ -86,7 +86,7 @@ def _generates(model: Any) -> bool:
 
 
 @torch.no_grad()
-def run_once(model: Any, shape: Shape) -> Times:
+def run_once(model: Any, shape: BenchShape) -> BenchTimes:
     """Run a model on random tokens: greedily, with a static cache where it has one, and without an early end.
 
     Args:
@@ -113,7 +113,7 @@ def run_once(model: Any, shape: Shape) -> Times:
     else:
         model(**inputs)
         stamp()
-    return Times(first_s=stamps[1] - stamps[0], rest_s=stamps[-1] - stamps[1])
+    return BenchTimes(first_s=stamps[1] - stamps[0], rest_s=stamps[-1] - stamps[1])
 
 
 def generate(model: Any, inputs: dict[str, Tensor], new_tokens: int, after_token: Any = None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sparsepass.export.report import RateEntry, SideEntry, SpeedPointEntry, SpeedSection, find_report
-from sparsepass.export.stages.bench_runs import Shape, Times, run_once, shapes
+from sparsepass.export.stages.bench_runs import BenchShape, BenchTimes, run_once, shapes
 from sparsepass.export.stages.settings import BenchSettings, ModelSource
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.load import LoadedModel
@@ -132,9 +132,11 @@ def measure_speed(
     return points
 
 
-def _take_turns(models: Sequence[nn.Module], shape: Shape, repeats: int, advance: Callable[[str], None]) -> list[list[Times]]:
+def _take_turns(
+    models: Sequence[nn.Module], shape: BenchShape, repeats: int, advance: Callable[[str], None]
+) -> list[list[BenchTimes]]:
     """What each model took, without its first run."""
-    times: list[list[Times]] = [[] for _ in models]
+    times: list[list[BenchTimes]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for model, found in zip(models, times, strict=True):
             took = run_once(model, shape)
@@ -144,7 +146,7 @@ def _take_turns(models: Sequence[nn.Module], shape: Shape, repeats: int, advance
     return times
 
 
-def _rates(shape: Shape, times: Sequence[Times]) -> RateEntry:
+def _rates(shape: BenchShape, times: Sequence[BenchTimes]) -> RateEntry:
     first = statistics.median(each.first_s for each in times)
     decoding = shape.new_tokens - 1
     found = [each.rest_s for each in times] if decoding > 0 else [each.first_s for each in times]

@@ -74,10 +74,10 @@ def test_two_models_are_measured_side_by_side(packed: Path, dense: Path) -> None
 def test_models_take_turns_and_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     models, ran = [BY_NAME["llama"].model(), BY_NAME["llama"].model()], []
 
-    def timed(model: Any, shape: bench_runs.Shape) -> bench_runs.Times:
+    def timed(model: Any, shape: bench_runs.BenchShape) -> bench_runs.BenchTimes:
         ran.append((models.index(model), shape.phase, shape.batch))
         took = [9.0, 2.0, 4.0, 1.0][len([each for each in ran if each == ran[-1]]) - 1]
-        return bench_runs.Times(first_s=took, rest_s=2 * took)
+        return bench_runs.BenchTimes(first_s=took, rest_s=2 * took)
 
     monkeypatch.setattr(sys.modules[bench.__module__], "run_once", timed)
     points = measure_speed(models, settings=BenchSettings(**SMALL | {"repeats": 3, "batches": (2,)}), progress=False)
