@@ -114,9 +114,10 @@ int yardstick_int4_linear(int path, const uint8_t* weight, int64_t rows, int64_t
   for (int64_t i = 0; i < columns / 4; i++) starts[i] = -8 * (bytes[4 * i] + bytes[4 * i + 1] + bytes[4 * i + 2] + bytes[4 * i + 3]);
   const Token token{bytes, starts.data(), of_x.scales.data()};
   float* sums = results.data();
+  const Outputs outputs{1, &rows, &y};
   in_parts(rows, 32, threads, [&](int64_t first, int64_t last) {
     path == kAvx512 ? avx512_rows(weight, token, columns, sums, first, last) : avx2_rows(weight, token, columns, sums, first, last);
-    put_results(kTypeBf16, sums, nullptr, rows, 0, first, last, y);
+    put_results(kTypeBf16, sums, nullptr, 0, first, last, outputs);
   });
   return 0;
 #else
