@@ -35,14 +35,13 @@ class PackedDemo:
         packed, dense = self.speed.sides
         point = self.speed.main
         gain = None if point is None else point.gain
-        faster = "" if gain is None else f"a token comes {gain:.2f} times as fast as from the dense one, "
-        memory = (
-            f"memory is {packed.loaded_bytes / dense.loaded_bytes:.2f} times, "
-            if packed.loaded_bytes and dense.loaded_bytes
-            else ""
-        )
-        disk = f"the file {packed.disk_bytes / dense.disk_bytes:.2f} times its size"
-        return f"Packed, without its zeros, the sparse model is smaller where it runs: {faster}{memory}{disk}."
+        faster = "" if gain is None else f"a token comes {gain:.2f} times as fast, "
+        memory = ""
+        if packed.loaded_bytes and dense.loaded_bytes:
+            memory = f"memory is {packed.loaded_bytes / dense.loaded_bytes:.2f} times as large, "
+        disk = f"the file {packed.disk_bytes / dense.disk_bytes:.2f} times"
+        beside = f"Beside the dense one: {faster}{memory}{disk}."
+        return f"Packed, without its zeros, the sparse model runs on kernels of sparsepass. {beside}"
 
 
 def why_not() -> str:

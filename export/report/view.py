@@ -353,9 +353,10 @@ def _measured(report: ReportDocument, section: SpeedSection) -> Answer:
     for each in section.points:
         if each.gain is not None:
             both = " against ".join(map(rate, each.rates))
-            said.append(f"Measured, {each.said}: {both} tokens a second, {each.gain:.2f} times {other} ({where}).")
+            said.append(f"Measured, {each.said}: {both} tokens a second, {each.gain:.2f} times {other}.")
     if side.loaded_bytes and section.sides[1].loaded_bytes:
         said.append(f"Memory: {side.loaded_bytes / section.sides[1].loaded_bytes:.2f} times {other}.")
+    said.append(f"Measured on {where}.")
     short = f"{word}, {gain:.2f} times as fast as {other}"
     return Answer(question, short, said, tone="good" if side.runs_packed and gain >= 1 else "bad")
 

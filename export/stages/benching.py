@@ -218,6 +218,8 @@ def _reasons(folder: Path, *, is_packed: bool) -> dict[str, int]:
         told = ((document.get("artifact") or {}).get("details") or {}).get("dense") or {}
         return dict(Counter(map(str, told.values())).most_common())
     passes = document.get("passes") or {}
+    if not passes.get("num_sparse"):
+        return {}
     zeros = dict.fromkeys(passes.get("layers") or {}, _ZEROS)
     return dict(Counter([*zeros.values(), *map(str, (passes.get("skipped") or {}).values())]).most_common())
 
