@@ -83,10 +83,18 @@ _OLDER: Mapping[str, str] = {
 _PREFIXES = ("nvidia", "geforce", "tesla")
 
 
+def is_processor(name: str) -> bool:
+    """Whether a name means this machine's processor, which is in no table.
+
+    Example:
+        >>> is_processor("CPU"), is_processor("a100")
+        (True, False)
+    """
+    return _plain(name) == CPU
+
+
 def find_device(name: str) -> Device:
     """Return the GPU of that name; spaces, dashes, case and "NVIDIA", "GeForce" or "Tesla" do not matter.
-
-    ``cpu`` is this machine's processor, which is measured.
 
     Raises:
         SparsepassError: If it is older than Ampere, or not in the table (the nearest known name is given).
@@ -96,10 +104,6 @@ def find_device(name: str) -> Device:
         1008
     """
     wanted = _plain(name)
-    if wanted == CPU:
-        from sparsepass.export.plan.processor import this_processor
-
-        return this_processor()
     by_name = {_plain(device): device for device in DEVICES}
     for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}"):
         if candidate in by_name:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsepass.export.plan.choice import ignore_list, matmul_of, pipeline_text, refusals, verify_choice
-from sparsepass.export.plan.devices import DTYPES, Device, Dtype, Runtime, find_device, runtime_for
+from sparsepass.export.plan.devices import DTYPES, Device, Dtype, Runtime, find_device, is_processor, runtime_for
 from sparsepass.export.plan.model import Layer, ModelShape, load_for_plan, model_shape
 from sparsepass.export.plan.phases import TABLE, Case, MemoryRow, PhaseTimes, Workload, cache_bytes, layer_tokens
+from sparsepass.export.plan.processor import this_processor
 from sparsepass.export.plan.roofline import Machine, Matmul, branch_time, dense_time, intensity, paying_ranges, sparse_time
 from sparsepass.graph import Program, SparsepassError
 
@@ -219,7 +220,7 @@ def plan(
         >>> round(found.points[0].prefill.sparse_layers_s / found.points[0].prefill.planned_layers_s, 2)
         1.78
     """
-    device = find_device(gpu)
+    device = this_processor() if is_processor(gpu) else find_device(gpu)
     kernels = runtime_for(device, runtime)
     _check(batches, seqs, new_tokens, slorb_k, projection, min_gain)
     program = source if isinstance(source, Program) else load_for_plan(source, gguf_file=gguf_file)

@@ -6,7 +6,7 @@ import pytest
 from tests.export.plan.configs import TINY, saved_config
 
 from sparsepass import Program, SparsepassError
-from sparsepass.export.plan import processor
+from sparsepass.export.plan import forecast, processor
 from sparsepass.export.plan.devices import DEVICES, RUNTIMES, Device, runtime_for
 from sparsepass.export.plan.forecast import plan
 from sparsepass.export.plan.model import load_for_plan
@@ -22,7 +22,7 @@ PACKED = RUNTIMES["packed"]
 
 @pytest.fixture(autouse=True)
 def _laptop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "this_processor", lambda: LAPTOP)
+    monkeypatch.setattr(forecast, "this_processor", lambda: LAPTOP)
 
 
 @pytest.fixture(scope="module")
