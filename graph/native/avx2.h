@@ -82,7 +82,7 @@ SPARSEPASS_AVX2 void packed_words(const Product& p, const uint8_t* x, float* y, 
       for (int k = 0; k < 8; k++) step(k % kTurns, codes, at + k * 32, x_at + k * 32);
     }
     if (layout.left) {
-      __m256i codes = load(at + layout.left_bytes);
+      __m256i codes = load(at + layout.left * 32);
       for (int64_t k = 0; k < layout.left; k++) step(0, codes, at + k * 32, x_at + k * 32);
     }
     for (int t = 0; t < T; t++) {
@@ -159,15 +159,15 @@ SPARSEPASS_AVX2 void packed_bytes(const Product& p, const uint8_t* x, const floa
     __m256 sums[T];
     for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_ps();
     for (int64_t block = 0; block < layout.full; block++, at += layout.values_bytes + 32) {
-      __m256i codes = load(at + layout.values_bytes), held = _mm256_setzero_si256(), words[T];
+      __m256i codes = load(at + layout.values_bytes), words[T];
       for (int64_t line = 0; line < layout.values_bytes + 32; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line), _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
         __m256i values;
         if constexpr (kNibbles) {
-          held = k % 2 ? _mm256_srli_epi16(held, 4) : load(at + k / 2 * 32);
-          values = _mm256_sub_epi8(_mm256_and_si256(held, four_bits), eight);
+          const __m256i pair = load(at + k % 2 * 32);
+          values = _mm256_sub_epi8(_mm256_and_si256(k < 2 ? pair : _mm256_srli_epi16(pair, 4), four_bits), eight);
         } else {
           values = load(at + k * 32);
         }
@@ -273,22 +273,32 @@ struct Places {
   }
 };
 
+// Those of words or bytes, for an even or an odd row.
+template <bool kWords>
+SPARSEPASS_AVX2 const Places& places_of(int64_t row) {
+  static const Places even(kWords ? 2 : 1, 0), odd(kWords ? 2 : 1, 1);
+  return row % 2 ? odd : even;
+}
+
 // One row, 16 columns of words or 32 of bytes at a time; `out` has room for whole registers.
 template <bool kWords>
 SPARSEPASS_AVX2 void unpack(const Layout& layout, const uint8_t* data, int64_t row, void* out) {
-  const Places places(layout.lane_bytes, row);
+  const Places places = places_of<kWords>(row);
   const __m256i two_bits = kWords ? _mm256_set1_epi16(3) : _mm256_set1_epi8(3);
   const __m256i four_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
   const bool nibbles = layout.kind == kInt4;
   const uint8_t* at = data + layout.at_row(row);
-  for (int64_t step = 0; step < layout.steps; step++) {
-    const int64_t k = step % layout.per_block, block = step / layout.per_block;
-    const uint8_t* at_block = at + block * (layout.values_bytes + 32);
-    const uint8_t* at_codes = at_block + (block == layout.full ? layout.left_bytes : layout.values_bytes);
-    const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(load(at_codes), _mm_cvtsi64_si128(2 * k)), two_bits);
-    __m256i values = load(at_block + (nibbles ? k / 2 : k) * 32);
-    if (nibbles) values = _mm256_sub_epi8(_mm256_and_si256(k % 2 ? _mm256_srli_epi16(values, 4) : values, four_bits), eight);
-    _mm256_storeu_si256(static_cast<__m256i*>(out) + step, places.spread<kWords>(values, codes));
+  auto* to = static_cast<__m256i*>(out);
+  for (int64_t block = 0; block * layout.per_block < layout.steps; block++, at += layout.block_bytes) {
+    const bool is_left = block == layout.full;
+    const __m256i all = load(at + (is_left ? layout.left * 32 : layout.values_bytes));
+    const int64_t count = is_left ? layout.left : layout.per_block;
+    for (int64_t k = 0; k < count; k++, to++) {
+      const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(all, _mm_cvtsi64_si128(2 * k)), two_bits);
+      __m256i values = load(at + (nibbles ? k % 2 : k) * 32);
+      if (nibbles) values = _mm256_sub_epi8(_mm256_and_si256(k < 2 ? values : _mm256_srli_epi16(values, 4), four_bits), eight);
+      _mm256_storeu_si256(to, places.spread<kWords>(values, codes));
+    }
   }
 }
 
@@ -313,8 +323,12 @@ SPARSEPASS_AVX2 inline void convert_words(const uint16_t* from, int64_t columns,
 SPARSEPASS_AVX2 inline void convert_bytes(
     const int8_t* from, const uint16_t* scales, int64_t size, int64_t columns, int type, void* out) {
   const __m256i rounding = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
-  for (int64_t i = 0; i < columns; i += 8) {
-    const __m256 scale = _mm256_set1_ps(widen_bf16(scales[i / size]));
+  __m256 scale = _mm256_setzero_ps();
+  for (int64_t i = 0, until = 0; i < columns; i += 8) {
+    if (i == until) {  // a group of scales is a multiple of 8 columns
+      scale = _mm256_set1_ps(widen_bf16(*scales++));
+      until += size;
+    }
     const __m256i numbers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i)));
     const __m256 values = _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), scale);
     if (type == kTypeFloat) {

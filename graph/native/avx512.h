@@ -1,18 +1,16 @@
-// Kernels for AVX512: BW for words, BF16 for bf16; VBMI and VNNI for bytes.
-//
-// In 2:4, the column of a kept value is the first one of its group of four plus two bits, its code. So one permutation of two
-// registers of x brings exactly the x that the kept values of a step meet, and every lane of the multiplication is useful.
+// Kernels for AVX512: BW and BF16 for words, BW and VNNI for bytes. They are those of avx2.h, two steps at a time.
 //
 // vpdpbusd wants one side without sign: x + 128 it is, and 128 times the sum of the values is taken off again.
 
 #pragma once
 
+#include "avx2.h"
 #include "layouts.h"
 
 #if defined(__x86_64__)
 
 #define SPARSEPASS_WORDS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma")))
-#define SPARSEPASS_BYTES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,fma")))
+#define SPARSEPASS_BYTES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")))
 
 namespace sparsepass::avx512 {
 
@@ -24,7 +22,7 @@ constexpr int kMostTokens = 8;    // of one call of a kernel
 inline bool has(int kind) {
   const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
-  return base && (is_integer(kind) ? __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni")
+  return base && (is_integer(kind) ? __builtin_cpu_supports("avx512vnni")
                                    : __builtin_cpu_supports("avx512bf16"));
 }
 
@@ -41,53 +39,58 @@ SPARSEPASS_WORDS inline __m512 multiply_add(__m512 sum, __m512i x, __m512i value
   }
 }
 
-// Two bits of each word, and the offset of its group of four: where its x lies in two registers.
-SPARSEPASS_WORDS inline __m512i word_offsets() {
-  alignas(64) uint16_t offsets[32];
-  for (int lane = 0; lane < 32; lane++) offsets[lane] = static_cast<uint16_t>(lane / 2 * 4);
-  return _mm512_load_si512(offsets);
+// How far the codes of two steps are shifted: of the first step in the low half of a register, of the second in the high one.
+SPARSEPASS_WORDS inline __m512i shifts(int first, int second) {
+  return _mm512_inserti64x4(_mm512_set1_epi16(static_cast<int16_t>(first)), _mm256_set1_epi16(static_cast<int16_t>(second)), 1);
 }
+
+// The sum of the halves, whose lanes are those of avx2::put_pair.
+SPARSEPASS_WORDS inline __m256 halves(__m512 sum) { return _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)); }
 
 template <int T, bool kIsFp16>
 SPARSEPASS_WORDS void packed_words(const Product& p, const uint8_t* x, float* y, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const Layout layout(kAvx512, w.kind, w.rows, w.columns);
-  const __m512i groups = word_offsets(), two_bits = _mm512_set1_epi16(3);
+  alignas(64) uint16_t starts[32];
+  // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code.
+  for (int lane = 0; lane < 32; lane++) starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
+  const __m512i start = _mm512_load_si512(starts), two_bits = _mm512_set1_epi16(3), twice = _mm512_set1_epi16(0x0202);
+  const __m512i shift[4] = {shifts(0, 2), shifts(4, 6), shifts(8, 10), shifts(12, 14)};
   // One accumulator a token hides no latency where there are few tokens: four or two take turns then.
   constexpr int kTurns = T == 1 ? 4 : T == 2 ? 2 : 1;
-  const int64_t left = layout.left;
-  __m512i shared = _mm512_setzero_si512();
-  for (int64_t row = first; row < last; row++) {
+  for (int64_t row = first; row < last; row += 2) {
     const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
-    if (left && row % layout.unit_rows == 0) shared = _mm512_loadu_si512(at - 64);
     __m512 sums[T][kTurns];
     for (int t = 0; t < T; t++)
       for (int turn = 0; turn < kTurns; turn++) sums[t][turn] = _mm512_setzero_ps();
-    auto step = [&](int k, __m512i& codes, const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_WORDS {
-      const __m512i lanes = _mm512_ternarylogic_epi64(codes, two_bits, groups, 0xEA);  // (codes & 3) | groups
-      codes = _mm512_srli_epi16(codes, 2);
-      const __m512i values = _mm512_loadu_si512(values_at);
+    auto two_steps = [&](int number, __m512i codes, const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_WORDS {
+      const __m512i own = _mm512_and_si512(_mm512_srlv_epi16(codes, shift[number]), two_bits);
+      const __m512i lanes = _mm512_add_epi16(_mm512_mullo_epi16(own, twice), start), values = _mm512_loadu_si512(values_at);
       for (int t = 0; t < T; t++) {
-        const uint8_t* of_token = x_at + t * p.x_bytes;
-        const __m512i met = _mm512_permutex2var_epi16(_mm512_loadu_si512(of_token), lanes, _mm512_loadu_si512(of_token + 64));
-        sums[t][k % kTurns] = multiply_add<kIsFp16>(sums[t][k % kTurns], met, values);
+        const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(x_at + t * p.x_bytes), lanes);
+        sums[t][number % kTurns] = multiply_add<kIsFp16>(sums[t][number % kTurns], met, values);
       }
     };
     const uint8_t* x_at = x;
-    for (int64_t block = 0; block < layout.full; block++, at += 576, x_at += 1024) {
-      __m512i codes = _mm512_loadu_si512(at + 512);
-      for (int line = 0; line < 9; line++) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line * 64), _MM_HINT_T1);
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; k++) step(k, codes, at + k * 64, x_at + k * 128);
+    for (int64_t block = 0; block < layout.full; block++, at += 288, x_at += 256) {
+      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + 256));
+      for (int line = 0; line < 5; line++) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line * 64), _MM_HINT_T1);
+#pragma GCC unroll 4
+      for (int number = 0; number < 4; number++) two_steps(number, codes, at + number * 64, x_at + number * 64);
     }
-    for (int64_t k = 0; k < left; k++) {
-      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + k * 64), _MM_HINT_T1);
-      step(static_cast<int>(k % kTurns), shared, at + k * 64, x_at + k * 128);
+    if (layout.left) {
+      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + layout.left * 32));
+#pragma GCC unroll 3
+      for (int number = 0; number < 3; number++)
+        if (number * 2 < layout.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
     }
     for (int t = 0; t < T; t++) {
-      __m512 sum = sums[t][0];
-      for (int turn = 1; turn < kTurns; turn++) sum = _mm512_add_ps(sum, sums[t][turn]);
-      y[t * w.rows + row] = _mm512_reduce_add_ps(sum);
+      __m512 all = sums[t][0];
+      for (int turn = 1; turn < kTurns; turn++) all = _mm512_add_ps(all, sums[t][turn]);
+      __m256 sum = halves(all);
+      // fp16: lanes 0 to 3 are the even row's.
+      if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
+      avx2::put_pair(sum, 1.f, 1.f, y + t * w.rows + row, row + 1 < w.rows);
     }
   }
 }
@@ -128,72 +131,78 @@ SPARSEPASS_WORDS void add_words(const uint16_t* weight, int64_t columns, const u
 
 // ---- Bytes ----
 
-// Scales of a step of 128 columns, one for each lane of eight columns.
-SPARSEPASS_BYTES inline __m512 lane_scales(const uint16_t* scales, int64_t count, __m512i order) {
-  const __m128i read = _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << count) - 1), scales);
-  const __m512i words = _mm512_cvtepu16_epi32(_mm256_castsi128_si256(read));
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_slli_epi32(words, 16)));
+// Scales of two rows, some of each, in the lanes that `order` says; those of the odd row are numbers 4 and up.
+SPARSEPASS_BYTES inline __m512 lane_scales(const uint16_t* even, const uint16_t* odd, int64_t count, __m512i order) {
+  const auto mask = static_cast<__mmask8>((1 << count) - 1);
+  const __m128i words = _mm_unpacklo_epi64(_mm_maskz_loadu_epi16(mask, even), _mm_maskz_loadu_epi16(mask, odd));
+  const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_castsi256_si512(wide)));
 }
 
-// kOneScale: a step of 128 columns has one scale (or shares it with others), so one number is spread and nothing permuted.
-template <int T, bool kNibbles, bool kOneScale>
+// kGroups: scales of 128 columns.
+template <int T, bool kNibbles, int kGroups>
 SPARSEPASS_BYTES void packed_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const Layout layout(kAvx512, w.kind, w.rows, w.columns);
-  alignas(64) uint8_t offsets[64];
-  alignas(64) int32_t lane_order[16];
+  constexpr int kAtOnce = kGroups == 1 ? 1 : kGroups / 2;  // scales of one row that a sum of products needs
   const int64_t size = w.group_size ? w.group_size : w.columns, scales_a_row = ceil_div(w.columns, size);
-  for (int lane = 0; lane < 64; lane++) offsets[lane] = static_cast<uint8_t>(lane / 2 * 4);
-  for (int lane = 0; lane < 16; lane++) lane_order[lane] = kOneScale ? 0 : static_cast<int32_t>(lane * 8 / size);
-  const __m512i groups = _mm512_load_si512(offsets), order = _mm512_load_si512(lane_order), two_bits = _mm512_set1_epi8(3);
+  const int64_t blocks_a_scale = std::max<int64_t>(1, size / kGroup);
+  const bool row_has_one = kGroups == 1 && scales_a_row == 1;
+  alignas(64) uint8_t starts[64];
+  alignas(64) int32_t lane_order[16];
+  for (int lane = 0; lane < 64; lane++) starts[lane] = static_cast<uint8_t>(lane % 8 / 2 * 4);
+  for (int lane = 0; lane < 16; lane++) lane_order[lane] = lane * kAtOnce / 16 + (lane % 4 / 2 ? 4 : 0);
+  const __m512i start = _mm512_load_si512(starts), order = _mm512_load_si512(lane_order), two_bits = _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), offset = _mm512_set1_epi8(static_cast<char>(128));
-  const int64_t left = layout.left, block_bytes = layout.values_bytes + 64;
-  const int64_t scales_a_step = kOneScale ? 0 : kGroup / size, steps_a_scale = kOneScale ? std::max<int64_t>(1, size / kGroup) : 1;
-  const bool row_has_one = kOneScale && scales_a_row == 1;
-  __m512i shared = _mm512_setzero_si512();
-  for (int64_t row = first; row < last; row++) {
+  const __m512i shift[2] = {shifts(0, 2), shifts(4, 6)};
+  for (int64_t row = first; row < last; row += 2) {
     const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
-    if (left && row % layout.unit_rows == 0) shared = _mm512_loadu_si512(at - 64);
-    const uint16_t* scales = w.scales + row * scales_a_row;
+    const bool has_odd = row + 1 < w.rows;
+    const uint16_t* even = w.scales + row * scales_a_row;
+    const uint16_t* odd = has_odd ? even + scales_a_row : even;
     __m512 sums[T];
     for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();
-    __m512i held = _mm512_setzero_si512();
-    auto step = [&](int k, int64_t number, __m512i& codes, const uint8_t* at_values) SPARSEPASS_BYTES {
-      __m512i values;
-      if constexpr (kNibbles) {
-        held = k % 2 ? _mm512_srli_epi16(held, 4) : _mm512_loadu_si512(at_values + k / 2 * 64);
-        values = _mm512_sub_epi8(_mm512_and_si512(held, four_bits), eight);
-      } else {
-        values = _mm512_loadu_si512(at_values + k * 64);
+    for (int64_t block = 0; block < layout.full; block++, at += layout.block_bytes) {
+      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + layout.values_bytes));
+      for (int64_t line = 0; line < layout.block_bytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAheadOfBytes + line), _MM_HINT_T1);
+      __m512i excess = _mm512_setzero_si512(), products[T];
+      for (int t = 0; t < T; t++) products[t] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+      for (int number = 0; number < 2; number++) {
+        __m512i values;
+        if constexpr (kNibbles) {
+          const __m512i pair = _mm512_loadu_si512(at);
+          values = _mm512_sub_epi8(_mm512_and_si512(number ? _mm512_srli_epi16(pair, 4) : pair, four_bits), eight);
+        } else {
+          values = _mm512_loadu_si512(at + number * 64);
+        }
+        // (codes & 3) | start; bits of a neighbour come in from above, where the mask takes them off.
+        const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, shift[number]), two_bits, start, 0xEA);
+        excess = _mm512_dpbusd_epi32(excess, offset, values);
+        for (int t = 0; t < T; t++) {
+          const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(x + t * p.x_bytes + block * 128 + number * 64), lanes);
+          products[t] = _mm512_dpbusd_epi32(products[t], met, values);
+        }
+        if (kGroups == 1 && number == 0) continue;
+        __m512 scale;
+        if (row_has_one) {
+          scale = _mm512_set1_ps(1.f);
+        } else {
+          const int64_t begin = kGroups == 1 ? block / blocks_a_scale : block * kGroups + number * kAtOnce;
+          const int64_t from = std::min(begin, scales_a_row - 1);
+          scale = lane_scales(even + from, odd + from, std::min<int64_t>(kAtOnce, scales_a_row - from), order);
+        }
+        for (int t = 0; t < T; t++) {
+          const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t * p.x_groups + block]));
+          sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(products[t], excess)), both, sums[t]);
+          products[t] = _mm512_setzero_si512();
+        }
+        excess = _mm512_setzero_si512();
       }
-      const __m512i lanes = _mm512_ternarylogic_epi64(codes, two_bits, groups, 0xEA);
-      codes = _mm512_srli_epi16(codes, 2);  // bits of a neighbour come in from above, where the mask takes them off
-      const __m512i excess = _mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, values);
-      __m512 scale;
-      if constexpr (kOneScale) {
-        scale = _mm512_set1_ps(row_has_one ? 1.f : widen_bf16(scales[number / steps_a_scale]));
-      } else {
-        scale = lane_scales(scales + number * scales_a_step, std::min(scales_a_step, scales_a_row - number * scales_a_step), order);
-      }
-      for (int t = 0; t < T; t++) {
-        const uint8_t* of_token = x + t * p.x_bytes + number * 128;
-        const __m512i met = _mm512_permutex2var_epi8(_mm512_loadu_si512(of_token), lanes, _mm512_loadu_si512(of_token + 64));
-        const __m512i products = _mm512_sub_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), met, values), excess);
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t * p.x_groups + number]));
-        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), both, sums[t]);
-      }
-    };
-    for (int64_t block = 0; block < layout.full; block++, at += block_bytes) {
-      __m512i codes = _mm512_loadu_si512(at + layout.values_bytes);
-      for (int64_t line = 0; line < block_bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(at + kAheadOfBytes + line), _MM_HINT_T1);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) step(k, block * 4 + k, codes, at);
     }
-#pragma GCC unroll 3
-    for (int k = 0; k < 3; k++)
-      if (k < left) step(k, layout.full * 4 + k, shared, at);
-    const float row_scale = row_has_one ? widen_bf16(scales[0]) : 1.f;
-    for (int t = 0; t < T; t++) y[t * w.rows + row] = _mm512_reduce_add_ps(sums[t]) * row_scale;
+    const float scale_even = row_has_one ? widen_bf16(even[0]) : 1.f, scale_odd = row_has_one ? widen_bf16(odd[0]) : 1.f;
+    for (int t = 0; t < T; t++) avx2::put_pair(halves(sums[t]), scale_even, scale_odd, y + t * w.rows + row, has_odd);
   }
 }
 
@@ -233,64 +242,35 @@ SPARSEPASS_BYTES void dense_bytes(const Product& p, const uint8_t* x, const floa
 
 // ---- With their zeros ----
 
-// Words of one row, 64 columns at a time: each value goes to the one of its group's four columns that its code names.
-SPARSEPASS_WORDS inline void unpack_words(const Layout& layout, const uint8_t* data, int64_t row, uint16_t* out) {
-  alignas(64) uint16_t first_order[2][32], places[32];
-  for (int half = 0; half < 2; half++)
-    for (int lane = 0; lane < 32; lane++) first_order[half][lane] = static_cast<uint16_t>(half * 16 + lane / 4 * 2);
-  for (int lane = 0; lane < 32; lane++) places[lane] = static_cast<uint16_t>(lane % 4);
-  const __m512i place = _mm512_load_si512(places), two_bits = _mm512_set1_epi16(3), one = _mm512_set1_epi16(1);
-  const uint8_t* at = data + layout.at_row(row);
-  for (int64_t step = 0; step < layout.steps; step++) {
-    const int64_t k = step % 8, block = step / 8;
-    const uint8_t* at_block = at + block * 576;
-    __m512i codes;
-    if (block < layout.full) {
-      codes = _mm512_srl_epi16(_mm512_loadu_si512(at_block + 512), _mm_cvtsi64_si128(2 * k));
-    } else {
-      const uint8_t* unit = data + row / layout.unit_rows * layout.unit_bytes;
-      codes = _mm512_srl_epi16(_mm512_loadu_si512(unit), _mm_cvtsi64_si128(2 * (row % layout.unit_rows * layout.left + k)));
-    }
-    codes = _mm512_and_si512(codes, two_bits);
-    const __m512i values = _mm512_loadu_si512(at_block + k * 64);
-    for (int half = 0; half < 2; half++) {
-      const int64_t column = step * 64 + half * 32;
-      if (column >= layout.columns) break;
-      const __m512i first = _mm512_load_si512(first_order[half]), second = _mm512_add_epi16(first, one);
-      const __mmask32 is_first = _mm512_cmpeq_epi16_mask(_mm512_permutexvar_epi16(first, codes), place);
-      const __mmask32 is_second = _mm512_cmpeq_epi16_mask(_mm512_permutexvar_epi16(second, codes), place);
-      const __m512i found = _mm512_mask_permutexvar_epi16(_mm512_maskz_permutexvar_epi16(is_first, first, values), is_second, second, values);
-      const int64_t rest = std::min<int64_t>(32, layout.columns - column);
-      _mm512_mask_storeu_epi16(out + column, static_cast<__mmask32>(rest == 32 ? ~0u : (1u << rest) - 1), found);
-    }
-  }
-}
-
-// Bytes of one row, 64 columns at a time; `out` has room for whole registers.
-SPARSEPASS_BYTES inline void unpack_bytes(const Layout& layout, const uint8_t* data, int64_t row, int8_t* out) {
-  alignas(64) uint8_t order[64], places[64];
-  for (int lane = 0; lane < 64; lane++) order[lane] = static_cast<uint8_t>(lane / 4 * 2);
-  for (int lane = 0; lane < 64; lane++) places[lane] = static_cast<uint8_t>(lane % 4);
-  const __m512i place = _mm512_load_si512(places), two_bits = _mm512_set1_epi8(3), one = _mm512_set1_epi8(1);
-  const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), half_way = _mm512_set1_epi8(32);
+// One row, 32 columns of words or 64 of bytes at a time; `out` has room for whole registers.
+template <bool kWords>
+SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t row, uint8_t* out) {
+  const avx2::Places half = avx2::places_of<kWords>(row);
+  const __m512i first = _mm512_broadcast_i64x4(half.first), second = _mm512_broadcast_i64x4(half.second);
+  const __m512i place = _mm512_broadcast_i64x4(half.place), two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
+  const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
   const bool nibbles = layout.kind == kInt4;
+  const __m512i shift[4] = {shifts(0, 2), shifts(4, 6), shifts(8, 10), shifts(12, 14)};
   const uint8_t* at = data + layout.at_row(row);
-  for (int64_t step = 0; step < layout.steps; step++) {
-    const int64_t k = step % 4, block = step / 4;
-    const uint8_t* at_block = at + block * (layout.values_bytes + 64);
+  for (int64_t block = 0; block * layout.per_block < layout.steps; block++, at += layout.block_bytes) {
     const bool is_left = block == layout.full;
-    const uint8_t* at_codes = is_left ? data + row / layout.unit_rows * layout.unit_bytes : at_block + layout.values_bytes;
-    const int64_t shift = 2 * (is_left ? row % layout.unit_rows * layout.left + k : k);
-    const __m512i codes = _mm512_and_si512(_mm512_srl_epi16(_mm512_loadu_si512(at_codes), _mm_cvtsi64_si128(shift)), two_bits);
-    __m512i values = _mm512_loadu_si512(at_block + (nibbles ? k / 2 : k) * 64);
-    if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k % 2 ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
-    __m512i first = _mm512_load_si512(order);
-    for (int64_t half = 0; half < 2; half++, first = _mm512_add_epi8(first, half_way)) {
-      const __m512i second = _mm512_add_epi8(first, one);
-      const __mmask64 is_first = _mm512_cmpeq_epi8_mask(_mm512_permutexvar_epi8(first, codes), place);
-      const __mmask64 is_second = _mm512_cmpeq_epi8_mask(_mm512_permutexvar_epi8(second, codes), place);
-      const __m512i found = _mm512_mask_permutexvar_epi8(_mm512_maskz_permutexvar_epi8(is_first, first, values), is_second, second, values);
-      _mm512_storeu_si512(out + step * 128 + half * 64, found);
+    const __m512i all = _mm512_broadcast_i64x4(avx2::load(at + (is_left ? layout.left * 32 : layout.values_bytes)));
+    const int64_t count = (is_left ? layout.left : layout.per_block) / 2;
+    for (int64_t k = 0; k < count; k++, out += 64) {
+      const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, shift[k]), two_bits);
+      __m512i values = _mm512_loadu_si512(at + (nibbles ? 0 : k) * 64);
+      if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
+      const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
+      const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
+      __m512i found;
+      if constexpr (kWords) {
+        found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
+        found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
+      } else {
+        found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
+        found = _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
+      }
+      _mm512_storeu_si512(out, found);
     }
   }
 }

@@ -2,15 +2,11 @@
 //
 // Stored, and for the path `generic`: row after row, a row's kept values in order, then its codes in order, four to a byte.
 //
-// Otherwise a *step* is one register of values, a *block* is up to 8 steps of words or 4 of bytes and then one register of their
-// codes, two bits a step in each lane (`plane` bits of step k are at 2k). int4 has the nibbles of steps 2j and 2j + 1 in the low and
-// high halves of one register. Columns are filled up to whole steps with values of zero.
-//
-//   avx512  A step holds the kept values of 64 columns (words) or 128 (bytes) of one row. The steps that are left over at a row's end
-//           have few codes, so a register of codes serves several rows: with t steps left, 8 / t rows (words) or 4 / t (bytes) are a
-//           unit, which begins with that register.
-//   avx2    A step holds the kept values of 16 columns (words) or 32 (bytes) of two rows: each half of the register has those of the
-//           even row and then those of the odd one, for the columns that one vpshufb reaches. Integers: whole blocks only.
+// Otherwise rows lie in pairs. A *step* is half a register of AVX512 or one of AVX2, 32 bytes, and holds the kept values of 16 columns
+// (words) or 32 (bytes) of two rows: each 16 bytes of it have those of the even row and then those of the odd one, for the columns
+// that one vpshufb reaches. A *block* is up to 8 steps of words, an even number of them, or 4 of bytes, and then 32 bytes of their
+// codes, two bits a step in each lane: those of step k are at 2k. int4 has the nibbles of steps 0 and 2 in the low and high halves of
+// its first 32 bytes, and those of 1 and 3 in the next. Columns are filled up with values of zero; a last row may stand alone.
 
 #pragma once
 
@@ -19,60 +15,48 @@
 namespace sparsepass {
 
 struct Layout {
+  static constexpr int64_t kStep = 32;
+
   int path, kind;
   int64_t rows, columns;
   int64_t lane_bytes;   // of values, 1 or 2; a nibble counts as 1
   int64_t lanes;        // kept values of one row in a step
-  int64_t step_bytes;   // of a register
   int64_t per_block;    // steps
   int64_t steps;        // of a row
   int64_t full, left;   // whole blocks of a row, and the steps after them
   int64_t unit_rows;    // rows that lie together
-  int64_t values_bytes, left_bytes;  // of the values of a block, of what is left
-  int64_t row_bytes;    // of a row (avx2: of two) without a register that is shared
+  int64_t values_bytes; // of the values of a block; generic: of a row
+  int64_t block_bytes;  // with codes
   int64_t unit_bytes;
 
   Layout(int path_, int kind_, int64_t rows_, int64_t columns_) : path(path_), kind(kind_), rows(rows_), columns(columns_) {
-    const bool nibbles = kind == kInt4;
+    const int64_t halves = kind == kInt4 ? 2 : 1;
     lane_bytes = is_integer(kind) ? 1 : 2;
     if (path == kGeneric) {
       lanes = columns / 2;
       unit_rows = 1;
-      values_bytes = nibbles ? columns / 4 : lanes * lane_bytes;
-      row_bytes = unit_bytes = values_bytes + columns / 8;
-      step_bytes = per_block = steps = full = left = left_bytes = 0;
+      values_bytes = lanes * lane_bytes / halves;
+      block_bytes = unit_bytes = values_bytes + columns / 8;
+      per_block = steps = full = left = 0;
       return;
     }
-    step_bytes = path == kAvx512 ? 64 : 32;
-    lanes = step_bytes / lane_bytes / (path == kAvx2 ? 2 : 1);
+    unit_rows = 2;
+    lanes = kStep / lane_bytes / 2;
     per_block = is_integer(kind) ? 4 : 8;
-    steps = ceil_div(columns, 2 * lanes);
-    if (path == kAvx2 && is_integer(kind)) steps = ceil_div(steps, per_block) * per_block;
+    const int64_t together = is_integer(kind) ? per_block : 2;
+    steps = ceil_div(ceil_div(columns, 2 * lanes), together) * together;
     full = steps / per_block;
     left = steps % per_block;
-    const int64_t halves = nibbles ? 2 : 1;
-    values_bytes = per_block / halves * step_bytes;
-    left_bytes = ceil_div(left, halves) * step_bytes;
-    row_bytes = full * (values_bytes + step_bytes) + left_bytes;
-    if (path == kAvx512) {
-      unit_rows = left ? per_block / left : 1;
-      unit_bytes = unit_rows * row_bytes + (left ? step_bytes : 0);
-    } else {
-      unit_rows = 2;
-      if (left) row_bytes += step_bytes;
-      unit_bytes = row_bytes;
-    }
+    values_bytes = per_block / halves * kStep;
+    block_bytes = values_bytes + kStep;
+    unit_bytes = full * block_bytes + (left ? left * kStep + kStep : 0);
   }
 
   int64_t padded_columns() const { return path == kGeneric ? columns : steps * lanes * 2; }
   int64_t bytes() const { return ceil_div(rows, unit_rows) * unit_bytes; }
 
   // Where the values of a row begin.
-  int64_t at_row(int64_t row) const {
-    const int64_t unit = row / unit_rows * unit_bytes;
-    if (path != kAvx512) return unit;
-    return unit + (left ? step_bytes : 0) + row % unit_rows * row_bytes;
-  }
+  int64_t at_row(int64_t row) const { return row / unit_rows * unit_bytes; }
 
   // Calls put(byte of the value, its nibble, byte of the code, its shift) for each kept value of a row in order, padding included.
   template <class Put>
@@ -85,21 +69,16 @@ struct Layout {
       }
       return;
     }
-    const int64_t run = 8 / lane_bytes;  // avx2: kept values of a row that lie together
+    const int64_t run = 8 / lane_bytes;  // kept values of a row that lie together
     for (int64_t step = 0; step < steps; step++) {
-      const int64_t block = step / per_block, k = step % per_block;
-      const bool is_left = block == full;
-      const int64_t at_block = start + block * (values_bytes + step_bytes);
-      const int64_t at_values = at_block + (kind == kInt4 ? k / 2 : k) * step_bytes;
-      int64_t at_codes = at_block + (is_left ? left_bytes : values_bytes), shift = 2 * k;
-      if (is_left && path == kAvx512) {
-        at_codes = row / unit_rows * unit_bytes;
-        shift += row % unit_rows * left * 2;
-      }
+      const int64_t block = step / per_block, k = step % per_block, shift = 2 * k;
+      const int64_t at_block = start + block * block_bytes;
+      const int64_t at_values = at_block + (kind == kInt4 ? k % 2 : k) * kStep;
+      const int64_t at_codes = at_block + (block == full ? left * kStep : values_bytes);
       for (int64_t j = 0; j < lanes; j++) {
-        const int64_t lane = path == kAvx512 ? j : j / run * 2 * run + row % 2 * run + j % run;
-        const int64_t byte = lane * lane_bytes + (shift >= 8 ? 1 : 0);
-        put(at_values + lane * lane_bytes, kind == kInt4 ? k % 2 : 0, at_codes + byte, shift % 8);
+        const int64_t lane = j / run * 2 * run + row % 2 * run + j % run;
+        const int64_t code = lane * lane_bytes + (shift >= 8 ? 1 : 0);
+        put(at_values + lane * lane_bytes, kind == kInt4 ? k / 2 : 0, at_codes + code, shift % 8);
       }
     }
   }
