@@ -20,13 +20,22 @@ from torch.nn import functional
 from sparsepass.graph.native import KINDS, PATHS, TORCH, TYPES as TYPE_NAMES, Kernels, NativeWeight, kernels
 from sparsepass.graph.packed.gpu import packed_linear_gpu
 from sparsepass.graph.packed.gpu_ways import gpu_refusal
-from sparsepass.graph.packed.layout import PackedWeight, Values, bad_codes, check_codes, check_sizes, stored_form, with_zeros
+from sparsepass.graph.packed.layout import (
+    FLOATS,
+    PackedWeight,
+    Values,
+    bad_codes,
+    check_codes,
+    check_sizes,
+    stored_form,
+    with_zeros,
+)
 from sparsepass.graph.support import SparsepassError
 
 TYPES: Final = {getattr(torch, name): number for name, number in TYPE_NAMES.items()}
 """Activations that a packed layer takes."""
-MOST_TOKENS: Final = 16
-"""More of them are multiplied by torch, with the weight unpacked: then arithmetic is what takes time, not memory."""
+_FEW_TOKENS: Final = 16
+_MANY_TOKENS: Final = 64
 TILE: Final = 1 << 20
 """Weights that are unpacked at once for that. Fewer make torch's products too small: with half a million, 512 tokens take 2%
 longer than by the dense layer, with a million 1% (2048 x 2048 bf16, one thread); more only take memory."""
@@ -83,6 +92,18 @@ _NAMES_OF_KINDS: Final[dict[int, Values]] = {KINDS[name]: name for name in get_a
 _NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
 
 
+def most_tokens(form: Form) -> int:
+    """How many tokens a kernel takes; more are multiplied by torch, with the weight unpacked.
+
+    With many tokens arithmetic takes the time and not memory. The kernel of AVX512 for bf16 and those for integers beat torch's
+    product up to some 64 tokens (2048 x 2048, one thread of an AMD EPYC), that of AVX2 for bf16 and those for fp16 up to 16.
+    """
+    if form.dense or form.path == "generic":
+        return _FEW_TOKENS
+    is_fast = form.path == "avx512" if form.values in FLOATS else True
+    return _MANY_TOKENS if is_fast and form.values != "fp16" else _FEW_TOKENS
+
+
 class _Call:
     """What follows from the shape and the type of an input: told once, since most inputs are like the one before.
 
@@ -127,6 +148,7 @@ class LaidOut:
         "data",
         "ends",
         "form",
+        "most_tokens",
         "native",
         "parts",
         "pointer",
@@ -145,7 +167,7 @@ class LaidOut:
         bias: Tensor | None = None,
         parts: Sequence[int] = (),
     ) -> None:
-        self.form, self.columns = form, form.columns
+        self.form, self.columns, self.most_tokens = form, form.columns, most_tokens(form)
         self.parts = tuple(parts) or (form.rows,)
         self.call: _Call | None = None
         self.ends = (ctypes.c_int64 * len(self.parts))(*accumulate(self.parts))
@@ -249,7 +271,7 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
         SparsepassError: If x does not fit.
     """
     call = weight.call_of(x)
-    if weight.native is None or call.tokens > MOST_TOKENS:
+    if weight.native is None or call.tokens > weight.most_tokens:
         return _by_torch(weight, x, call)
     if not x.is_cpu:
         raise elsewhere(x)
@@ -268,7 +290,8 @@ def product(weight: LaidOut, x: Tensor) -> Tensor:
 def products(weight: LaidOut, x: Tensor, addresses: "ctypes.Array[ctypes.c_void_p]") -> list[Tensor]:
     """The products of several layers whose weights lie together, in one run of the kernel.
 
-    Shapes: x ``[..., I]`` with any strides and at most `MOST_TOKENS` rows; each result ``[..., O]`` of its layer, of x's type.
+    Shapes: x ``[..., I]`` with any strides and at most `LaidOut.most_tokens` rows; each result ``[..., O]`` of its layer, of
+    x's type.
 
     Args:
         weight: All weights.
@@ -312,7 +335,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 def _by_torch(weight: LaidOut, x: Tensor, call: _Call) -> Tensor:
     """The product by torch's own operations."""
     form = weight.form
-    if call.tokens > MOST_TOKENS and form.dense and weight.scales is None:
+    if call.tokens > weight.most_tokens and form.dense and weight.scales is None:
         return functional.linear(x, weight.data.to(x.dtype), None if weight.bias is None else weight.bias.to(x.dtype))
     if weight.codes is not None and x.is_cuda and not gpu_refusal(x.device):
         return _on_gpu(weight, weight.codes, x).view(call.results[0].shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.native import KINDS, PATHS, TORCH
-from sparsepass.graph.packed.laid_out import MOST_TOKENS, LaidOut, native, products
+from sparsepass.graph.packed.laid_out import LaidOut, native, products
 from sparsepass.graph.packed.module import PackedLinear
 from sparsepass.graph.support import SparsepassError
 
@@ -99,10 +99,8 @@ class Siblings:
             self._num_untaken = 0 if kept.num_taken else self._num_untaken + 1
             self._is_off = self._num_untaken > _PATIENCE
             kept.x = None
-        if not x.is_cpu or not 0 < x.numel() <= MOST_TOKENS * member.in_features:
-            return None
         weights, whole = self._num_changes, self._whole or self._laid_out()
-        if whole is None:
+        if whole is None or not x.is_cpu or not 0 < x.numel() <= whole.most_tokens * member.in_features:
             return None
         results: list[Tensor | None] = [*products(whole, x, kept.addresses)]
         own, results[place] = results[place], None
@@ -162,7 +160,7 @@ class Siblings:
 def group_siblings(modules: Sequence[PackedLinear]) -> bool:
     """Let layers that read the same input be computed in one run of the kernel.
 
-    Whoever is called first with an input of up to 16 tokens computes the results of all; the others take theirs if they are
+    Whoever is called first with an input of few tokens computes the results of all; the others take theirs if they are
     called with the very same tensor, unchanged, and else compute alone. Copies, moves and new weights keep the group. Compilers
     and exporters see each layer by itself.
 

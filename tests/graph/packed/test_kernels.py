@@ -37,8 +37,8 @@ def test_products_are_those_of_the_unpacked_weight(
             packed = packed_weight(rows, columns, values, group_size)
             layer = PackedLinear.from_packed(packed).lay_out()
             assert layer.path == path
-            for tokens in (1, 2, 3, 5, 8, 11, 16, 17, 64):
-                for dtype in TYPES if tokens in (1, 5, 17) else (torch.float32,):
+            for tokens in (1, 2, 3, 5, 8, 11, 16, 17, 64, 65):
+                for dtype in TYPES if tokens in (1, 5, 17, 65) else (torch.float32,):
                     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
                     close(layer(x), expected(packed, x, path), 2.0)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sparsepass.graph.native import PATHS, VARIABLE, available_paths
 from sparsepass.graph.packed import PackedWeight, Values, pack, unpack
+from sparsepass.graph.packed.laid_out import Form, most_tokens
 
 KINDS: tuple[Values, ...] = ("bf16", "fp16", "int8", "int4")
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,7 +50,9 @@ def rounded(x: Tensor, values: str) -> Tensor:
 
 def expected(packed: PackedWeight, x: Tensor, path: str) -> Tensor:
     """What the product has to be, in float64."""
-    if path == "torch" or x.numel() // x.shape[-1] > 16:  # torch multiplies x as it is, and the weight in x's type
+    form = Form(values=packed.values, path=path, rows=packed.shape[0], columns=packed.shape[1])
+    # torch multiplies x as it is, and the weight in x's type.
+    if path == "torch" or x.numel() // x.shape[-1] > most_tokens(form):
         return x.double() @ unpack(packed, x.dtype).double().T
     return rounded(x, packed.values) @ unpack(packed, torch.float32).double().T
 
