@@ -71,7 +71,7 @@ def test_what_the_documentation_imported_is_there(path: str) -> None:
 
 ON_PURPOSE = {
     # It depends on the device now, and is what it was on every device of before.
-    ("sparsepass plan", "--runtime", "default"): ("tensorrt-llm", None),
+    ("sparsepass plan", "--runtime", "default"): ("'tensorrt-llm'", "None"),
 }
 
 
