@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "avx2.h"
 #include "layouts.h"
 
 namespace sparsepass {
@@ -102,7 +103,16 @@ inline void put_results(int type, const float* y, const float* bias, int64_t tok
   for (int64_t part = 0, begin = 0; part < to.parts; begin = to.ends[part++]) {
     // Where the part's row 0 of this token would be, if the part began with the weight's row 0.
     const int64_t end = to.ends[part], shift = token * (end - begin) - begin;
-    for (int64_t row = std::max(first, begin); row < std::min(last, end); row++) {
+    int64_t row = std::max(first, begin);
+#if defined(__x86_64__)
+    const int64_t count = std::min(last, end) - row;
+    if (count >= 8 && avx2::has()) {
+      auto* out = static_cast<uint8_t*>(to.buffers[part]) + (shift + row) * element_bytes(type);
+      avx2::put_row(type, y + row, bias == nullptr ? nullptr : bias + row, count, out);
+      row += count / 8 * 8;
+    }
+#endif
+    for (; row < std::min(last, end); row++) {
       const float value = bias == nullptr ? y[row] : y[row] + bias[row];
       if (type == kTypeFloat) {
         static_cast<float*>(to.buffers[part])[shift + row] = value;

@@ -345,6 +345,29 @@ SPARSEPASS_AVX2 inline void convert_bytes(
   }
 }
 
+// Some results of one token, plus their biases, as elements of a type.
+SPARSEPASS_AVX2 inline void put_row(int type, const float* y, const float* bias, int64_t count, void* out) {
+  const __m256i rounding = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), not_a_number = _mm256_set1_epi32(0x7fc0);
+  for (int64_t i = 0; i + 8 <= count; i += 8) {
+    __m256 values = _mm256_loadu_ps(y + i);
+    if (bias != nullptr) values = _mm256_add_ps(values, _mm256_loadu_ps(bias + i));
+    if (type == kTypeFloat) {
+      _mm256_storeu_ps(static_cast<float*>(out) + i, values);
+      continue;
+    }
+    auto* to = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i);
+    if (type == kTypeFp16) {
+      _mm_storeu_si128(to, _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+      continue;
+    }
+    const __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, rounding), odd), 16);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, not_a_number, is_nan);
+    _mm_storeu_si128(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08)));
+  }
+}
+
 }  // namespace sparsepass::avx2
 
 #endif

@@ -47,52 +47,86 @@ SPARSEPASS_WORDS inline __m512i shifts(int first, int second) {
 // The sum of the halves, whose lanes are those of avx2::put_pair.
 SPARSEPASS_WORDS inline __m256 halves(__m512 sum) { return _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)); }
 
-template <int T, bool kIsFp16>
-SPARSEPASS_WORDS void packed_words(const Product& p, const uint8_t* x, float* y, int64_t first, int64_t last) {
-  const auto& w = *p.weight;
-  const Layout layout(kAvx512, w.kind, w.rows, w.columns);
-  alignas(64) uint16_t starts[32];
+struct WordTables {
   // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code.
-  for (int lane = 0; lane < 32; lane++) starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
-  const __m512i start = _mm512_load_si512(starts), two_bits = _mm512_set1_epi16(3), twice = _mm512_set1_epi16(0x0202);
-  const __m512i shift[4] = {shifts(0, 2), shifts(4, 6), shifts(8, 10), shifts(12, 14)};
-  // One accumulator a token hides no latency where there are few tokens: four or two take turns then.
-  constexpr int kTurns = T == 1 ? 4 : T == 2 ? 2 : 1;
-  for (int64_t row = first; row < last; row += 2) {
-    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
-    __m512 sums[T][kTurns];
+  alignas(64) uint16_t starts[32];
+  // How far the codes of two steps are shifted, as `shifts` has it.
+  alignas(64) uint16_t shifts[4][32];
+
+  constexpr WordTables() : starts(), shifts() {
+    for (int lane = 0; lane < 32; lane++) {
+      starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
+      for (int number = 0; number < 4; number++) shifts[number][lane] = static_cast<uint16_t>(4 * number + lane / 16 * 2);
+    }
+  }
+};
+
+inline constexpr WordTables kWordTables;
+
+// P pairs of rows at once: each register of x is read once for all of them.
+template <int T, int P, bool kIsFp16>
+SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, const uint8_t* x, float* y, int64_t row) {
+  const __m512i start = _mm512_load_si512(kWordTables.starts), two_bits = _mm512_set1_epi16(3), twice = _mm512_set1_epi16(0x0202);
+  // One accumulator a token hides no latency where there are few: some take turns then.
+  constexpr int kTurns = T * P == 1 ? 4 : T * P <= 3 ? 2 : 1;
+  const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at_row(row);
+  __m512 sums[P][T][kTurns];
+  for (int r = 0; r < P; r++)
     for (int t = 0; t < T; t++)
-      for (int turn = 0; turn < kTurns; turn++) sums[t][turn] = _mm512_setzero_ps();
-    auto two_steps = [&](int number, __m512i codes, const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_WORDS {
-      const __m512i own = _mm512_and_si512(_mm512_srlv_epi16(codes, shift[number]), two_bits);
-      const __m512i lanes = _mm512_add_epi16(_mm512_mullo_epi16(own, twice), start), values = _mm512_loadu_si512(values_at);
-      for (int t = 0; t < T; t++) {
-        const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(x_at + t * p.x_bytes), lanes);
-        sums[t][number % kTurns] = multiply_add<kIsFp16>(sums[t][number % kTurns], met, values);
-      }
-    };
-    const uint8_t* x_at = x;
-    for (int64_t block = 0; block < layout.full; block++, at += 288, x_at += 256) {
-      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + 256));
-      for (int line = 0; line < 5; line++) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line * 64), _MM_HINT_T1);
-#pragma GCC unroll 4
-      for (int number = 0; number < 4; number++) two_steps(number, codes, at + number * 64, x_at + number * 64);
+      for (int turn = 0; turn < kTurns; turn++) sums[r][t][turn] = _mm512_setzero_ps();
+  auto two_steps = [&](int number, const __m512i (&codes)[P], const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_WORDS {
+    __m512i lanes[P], values[P];
+    for (int r = 0; r < P; r++) {
+      const __m512i own = _mm512_and_si512(_mm512_srlv_epi16(codes[r], _mm512_load_si512(kWordTables.shifts[number])), two_bits);
+      lanes[r] = _mm512_add_epi16(_mm512_mullo_epi16(own, twice), start);
+      values[r] = _mm512_loadu_si512(values_at + r * layout.unit_bytes);
     }
-    if (layout.left) {
-      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + layout.left * 32));
-#pragma GCC unroll 3
-      for (int number = 0; number < 3; number++)
-        if (number * 2 < layout.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
-    }
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
-      __m512 all = sums[t][0];
-      for (int turn = 1; turn < kTurns; turn++) all = _mm512_add_ps(all, sums[t][turn]);
+      const __m512i of_token = _mm512_loadu_si512(x_at + t * p.x_bytes);
+#pragma GCC unroll 2
+      for (int r = 0; r < P; r++)
+        sums[r][t][number % kTurns] =
+            multiply_add<kIsFp16>(sums[r][t][number % kTurns], _mm512_shuffle_epi8(of_token, lanes[r]), values[r]);
+    }
+  };
+  __m512i codes[P];
+  const uint8_t* x_at = x;
+  for (int64_t block = 0; block < layout.full; block++, at += 288, x_at += 256) {
+    for (int r = 0; r < P; r++) {
+      codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * layout.unit_bytes + 256));
+      for (int line = 0; line < 5; line++)
+        _mm_prefetch(reinterpret_cast<const char*>(at + r * layout.unit_bytes + kAhead + line * 64), _MM_HINT_T1);
+    }
+#pragma GCC unroll 4
+    for (int number = 0; number < 4; number++) two_steps(number, codes, at + number * 64, x_at + number * 64);
+  }
+  if (layout.left) {
+    for (int r = 0; r < P; r++) codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * layout.unit_bytes + layout.left * 32));
+#pragma GCC unroll 3
+    for (int number = 0; number < 3; number++)
+      if (number * 2 < layout.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
+  }
+  for (int r = 0; r < P; r++) {
+    for (int t = 0; t < T; t++) {
+      __m512 all = sums[r][t][0];
+      for (int turn = 1; turn < kTurns; turn++) all = _mm512_add_ps(all, sums[r][t][turn]);
       __m256 sum = halves(all);
       // fp16: lanes 0 to 3 are the even row's.
       if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-      avx2::put_pair(sum, 1.f, 1.f, y + t * w.rows + row, row + 1 < w.rows);
+      const int64_t even = row + 2 * r;
+      avx2::put_pair(sum, 1.f, 1.f, y + t * layout.rows + even, even + 1 < layout.rows);
     }
   }
+}
+
+template <int T, bool kIsFp16>
+SPARSEPASS_WORDS void packed_words(const Product& p, const uint8_t* x, float* y, int64_t first, int64_t last) {
+  const Layout layout(kAvx512, p.weight->kind, p.weight->rows, p.weight->columns);
+  constexpr int kPairs = T == 1 ? 1 : 2;
+  int64_t row = first;
+  for (; row + 2 * kPairs <= last; row += 2 * kPairs) pairs_of_words<T, kPairs, kIsFp16>(p, layout, x, y, row);
+  for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, x, y, row);
 }
 
 // y += x W^T for words that lie row by row.

@@ -14,7 +14,10 @@
 namespace sparsepass {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 32;  // that stay in the processor's cache while further tokens meet them
+// Rows that stay in the processor's cache while further tokens meet them: as many as that allows if there are many, and if there
+// are few, not too many for all threads to get some.
+constexpr int64_t kRows = 32, kRowsOfMany = 128;
+constexpr int64_t kTokensAtOnce = 256;  // whose sums are kept in float
 
 struct Words {
   const uint16_t* weight;
@@ -139,7 +142,9 @@ int64_t bytes_of_row(const SparsepassWeight& w) {
   return Layout(w.path, w.kind, w.rows, w.columns).bytes() / std::max<int64_t>(1, w.rows);
 }
 
-void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
+// Tokens from `before` on; x begins with the first of them.
+void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t before, int64_t tokens, const Outputs& to,
+                 int threads) {
   thread_local Activations of_x, of_sums;
   thread_local std::vector<float> results;
   const bool integers = is_integer(w.kind), is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
@@ -157,12 +162,12 @@ void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, 
   const Activations &acts = of_x, &sums = of_sums;
   float* y = results.data();
   const Product p{&w, acts.data, integers ? acts.scales.data() : nullptr, acts.bytes, acts.groups, y};
-  const int64_t multiple = std::max<int64_t>(8, kRowsAtOnce);
+  const int64_t at_once = tokens > 16 ? kRowsOfMany : kRows;
   // Waking threads costs some microseconds, as much as one thread needs for this many bytes.
-  const int64_t worth = std::max<int64_t>(1, bytes_of_row(w) * w.rows / 32768);
-  in_parts(w.rows, multiple, static_cast<int>(std::min<int64_t>(threads, worth)), [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; first += kRowsAtOnce) {
-      const int64_t last = std::min(end, first + kRowsAtOnce);
+  const int64_t worth = std::max<int64_t>(1, bytes_of_row(w) * w.rows * tokens / 32768);
+  in_parts(w.rows, at_once, static_cast<int>(std::min<int64_t>(threads, worth)), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t last = std::min(end, first + at_once);
       if (dense_words) {
         for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.rows + first, y + t * w.rows + last, 0.f);
         add_words(w.path, {static_cast<const uint16_t*>(w.data), w.columns, &acts, is_fp16}, y, w.rows, tokens, first, last);
@@ -170,9 +175,16 @@ void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, 
         rows_of(p, tokens, first, last);
       }
       if (has_branch) add_words(w.path, {w.branch, w.columns / w.k, &sums, is_fp16}, y, w.rows, tokens, first, last);
-      for (int64_t t = 0; t < tokens; t++) put_results(type, y + t * w.rows, w.bias, t, first, last, to);
+      for (int64_t t = 0; t < tokens; t++) put_results(type, y + t * w.rows, w.bias, before + t, first, last, to);
     }
   });
+}
+
+void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
+  for (int64_t before = 0; before < tokens; before += kTokensAtOnce) {
+    const auto* from = static_cast<const uint8_t*>(x) + before * stride * element_bytes(type);
+    linear_some(w, type, from, stride, before, std::min(kTokensAtOnce, tokens - before), to, threads);
+  }
 }
 
 // Room for one row on its way to its zeros.

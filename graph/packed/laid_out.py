@@ -8,8 +8,10 @@ Tensor shapes: O rows, I columns, R sums of k columns, T tokens.
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Final, get_args
 
@@ -17,25 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsepass.graph.native import KINDS, PATHS, TORCH, TYPES as TYPE_NAMES, Kernels, NativeWeight, kernels
+from sparsepass.graph.native import KINDS, PATHS, TORCH, TYPES as TYPE_NAMES, Kernels, NativeWeight, kernels, processor
 from sparsepass.graph.packed.gpu import packed_linear_gpu
 from sparsepass.graph.packed.gpu_ways import gpu_refusal
-from sparsepass.graph.packed.layout import (
-    FLOATS,
-    PackedWeight,
-    Values,
-    bad_codes,
-    check_codes,
-    check_sizes,
-    stored_form,
-    with_zeros,
-)
+from sparsepass.graph.packed.layout import PackedWeight, Values, bad_codes, check_codes, check_sizes, stored_form, with_zeros
 from sparsepass.graph.support import SparsepassError
 
 TYPES: Final = {getattr(torch, name): number for name, number in TYPE_NAMES.items()}
 """Activations that a packed layer takes."""
 _FEW_TOKENS: Final = 16
 _MANY_TOKENS: Final = 64
+_ALL_TOKENS: Final = sys.maxsize
 TILE: Final = 1 << 20
 """Weights that are unpacked at once for that. Fewer make torch's products too small: with half a million, 512 tokens take 2%
 longer than by the dense layer, with a million 1% (2048 x 2048 bf16, one thread); more only take memory."""
@@ -92,16 +86,19 @@ _NAMES_OF_KINDS: Final[dict[int, Values]] = {KINDS[name]: name for name in get_a
 _NAMES_OF_PATHS: Final = {number: name for name, number in PATHS.items()}
 
 
+@cache
 def most_tokens(form: Form) -> int:
     """How many tokens a kernel takes; more are multiplied by torch, with the weight unpacked.
 
-    With many tokens arithmetic takes the time and not memory. The kernel of AVX512 for bf16 and those for integers beat torch's
-    product up to some 64 tokens (2048 x 2048, one thread of an AMD EPYC), that of AVX2 for bf16 and those for fp16 up to 16.
+    With many tokens arithmetic takes the time and not memory, and half of it is spared. With AVX512 that makes up for what
+    finding the inputs costs: bf16 is as fast as torch's dense product for 512 tokens, int8 faster (AMD Zen 4). The units for
+    matrices that some processors have (AMX) are faster still. The other kernels win while there are few tokens.
     """
-    if form.dense or form.path == "generic":
+    if form.dense or form.path == "generic" or form.values == "fp16":
         return _FEW_TOKENS
-    is_fast = form.path == "avx512" if form.values in FLOATS else True
-    return _MANY_TOKENS if is_fast and form.values != "fp16" else _FEW_TOKENS
+    if form.path == "avx512" and form.values in ("bf16", "int8"):
+        return _MANY_TOKENS if "AMX" in processor() else _ALL_TOKENS
+    return _FEW_TOKENS if form.values == "bf16" else _MANY_TOKENS
 
 
 class _Call:
