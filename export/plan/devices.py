@@ -226,7 +226,7 @@ _ENGINE = replace(
 _IDEAL = Runtime(
     name="ideal", summary="the GPU's peaks: no kernel is faster than this", takes_experts=True, takes_convolutions=True
 )
-# graph/packed: a row's codes fill whole bytes; of more than 16 tokens, the weight is unpacked for torch's dense product.
+# graph/packed: a row's codes fill whole bytes; with more than 16 tokens, arithmetic takes the time on most processors.
 _PACKED = Runtime(
     name="packed",
     summary="sparsepass's own kernels on the processor, as far as bytes allow: up to 16 tokens read the packed weights",

@@ -39,21 +39,16 @@ SPARSEPASS_WORDS inline __m512 multiply_add(__m512 sum, __m512i x, __m512i value
   }
 }
 
-// How far the codes of two steps are shifted: of the first step in the low half of a register, of the second in the high one.
-SPARSEPASS_WORDS inline __m512i shifts(int first, int second) {
-  return _mm512_inserti64x4(_mm512_set1_epi16(static_cast<int16_t>(first)), _mm256_set1_epi16(static_cast<int16_t>(second)), 1);
-}
-
 // The sum of the halves, whose lanes are those of avx2::put_pair.
 SPARSEPASS_WORDS inline __m256 halves(__m512 sum) { return _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)); }
 
-struct WordTables {
+struct Tables {
   // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code.
   alignas(64) uint16_t starts[32];
-  // How far the codes of two steps are shifted, as `shifts` has it.
+  // How far the codes of two steps are shifted: those of the first one in the low half of a register, of the second in the high one.
   alignas(64) uint16_t shifts[4][32];
 
-  constexpr WordTables() : starts(), shifts() {
+  constexpr Tables() : starts(), shifts() {
     for (int lane = 0; lane < 32; lane++) {
       starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
       for (int number = 0; number < 4; number++) shifts[number][lane] = static_cast<uint16_t>(4 * number + lane / 16 * 2);
@@ -61,12 +56,12 @@ struct WordTables {
   }
 };
 
-inline constexpr WordTables kWordTables;
+inline constexpr Tables kTables;
 
 // P pairs of rows at once: each register of x is read once for all of them.
 template <int T, int P, bool kIsFp16>
 SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, const uint8_t* x, float* y, int64_t row) {
-  const __m512i start = _mm512_load_si512(kWordTables.starts), two_bits = _mm512_set1_epi16(3), twice = _mm512_set1_epi16(0x0202);
+  const __m512i start = _mm512_load_si512(kTables.starts), two_bits = _mm512_set1_epi16(3), twice = _mm512_set1_epi16(0x0202);
   // One accumulator a token hides no latency where there are few: some take turns then.
   constexpr int kTurns = T * P == 1 ? 4 : T * P <= 3 ? 2 : 1;
   const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at_row(row);
@@ -77,7 +72,7 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
   auto two_steps = [&](int number, const __m512i (&codes)[P], const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_WORDS {
     __m512i lanes[P], values[P];
     for (int r = 0; r < P; r++) {
-      const __m512i own = _mm512_and_si512(_mm512_srlv_epi16(codes[r], _mm512_load_si512(kWordTables.shifts[number])), two_bits);
+      const __m512i own = _mm512_and_si512(_mm512_srlv_epi16(codes[r], _mm512_load_si512(kTables.shifts[number])), two_bits);
       lanes[r] = _mm512_add_epi16(_mm512_mullo_epi16(own, twice), start);
       values[r] = _mm512_loadu_si512(values_at + r * layout.unit_bytes);
     }
@@ -188,7 +183,6 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const uint8_t* x, const flo
   for (int lane = 0; lane < 16; lane++) lane_order[lane] = lane * kAtOnce / 16 + (lane % 4 / 2 ? 4 : 0);
   const __m512i start = _mm512_load_si512(starts), order = _mm512_load_si512(lane_order), two_bits = _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), offset = _mm512_set1_epi8(static_cast<char>(128));
-  const __m512i shift[2] = {shifts(0, 2), shifts(4, 6)};
   for (int64_t row = first; row < last; row += 2) {
     const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
     const bool has_odd = row + 1 < w.rows;
@@ -212,7 +206,7 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const uint8_t* x, const flo
           values = _mm512_loadu_si512(at + number * 64);
         }
         // (codes & 3) | start; bits of a neighbour come in from above, where the mask takes them off.
-        const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, shift[number]), two_bits, start, 0xEA);
+        const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, _mm512_load_si512(kTables.shifts[number])), two_bits, start, 0xEA);
         excess = _mm512_dpbusd_epi32(excess, offset, values);
         for (int t = 0; t < T; t++) {
           const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(x + t * p.x_bytes + block * 128 + number * 64), lanes);
@@ -284,14 +278,13 @@ SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t 
   const __m512i place = _mm512_broadcast_i64x4(half.place), two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
   const bool nibbles = layout.kind == kInt4;
-  const __m512i shift[4] = {shifts(0, 2), shifts(4, 6), shifts(8, 10), shifts(12, 14)};
   const uint8_t* at = data + layout.at_row(row);
   for (int64_t block = 0; block * layout.per_block < layout.steps; block++, at += layout.block_bytes) {
     const bool is_left = block == layout.full;
     const __m512i all = _mm512_broadcast_i64x4(avx2::load(at + (is_left ? layout.left * 32 : layout.values_bytes)));
     const int64_t count = (is_left ? layout.left : layout.per_block) / 2;
     for (int64_t k = 0; k < count; k++, out += 64) {
-      const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, shift[k]), two_bits);
+      const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
       __m512i values = _mm512_loadu_si512(at + (nibbles ? 0 : k) * 64);
       if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
       const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);

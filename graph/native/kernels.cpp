@@ -284,12 +284,12 @@ int sparsepass_lay_out(int path, int kind, const void* kept, const uint8_t* code
                        int threads) {
   if (!sparsepass_has(path, kind)) return 1;
   const Layout layout(path, kind, rows, columns);
-  const int64_t kept_bytes = columns / 2 * (is_integer(kind) ? 1 : 2) / (kind == kInt4 ? 2 : 1);
+  const int64_t row_bytes = kept_bytes(kind, columns);
   in_parts(ceil_div(rows, layout.unit_rows), 8, threads, [&](int64_t first, int64_t last) {
     auto* to = static_cast<uint8_t*>(data);
     std::memset(to + first * layout.unit_bytes, 0, static_cast<size_t>((last - first) * layout.unit_bytes));
     for (int64_t row = first * layout.unit_rows; row < std::min(rows, last * layout.unit_rows); row++)
-      lay_out_row(layout, row, static_cast<const uint8_t*>(kept) + row * kept_bytes, codes + row * (columns / 8), to);
+      lay_out_row(layout, row, static_cast<const uint8_t*>(kept) + row * row_bytes, codes + row * (columns / 8), to);
   });
   return 0;
 }
@@ -297,10 +297,10 @@ int sparsepass_lay_out(int path, int kind, const void* kept, const uint8_t* code
 int sparsepass_store(int path, int kind, const void* data, int64_t rows, int64_t columns, void* kept, uint8_t* codes, int threads) {
   if (!sparsepass_has(path, kind)) return 1;
   const Layout layout(path, kind, rows, columns);
-  const int64_t kept_bytes = columns / 2 * (is_integer(kind) ? 1 : 2) / (kind == kInt4 ? 2 : 1);
+  const int64_t row_bytes = kept_bytes(kind, columns);
   in_parts(rows, 8, threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++)
-      store_row(layout, row, static_cast<const uint8_t*>(data), static_cast<uint8_t*>(kept) + row * kept_bytes, codes + row * (columns / 8));
+      store_row(layout, row, static_cast<const uint8_t*>(data), static_cast<uint8_t*>(kept) + row * row_bytes, codes + row * (columns / 8));
   });
   return 0;
 }

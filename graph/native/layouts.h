@@ -14,6 +14,9 @@
 
 namespace sparsepass {
 
+// Bytes of one row's kept values as they are stored.
+inline int64_t kept_bytes(int kind, int64_t columns) { return columns / (kind == kInt4 ? 4 : 2) * (is_integer(kind) ? 1 : 2); }
+
 struct Layout {
   static constexpr int64_t kStep = 32;
 
@@ -35,7 +38,7 @@ struct Layout {
     if (path == kGeneric) {
       lanes = columns / 2;
       unit_rows = 1;
-      values_bytes = lanes * lane_bytes / halves;
+      values_bytes = kept_bytes(kind, columns);
       block_bytes = unit_bytes = values_bytes + columns / 8;
       per_block = steps = full = left = 0;
       return;
@@ -84,18 +87,6 @@ struct Layout {
   }
 };
 
-// One row's kept values and codes as they are stored.
-struct StoredRow {
-  const int kind;
-  uint8_t* kept;
-  uint8_t* codes;
-
-  void clear(int64_t columns) {
-    std::memset(kept, 0, columns / 2 * (is_integer(kind) ? 1 : 2) / (kind == kInt4 ? 2 : 1));
-    std::memset(codes, 0, columns / 8);
-  }
-};
-
 inline void lay_out_row(const Layout& to, int64_t row, const uint8_t* kept, const uint8_t* codes, uint8_t* data) {
   const int64_t count = to.columns / 2;
   int64_t i = 0;
@@ -113,7 +104,8 @@ inline void lay_out_row(const Layout& to, int64_t row, const uint8_t* kept, cons
 
 inline void store_row(const Layout& from, int64_t row, const uint8_t* data, uint8_t* kept, uint8_t* codes) {
   const int64_t count = from.columns / 2;
-  StoredRow{from.kind, kept, codes}.clear(from.columns);
+  std::memset(kept, 0, static_cast<size_t>(kept_bytes(from.kind, from.columns)));
+  std::memset(codes, 0, static_cast<size_t>(from.columns / 8));
   int64_t i = 0;
   from.each(row, [&](int64_t value, int64_t nibble, int64_t code, int64_t shift) {
     if (i < count) {

@@ -31,8 +31,8 @@ _FEW_TOKENS: Final = 16
 _MANY_TOKENS: Final = 64
 _ALL_TOKENS: Final = sys.maxsize
 TILE: Final = 1 << 20
-"""Weights that are unpacked at once for that. Fewer make torch's products too small: with half a million, 512 tokens take 2%
-longer than by the dense layer, with a million 1% (2048 x 2048 bf16, one thread); more only take memory."""
+"""Weights that are unpacked at once where torch multiplies. With one thread 512 tokens then take 1% longer than by the dense layer
+(2048 x 2048 bf16); with two 25%, since a tile that was just written lies in the other core's cache (AMD Zen 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,9 @@ def most_tokens(form: Form) -> int:
     """How many tokens a kernel takes; more are multiplied by torch, with the weight unpacked.
 
     With many tokens arithmetic takes the time and not memory, and half of it is spared. With AVX512 that makes up for what
-    finding the inputs costs: bf16 is as fast as torch's dense product for 512 tokens, int8 faster (AMD Zen 4). The units for
-    matrices that some processors have (AMX) are faster still. The other kernels win while there are few tokens.
+    finding the inputs costs: for 512 tokens bf16 is about as fast as torch's dense product (AMD Zen 4, two threads), and int8
+    beats it at 64 (one thread). The units for matrices that some processors have (AMX) are faster still. The other kernels win
+    while there are few tokens.
     """
     if form.dense or form.path == "generic" or form.values == "fp16":
         return _FEW_TOKENS

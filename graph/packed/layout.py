@@ -1,7 +1,7 @@
 """The packed form of a 2:4 weight as it is stored: its kept values, and two bits for the place of each.
 
 It is plain, values in order and codes in order, four to a byte, and depends on no processor. What kernels read is made of it on
-load (`arranged.py`).
+load (`laid_out.py`).
 
 Tensor shapes: O rows, I columns, K kept values of a row (I / 2), G groups of columns that share a scale.
 """
