@@ -20,8 +20,8 @@ _PROCESSOR_NOTES = (
     "bandwidth and peak were measured here, just now, on all threads of torch: another program that runs makes them smaller",
     "these are limits by bytes: how near the kernels come is what benchmarks/packed.py measures, and what transformers itself "
     "takes for each token (Python, attention, norms) comes on top of both times",
-    "up to 16 tokens in one call are counted as gaining, by the bytes of the packed weights; prefill as taking as long as it does "
-    "dense, which a kernel or torch may miss by some percent",
+    "up to 16 tokens in one call are counted as gaining, by the bytes of the packed weights; prefill takes as long as it does "
+    "dense in this plan, which a kernel or torch may miss by some percent",
     "embedding and head stay in 16 bits; `packed{embedding=int8}` halves them, which is not counted",
     "int8 counts one scale a row, int4 one in 128 columns (`group_size=0` and `group_size=128` of the target packed)",
     "files are as large as the weights in memory: `sparse-export --target packed` writes the packed form",

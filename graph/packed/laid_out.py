@@ -31,8 +31,8 @@ _FEW_TOKENS: Final = 16
 _MANY_TOKENS: Final = 64
 _ALL_TOKENS: Final = sys.maxsize
 TILE: Final = 1 << 20
-"""Weights that are unpacked at once where torch multiplies. With one thread 512 tokens then take 1% longer than by the dense layer
-(2048 x 2048 bf16); with two 25%, since a tile that was just written lies in the other core's cache (AMD Zen 4)."""
+"""Weights that are unpacked at once where torch multiplies. With one thread 512 tokens then take 1% longer than by the dense
+layer (2048 x 2048 bf16); with two 25%, since a tile that was just written lies in the other core's cache (AMD Zen 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
