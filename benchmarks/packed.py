@@ -27,8 +27,9 @@ from common import commit, machine
 from torch import Tensor
 from torch.nn import functional
 
-from sparsepass.graph.native import available_paths, kernels, openmp, processor
+from sparsepass.graph.native import KINDS, available_paths, kernels, openmp, processor
 from sparsepass.graph.packed import Form, LaidOut, PackedWeight, lay_out, pack, product
+from sparsepass.graph.packed.laid_out import TYPES
 from sparsepass.passes.maths import NMPattern, keep_largest_of_groups, nm_mask
 from sparsepass.passes.maths.pattern import _largest_by_words
 
@@ -83,12 +84,13 @@ def take_turns(ways: list[Way], repeats: int) -> list[Way]:
 
 def yardsticks() -> ctypes.CDLL:
     """Compile and load the yardsticks of benchmarks/native."""
-    source = Path(__file__).parent / "native" / "dense_int4.cpp"
+    source = Path(__file__).parent / "native" / "dense.cpp"
     target = Path(tempfile.mkdtemp()) / "yardsticks.so"
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]
     subprocess.run(["c++", *flags, str(source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     library.yardstick_int4_bytes.restype = c_int64
+    library.yardstick_linear.argtypes = [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int]
     library.yardstick_use_openmp(openmp())
     return library
 
@@ -122,19 +124,63 @@ def packed_way(packed: PackedWeight, path: str, x: Tensor, copies: int, name: st
     form = Form(values=packed.values, path=path, rows=rows, columns=columns, group_size=packed.group_size)
     data = lay_out(packed, path)
     weights = [LaidOut(form, roomy(data), scales=packed.scales) for _ in range(copies)]
-    return Way(
-        name, [lambda w=w: product(w, x) for w in weights], data.nbytes + (0 if packed.scales is None else packed.scales.nbytes)
-    )
+    return Way(name, runs_of(weights, x), data.nbytes + (0 if packed.scales is None else packed.scales.nbytes))
+
+
+def runs_of(weights: list[LaidOut], x: Tensor) -> list[Callable[[], object]]:
+    """The product with each weight: the kernel is called as directly as a yardstick where it takes all tokens."""
+    like = torch.empty(*x.shape[:-1], weights[0].form.rows, dtype=x.dtype)
+    tokens, columns, library = like.numel() // like.shape[-1], x.shape[-1], kernels()
+    assert library is not None
+    if tokens > weights[0].most_tokens:
+        return [lambda w=w: product(w, x) for w in weights]
+
+    def run(weight: LaidOut) -> Tensor:
+        y = torch.empty_like(like)
+        library.linear(weight.pointer, TYPES[x.dtype], x.data_ptr(), columns, tokens, y.data_ptr(), THREADS)
+        return y
+
+    assert torch.equal(run(weights[0]), product(weights[0], x))
+    return [lambda w=w: run(w) for w in weights]
 
 
 def own_dense_way(weight: Tensor, path: str, x: Tensor, copies: int) -> Way:
-    """The dense kernel of a path, for bf16, or for int8 with a scale a row."""
+    """The library's dense kernel of a path, for bf16, or for int8 with a scale a row; the weight lies as torch has it."""
     rows, columns = weight.shape
     is_int8 = weight.dtype == torch.int8
     form = Form(values="int8" if is_int8 else "bf16", path=path, rows=rows, columns=columns, dense=True)
     scales = torch.ones(rows, 1, dtype=torch.bfloat16) if is_int8 else None
     weights = [LaidOut(form, roomy(weight), scales=scales) for _ in range(copies)]
-    return Way(f"own dense, {path}", [lambda w=w: product(w, x) for w in weights], weight.nbytes)
+    return Way(f"own dense, {path}", runs_of(weights, x), weight.nbytes)
+
+
+def yardstick_way(library: ctypes.CDLL, path: str, weight: Tensor, x: Tensor, copies: int) -> Way:
+    """The same kernel with the weight laid out for it, as a packed one is; int4 has a scale in 32 columns."""
+    rows, columns = weight.shape
+    kind = {torch.bfloat16: "bf16", torch.int8: "int8", torch.uint8: "int4"}[weight.dtype]
+    sizes, scales = (c_int64(rows), c_int64(columns)), torch.ones(rows, columns // 32, dtype=torch.float16)
+    if kind == "int4":
+        numbers = (weight.to(torch.int16) - 8).to(torch.int8)
+        data = torch.empty(library.yardstick_int4_bytes(c_int(PATHS[path]), *sizes), dtype=torch.uint8)
+        pointers = [c_void_p(t.data_ptr()) for t in (numbers, scales)]
+        library.yardstick_int4_lay_out(c_int(PATHS[path]), *pointers, *sizes, c_void_p(data.data_ptr()))
+    else:
+        data, scales = torch.empty(weight.nbytes, dtype=torch.uint8), torch.ones(rows, dtype=torch.bfloat16)
+        library.yardstick_lay_out(c_int64(weight.element_size()), c_void_p(weight.data_ptr()), *sizes, c_void_p(data.data_ptr()))
+    weights = [roomy(data) for _ in range(copies)]
+    like = torch.empty(1, rows, dtype=torch.bfloat16)
+
+    def run(weight: Tensor) -> Tensor:
+        y = torch.empty_like(like)
+        library.yardstick_linear(
+            PATHS[path], KINDS[kind], weight.data_ptr(), scales.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), THREADS
+        )
+        return y
+
+    if kind != "int4":
+        expected = x.float() @ weight.float().T
+        assert (run(weights[0]) - expected).norm() < 0.02 * expected.norm(), f"the yardstick {kind}, {path} is wrong"
+    return Way(f"dense {kind} laid out, {path}", [lambda w=w: run(w) for w in weights], data.nbytes)
 
 
 def torch_bf16_way(weight: Tensor, x: Tensor, copies: int) -> Way:
@@ -148,29 +194,6 @@ def torch_int8_way(rows: int, columns: int, x: Tensor, copies: int) -> Way:
     weights = [torch.randint(-127, 128, (rows, columns), dtype=torch.int8) for _ in range(copies)]
     scales = torch.ones(rows, dtype=torch.bfloat16)
     return Way("torch dense int8", [lambda w=w: torch._weight_int8pack_mm(x, w, scales) for w in weights], rows * columns)
-
-
-def dense_int4_way(library: ctypes.CDLL, path: str, rows: int, columns: int, x: Tensor, copies: int) -> Way:
-    """The yardstick with a scale in 32 columns."""
-    numbers = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
-    scales = torch.ones(rows, columns // 32, dtype=torch.float16)
-    data = torch.empty(library.yardstick_int4_bytes(c_int64(rows), c_int64(columns)), dtype=torch.uint8)
-    pointers = [c_void_p(t.data_ptr()) for t in (numbers, scales)]
-    library.yardstick_int4_lay_out(c_int(PATHS[path]), *pointers, c_int64(rows), c_int64(columns), c_void_p(data.data_ptr()))
-    weights, y = [roomy(data) for _ in range(copies)], torch.empty(rows, dtype=torch.bfloat16)
-
-    def run(weight: Tensor) -> None:
-        library.yardstick_int4_linear(
-            c_int(PATHS[path]),
-            c_void_p(weight.data_ptr()),
-            c_int64(rows),
-            c_int64(columns),
-            c_void_p(x.data_ptr()),
-            c_void_p(y.data_ptr()),
-            c_int(THREADS),
-        )
-
-    return Way(f"own dense int4, 32, {path}", [lambda w=w: run(w) for w in weights], data.nbytes)
 
 
 def read_way(num_bytes: int, copies: int) -> Way:
@@ -212,12 +235,15 @@ def at_one_token(paths: list[str], repeats: int, library: ctypes.CDLL, name: str
                 said = {0: "" if kind == "bf16" else ", row"}.get(size, f", {size}")
                 ours += [packed_way(packed, path, x, copies, f"packed{said}, {path}") for path in paths]
             if kind == "bf16":
-                others = [torch_bf16_way(weight, x, copies), *(own_dense_way(weight, path, x, copies) for path in paths)]
+                dense, others = weight, [torch_bf16_way(weight, x, copies)]
             elif kind == "int8":
                 dense = torch.randint(-127, 128, (out, into), dtype=torch.int8)
-                others = [torch_int8_way(out, into, x, copies), *(own_dense_way(dense, path, x, copies) for path in paths)]
+                others = [torch_int8_way(out, into, x, copies)]
             else:
-                others = [dense_int4_way(library, path, out, into, x, copies) for path in paths]
+                dense, others = torch.randint(0, 16, (out, into), dtype=torch.uint8), []
+            if kind != "int4":
+                others += [own_dense_way(dense, path, x, copies) for path in paths]
+            others += [yardstick_way(library, path, dense, x, copies) for path in paths]
             take_turns([*ours, *others, read], repeats)
             of = "1B" if number < len(LLAMA_1B) else "8B"
             rows.append(row_of(f"{of}, {out} x {into}", ours, others, read))
@@ -303,12 +329,12 @@ def page(report: dict[str, Any]) -> str:
             cells = [f"{row['ways'][name]['ms']:.3f} ms, {row['ways'][name]['gb_s']:.1f} GB/s" for name in names]
             lines.append("| " + " | ".join([row["title"], *cells, f"**{row['ratio']:.2f}**"]) + " |")
         shares = [
-            max(w["gb_s"] for n, w in row["ways"].items() if "own dense" in n) / row["read_gb_s"]
+            max(w["gb_s"] for n, w in row["ways"].items() if n.startswith(("own dense", "dense "))) / row["read_gb_s"]
             for row in rows
             if row["read_gb_s"]
         ]
         if shares:
-            lines += ["", f"The own dense kernel reads {min(shares):.0%} to {max(shares):.0%} of what merely reading does."]
+            lines += ["", f"The fastest own dense kernel reads {min(shares):.0%} to {max(shares):.0%} of what merely reading does."]
         lines.append("")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ inline int64_t element_bytes(int type) { return type == kTypeFloat ? 4 : 2; }
 
 // Rows of x in the form that a weight's kernels take, filled up with zeros to whole registers.
 struct Activations {
-  std::vector<uint8_t> own;
+  std::vector<uint8_t> room;
   std::vector<float> scales, wide;
   const uint8_t* data = nullptr;
   int64_t bytes = 0, groups = 0;  // of a row
@@ -30,62 +30,79 @@ struct Activations {
       return;
     }
     bytes = padded * 2;
-    own.assign(static_cast<size_t>(tokens * bytes), 0);
+    uint8_t* own = make_room(tokens * bytes);
+    std::memset(own, 0, static_cast<size_t>(tokens * bytes));
     for (int64_t t = 0; t < tokens; t++) {
       const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
-      auto* to = reinterpret_cast<uint16_t*>(own.data() + t * bytes);
+      auto* to = reinterpret_cast<uint16_t*>(own + t * bytes);
       if (same) {
         std::memcpy(to, from, static_cast<size_t>(columns) * 2);
       } else {
         for (int64_t i = 0; i < columns; i++) to[i] = round_word(is_fp16, element(type, from, i));
       }
     }
-    data = own.data();
+    data = own;
   }
 
   // bytes: see interface.h; `offset` makes them unsigned.
   void take_bytes(int64_t columns, int64_t padded, int type, const void* x, int64_t stride, int64_t tokens, uint8_t offset) {
     bytes = padded;
     groups = padded / kGroup;
-    own.resize(static_cast<size_t>(tokens * bytes));
+    uint8_t* own = make_room(tokens * bytes);
     scales.resize(static_cast<size_t>(tokens * groups));
     wide.assign(static_cast<size_t>(padded), 0.f);
     for (int64_t t = 0; t < tokens; t++) {
       const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
-      if (type == kTypeBf16) {
-        const auto* words = reinterpret_cast<const uint16_t*>(from);
-        for (int64_t i = 0; i < columns; i++) wide[i] = widen_bf16(words[i]);
-      } else {
-        for (int64_t i = 0; i < columns; i++) wide[i] = element(type, from, i);
-      }
-      for (int64_t g = 0; g < groups; g++) scales[t * groups + g] = round_group(wide.data() + g * kGroup, offset, own.data() + t * bytes + g * kGroup);
+      widen_row(columns, type, from);
+      for (int64_t g = 0; g < groups; g++) scales[t * groups + g] = round_group(wide.data() + g * kGroup, offset, own + t * bytes + g * kGroup);
     }
-    data = own.data();
+    data = own;
   }
 
   // Sums of k elements that lie side by side, as words.
   void take_sums(bool is_fp16, int64_t columns, int64_t k, int type, const void* x, int64_t stride, int64_t tokens) {
     const int64_t sums = columns / k, padded = ceil_div(sums, 32) * 32;
     bytes = padded * 2;
-    own.assign(static_cast<size_t>(tokens * bytes), 0);
+    uint8_t* own = make_room(tokens * bytes);
+    std::memset(own, 0, static_cast<size_t>(tokens * bytes));
     for (int64_t t = 0; t < tokens; t++) {
       const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
-      auto* to = reinterpret_cast<uint16_t*>(own.data() + t * bytes);
+      auto* to = reinterpret_cast<uint16_t*>(own + t * bytes);
       for (int64_t r = 0; r < sums; r++) {
         float sum = 0;
         for (int64_t i = r * k; i < (r + 1) * k; i++) sum += element(type, from, i);
         to[r] = round_word(is_fp16, sum);
       }
     }
-    data = own.data();
+    data = own;
   }
 
  private:
-  // Magnitudes are compared as integers and numbers are rounded by an addition, because compilers make vector instructions of that.
+  // It begins where a cache line does, for registers as long as one.
+  uint8_t* make_room(int64_t size) {
+    constexpr uintptr_t kLine = 64;
+    room.resize(static_cast<size_t>(size) + kLine);
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room.data()) + kLine - 1) / kLine * kLine);
+  }
+
+  void widen_row(int64_t columns, int type, const uint8_t* from) {
+#if defined(__x86_64__)
+    if (type != kTypeFloat && columns % 8 == 0 && avx2::has()) {
+      const auto& widen_words = type == kTypeFp16 ? avx2::convert_words<true> : avx2::convert_words<false>;
+      return widen_words(reinterpret_cast<const uint16_t*>(from), columns, kTypeFloat, wide.data());
+    }
+#endif
+    for (int64_t i = 0; i < columns; i++) wide[i] = element(type, from, i);
+  }
+
   static float round_group(const float* from, uint8_t offset, uint8_t* to) {
-    uint32_t largest = 0;
+#if defined(__x86_64__)
+    if (avx2::has()) return avx2::round_group(from, offset, to);
+#endif
+    uint32_t largest = 0;  // compared as integers: what is not a number is not lost
     for (int64_t i = 0; i < kGroup; i++) largest = std::max(largest, to_bits(from[i]) & 0x7fffffff);
-    const float most = from_bits(largest), inverse = most > 0 ? 127.f / most : 0.f;
+    const float most = from_bits(largest);
+    const float inverse = most > 0 ? 127.f / most : 0.f;
     constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: added, it leaves no bit for what is behind the point
     for (int64_t i = 0; i < kGroup; i++) to[i] = static_cast<uint8_t>(to_bits(from[i] * inverse + kMagic) + offset);
     return most / 127.f;

@@ -28,12 +28,18 @@ SPARSEPASS_AVX2 inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-// The sums of two rows: lanes 0, 1 and 4, 5 are the even one's, the others the odd one's.
-SPARSEPASS_AVX2 inline void put_pair(__m256 v, float scale_even, float scale_odd, float* y, bool has_odd) {
+// The sums of two rows: lanes 0, 1 and 4, 5 are the even one's, the others the odd one's. `adds`: to what earlier panels gave.
+SPARSEPASS_AVX2 inline void put_pair(__m256 v, float* y, bool has_odd, bool adds) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_hadd_ps(four, four);
-  y[0] = _mm_cvtss_f32(two) * scale_even;
-  if (has_odd) y[1] = _mm_cvtss_f32(_mm_movehdup_ps(two)) * scale_odd;
+  const float even = _mm_cvtss_f32(two), odd = _mm_cvtss_f32(_mm_movehdup_ps(two));
+  y[0] = adds ? y[0] + even : even;
+  if (has_odd) y[1] = adds ? y[1] + odd : odd;
+}
+
+// Fetches the cache lines of some bytes beforehand.
+SPARSEPASS_AVX2 inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + line), _MM_HINT_T0);
 }
 
 // ---- Words ----
@@ -54,43 +60,48 @@ SPARSEPASS_AVX2 inline void multiply_add(__m256 (&sums)[2], __m256i x, __m256i v
 }
 
 template <int T, bool kIsFp16>
-SPARSEPASS_AVX2 void packed_words(const Product& p, const uint8_t* x, float* y, int64_t first, int64_t last) {
+SPARSEPASS_AVX2 void packed_words(
+    const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t first, int64_t last) {
   const auto& w = *p.weight;
-  const Layout layout(kAvx2, w.kind, w.rows, w.columns);
-  alignas(32) uint16_t starts[16];
-  // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code.
-  for (int lane = 0; lane < 16; lane++) starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
-  const __m256i start = load(starts), two_bits = _mm256_set1_epi16(3), twice = _mm256_set1_epi16(0x0202);
+  const bool fetches = p.fetches_ahead;
+  // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code; and the codes of the first four steps, or
+  // of the others, in both bytes of each lane.
+  alignas(32) uint8_t starts[32], doubles[32];
+  for (int i = 0; i < 32; i++) starts[i] = static_cast<uint8_t>(i % 8 / 4 * 8 + i % 2), doubles[i] = static_cast<uint8_t>(i % 16 / 2 * 2);
+  const __m256i start = load(starts), two_bits = _mm256_set1_epi8(6), early = load(doubles), late = _mm256_add_epi8(early, _mm256_set1_epi8(1));
   constexpr int kTurns = T == 1 ? 2 : 1;
   for (int64_t row = first; row < last; row += 2) {
-    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at(row, panel);
     __m256 sums[T][kTurns][2];
     for (int t = 0; t < T; t++)
       for (int turn = 0; turn < kTurns; turn++) sums[t][turn][0] = sums[t][turn][1] = _mm256_setzero_ps();
-    auto step = [&](int turn, __m256i& codes, const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_AVX2 {
-      const __m256i lanes = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(codes, two_bits), twice), start);
-      codes = _mm256_srli_epi16(codes, 2);
-      const __m256i values = load(values_at);
+    // Step k, whose codes were doubled.
+    auto step = [&](int k, __m256i codes, const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_AVX2 {
+      const int shift = k % 4 * 2 - 1;
+      codes = shift < 0 ? _mm256_add_epi16(codes, codes) : _mm256_srli_epi16(codes, shift);
+      const __m256i lanes = _mm256_or_si256(_mm256_and_si256(codes, two_bits), start), values = load(values_at + k * 32);
       for (int t = 0; t < T; t++)
-        multiply_add<kIsFp16>(sums[t][turn], _mm256_shuffle_epi8(load(x_at + t * p.x_bytes), lanes), values);
+        multiply_add<kIsFp16>(sums[t][k % kTurns], _mm256_shuffle_epi8(load(x_at + t * p.x_bytes + k * 32), lanes), values);
     };
-    const uint8_t* x_at = x;
-    for (int64_t block = 0; block < layout.full; block++, at += 288, x_at += 256) {
-      __m256i codes = load(at + 256);
-      for (int line = 0; line < 5; line++) _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line * 64), _MM_HINT_T0);
+    const uint8_t* x_at = x + panel.begin * 256;
+    for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
+      const __m256i codes = load(at + 256), first_four = _mm256_shuffle_epi8(codes, early), last_four = _mm256_shuffle_epi8(codes, late);
+      if (fetches) fetch(at, 288);
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; k++) step(k % kTurns, codes, at + k * 32, x_at + k * 32);
+      for (int k = 0; k < 8; k++) step(k, k < 4 ? first_four : last_four, at, x_at);
     }
-    if (layout.left) {
-      __m256i codes = load(at + layout.left * 32);
-      for (int64_t k = 0; k < layout.left; k++) step(0, codes, at + k * 32, x_at + k * 32);
+    if (panel.left) {
+      const __m256i codes = load(at + panel.left * 32);
+#pragma GCC unroll 7
+      for (int k = 0; k < 7; k++)
+        if (k < panel.left) step(k, _mm256_shuffle_epi8(codes, k < 4 ? early : late), at, x_at);
     }
     for (int t = 0; t < T; t++) {
       __m256 sum = _mm256_add_ps(sums[t][0][0], sums[t][0][1]);
       if constexpr (kTurns == 2) sum = _mm256_add_ps(sum, _mm256_add_ps(sums[t][1][0], sums[t][1][1]));
       // fp16: lanes 0 to 3 are the even row's.
       if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-      put_pair(sum, 1.f, 1.f, y + t * w.rows + row, row + 1 < w.rows);
+      put_pair(sum, y + t * w.rows + row, row + 1 < w.rows, panel.begin > 0);
     }
   }
 }
@@ -100,6 +111,7 @@ template <int T, bool kIsFp16>
 SPARSEPASS_AVX2 void add_words(const uint16_t* weight, int64_t columns, const uint8_t* x, int64_t x_bytes, float* y, int64_t rows,
                                int64_t first, int64_t last) {
   constexpr int kTurns = T == 1 ? 2 : 1;
+  const bool fetches = fetches_ahead();
   const int64_t whole = columns / 16;
   for (int64_t row = first; row < last; row++) {
     const auto* at = reinterpret_cast<const uint8_t*>(weight + row * columns);
@@ -108,7 +120,7 @@ SPARSEPASS_AVX2 void add_words(const uint16_t* weight, int64_t columns, const ui
       for (int turn = 0; turn < kTurns; turn++) sums[t][turn][0] = sums[t][turn][1] = _mm256_setzero_ps();
     int64_t i = 0;
     for (; i + kTurns <= whole; i += kTurns) {
-      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + i * 32), _MM_HINT_T0);
+      if (fetches) fetch(at + i * 32, 32 * kTurns);
 #pragma GCC unroll 2
       for (int turn = 0; turn < kTurns; turn++)
         for (int t = 0; t < T; t++)
@@ -137,75 +149,119 @@ SPARSEPASS_AVX2 inline __m256i products_of(__m256i x, __m256i values, __m256i ma
   return _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(x, values));
 }
 
+// The scales of two rows in the lanes of their columns: the even row's twice and then the odd row's twice, for each group of columns,
+// times those of x if there is one token. kGroups: scales of 128 columns.
+template <int kGroups>
+class PairScales {
+ public:
+  // x_scales: of the whole token; null for 1.
+  SPARSEPASS_AVX2 PairScales(const SparsepassWeight& w, const Panel& panel, const float* x_scales)
+      : size_(w.group_size ? w.group_size : w.columns),
+        a_row_(ceil_div(w.columns, size_)),
+        first_(panel.begin * kGroups),
+        count_((panel.end - panel.begin) * kGroups),
+        own_(kGroups > 1 || size_ == kGroup ? std::min(count_, a_row_ - first_) : 0) {
+    for (int64_t i = 0; i < count_; i++)
+      _mm_store_ps(of_x_ + 4 * i, _mm_set1_ps(x_scales == nullptr ? 1.f : x_scales[(first_ + i) / kGroups]));
+  }
+
+  int64_t a_row() const { return a_row_; }
+
+  SPARSEPASS_AVX2 void take(const uint16_t* even, const uint16_t* odd) {
+    int64_t i = 0;
+    for (; i + 4 <= own_; i += 4) {
+      const __m128 a = four(even + first_ + i), b = four(odd + first_ + i);
+      const __m128 a_low = _mm_unpacklo_ps(a, a), a_high = _mm_unpackhi_ps(a, a), b_low = _mm_unpacklo_ps(b, b), b_high = _mm_unpackhi_ps(b, b);
+      put(i, _mm_movelh_ps(a_low, b_low));
+      put(i + 1, _mm_movehl_ps(b_low, a_low));
+      put(i + 2, _mm_movelh_ps(a_high, b_high));
+      put(i + 3, _mm_movehl_ps(b_high, a_high));
+    }
+    while (i < count_) {
+      // Those that share the scale of column number `column`.
+      const int64_t column = (first_ + i) * (kGroup / kGroups), at = std::min(column / size_, a_row_ - 1);
+      const int64_t end = at == a_row_ - 1 ? count_ : std::min(count_, i + (size_ - column % size_) / (kGroup / kGroups));
+      const float a = widen_bf16(even[at]), b = widen_bf16(odd[at]);
+      for (const __m128 scale = _mm_setr_ps(a, a, b, b); i < end; i++) put(i, scale);
+    }
+  }
+
+  // Those of one group of a block; the next group's follow.
+  const float* of(int64_t block, int64_t group) const { return both_ + (block * kGroups - first_ + group) * 4; }
+
+ private:
+  static constexpr int64_t kMost = Layout::kBytesOfX / kGroup * kGroups * 4;
+
+  SPARSEPASS_AVX2 static __m128 four(const uint16_t* from) {
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), 16));
+  }
+
+  SPARSEPASS_AVX2 void put(int64_t i, __m128 scales) { _mm_store_ps(both_ + 4 * i, _mm_mul_ps(scales, _mm_load_ps(of_x_ + 4 * i))); }
+
+  int64_t size_, a_row_, first_, count_;
+  int64_t own_;  // groups that have a scale each
+  alignas(64) float of_x_[kMost], both_[kMost];
+};
+
 // kGroups: scales of 128 columns.
 template <int T, bool kNibbles, int kGroups>
-SPARSEPASS_AVX2 void packed_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
+SPARSEPASS_AVX2 void packed_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* x_scales,
+                                  float* y, int64_t first, int64_t last) {
   const auto& w = *p.weight;
-  const Layout layout(kAvx2, w.kind, w.rows, w.columns);
+  const bool fetches = p.fetches_ahead;
   alignas(32) uint8_t starts[32];
   for (int lane = 0; lane < 32; lane++) starts[lane] = static_cast<uint8_t>(lane % 8 / 2 * 4);
   const __m256i start = load(starts), two_bits = _mm256_set1_epi8(3), four_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
   const __m256i ones = _mm256_set1_epi16(1);
-  const int64_t size = w.group_size ? w.group_size : w.columns, scales_a_row = ceil_div(w.columns, size);
-  const int64_t blocks_a_scale = std::max<int64_t>(1, size / kGroup);
-  const bool row_has_one = kGroups == 1 && scales_a_row == 1;
+  PairScales<kGroups> scales(w, panel, T == 1 ? x_scales : nullptr);
   // Steps whose products are summed as words: 4 steps x 2 products x 8 x 127 fit, 2 x 127 x 127 are a word's limit.
   constexpr int kSteps = kGroups >= 4 ? 1 : 4 / kGroups;  // that share a scale
   for (int64_t row = first; row < last; row += 2) {
-    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at(row, panel);
     const bool has_odd = row + 1 < w.rows;
-    const uint16_t* even = w.scales + row * scales_a_row;
-    const uint16_t* odd = has_odd ? even + scales_a_row : even;
+    const uint16_t* even = w.scales + row * scales.a_row();
+    scales.take(even, has_odd ? even + scales.a_row() : even);
     __m256 sums[T];
     for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_ps();
-    for (int64_t block = 0; block < layout.full; block++, at += layout.values_bytes + 32) {
+    for (int64_t block = panel.begin; block < panel.end; block++, at += layout.block_bytes) {
       __m256i codes = load(at + layout.values_bytes), words[T];
-      for (int64_t line = 0; line < layout.values_bytes + 32; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line), _MM_HINT_T0);
+      if (fetches) fetch(at, layout.block_bytes);
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
-        __m256i values;
+        __m256i values, magnitudes;
         if constexpr (kNibbles) {
           const __m256i pair = load(at + k % 2 * 32);
-          values = _mm256_sub_epi8(_mm256_and_si256(k < 2 ? pair : _mm256_srli_epi16(pair, 4), four_bits), eight);
+          values = _mm256_and_si256(k < 2 ? pair : _mm256_srli_epi16(pair, 4), four_bits);
+          if constexpr (T > 1) values = _mm256_sub_epi8(values, eight);
         } else {
           values = load(at + k * 32);
         }
-        const __m256i magnitudes = _mm256_abs_epi8(values);
+        if constexpr (!kNibbles || T > 1) magnitudes = _mm256_abs_epi8(values);
         const __m256i lanes = _mm256_or_si256(_mm256_and_si256(codes, two_bits), start);
         codes = _mm256_srli_epi16(codes, 2);
         for (int t = 0; t < T; t++) {
           const __m256i met = _mm256_shuffle_epi8(load(x + t * p.x_bytes + block * 128 + k * 32), lanes);
-          const __m256i now = products_of(met, values, magnitudes);
           if constexpr (kNibbles) {
+            // One token: the nibbles' 8 is taken off by a product of its own, which takes less than to move signs.
+            const __m256i now = T > 1 ? products_of(met, values, magnitudes)
+                                      : _mm256_sub_epi16(_mm256_maddubs_epi16(values, met), _mm256_maddubs_epi16(eight, met));
             words[t] = k % kSteps ? _mm256_add_epi16(words[t], now) : now;
           } else {
-            const __m256i wide = _mm256_madd_epi16(now, ones);
+            const __m256i wide = _mm256_madd_epi16(products_of(met, values, magnitudes), ones);
             words[t] = k % kSteps ? _mm256_add_epi32(words[t], wide) : wide;
           }
         }
         if (k % kSteps != kSteps - 1) continue;
-        __m256 scale;
-        if constexpr (kGroups == 8) {
-          const int64_t low = std::min(block * 8 + k * 2, scales_a_row - 1), high = std::min(low + 1, scales_a_row - 1);
-          const float a = widen_bf16(even[low]), b = widen_bf16(odd[low]), c = widen_bf16(even[high]), d = widen_bf16(odd[high]);
-          scale = _mm256_setr_ps(a, a, b, b, c, c, d, d);
-        } else if (row_has_one) {
-          scale = _mm256_set1_ps(1.f);
-        } else {
-          const int64_t at_scale = kGroups == 1 ? block / blocks_a_scale : std::min(block * kGroups + k / kSteps, scales_a_row - 1);
-          const __m256 of_even = _mm256_set1_ps(widen_bf16(even[at_scale])), of_odd = _mm256_set1_ps(widen_bf16(odd[at_scale]));
-          scale = _mm256_blend_ps(of_even, of_odd, 0xCC);
-        }
+        const float* from = scales.of(block, kGroups == 8 ? k * 2 : k / kSteps);
+        const __m256 scale = kGroups == 8 ? _mm256_load_ps(from) : _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
         for (int t = 0; t < T; t++) {
           const __m256i wide = kNibbles ? _mm256_madd_epi16(words[t], ones) : words[t];
-          const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[t * p.x_groups + block]));
+          const __m256 both = T == 1 ? scale : _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[t * p.x_groups + block]));
           sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), both, sums[t]);
         }
       }
     }
-    const float scale_even = row_has_one ? widen_bf16(even[0]) : 1.f, scale_odd = row_has_one ? widen_bf16(odd[0]) : 1.f;
-    for (int t = 0; t < T; t++) put_pair(sums[t], scale_even, scale_odd, y + t * w.rows + row, has_odd);
+    for (int t = 0; t < T; t++) put_pair(sums[t], y + t * w.rows + row, has_odd, panel.begin > 0);
   }
 }
 
@@ -221,8 +277,7 @@ SPARSEPASS_AVX2 void dense_bytes(const Product& p, const uint8_t* x, const float
       const int64_t end = std::min(begin + kGroup, w.columns);
       __m256i wide[T];
       for (int t = 0; t < T; t++) wide[t] = _mm256_setzero_si256();
-      _mm_prefetch(reinterpret_cast<const char*>(at + begin + kAhead), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(at + begin + kAhead + 64), _MM_HINT_T0);
+      if (p.fetches_ahead) fetch(at + begin, kGroup);
       for (int64_t i = begin; i < end; i += 32) {
         alignas(32) uint8_t rest[32] = {};
         const void* from = at + i;
@@ -287,17 +342,20 @@ SPARSEPASS_AVX2 void unpack(const Layout& layout, const uint8_t* data, int64_t r
   const __m256i two_bits = kWords ? _mm256_set1_epi16(3) : _mm256_set1_epi8(3);
   const __m256i four_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
   const bool nibbles = layout.kind == kInt4;
-  const uint8_t* at = data + layout.at_row(row);
   auto* to = static_cast<__m256i*>(out);
-  for (int64_t block = 0; block * layout.per_block < layout.steps; block++, at += layout.block_bytes) {
-    const bool is_left = block == layout.full;
-    const __m256i all = load(at + (is_left ? layout.left * 32 : layout.values_bytes));
-    const int64_t count = is_left ? layout.left : layout.per_block;
-    for (int64_t k = 0; k < count; k++, to++) {
-      const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(all, _mm_cvtsi64_si128(2 * k)), two_bits);
-      __m256i values = load(at + (nibbles ? k % 2 : k) * 32);
-      if (nibbles) values = _mm256_sub_epi8(_mm256_and_si256(k < 2 ? values : _mm256_srli_epi16(values, 4), four_bits), eight);
-      _mm256_storeu_si256(to, places.spread<kWords>(values, codes));
+  for (int64_t number = 0; number < layout.panels; number++) {
+    const Panel panel = layout.panel(number);
+    const uint8_t* at = data + layout.at(row, panel);
+    for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
+      const bool is_left = block == layout.full;
+      const __m256i all = load(at + (is_left ? layout.left * 32 : layout.values_bytes));
+      const int64_t count = is_left ? layout.left : layout.per_block;
+      for (int64_t k = 0; k < count; k++, to++) {
+        const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(all, _mm_cvtsi64_si128(2 * k)), two_bits);
+        __m256i values = load(at + (nibbles ? k % 2 : k) * 32);
+        if (nibbles) values = _mm256_sub_epi8(_mm256_and_si256(k < 2 ? values : _mm256_srli_epi16(values, 4), four_bits), eight);
+        _mm256_storeu_si256(to, places.spread<kWords>(values, codes));
+      }
     }
   }
 }
@@ -343,6 +401,26 @@ SPARSEPASS_AVX2 inline void convert_bytes(
       _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_castsi256_si128(words));
     }
   }
+}
+
+// kGroup numbers as signed bytes plus `offset`, with the scale that is returned.
+SPARSEPASS_AVX2 inline float round_group(const float* from, uint8_t offset, uint8_t* to) {
+  // Magnitudes are compared as integers, where what is not a number is the largest, and is not lost.
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < kGroup; i += 8) largest = _mm256_max_epi32(largest, _mm256_and_si256(load(from + i), magnitude));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  four = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+  const float most = from_bits(static_cast<uint32_t>(std::max(_mm_cvtsi128_si32(four), _mm_extract_epi32(four, 1))));
+  const __m256 inverse = _mm256_set1_ps(most > 0 ? 127.f / most : 0.f);
+  const __m256i added = _mm256_set1_epi8(static_cast<char>(offset)), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t i = 0; i < kGroup; i += 32) {
+    __m256i numbers[4];
+    for (int j = 0; j < 4; j++) numbers[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i + 8 * j), inverse));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(numbers[0], numbers[1]), _mm256_packs_epi32(numbers[2], numbers[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_add_epi8(_mm256_permutevar8x32_epi32(bytes, order), added));
+  }
+  return most / 127.f;
 }
 
 // Some results of one token, plus their biases, as elements of a type.

@@ -14,10 +14,7 @@
 
 namespace sparsepass::avx512 {
 
-// Bytes that are fetched before they are needed: into the second cache, because the first one's buffers fill up (AMD Zen 4: half
-// the speed).
-constexpr int64_t kAhead = 2048, kAheadOfBytes = 4096;
-constexpr int kMostTokens = 8;    // of one call of a kernel
+constexpr int kMostTokens = 8;  // of one call of a kernel
 
 inline bool has(int kind) {
   const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -43,14 +40,14 @@ SPARSEPASS_WORDS inline __m512 multiply_add(__m512 sum, __m512i x, __m512i value
 SPARSEPASS_WORDS inline __m256 halves(__m512 sum) { return _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)); }
 
 struct Tables {
-  // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code.
+  // The first word of the group of four that a lane's value belongs to.
   alignas(64) uint16_t starts[32];
   // How far the codes of two steps are shifted: those of the first one in the low half of a register, of the second in the high one.
   alignas(64) uint16_t shifts[4][32];
 
   constexpr Tables() : starts(), shifts() {
     for (int lane = 0; lane < 32; lane++) {
-      starts[lane] = static_cast<uint16_t>(lane % 4 / 2 * 8 * 0x0101 + 0x0100);
+      starts[lane] = static_cast<uint16_t>(lane / 8 * 8 + lane % 4 / 2 * 4);
       for (int number = 0; number < 4; number++) shifts[number][lane] = static_cast<uint16_t>(4 * number + lane / 16 * 2);
     }
   }
@@ -60,68 +57,113 @@ inline constexpr Tables kTables;
 
 // P pairs of rows at once: each register of x is read once for all of them.
 template <int T, int P, bool kIsFp16>
-SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, const uint8_t* x, float* y, int64_t row) {
-  const __m512i start = _mm512_load_si512(kTables.starts), two_bits = _mm512_set1_epi16(3), twice = _mm512_set1_epi16(0x0202);
-  // One accumulator a token hides no latency where there are few: some take turns then.
-  constexpr int kTurns = T * P == 1 ? 4 : T * P <= 3 ? 2 : 1;
-  const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at_row(row);
-  __m512 sums[P][T][kTurns];
+SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t row) {
+  const __m512i start = _mm512_load_si512(kTables.starts), two_bits = _mm512_set1_epi16(3);
+  const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at(row, panel);
+  __m512 sums[P][T];
   for (int r = 0; r < P; r++)
-    for (int t = 0; t < T; t++)
-      for (int turn = 0; turn < kTurns; turn++) sums[r][t][turn] = _mm512_setzero_ps();
+    for (int t = 0; t < T; t++) sums[r][t] = _mm512_setzero_ps();
   auto two_steps = [&](int number, const __m512i (&codes)[P], const uint8_t* values_at, const uint8_t* x_at) SPARSEPASS_WORDS {
     __m512i lanes[P], values[P];
     for (int r = 0; r < P; r++) {
-      const __m512i own = _mm512_and_si512(_mm512_srlv_epi16(codes[r], _mm512_load_si512(kTables.shifts[number])), two_bits);
-      lanes[r] = _mm512_add_epi16(_mm512_mullo_epi16(own, twice), start);
-      values[r] = _mm512_loadu_si512(values_at + r * layout.unit_bytes);
+      // (codes & 3) | start; bits of a neighbour come in from above, where the mask takes them off.
+      lanes[r] = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes[r], _mm512_load_si512(kTables.shifts[number])), two_bits, start, 0xEA);
+      values[r] = _mm512_loadu_si512(values_at + r * panel.pair_bytes);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
       const __m512i of_token = _mm512_loadu_si512(x_at + t * p.x_bytes);
 #pragma GCC unroll 2
       for (int r = 0; r < P; r++)
-        sums[r][t][number % kTurns] =
-            multiply_add<kIsFp16>(sums[r][t][number % kTurns], _mm512_shuffle_epi8(of_token, lanes[r]), values[r]);
+        sums[r][t] = multiply_add<kIsFp16>(sums[r][t], _mm512_permutexvar_epi16(lanes[r], of_token), values[r]);
     }
   };
   __m512i codes[P];
-  const uint8_t* x_at = x;
-  for (int64_t block = 0; block < layout.full; block++, at += 288, x_at += 256) {
+  const uint8_t* x_at = x + panel.begin * 256;
+  for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
     for (int r = 0; r < P; r++) {
-      codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * layout.unit_bytes + 256));
-      for (int line = 0; line < 5; line++)
-        _mm_prefetch(reinterpret_cast<const char*>(at + r * layout.unit_bytes + kAhead + line * 64), _MM_HINT_T1);
+      codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes + 256));
+      if (p.fetches_ahead) avx2::fetch(at + r * panel.pair_bytes, 288);
     }
 #pragma GCC unroll 4
     for (int number = 0; number < 4; number++) two_steps(number, codes, at + number * 64, x_at + number * 64);
   }
-  if (layout.left) {
-    for (int r = 0; r < P; r++) codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * layout.unit_bytes + layout.left * 32));
+  if (panel.left) {
+    for (int r = 0; r < P; r++) codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes + panel.left * 32));
 #pragma GCC unroll 3
     for (int number = 0; number < 3; number++)
-      if (number * 2 < layout.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
+      if (number * 2 < panel.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
   }
   for (int r = 0; r < P; r++) {
     for (int t = 0; t < T; t++) {
-      __m512 all = sums[r][t][0];
-      for (int turn = 1; turn < kTurns; turn++) all = _mm512_add_ps(all, sums[r][t][turn]);
-      __m256 sum = halves(all);
+      __m256 sum = halves(sums[r][t]);
       // fp16: lanes 0 to 3 are the even row's.
       if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
       const int64_t even = row + 2 * r;
-      avx2::put_pair(sum, 1.f, 1.f, y + t * layout.rows + even, even + 1 < layout.rows);
+      avx2::put_pair(sum, y + t * layout.rows + even, even + 1 < layout.rows, panel.begin > 0);
     }
   }
 }
 
+// Few tokens take as long as the weight is read, and from memory that goes fastest one row after the other in halves of registers (AMD
+// Zen 4: 50 GB/s by two threads, against 27 by whole ones and 20 by two pairs of rows at once).
+constexpr int kFewTokens = 4;
+
 template <int T, bool kIsFp16>
-SPARSEPASS_WORDS void packed_words(const Product& p, const uint8_t* x, float* y, int64_t first, int64_t last) {
-  const Layout layout(kAvx512, p.weight->kind, p.weight->rows, p.weight->columns);
-  constexpr int kPairs = T == 1 ? 1 : 2;
+SPARSEPASS_WORDS void pair_for_few_tokens(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t row) {
+  constexpr int kTurns = T == 1 ? 8 : T == 2 ? 4 : 2;
+  const __m256i start = avx2::load(kTables.starts), two_bits = _mm256_set1_epi16(3);
+  const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at(row, panel);
+  __m256 sums[T][kTurns];
+  for (int t = 0; t < T; t++)
+    for (int turn = 0; turn < kTurns; turn++) sums[t][turn] = _mm256_setzero_ps();
+  auto step = [&](int k, __m256i codes, const uint8_t* x_at) SPARSEPASS_WORDS {
+    const __m256i lanes = _mm256_ternarylogic_epi64(_mm256_srli_epi16(codes, 2 * k), two_bits, start, 0xEA);
+    const __m256i values = avx2::load(at + k * 32);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + t * p.x_bytes + k * 32));
+      __m256& sum = sums[t][k % kTurns];
+      if constexpr (kIsFp16) {
+        sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(met)), _mm256_cvtph_ps(_mm256_castsi256_si128(values)), sum);
+        sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(met, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(values, 1)), sum);
+      } else {
+        sum = _mm256_dpbf16_ps(sum, (__m256bh)met, (__m256bh)values);
+      }
+    }
+  };
+  const uint8_t* x_at = x + panel.begin * 256;
+  for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
+    const __m256i codes = avx2::load(at + 256);
+    if (p.fetches_ahead) avx2::fetch(at, 288);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) step(k, codes, x_at);
+  }
+  if (panel.left) {
+    const __m256i codes = avx2::load(at + panel.left * 32);
+#pragma GCC unroll 7
+    for (int k = 0; k < 7; k++)
+      if (k < panel.left) step(k, codes, x_at);
+  }
+  for (int t = 0; t < T; t++) {
+    __m256 sum = sums[t][0];
+    for (int turn = 1; turn < kTurns; turn++) sum = _mm256_add_ps(sum, sums[t][turn]);
+    // fp16: lanes 0 to 3 are the even row's.
+    if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
+    avx2::put_pair(sum, y + t * layout.rows + row, row + 1 < layout.rows, panel.begin > 0);
+  }
+}
+
+template <int T, bool kIsFp16>
+SPARSEPASS_WORDS void packed_words(
+    const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t first, int64_t last) {
   int64_t row = first;
-  for (; row + 2 * kPairs <= last; row += 2 * kPairs) pairs_of_words<T, kPairs, kIsFp16>(p, layout, x, y, row);
-  for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, x, y, row);
+  if constexpr (T <= kFewTokens) {
+    for (; row < last; row += 2) pair_for_few_tokens<T, kIsFp16>(p, layout, panel, x, y, row);
+  } else {
+    for (; row + 4 <= last; row += 4) pairs_of_words<T, 2, kIsFp16>(p, layout, panel, x, y, row);
+    for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, panel, x, y, row);
+  }
 }
 
 // y += x W^T for words that lie row by row.
@@ -129,6 +171,7 @@ template <int T, bool kIsFp16>
 SPARSEPASS_WORDS void add_words(const uint16_t* weight, int64_t columns, const uint8_t* x, int64_t x_bytes, float* y, int64_t rows,
                                 int64_t first, int64_t last) {
   constexpr int kTurns = T <= 2 ? 4 : 1;
+  const bool fetches = fetches_ahead();
   const __mmask32 rest = static_cast<__mmask32>((1ull << (columns % 32)) - 1);
   const int64_t whole = columns / 32;
   for (int64_t row = first; row < last; row++) {
@@ -144,7 +187,7 @@ SPARSEPASS_WORDS void add_words(const uint16_t* weight, int64_t columns, const u
     for (; i + kTurns <= whole; i += kTurns) {
 #pragma GCC unroll 4
       for (int turn = 0; turn < kTurns; turn++) {
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + (i + turn) * 64), _MM_HINT_T1);
+        if (fetches) avx2::fetch(at + (i + turn) * 64, 64);
         step(i + turn, turn, _mm512_loadu_si512(at + (i + turn) * 64));
       }
     }
@@ -160,77 +203,81 @@ SPARSEPASS_WORDS void add_words(const uint16_t* weight, int64_t columns, const u
 
 // ---- Bytes ----
 
-// Scales of two rows, some of each, in the lanes that `order` says; those of the odd row are numbers 4 and up.
-SPARSEPASS_BYTES inline __m512 lane_scales(const uint16_t* even, const uint16_t* odd, int64_t count, __m512i order) {
-  const auto mask = static_cast<__mmask8>((1 << count) - 1);
-  const __m128i words = _mm_unpacklo_epi64(_mm_maskz_loadu_epi16(mask, even), _mm_maskz_loadu_epi16(mask, odd));
-  const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_castsi256_si512(wide)));
+// A value that stays in its register: compilers would read it from memory at each use, and a register of 64 bytes is a read a cycle.
+SPARSEPASS_BYTES inline __m512i in_register(__m512i value) {
+  asm("" : "+v"(value));
+  return value;
 }
 
-// kGroups: scales of 128 columns.
-template <int T, bool kNibbles, int kGroups>
-SPARSEPASS_BYTES void packed_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
+// Those of PairScales for 64 columns.
+template <int kGroups>
+SPARSEPASS_BYTES inline __m512 lane_scales(const float* from) {
+  if constexpr (kGroups == 8) return _mm512_load_ps(from);
+  if constexpr (kGroups == 4) {
+    const __m512 twice = _mm512_broadcast_f32x8(_mm256_load_ps(from));
+    return _mm512_shuffle_f32x4(twice, twice, 0x50);
+  }
+  return _mm512_broadcast_f32x4(_mm_load_ps(from));
+}
+
+// kGroups: scales of 128 columns. kSigned: x is signed, and the nibbles are not; 8 times the sum of x is taken off then.
+template <int T, bool kNibbles, int kGroups, bool kSigned>
+SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* x_scales,
+                                   float* y, int64_t first, int64_t last) {
+  static_assert(!kSigned || (T == 1 && kNibbles));
   const auto& w = *p.weight;
-  const Layout layout(kAvx512, w.kind, w.rows, w.columns);
-  constexpr int kAtOnce = kGroups == 1 ? 1 : kGroups / 2;  // scales of one row that a sum of products needs
-  const int64_t size = w.group_size ? w.group_size : w.columns, scales_a_row = ceil_div(w.columns, size);
-  const int64_t blocks_a_scale = std::max<int64_t>(1, size / kGroup);
-  const bool row_has_one = kGroups == 1 && scales_a_row == 1;
+  const bool fetches = p.fetches_ahead;
   alignas(64) uint8_t starts[64];
-  alignas(64) int32_t lane_order[16];
   for (int lane = 0; lane < 64; lane++) starts[lane] = static_cast<uint8_t>(lane % 8 / 2 * 4);
-  for (int lane = 0; lane < 16; lane++) lane_order[lane] = lane * kAtOnce / 16 + (lane % 4 / 2 ? 4 : 0);
-  const __m512i start = _mm512_load_si512(starts), order = _mm512_load_si512(lane_order), two_bits = _mm512_set1_epi8(3);
-  const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), offset = _mm512_set1_epi8(static_cast<char>(128));
+  const __m512i start = in_register(_mm512_load_si512(starts)), two_bits = in_register(_mm512_set1_epi8(3));
+  const __m512i shifts[2] = {in_register(_mm512_load_si512(kTables.shifts[0])), in_register(_mm512_load_si512(kTables.shifts[1]))};
+  const __m512i four_bits = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi8(8));
+  const __m512i offset = in_register(_mm512_set1_epi8(static_cast<char>(128)));
+  avx2::PairScales<kGroups> scales(w, panel, T == 1 ? x_scales : nullptr);
   for (int64_t row = first; row < last; row += 2) {
-    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at(row, panel);
     const bool has_odd = row + 1 < w.rows;
-    const uint16_t* even = w.scales + row * scales_a_row;
-    const uint16_t* odd = has_odd ? even + scales_a_row : even;
+    const uint16_t* even = w.scales + row * scales.a_row();
+    scales.take(even, has_odd ? even + scales.a_row() : even);
     __m512 sums[T];
     for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();
-    for (int64_t block = 0; block < layout.full; block++, at += layout.block_bytes) {
+    for (int64_t block = panel.begin; block < panel.end; block++, at += layout.block_bytes) {
       const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + layout.values_bytes));
-      for (int64_t line = 0; line < layout.block_bytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAheadOfBytes + line), _MM_HINT_T1);
+      if (fetches) avx2::fetch(at, layout.block_bytes);
       __m512i excess = _mm512_setzero_si512(), products[T];
       for (int t = 0; t < T; t++) products[t] = _mm512_setzero_si512();
+      const __m512i pair = in_register(_mm512_loadu_si512(at));
 #pragma GCC unroll 2
       for (int number = 0; number < 2; number++) {
         __m512i values;
         if constexpr (kNibbles) {
-          const __m512i pair = _mm512_loadu_si512(at);
-          values = _mm512_sub_epi8(_mm512_and_si512(number ? _mm512_srli_epi16(pair, 4) : pair, four_bits), eight);
+          values = _mm512_and_si512(number ? _mm512_srli_epi16(pair, 4) : pair, four_bits);
+          if constexpr (!kSigned) values = _mm512_sub_epi8(values, eight);
         } else {
-          values = _mm512_loadu_si512(at + number * 64);
+          values = number ? _mm512_loadu_si512(at + 64) : pair;
         }
-        // (codes & 3) | start; bits of a neighbour come in from above, where the mask takes them off.
-        const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, _mm512_load_si512(kTables.shifts[number])), two_bits, start, 0xEA);
-        excess = _mm512_dpbusd_epi32(excess, offset, values);
+        const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, shifts[number]), two_bits, start, 0xEA);
+        if constexpr (!kSigned) excess = _mm512_dpbusd_epi32(excess, offset, values);
         for (int t = 0; t < T; t++) {
           const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(x + t * p.x_bytes + block * 128 + number * 64), lanes);
-          products[t] = _mm512_dpbusd_epi32(products[t], met, values);
+          if constexpr (kSigned) {
+            excess = _mm512_dpbusd_epi32(excess, eight, met);
+            products[t] = _mm512_dpbusd_epi32(products[t], values, met);
+          } else {
+            products[t] = _mm512_dpbusd_epi32(products[t], met, values);
+          }
         }
         if (kGroups == 1 && number == 0) continue;
-        __m512 scale;
-        if (row_has_one) {
-          scale = _mm512_set1_ps(1.f);
-        } else {
-          const int64_t begin = kGroups == 1 ? block / blocks_a_scale : block * kGroups + number * kAtOnce;
-          const int64_t from = std::min(begin, scales_a_row - 1);
-          scale = lane_scales(even + from, odd + from, std::min<int64_t>(kAtOnce, scales_a_row - from), order);
-        }
+        const __m512 scale = lane_scales<kGroups>(scales.of(block, number * kGroups / 2));
         for (int t = 0; t < T; t++) {
-          const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t * p.x_groups + block]));
+          const __m512 both = T == 1 ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t * p.x_groups + block]));
           sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(products[t], excess)), both, sums[t]);
           products[t] = _mm512_setzero_si512();
         }
         excess = _mm512_setzero_si512();
       }
     }
-    const float scale_even = row_has_one ? widen_bf16(even[0]) : 1.f, scale_odd = row_has_one ? widen_bf16(odd[0]) : 1.f;
-    for (int t = 0; t < T; t++) avx2::put_pair(halves(sums[t]), scale_even, scale_odd, y + t * w.rows + row, has_odd);
+    for (int t = 0; t < T; t++) avx2::put_pair(halves(sums[t]), y + t * w.rows + row, has_odd, panel.begin > 0);
   }
 }
 
@@ -248,8 +295,7 @@ SPARSEPASS_BYTES void dense_bytes(const Product& p, const uint8_t* x, const floa
       if (rest == kGroup) {
         low = _mm512_loadu_si512(at + start);
         high = _mm512_loadu_si512(at + start + 64);
-        _mm_prefetch(reinterpret_cast<const char*>(at + start + kAheadOfBytes), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(at + start + kAheadOfBytes + 64), _MM_HINT_T1);
+        if (p.fetches_ahead) avx2::fetch(at + start, kGroup);
       } else {
         low = _mm512_maskz_loadu_epi8(rest >= 64 ? ~0ull : (1ull << rest) - 1, at + start);
         high = rest > 64 ? _mm512_maskz_loadu_epi8((1ull << (rest - 64)) - 1, at + start + 64) : _mm512_setzero_si512();
@@ -278,26 +324,29 @@ SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t 
   const __m512i place = _mm512_broadcast_i64x4(half.place), two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
   const bool nibbles = layout.kind == kInt4;
-  const uint8_t* at = data + layout.at_row(row);
-  for (int64_t block = 0; block * layout.per_block < layout.steps; block++, at += layout.block_bytes) {
-    const bool is_left = block == layout.full;
-    const __m512i all = _mm512_broadcast_i64x4(avx2::load(at + (is_left ? layout.left * 32 : layout.values_bytes)));
-    const int64_t count = (is_left ? layout.left : layout.per_block) / 2;
-    for (int64_t k = 0; k < count; k++, out += 64) {
-      const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
-      __m512i values = _mm512_loadu_si512(at + (nibbles ? 0 : k) * 64);
-      if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
-      const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
-      const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
-      __m512i found;
-      if constexpr (kWords) {
-        found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
-        found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
-      } else {
-        found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
-        found = _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
+  for (int64_t number = 0; number < layout.panels; number++) {
+    const Panel panel = layout.panel(number);
+    const uint8_t* at = data + layout.at(row, panel);
+    for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
+      const bool is_left = block == layout.full;
+      const __m512i all = _mm512_broadcast_i64x4(avx2::load(at + (is_left ? panel.left * 32 : layout.values_bytes)));
+      const int64_t count = (is_left ? panel.left : layout.per_block) / 2;
+      for (int64_t k = 0; k < count; k++, out += 64) {
+        const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
+        __m512i values = _mm512_loadu_si512(at + (nibbles ? 0 : k) * 64);
+        if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
+        const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
+        const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
+        __m512i found;
+        if constexpr (kWords) {
+          found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
+          found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
+        } else {
+          found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
+          found = _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
+        }
+        _mm512_storeu_si512(out, found);
       }
-      _mm512_storeu_si512(out, found);
     }
   }
 }

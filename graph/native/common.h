@@ -102,10 +102,23 @@ void in_parts(int64_t rows, int64_t multiple, int threads, const Work& work) {
 
 struct Product {
   const SparsepassWeight* weight;
-  const uint8_t* x;         // [tokens, x_bytes]: words of the weight's kind, or signed bytes; zeros beyond the columns
+  const uint8_t* x;         // [tokens, x_bytes]: words of the weight's kind, or bytes; zeros beyond the columns
   const float* x_scales;    // [tokens, x_groups]; integers only
   int64_t x_bytes, x_groups;
   float* y;                 // [tokens, rows]
+  bool x_is_signed;         // bytes; else they are x + 128
+  bool fetches_ahead;       // see fetches_ahead()
 };
+
+// Whether kernels ask for bytes that they will need soon. Intel's processors are slow without it. AMD's find out by themselves what will be
+// needed, and lose by it a fifth to a half of what they read (Zen 4).
+inline bool fetches_ahead() {
+#if defined(__x86_64__)
+  static const bool answer = !__builtin_cpu_is("amd");
+  return answer;
+#else
+  return false;
+#endif
+}
 
 }  // namespace sparsepass

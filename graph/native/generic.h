@@ -25,7 +25,7 @@ inline void rows_of_floats(const Product& p, int64_t tokens, int64_t first, int6
   const Layout layout(kGeneric, w.kind, w.rows, w.columns);
   const bool is_fp16 = w.kind == kFp16;
   for (int64_t row = first; row < last; row++) {
-    const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    const uint8_t* at = static_cast<const uint8_t*>(w.data) + row * layout.pair_bytes;
     const uint8_t* codes = at + layout.values_bytes;
     for (int64_t t = 0; t < tokens; t++) {
       const auto* x = reinterpret_cast<const uint16_t*>(p.x + t * p.x_bytes);
@@ -41,7 +41,7 @@ inline void rows_of_integers(const Product& p, int64_t tokens, int64_t first, in
   const Layout layout(kGeneric, w.kind, w.rows, w.columns);
   const int64_t size = w.group_size ? w.group_size : w.columns, groups = ceil_div(w.columns, size), run = std::min(size, kGroup);
   for (int64_t row = first; row < last; row++) {
-    const uint8_t* kept = static_cast<const uint8_t*>(w.data) + layout.at_row(row);
+    const uint8_t* kept = static_cast<const uint8_t*>(w.data) + row * layout.pair_bytes;
     const uint8_t* codes = kept + layout.values_bytes;
     for (int64_t t = 0; t < tokens; t++) {
       const auto* x = reinterpret_cast<const int8_t*>(p.x + t * p.x_bytes);

@@ -45,81 +45,100 @@ void by_tokens(int64_t tokens, const Run& run) {
   }
 }
 
-template <int T, bool kNibbles>
-void avx512_bytes(const Product& p, const uint8_t* x, const float* scales, float* y, int64_t first, int64_t last) {
+template <int T, bool kNibbles, bool kSigned>
+void avx512_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* scales, float* y, int64_t first,
+                  int64_t last) {
   switch (p.weight->group_size) {
-    case 16: return avx512::packed_bytes<T, kNibbles, 8>(p, x, scales, y, first, last);
-    case 32: return avx512::packed_bytes<T, kNibbles, 4>(p, x, scales, y, first, last);
-    case 64: return avx512::packed_bytes<T, kNibbles, 2>(p, x, scales, y, first, last);
-    default: return avx512::packed_bytes<T, kNibbles, 1>(p, x, scales, y, first, last);
+    case 16: return avx512::packed_bytes<T, kNibbles, 8, kSigned>(p, layout, panel, x, scales, y, first, last);
+    case 32: return avx512::packed_bytes<T, kNibbles, 4, kSigned>(p, layout, panel, x, scales, y, first, last);
+    case 64: return avx512::packed_bytes<T, kNibbles, 2, kSigned>(p, layout, panel, x, scales, y, first, last);
+    default: return avx512::packed_bytes<T, kNibbles, 1, kSigned>(p, layout, panel, x, scales, y, first, last);
   }
 }
 
-void avx512_rows(const Product& p, int64_t tokens, int64_t first, int64_t last) {
+void avx512_rows(const Product& p, const Layout& layout, const Panel& panel, int64_t tokens, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   by_tokens<avx512::kMostTokens>(tokens, [&](auto number, int64_t from) {
     constexpr int T = decltype(number)::value;
     const uint8_t* x = p.x + from * p.x_bytes;
     const float* scales = p.x_scales == nullptr ? nullptr : p.x_scales + from * p.x_groups;
     float* y = p.y + from * w.rows;
-    if (w.dense) return avx512::dense_bytes<T>(p, x, scales, y, first, last);
     switch (w.kind) {
-      case kBf16: return avx512::packed_words<T, false>(p, x, y, first, last);
-      case kFp16: return avx512::packed_words<T, true>(p, x, y, first, last);
-      case kInt8: return avx512_bytes<T, false>(p, x, scales, y, first, last);
-      default: return avx512_bytes<T, true>(p, x, scales, y, first, last);
+      case kBf16: return avx512::packed_words<T, false>(p, layout, panel, x, y, first, last);
+      case kFp16: return avx512::packed_words<T, true>(p, layout, panel, x, y, first, last);
+      case kInt8: return avx512_bytes<T, false, false>(p, layout, panel, x, scales, y, first, last);
+      default:
+        if constexpr (T == 1) {
+          if (p.x_is_signed) return avx512_bytes<T, true, true>(p, layout, panel, x, scales, y, first, last);
+        }
+        return avx512_bytes<T, true, false>(p, layout, panel, x, scales, y, first, last);
     }
   });
 }
 
 template <int T, bool kNibbles>
-void avx2_bytes(const Product& p, const uint8_t* x, const float* scales, float* y, int64_t first, int64_t last) {
+void avx2_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* scales, float* y, int64_t first,
+                  int64_t last) {
   switch (p.weight->group_size) {
-    case 16: return avx2::packed_bytes<T, kNibbles, 8>(p, x, scales, y, first, last);
-    case 32: return avx2::packed_bytes<T, kNibbles, 4>(p, x, scales, y, first, last);
-    case 64: return avx2::packed_bytes<T, kNibbles, 2>(p, x, scales, y, first, last);
-    default: return avx2::packed_bytes<T, kNibbles, 1>(p, x, scales, y, first, last);
+    case 16: return avx2::packed_bytes<T, kNibbles, 8>(p, layout, panel, x, scales, y, first, last);
+    case 32: return avx2::packed_bytes<T, kNibbles, 4>(p, layout, panel, x, scales, y, first, last);
+    case 64: return avx2::packed_bytes<T, kNibbles, 2>(p, layout, panel, x, scales, y, first, last);
+    default: return avx2::packed_bytes<T, kNibbles, 1>(p, layout, panel, x, scales, y, first, last);
   }
 }
 
-void avx2_rows(const Product& p, int64_t tokens, int64_t first, int64_t last) {
+void avx2_rows(const Product& p, const Layout& layout, const Panel& panel, int64_t tokens, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
     constexpr int T = decltype(number)::value;
     const uint8_t* x = p.x + from * p.x_bytes;
     const float* scales = p.x_scales == nullptr ? nullptr : p.x_scales + from * p.x_groups;
     float* y = p.y + from * w.rows;
-    if (w.dense) return avx2::dense_bytes<T>(p, x, scales, y, first, last);
     switch (w.kind) {
-      case kBf16: return avx2::packed_words<T, false>(p, x, y, first, last);
-      case kFp16: return avx2::packed_words<T, true>(p, x, y, first, last);
-      case kInt8: return avx2_bytes<T, false>(p, x, scales, y, first, last);
-      default: return avx2_bytes<T, true>(p, x, scales, y, first, last);
+      case kBf16: return avx2::packed_words<T, false>(p, layout, panel, x, y, first, last);
+      case kFp16: return avx2::packed_words<T, true>(p, layout, panel, x, y, first, last);
+      case kInt8: return avx2_bytes<T, false>(p, layout, panel, x, scales, y, first, last);
+      default: return avx2_bytes<T, true>(p, layout, panel, x, scales, y, first, last);
     }
   });
 }
 
 #endif
 
-// Whether the kernels of AVX512 run, and not those of AVX2, which read the same layout. One token takes as long as its weight is
-// read, and with half as wide instructions that goes faster (AMD Zen 4, bf16: 24 GB/s by one thread against 17); more tokens take
-// arithmetic.
-bool in_wide_registers(const SparsepassWeight& w, int64_t tokens) { return w.path == kAvx512 && (w.dense || tokens > 1); }
-
-// y = x W^T for rows whose weight is packed, or dense bytes.
-void rows_of(const Product& p, int64_t tokens, int64_t first, int64_t last) {
+// y = x W^T for rows of dense bytes.
+void dense_bytes(const Product& p, int64_t tokens, int64_t first, int64_t last) {
 #if defined(__x86_64__)
-  if (in_wide_registers(*p.weight, tokens)) return avx512_rows(p, tokens, first, last);
-  if (p.weight->path != kGeneric) return avx2_rows(p, tokens, first, last);
+  const auto& w = *p.weight;
+  if (w.path != kGeneric) {
+    const bool wide = w.path == kAvx512;
+    return by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
+      constexpr int T = decltype(number)::value;
+      const auto& kernel = wide ? avx512::dense_bytes<T> : avx2::dense_bytes<T>;
+      kernel(p, p.x + from * p.x_bytes, p.x_scales + from * p.x_groups, p.y + from * w.rows, first, last);
+    });
+  }
 #endif
-  p.weight->dense ? generic::dense_bytes(p, tokens, first, last) : generic::packed_rows(p, tokens, first, last);
+  generic::dense_bytes(p, tokens, first, last);
+}
+
+// y = x W^T for rows whose weight is packed.
+void packed_rows(const Product& p, const Layout& layout, int64_t tokens, int64_t first, int64_t last) {
+#if defined(__x86_64__)
+  if (layout.path != kGeneric) {
+    const auto& rows = layout.path == kAvx512 ? avx512_rows : avx2_rows;
+    for (int64_t number = 0; number < layout.panels; number++) rows(p, layout, layout.panel(number), tokens, first, last);
+    return;
+  }
+#endif
+  generic::packed_rows(p, tokens, first, last);
 }
 
 // y += x W^T for rows of dense words: a branch, or a dense weight.
 void add_words(int path, const Words& words, float* y, int64_t rows, int64_t tokens, int64_t first, int64_t last) {
   const Activations& x = *words.x;
 #if defined(__x86_64__)
-  if (path == kAvx512 && avx512::has(kBf16)) {
+  // One token takes as long as its weight is read, which goes faster in registers of 32 bytes (AMD Zen 4).
+  if (path == kAvx512 && tokens > 1 && avx512::has(kBf16)) {
     return by_tokens<avx512::kMostTokens>(tokens, [&](auto number, int64_t from) {
       constexpr int T = decltype(number)::value;
       const auto& kernel = words.is_fp16 ? avx512::add_words<T, true> : avx512::add_words<T, false>;
@@ -147,12 +166,13 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
                  int threads) {
   thread_local Activations of_x, of_sums;
   thread_local std::vector<float> results;
+  const Layout layout(w.path, w.kind, w.rows, w.columns);
   const bool integers = is_integer(w.kind), is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
+  const bool x_is_signed = w.path != kAvx512 || (w.kind == kInt4 && tokens == 1);
   if (integers) {
-    const uint8_t offset = in_wide_registers(w, tokens) ? 128 : 0;
-    of_x.take_bytes(w.columns, ceil_div(w.columns, kGroup) * kGroup, type, x, stride, tokens, offset);
+    of_x.take_bytes(w.columns, ceil_div(w.columns, kGroup) * kGroup, type, x, stride, tokens, x_is_signed ? 0 : 128);
   } else {
-    const int64_t padded = dense_words ? ceil_div(w.columns, 32) * 32 : Layout(w.path, w.kind, w.rows, w.columns).padded_columns();
+    const int64_t padded = dense_words ? ceil_div(w.columns, 32) * 32 : layout.padded_columns();
     of_x.take_words(is_fp16, w.columns, padded, type, x, stride, tokens);
   }
   const bool has_branch = w.branch != nullptr && w.k > 0;
@@ -161,7 +181,7 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
   // Threads have a copy of neither: they read the caller's.
   const Activations &acts = of_x, &sums = of_sums;
   float* y = results.data();
-  const Product p{&w, acts.data, integers ? acts.scales.data() : nullptr, acts.bytes, acts.groups, y};
+  const Product p{&w, acts.data, integers ? acts.scales.data() : nullptr, acts.bytes, acts.groups, y, x_is_signed, fetches_ahead()};
   const int64_t at_once = tokens > 16 ? kRowsOfMany : kRows;
   // Waking threads costs some microseconds, as much as one thread needs for this many bytes.
   const int64_t worth = std::max<int64_t>(1, bytes_of_row(w) * w.rows * tokens / 32768);
@@ -171,8 +191,10 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
       if (dense_words) {
         for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.rows + first, y + t * w.rows + last, 0.f);
         add_words(w.path, {static_cast<const uint16_t*>(w.data), w.columns, &acts, is_fp16}, y, w.rows, tokens, first, last);
+      } else if (w.dense) {
+        dense_bytes(p, tokens, first, last);
       } else {
-        rows_of(p, tokens, first, last);
+        packed_rows(p, layout, tokens, first, last);
       }
       if (has_branch) add_words(w.path, {w.branch, w.columns / w.k, &sums, is_fp16}, y, w.rows, tokens, first, last);
       for (int64_t t = 0; t < tokens; t++) put_results(type, y + t * w.rows, w.bias, before + t, first, last, to);
@@ -287,7 +309,8 @@ int sparsepass_lay_out(int path, int kind, const void* kept, const uint8_t* code
   const int64_t row_bytes = kept_bytes(kind, columns);
   in_parts(ceil_div(rows, layout.unit_rows), 8, threads, [&](int64_t first, int64_t last) {
     auto* to = static_cast<uint8_t*>(data);
-    std::memset(to + first * layout.unit_bytes, 0, static_cast<size_t>((last - first) * layout.unit_bytes));
+    const int64_t begin = first * layout.unit_bytes(), end = std::min(layout.bytes(), last * layout.unit_bytes());
+    std::memset(to + begin, 0, static_cast<size_t>(end - begin));
     for (int64_t row = first * layout.unit_rows; row < std::min(rows, last * layout.unit_rows); row++)
       lay_out_row(layout, row, static_cast<const uint8_t*>(kept) + row * row_bytes, codes + row * (columns / 8), to);
   });

@@ -39,7 +39,8 @@ for path in (0, 1, 2):
     for name, kind in KINDS.items():
         if not library.has(path, kind):
             continue
-        for rows, columns in ((1, 8), (7, 64), (33, 72), (16, 576), (5, 136), (40, 1032)):
+        for rows, columns in ((1, 8), (7, 64), (33, 72), (16, 576), (5, 136), (40, 1032), (33, 4104 if kind < 2 else 8200)):
+            wide = columns > 4096
             kept_bytes = columns // 2 * (2 if kind < 2 else 1) // (2 if name == "int4" else 1)
             # Words whose upper byte says 1 to 2, so that sums stay finite.
             word = lambda: [random.randrange(256), 0x3F if kind == 0 else 0x3C]
@@ -54,17 +55,17 @@ for path in (0, 1, 2):
             assert library.store(path, kind, data, rows, columns, again, codes_again, 2) == 0
             assert ctypes.string_at(again, rows * kept_bytes) == bytes(kept)
             assert ctypes.string_at(codes_again, len(codes)) == codes
-            for group_size in (0, 32, 128) if kind >= 2 else (0,):
+            for group_size in ((0,) if kind < 2 else (32,) if wide else (0, 32, 128)):
                 groups = -(-columns // group_size) if group_size else 1
                 scales = buffer(rows * groups * 2, [0x80, 0x3F] * (rows * groups)) if kind >= 2 else None
                 k = 4
                 branch = buffer(rows * (columns // k) * 2, [0, 0x3C] * (rows * (columns // k)))
                 bias = buffer(rows * 4, [0, 0, 0x80, 0x3F] * rows)
-                for with_rest in (False, True):
+                for with_rest in ((True,) if wide else (False, True)):
                     rest = (branch, bias) if with_rest else (None, None)
                     weight = NativeWeight(kind, path, 0, k if with_rest else 0, rows, columns, group_size, data, scales, *rest)
-                    for kind_of_x, item in ((0, 2), (1, 2), (2, 4)):
-                        for tokens in (0, 1, 3, 9):
+                    for kind_of_x, item in (((0, 2),) if wide else ((0, 2), (1, 2), (2, 4))):
+                        for tokens in ((1, 9) if wide else (0, 1, 3, 9)):
                             x = buffer(tokens * columns * item, ([0] * (item - 1) + [0x3C]) * (tokens * columns))
                             y = buffer(tokens * rows * item)
                             assert library.linear(ctypes.byref(weight), kind_of_x, x, columns, tokens, y, 2) == 0

@@ -46,6 +46,25 @@ def test_products_are_those_of_the_unpacked_weight(
 @pytest.mark.numerics
 @ON_EACH_PATH
 @OF_EACH_KIND
+@pytest.mark.parametrize("columns", [4096 + 40, 8192 + 8, 2 * 8192 + 136])
+def test_products_of_rows_in_panels(values: Values, path: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows are cut, and the last panel may be filled up."""
+    force(path, values, monkeypatch)
+    for rows in (1, 33, 70):
+        for group_size in GROUPS[values]:
+            packed = packed_weight(rows, columns, values, group_size)
+            layer = PackedLinear.from_packed(packed).lay_out()
+            for tokens in (1, 4, 9):
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+                close(layer(x), expected(packed, x, path), 2.0)
+    again = layer.packed()
+    assert torch.equal(again.kept.view(torch.uint8), packed.kept.view(torch.uint8))
+    assert torch.equal(again.codes, packed.codes)
+
+
+@pytest.mark.numerics
+@ON_EACH_PATH
+@OF_EACH_KIND
 def test_bias_and_branch_are_added(values: Values, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(path, values, monkeypatch)
     packed = packed_weight(33, 576, values)
@@ -109,7 +128,7 @@ def test_strides_and_leading_axes_do_not_matter(values: Values, path: str, monke
 @OF_EACH_KIND
 def test_layouts_give_back_what_was_stored(values: Values, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(path, values, monkeypatch)
-    for rows, columns in ((1, 8), (2, 24), (7, 72), (33, 576), (64, 1024), (5, 136)):
+    for rows, columns in ((1, 8), (2, 24), (7, 72), (33, 576), (64, 1024), (5, 136), (67, 8328), (32, 20000)):
         packed = packed_weight(rows, columns, values)
         layer = PackedLinear.from_packed(packed).lay_out()
         again = layer.packed()
@@ -135,6 +154,22 @@ def test_zeros_and_values_that_are_not_finite_pass_through(path: str, monkeypatc
     x = torch.zeros(2, 64)
     x[1] = torch.nan
     assert layer(x)[1].isnan().all()
+    assert layer(x)[0].isfinite().all()
+
+
+@ON_EACH_PATH
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 17, 127])
+def test_integers_do_not_hide_what_is_not_finite(
+    place: int, bad: float, values: Values, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(path, values, monkeypatch)
+    layer = PackedLinear.from_packed(pack(torch.tensor([[1.0, 2, 0, 0] * 32]), values=values)).lay_out()
+    x = torch.ones(2, 128)
+    x[1, place] = bad
+    assert not layer(x)[1].isfinite().any()
+    assert not layer(x[1:])[0].isfinite().any()
     assert layer(x)[0].isfinite().all()
 
 

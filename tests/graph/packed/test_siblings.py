@@ -81,6 +81,19 @@ def test_results_are_those_of_each_alone(
             assert torch.equal(tensor, layer.state_dict()[name])
 
 
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("rows", [(64, 32), (34, 32)])
+def test_rows_in_panels_lie_together_by_32(path: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    force(path, "bf16", monkeypatch)
+    layers = [PackedLinear.from_packed(packed_weight(number, 4104, "bf16", seed=i)) for i, number in enumerate(rows)]
+    alone = copy.deepcopy(layers)
+    assert group_siblings(layers) == (rows == (64, 32) or path == "generic")
+    x = torch.randn(1, 4104)
+    for layer, single in zip(layers, alone, strict=True):
+        assert torch.equal(layer(x), single(x))
+        assert torch.equal(layer.packed().kept, single.packed().kept)
+
+
 def test_one_run_computes_all(calls: list[int]) -> None:
     layers = group_of()
     assert group_siblings(layers)
