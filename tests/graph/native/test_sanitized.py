@@ -43,8 +43,8 @@ for path in (0, 1, 2):
             wide = columns > 4096
             kept_bytes = columns // 2 * (2 if kind < 2 else 1) // (2 if name == "int4" else 1)
             # Words whose upper byte says 1 to 2, so that sums stay finite.
-            word = lambda: [random.randrange(256), 0x3F if kind == 0 else 0x3C]
-            kept = sum((word() for _ in range(rows * columns // 2)), []) if kind < 2 else random.randbytes(rows * kept_bytes)
+            word = lambda: bytes([random.randrange(256), 0x3F if kind == 0 else 0x3C])
+            kept = b"".join(word() for _ in range(rows * columns // 2)) if kind < 2 else random.randbytes(rows * kept_bytes)
             codes = bytes(random.choice(GOOD) | random.choice(GOOD) << 4 for _ in range(rows * columns // 8))
             p_kept, p_codes = buffer(rows * kept_bytes, kept), buffer(len(codes), codes)
             assert library.bad_codes(p_codes, rows, columns, 2) == -1
