@@ -160,10 +160,11 @@ void yardstick_linear(int path, int kind, const uint8_t* weight, const uint16_t*
   results.assign(static_cast<size_t>(rows), 0.f);
   const bool nibbles = kind == kInt4, wide_registers = path == kAvx512;
   const int64_t whole = nibbles ? whole_columns(path, columns) : columns;
+  const Activations::Source source{kTypeBf16, x, columns, columns, 1, 1};
   if (kind == kBf16) {
-    of_x.take_words(false, columns, columns, kTypeBf16, x, columns, 1);
+    of_x.take_words(source, false, columns);
   } else {
-    of_x.take_bytes(columns, whole, kTypeBf16, x, columns, 1, !nibbles && wide_registers ? 128 : 0);
+    of_x.take_bytes(source, whole, !nibbles && wide_registers ? 128 : 0);
   }
   if (nibbles) {
     const auto* bytes = reinterpret_cast<const int8_t*>(of_x.data);
@@ -194,9 +195,10 @@ void yardstick_linear(int path, int kind, const uint8_t* weight, const uint16_t*
       SparsepassWeight part{};
       part.rows = count, part.columns = number, part.data = at, part.scales = scales + row;
       float some[kRowsTogether];
-      const Product p{&part, x_at, nullptr, acts.bytes, acts.groups, some, !wide_registers, fetches_ahead()};
+      const float* x_scales = acts.scales.data() + column / kGroup;
+      const Product p{&part, x_at, x_scales, nullptr, acts.bytes, acts.groups, 0, some, kRowsTogether, !wide_registers, fetches_ahead()};
       const auto& run = wide_registers ? avx512::dense_bytes<1> : avx2::dense_bytes<1>;
-      run(p, x_at, acts.scales.data() + column / kGroup, some, 0, count);
+      run(p, 0, count);
       for (int64_t i = 0; i < count; i++) sums[row + i] += some[i];
     });
     put_results(kTypeBf16, sums, nullptr, 0, first, last, outputs);

@@ -17,82 +17,109 @@ inline int64_t element_bytes(int type) { return type == kTypeFloat ? 4 : 2; }
 // Rows of x in the form that a weight's kernels take, filled up with zeros to whole registers.
 struct Activations {
   std::vector<uint8_t> room;
-  std::vector<float> scales, wide;
+  std::vector<float> scales;
   const uint8_t* data = nullptr;
   int64_t bytes = 0, groups = 0;  // of a row
 
+  // Elements of a type, rows `stride` elements apart.
+  struct Source {
+    int type;
+    const void* data;
+    int64_t columns, stride, tokens;
+    int threads;
+
+    const uint8_t* row(int64_t token) const { return static_cast<const uint8_t*>(data) + token * stride * element_bytes(type); }
+  };
+
   // words: x rounded to bf16 or fp16. It is used where it lies if it fits as it is.
-  void take_words(bool is_fp16, int64_t columns, int64_t padded, int type, const void* x, int64_t stride, int64_t tokens) {
-    const bool same = type == (is_fp16 ? kTypeFp16 : kTypeBf16);
-    if (same && columns == padded) {
-      data = static_cast<const uint8_t*>(x);
-      bytes = stride * 2;
+  void take_words(const Source& x, bool is_fp16, int64_t padded) {
+    const bool same = x.type == (is_fp16 ? kTypeFp16 : kTypeBf16);
+    if (same && x.columns == padded) {
+      data = static_cast<const uint8_t*>(x.data);
+      bytes = x.stride * 2;
       return;
     }
-    bytes = padded * 2;
-    uint8_t* own = make_room(tokens * bytes);
-    std::memset(own, 0, static_cast<size_t>(tokens * bytes));
-    for (int64_t t = 0; t < tokens; t++) {
-      const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
+    uint8_t* own = make_room(x.tokens, padded * 2);
+    each_token(x, [&](int64_t t) {
       auto* to = reinterpret_cast<uint16_t*>(own + t * bytes);
       if (same) {
-        std::memcpy(to, from, static_cast<size_t>(columns) * 2);
+        std::memcpy(to, x.row(t), static_cast<size_t>(x.columns) * 2);
       } else {
-        for (int64_t i = 0; i < columns; i++) to[i] = round_word(is_fp16, element(type, from, i));
+        for (int64_t i = 0; i < x.columns; i++) to[i] = round_word(is_fp16, element(x.type, x.row(t), i));
       }
-    }
-    data = own;
+    });
   }
 
   // bytes: see interface.h; `offset` makes them unsigned.
-  void take_bytes(int64_t columns, int64_t padded, int type, const void* x, int64_t stride, int64_t tokens, uint8_t offset) {
-    bytes = padded;
+  void take_bytes(const Source& x, int64_t padded, uint8_t offset) {
     groups = padded / kGroup;
-    uint8_t* own = make_room(tokens * bytes);
-    scales.resize(static_cast<size_t>(tokens * groups));
-    wide.assign(static_cast<size_t>(padded), 0.f);
-    for (int64_t t = 0; t < tokens; t++) {
-      const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
-      widen_row(columns, type, from);
-      for (int64_t g = 0; g < groups; g++) scales[t * groups + g] = round_group(wide.data() + g * kGroup, offset, own + t * bytes + g * kGroup);
-    }
-    data = own;
+    uint8_t* own = make_room(x.tokens, padded);
+    scales.resize(static_cast<size_t>(x.tokens * groups));
+    each_token(x, [&](int64_t t) {
+      const float* wide = widened(x, t, padded);
+      for (int64_t g = 0; g < groups; g++) scales[t * groups + g] = round_group(wide + g * kGroup, offset, own + t * bytes + g * kGroup);
+    });
   }
 
-  // Sums of k elements that lie side by side, as words.
-  void take_sums(bool is_fp16, int64_t columns, int64_t k, int type, const void* x, int64_t stride, int64_t tokens) {
-    const int64_t sums = columns / k, padded = ceil_div(sums, 32) * 32;
-    bytes = padded * 2;
-    uint8_t* own = make_room(tokens * bytes);
-    std::memset(own, 0, static_cast<size_t>(tokens * bytes));
-    for (int64_t t = 0; t < tokens; t++) {
-      const auto* from = static_cast<const uint8_t*>(x) + t * stride * element_bytes(type);
+  // Sums of k elements that lie side by side, as words. `for_pairs`: each four of them twice, as two rows of a branch meet them.
+  void take_sums(const Source& x, bool is_fp16, int64_t k, bool for_pairs) {
+    const int64_t sums = x.columns / k;
+    uint8_t* own = make_room(x.tokens, ceil_div(sums, 32) * 32 * (for_pairs ? 4 : 2));
+    each_token(x, [&](int64_t t) {
+      const float* wide = widened(x, t, x.columns);
       auto* to = reinterpret_cast<uint16_t*>(own + t * bytes);
       for (int64_t r = 0; r < sums; r++) {
-        float sum = 0;
-        for (int64_t i = r * k; i < (r + 1) * k; i++) sum += element(type, from, i);
-        to[r] = round_word(is_fp16, sum);
+        const uint16_t word = round_word(is_fp16, sum_of(wide + r * k, k));
+        if (!for_pairs) to[r] = word;
+        if (for_pairs) to[r / 4 * 8 + r % 4] = to[r / 4 * 8 + r % 4 + 4] = word;
       }
-    }
-    data = own;
+    });
   }
 
  private:
-  // It begins where a cache line does, for registers as long as one.
-  uint8_t* make_room(int64_t size) {
-    constexpr uintptr_t kLine = 64;
-    room.resize(static_cast<size_t>(size) + kLine);
-    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room.data()) + kLine - 1) / kLine * kLine);
+  static constexpr int64_t kTokensOfPart = 8;
+
+  // Few tokens are done before other threads are awake.
+  template <class Work>
+  static void each_token(const Source& x, const Work& work) {
+    in_parts(x.tokens, kTokensOfPart, x.tokens > 2 * kTokensOfPart ? x.threads : 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) work(t);
+    });
   }
 
-  void widen_row(int64_t columns, int type, const uint8_t* from) {
+  // Zeros for some rows. It begins where a cache line does, for registers as long as one.
+  uint8_t* make_room(int64_t tokens, int64_t row_bytes) {
+    constexpr uintptr_t kLine = 64;
+    bytes = row_bytes;
+    room.assign(static_cast<size_t>(tokens * bytes) + kLine, 0);
+    auto* own = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room.data()) + kLine - 1) / kLine * kLine);
+    data = own;
+    return own;
+  }
+
+  // A row as floats, until the next one is asked for.
+  static const float* widened(const Source& x, int64_t token, int64_t padded) {
+    thread_local std::vector<float> wide;
+    wide.assign(static_cast<size_t>(padded), 0.f);
+    const uint8_t* from = x.row(token);
 #if defined(__x86_64__)
-    if (type != kTypeFloat && columns % 8 == 0 && avx2::has()) {
-      const auto& widen_words = type == kTypeFp16 ? avx2::convert_words<true> : avx2::convert_words<false>;
-      return widen_words(reinterpret_cast<const uint16_t*>(from), columns, kTypeFloat, wide.data());
+    if (x.type != kTypeFloat && x.columns % 8 == 0 && avx2::has()) {
+      const auto& widen_words = x.type == kTypeFp16 ? avx2::convert_words<true> : avx2::convert_words<false>;
+      widen_words(reinterpret_cast<const uint16_t*>(from), x.columns, kTypeFloat, wide.data());
+      return wide.data();
     }
 #endif
-    for (int64_t i = 0; i < columns; i++) wide[i] = element(type, from, i);
+    for (int64_t i = 0; i < x.columns; i++) wide[i] = element(x.type, from, i);
+    return wide.data();
+  }
+
+  static float sum_of(const float* from, int64_t count) {
+#if defined(__x86_64__)
+    if (count % 8 == 0 && avx2::has()) return avx2::sum_of(from, count);
+#endif
+    float sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += from[i];
+    return sum;
   }
 
   static float round_group(const float* from, uint8_t offset, uint8_t* to) {

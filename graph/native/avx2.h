@@ -59,9 +59,30 @@ SPARSEPASS_AVX2 inline void multiply_add(__m256 (&sums)[2], __m256i x, __m256i v
   }
 }
 
+// The branch's weights of two rows for 8 sums, or the `count` that are left, in the lanes that PairSums has them.
+SPARSEPASS_AVX2 inline __m256i branch_of_pair(const uint16_t* even, const uint16_t* odd, int64_t count) {
+  alignas(16) uint16_t rest[2][8] = {};
+  if (count < 8) {
+    std::memcpy(rest[0], even, static_cast<size_t>(count) * 2);
+    std::memcpy(rest[1], odd, static_cast<size_t>(count) * 2);
+    even = rest[0], odd = rest[1];
+  }
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even)), b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd));
+  return _mm256_permute4x64_epi64(_mm256_set_m128i(b, a), 0xD8);
+}
+
+// Calls add(sums, weights) for all sums of a branch with two rows, 8 at a time; `sums` are those of the first token.
+template <class Add>
+SPARSEPASS_AVX2 inline void each_of_branch(const Product& p, int64_t row, const Add& add) {
+  const auto& w = *p.weight;
+  const int64_t count = w.columns / w.k;
+  const uint16_t* even = w.branch + row * count;
+  const uint16_t* odd = row + 1 < w.rows ? even + count : even;
+  for (int64_t i = 0; i < count; i += 8) add(p.sums + i * 4, branch_of_pair(even + i, odd + i, std::min<int64_t>(8, count - i)));
+}
+
 template <int T, bool kIsFp16>
-SPARSEPASS_AVX2 void packed_words(
-    const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t first, int64_t last) {
+SPARSEPASS_AVX2 void packed_words(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const bool fetches = p.fetches_ahead;
   // Bytes 2c and 2c + 1 of the group of four words that a lane's value belongs to, c its code; and the codes of the first four steps, or
@@ -83,7 +104,7 @@ SPARSEPASS_AVX2 void packed_words(
       for (int t = 0; t < T; t++)
         multiply_add<kIsFp16>(sums[t][k % kTurns], _mm256_shuffle_epi8(load(x_at + t * p.x_bytes + k * 32), lanes), values);
     };
-    const uint8_t* x_at = x + panel.begin * 256;
+    const uint8_t* x_at = p.x + panel.begin * 256;
     for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
       const __m256i codes = load(at + 256), first_four = _mm256_shuffle_epi8(codes, early), last_four = _mm256_shuffle_epi8(codes, late);
       if (fetches) fetch(at, 288);
@@ -96,12 +117,17 @@ SPARSEPASS_AVX2 void packed_words(
       for (int k = 0; k < 7; k++)
         if (k < panel.left) step(k, _mm256_shuffle_epi8(codes, k < 4 ? early : late), at, x_at);
     }
+    if (p.sums != nullptr && panel.begin == 0) {
+      each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_AVX2 {
+        for (int t = 0; t < T; t++) multiply_add<kIsFp16>(sums[t][0], load(at_sums + t * p.sums_bytes), values);
+      });
+    }
     for (int t = 0; t < T; t++) {
       __m256 sum = _mm256_add_ps(sums[t][0][0], sums[t][0][1]);
       if constexpr (kTurns == 2) sum = _mm256_add_ps(sum, _mm256_add_ps(sums[t][1][0], sums[t][1][1]));
       // fp16: lanes 0 to 3 are the even row's.
       if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-      put_pair(sum, y + t * w.rows + row, row + 1 < w.rows, panel.begin > 0);
+      put_pair(sum, p.y + t * p.y_rows + row, row + 1 < w.rows, panel.begin > 0);
     }
   }
 }
@@ -205,15 +231,14 @@ class PairScales {
 
 // kGroups: scales of 128 columns.
 template <int T, bool kNibbles, int kGroups>
-SPARSEPASS_AVX2 void packed_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* x_scales,
-                                  float* y, int64_t first, int64_t last) {
+SPARSEPASS_AVX2 void packed_bytes(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const bool fetches = p.fetches_ahead;
   alignas(32) uint8_t starts[32];
   for (int lane = 0; lane < 32; lane++) starts[lane] = static_cast<uint8_t>(lane % 8 / 2 * 4);
   const __m256i start = load(starts), two_bits = _mm256_set1_epi8(3), four_bits = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
   const __m256i ones = _mm256_set1_epi16(1);
-  PairScales<kGroups> scales(w, panel, T == 1 ? x_scales : nullptr);
+  PairScales<kGroups> scales(w, panel, T == 1 ? p.x_scales : nullptr);
   // Steps whose products are summed as words: 4 steps x 2 products x 8 x 127 fit, 2 x 127 x 127 are a word's limit.
   constexpr int kSteps = kGroups >= 4 ? 1 : 4 / kGroups;  // that share a scale
   for (int64_t row = first; row < last; row += 2) {
@@ -240,7 +265,7 @@ SPARSEPASS_AVX2 void packed_bytes(const Product& p, const Layout& layout, const 
         const __m256i lanes = _mm256_or_si256(_mm256_and_si256(codes, two_bits), start);
         codes = _mm256_srli_epi16(codes, 2);
         for (int t = 0; t < T; t++) {
-          const __m256i met = _mm256_shuffle_epi8(load(x + t * p.x_bytes + block * 128 + k * 32), lanes);
+          const __m256i met = _mm256_shuffle_epi8(load(p.x + t * p.x_bytes + block * 128 + k * 32), lanes);
           if constexpr (kNibbles) {
             // One token: the nibbles' 8 is taken off by a product of its own, which takes less than to move signs.
             const __m256i now = T > 1 ? products_of(met, values, magnitudes)
@@ -256,17 +281,26 @@ SPARSEPASS_AVX2 void packed_bytes(const Product& p, const Layout& layout, const 
         const __m256 scale = kGroups == 8 ? _mm256_load_ps(from) : _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
         for (int t = 0; t < T; t++) {
           const __m256i wide = kNibbles ? _mm256_madd_epi16(words[t], ones) : words[t];
-          const __m256 both = T == 1 ? scale : _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[t * p.x_groups + block]));
+          const __m256 both = T == 1 ? scale : _mm256_mul_ps(scale, _mm256_set1_ps(p.x_scales[t * p.x_groups + block]));
           sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), both, sums[t]);
         }
       }
     }
-    for (int t = 0; t < T; t++) put_pair(sums[t], y + t * w.rows + row, has_odd, panel.begin > 0);
+    if (p.sums != nullptr && panel.begin == 0) {
+      each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_AVX2 {
+        for (int t = 0; t < T; t++) {
+          __m256 both[2] = {sums[t], _mm256_setzero_ps()};
+          multiply_add<false>(both, load(at_sums + t * p.sums_bytes), values);
+          sums[t] = _mm256_add_ps(both[0], both[1]);
+        }
+      });
+    }
+    for (int t = 0; t < T; t++) put_pair(sums[t], p.y + t * p.y_rows + row, has_odd, panel.begin > 0);
   }
 }
 
 template <int T>
-SPARSEPASS_AVX2 void dense_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
+SPARSEPASS_AVX2 void dense_bytes(const Product& p, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t row = first; row < last; row++) {
@@ -287,15 +321,15 @@ SPARSEPASS_AVX2 void dense_bytes(const Product& p, const uint8_t* x, const float
         }
         const __m256i values = load(from), magnitudes = _mm256_abs_epi8(values);
         for (int t = 0; t < T; t++)
-          wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(products_of(load(x + t * p.x_bytes + i), values, magnitudes), ones));
+          wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(products_of(load(p.x + t * p.x_bytes + i), values, magnitudes), ones));
       }
       for (int t = 0; t < T; t++) {
-        const __m256 scale = _mm256_set1_ps(x_scales[t * p.x_groups + begin / kGroup]);
+        const __m256 scale = _mm256_set1_ps(p.x_scales[t * p.x_groups + begin / kGroup]);
         sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide[t]), scale, sums[t]);
       }
     }
     const float scale = widen_bf16(w.scales[row]);
-    for (int t = 0; t < T; t++) y[t * w.rows + row] = sum_of(sums[t]) * scale;
+    for (int t = 0; t < T; t++) p.y[t * p.y_rows + row] = sum_of(sums[t]) * scale;
   }
 }
 
@@ -401,6 +435,13 @@ SPARSEPASS_AVX2 inline void convert_bytes(
       _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_castsi256_si128(words));
     }
   }
+}
+
+// `count` is a multiple of 8.
+SPARSEPASS_AVX2 inline float sum_of(const float* from, int64_t count) {
+  __m256 sum = _mm256_loadu_ps(from);
+  for (int64_t i = 8; i < count; i += 8) sum = _mm256_add_ps(sum, _mm256_loadu_ps(from + i));
+  return sum_of(sum);
 }
 
 // kGroup numbers as signed bytes plus `offset`, with the scale that is returned.

@@ -36,6 +36,18 @@ SPARSEPASS_WORDS inline __m512 multiply_add(__m512 sum, __m512i x, __m512i value
   }
 }
 
+// The same for half a register.
+template <bool kIsFp16>
+SPARSEPASS_WORDS inline __m256 multiply_add_half(__m256 sum, __m256i x, __m256i values) {
+  if constexpr (kIsFp16) {
+    sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_castsi256_si128(values)), sum);
+    return _mm256_fmadd_ps(
+        _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(values, 1)), sum);
+  } else {
+    return _mm256_dpbf16_ps(sum, (__m256bh)x, (__m256bh)values);
+  }
+}
+
 // The sum of the halves, whose lanes are those of avx2::put_pair.
 SPARSEPASS_WORDS inline __m256 halves(__m512 sum) { return _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)); }
 
@@ -55,9 +67,16 @@ struct Tables {
 
 inline constexpr Tables kTables;
 
+// avx2::branch_of_pair for 16 sums.
+SPARSEPASS_WORDS inline __m512i branch_of_pair(const uint16_t* even, const uint16_t* odd, int64_t count) {
+  const auto mask = static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1);
+  const __m512i a = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, even)), b = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, odd));
+  return _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+}
+
 // P pairs of rows at once: each register of x is read once for all of them.
 template <int T, int P, bool kIsFp16>
-SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t row) {
+SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, const Panel& panel, int64_t row) {
   const __m512i start = _mm512_load_si512(kTables.starts), two_bits = _mm512_set1_epi16(3);
   const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at(row, panel);
   __m512 sums[P][T];
@@ -79,7 +98,7 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
     }
   };
   __m512i codes[P];
-  const uint8_t* x_at = x + panel.begin * 256;
+  const uint8_t* x_at = p.x + panel.begin * 256;
   for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
     for (int r = 0; r < P; r++) {
       codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes + 256));
@@ -94,13 +113,24 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
     for (int number = 0; number < 3; number++)
       if (number * 2 < panel.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
   }
+  if (p.sums != nullptr && panel.begin == 0) {
+    const int64_t count = p.weight->columns / p.weight->k;
+    for (int r = 0; r < P; r++) {
+      const int64_t even = row + 2 * r, odd = std::min(even + 1, layout.rows - 1);
+      for (int64_t i = 0; i < count; i += 16) {
+        const __m512i values = branch_of_pair(p.weight->branch + even * count + i, p.weight->branch + odd * count + i, count - i);
+        for (int t = 0; t < T; t++)
+          sums[r][t] = multiply_add<kIsFp16>(sums[r][t], _mm512_loadu_si512(p.sums + t * p.sums_bytes + i * 4), values);
+      }
+    }
+  }
   for (int r = 0; r < P; r++) {
     for (int t = 0; t < T; t++) {
       __m256 sum = halves(sums[r][t]);
       // fp16: lanes 0 to 3 are the even row's.
       if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
       const int64_t even = row + 2 * r;
-      avx2::put_pair(sum, y + t * layout.rows + even, even + 1 < layout.rows, panel.begin > 0);
+      avx2::put_pair(sum, p.y + t * p.y_rows + even, even + 1 < layout.rows, panel.begin > 0);
     }
   }
 }
@@ -110,7 +140,7 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
 constexpr int kFewTokens = 4;
 
 template <int T, bool kIsFp16>
-SPARSEPASS_WORDS void pair_for_few_tokens(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t row) {
+SPARSEPASS_WORDS void pair_for_few_tokens(const Product& p, const Layout& layout, const Panel& panel, int64_t row) {
   constexpr int kTurns = T == 1 ? 8 : T == 2 ? 4 : 2;
   const __m256i start = avx2::load(kTables.starts), two_bits = _mm256_set1_epi16(3);
   const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at(row, panel);
@@ -123,16 +153,10 @@ SPARSEPASS_WORDS void pair_for_few_tokens(const Product& p, const Layout& layout
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + t * p.x_bytes + k * 32));
-      __m256& sum = sums[t][k % kTurns];
-      if constexpr (kIsFp16) {
-        sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(met)), _mm256_cvtph_ps(_mm256_castsi256_si128(values)), sum);
-        sum = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(met, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(values, 1)), sum);
-      } else {
-        sum = _mm256_dpbf16_ps(sum, (__m256bh)met, (__m256bh)values);
-      }
+      sums[t][k % kTurns] = multiply_add_half<kIsFp16>(sums[t][k % kTurns], met, values);
     }
   };
-  const uint8_t* x_at = x + panel.begin * 256;
+  const uint8_t* x_at = p.x + panel.begin * 256;
   for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
     const __m256i codes = avx2::load(at + 256);
     if (p.fetches_ahead) avx2::fetch(at, 288);
@@ -145,24 +169,28 @@ SPARSEPASS_WORDS void pair_for_few_tokens(const Product& p, const Layout& layout
     for (int k = 0; k < 7; k++)
       if (k < panel.left) step(k, codes, x_at);
   }
+  if (p.sums != nullptr && panel.begin == 0) {
+    avx2::each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_WORDS {
+      for (int t = 0; t < T; t++) sums[t][0] = multiply_add_half<kIsFp16>(sums[t][0], avx2::load(at_sums + t * p.sums_bytes), values);
+    });
+  }
   for (int t = 0; t < T; t++) {
     __m256 sum = sums[t][0];
     for (int turn = 1; turn < kTurns; turn++) sum = _mm256_add_ps(sum, sums[t][turn]);
     // fp16: lanes 0 to 3 are the even row's.
     if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-    avx2::put_pair(sum, y + t * layout.rows + row, row + 1 < layout.rows, panel.begin > 0);
+    avx2::put_pair(sum, p.y + t * p.y_rows + row, row + 1 < layout.rows, panel.begin > 0);
   }
 }
 
 template <int T, bool kIsFp16>
-SPARSEPASS_WORDS void packed_words(
-    const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, float* y, int64_t first, int64_t last) {
+SPARSEPASS_WORDS void packed_words(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   int64_t row = first;
   if constexpr (T <= kFewTokens) {
-    for (; row < last; row += 2) pair_for_few_tokens<T, kIsFp16>(p, layout, panel, x, y, row);
+    for (; row < last; row += 2) pair_for_few_tokens<T, kIsFp16>(p, layout, panel, row);
   } else {
-    for (; row + 4 <= last; row += 4) pairs_of_words<T, 2, kIsFp16>(p, layout, panel, x, y, row);
-    for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, panel, x, y, row);
+    for (; row + 4 <= last; row += 4) pairs_of_words<T, 2, kIsFp16>(p, layout, panel, row);
+    for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, panel, row);
   }
 }
 
@@ -222,8 +250,7 @@ SPARSEPASS_BYTES inline __m512 lane_scales(const float* from) {
 
 // kGroups: scales of 128 columns. kSigned: x is signed, and the nibbles are not; 8 times the sum of x is taken off then.
 template <int T, bool kNibbles, int kGroups, bool kSigned>
-SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* x_scales,
-                                   float* y, int64_t first, int64_t last) {
+SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   static_assert(!kSigned || (T == 1 && kNibbles));
   const auto& w = *p.weight;
   const bool fetches = p.fetches_ahead;
@@ -233,7 +260,7 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const
   const __m512i shifts[2] = {in_register(_mm512_load_si512(kTables.shifts[0])), in_register(_mm512_load_si512(kTables.shifts[1]))};
   const __m512i four_bits = in_register(_mm512_set1_epi8(15)), eight = in_register(_mm512_set1_epi8(8));
   const __m512i offset = in_register(_mm512_set1_epi8(static_cast<char>(128)));
-  avx2::PairScales<kGroups> scales(w, panel, T == 1 ? x_scales : nullptr);
+  avx2::PairScales<kGroups> scales(w, panel, T == 1 ? p.x_scales : nullptr);
   for (int64_t row = first; row < last; row += 2) {
     const uint8_t* at = static_cast<const uint8_t*>(w.data) + layout.at(row, panel);
     const bool has_odd = row + 1 < w.rows;
@@ -259,7 +286,7 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const
         const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, shifts[number]), two_bits, start, 0xEA);
         if constexpr (!kSigned) excess = _mm512_dpbusd_epi32(excess, offset, values);
         for (int t = 0; t < T; t++) {
-          const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(x + t * p.x_bytes + block * 128 + number * 64), lanes);
+          const __m512i met = _mm512_shuffle_epi8(_mm512_loadu_si512(p.x + t * p.x_bytes + block * 128 + number * 64), lanes);
           if constexpr (kSigned) {
             excess = _mm512_dpbusd_epi32(excess, eight, met);
             products[t] = _mm512_dpbusd_epi32(products[t], values, met);
@@ -270,19 +297,30 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const
         if (kGroups == 1 && number == 0) continue;
         const __m512 scale = lane_scales<kGroups>(scales.of(block, number * kGroups / 2));
         for (int t = 0; t < T; t++) {
-          const __m512 both = T == 1 ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t * p.x_groups + block]));
+          const __m512 both = T == 1 ? scale : _mm512_mul_ps(scale, _mm512_set1_ps(p.x_scales[t * p.x_groups + block]));
           sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(products[t], excess)), both, sums[t]);
           products[t] = _mm512_setzero_si512();
         }
         excess = _mm512_setzero_si512();
       }
     }
-    for (int t = 0; t < T; t++) avx2::put_pair(halves(sums[t]), y + t * w.rows + row, has_odd, panel.begin > 0);
+    __m256 half[T];
+    for (int t = 0; t < T; t++) half[t] = halves(sums[t]);
+    if (p.sums != nullptr && panel.begin == 0) {
+      avx2::each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_BYTES {
+        for (int t = 0; t < T; t++) {
+          __m256 both[2] = {half[t], _mm256_setzero_ps()};
+          avx2::multiply_add<false>(both, avx2::load(at_sums + t * p.sums_bytes), values);
+          half[t] = _mm256_add_ps(both[0], both[1]);
+        }
+      });
+    }
+    for (int t = 0; t < T; t++) avx2::put_pair(half[t], p.y + t * p.y_rows + row, has_odd, panel.begin > 0);
   }
 }
 
 template <int T>
-SPARSEPASS_BYTES void dense_bytes(const Product& p, const uint8_t* x, const float* x_scales, float* y, int64_t first, int64_t last) {
+SPARSEPASS_BYTES void dense_bytes(const Product& p, int64_t first, int64_t last) {
   const auto& w = *p.weight;
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(128));
   for (int64_t row = first; row < last; row++) {
@@ -302,15 +340,60 @@ SPARSEPASS_BYTES void dense_bytes(const Product& p, const uint8_t* x, const floa
       }
       const __m512i excess = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, low), offset, high);
       for (int t = 0; t < T; t++) {
-        const uint8_t* of_token = x + t * p.x_bytes + start;
+        const uint8_t* of_token = p.x + t * p.x_bytes + start;
         __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(of_token), low);
         products = _mm512_sub_epi32(_mm512_dpbusd_epi32(products, _mm512_loadu_si512(of_token + 64), high), excess);
-        const __m512 scale = _mm512_set1_ps(x_scales[t * p.x_groups + start / kGroup]);
+        const __m512 scale = _mm512_set1_ps(p.x_scales[t * p.x_groups + start / kGroup]);
         sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[t]);
       }
     }
     const float scale = widen_bf16(w.scales[row]);
-    for (int t = 0; t < T; t++) y[t * w.rows + row] = _mm512_reduce_add_ps(sums[t]) * scale;
+    for (int t = 0; t < T; t++) p.y[t * p.y_rows + row] = _mm512_reduce_add_ps(sums[t]) * scale;
+  }
+}
+
+// ---- Bytes as words ----
+
+// int8 and int4 as bf16, scaled: some rows of `from`, which lie there together, in the layout `to` of these rows by themselves.
+template <bool kNibbles>
+SPARSEPASS_WORDS void to_words(const SparsepassWeight& w, const Layout& from, int64_t first, const Layout& to, uint8_t* out) {
+  const __m128i order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15), eight = _mm_set1_epi8(8), four_bits = _mm_set1_epi8(15);
+  const int64_t size = w.group_size ? w.group_size : w.columns, scales_a_row = ceil_div(w.columns, size);
+  auto half = [](const uint8_t* at) SPARSEPASS_WORDS { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); };
+  // A byte's four codes, four bits apart.
+  auto spread = [&](__m128i codes) SPARSEPASS_WORDS {
+    __m256i words = _mm256_cvtepu8_epi16(_mm_shuffle_epi8(codes, order));
+    words = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi16(0x0f0f));
+    return _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 2)), _mm256_set1_epi16(0x3333));
+  };
+  for (int64_t row = 0; row < to.rows; row += 2) {
+    const uint16_t* even = w.scales + (first + row) * scales_a_row;
+    const uint16_t* odd = row + 1 < to.rows ? even + scales_a_row : even;
+    int64_t until = 0, group = 0;
+    __m512 scale = _mm512_setzero_ps();
+    for (int64_t part = 0, wide = 0, block = 0; part < from.panels; part++) {
+      const Panel panel = from.panel(part);
+      const uint8_t* at = static_cast<const uint8_t*>(w.data) + from.at(first + row, panel);
+      for (; block < panel.end; block++, at += from.block_bytes) {
+        if (wide + 1 < to.panels && block == to.panel(wide).end) wide++;
+        const Panel to_panel = to.panel(wide);
+        uint8_t* to_at = out + to.at(row, to_panel) + (block - to_panel.begin) * to.block_bytes;
+        const int64_t steps = block == to.full ? to.left : to.per_block;
+        for (int64_t k = 0; k < steps; k++) {
+          if (const int64_t column = block * kGroup + k * 16; column == until) {
+            const __m512 a = _mm512_set1_ps(widen_bf16(even[group])), b = _mm512_set1_ps(widen_bf16(odd[group]));
+            scale = _mm512_mask_blend_ps(0xf0f0, a, b);
+            until += size, group++;
+          }
+          __m128i values = half(at + (kNibbles ? k / 2 % 2 : k / 2) * 32 + k % 2 * 16);
+          if (kNibbles) values = _mm_sub_epi8(_mm_and_si128(k < 4 ? values : _mm_srli_epi16(values, 4), four_bits), eight);
+          const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(values, order)));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_at + k * 32), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(numbers, scale)));
+        }
+        const __m256i codes = _mm256_or_si256(spread(half(at + from.values_bytes)), _mm256_slli_epi16(spread(half(at + from.values_bytes + 16)), 2));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_at + steps * 32), codes);
+      }
+    }
   }
 }
 

@@ -102,12 +102,24 @@ void in_parts(int64_t rows, int64_t multiple, int threads, const Work& work) {
 
 struct Product {
   const SparsepassWeight* weight;
-  const uint8_t* x;         // [tokens, x_bytes]: words of the weight's kind, or bytes; zeros beyond the columns
-  const float* x_scales;    // [tokens, x_groups]; integers only
-  int64_t x_bytes, x_groups;
-  float* y;                 // [tokens, rows]
-  bool x_is_signed;         // bytes; else they are x + 128
-  bool fetches_ahead;       // see fetches_ahead()
+  const uint8_t* x;       // [tokens, x_bytes]: words of the weight's kind, or bytes; zeros beyond the columns
+  const float* x_scales;  // [tokens, x_groups]; integers only
+  const uint8_t* sums;    // [tokens, sums_bytes]: those of the branch, as words; null if there is none
+  int64_t x_bytes, x_groups, sums_bytes;
+  float* y;               // [tokens, y_rows]
+  int64_t y_rows;
+  bool x_is_signed;       // bytes; else they are x + 128
+  bool fetches_ahead;     // see fetches_ahead()
+
+  // From a token on.
+  Product from(int64_t token) const {
+    Product p = *this;
+    p.x += token * x_bytes;
+    if (x_scales != nullptr) p.x_scales += token * x_groups;
+    if (sums != nullptr) p.sums += token * sums_bytes;
+    p.y += token * y_rows;
+    return p;
+  }
 };
 
 // Whether kernels ask for bytes that they will need soon. Intel's processors are slow without it. AMD's find out by themselves what will be

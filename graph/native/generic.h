@@ -31,7 +31,7 @@ inline void rows_of_floats(const Product& p, int64_t tokens, int64_t first, int6
       const auto* x = reinterpret_cast<const uint16_t*>(p.x + t * p.x_bytes);
       float sums[4] = {};
       for (int64_t i = 0; i < w.columns / 2; i++) sums[i % 4] += widen(is_fp16, word_at(at, i)) * widen(is_fp16, x[column_of(codes, i)]);
-      p.y[t * w.rows + row] = sums[0] + sums[1] + (sums[2] + sums[3]);
+      p.y[t * p.y_rows + row] = sums[0] + sums[1] + (sums[2] + sums[3]);
     }
   }
 }
@@ -51,7 +51,7 @@ inline void rows_of_integers(const Product& p, int64_t tokens, int64_t first, in
         for (int64_t i = start / 2; i < std::min(start + run, w.columns) / 2; i++) dot += value_of(layout, kept, i) * x[column_of(codes, i)];
         sum += static_cast<float>(dot) * widen_bf16(w.scales[row * groups + start / size]) * p.x_scales[t * p.x_groups + start / kGroup];
       }
-      p.y[t * w.rows + row] = sum;
+      p.y[t * p.y_rows + row] = sum;
     }
   }
 }
@@ -87,7 +87,7 @@ inline void dense_bytes(const Product& p, int64_t tokens, int64_t first, int64_t
         for (int64_t i = start; i < std::min(start + kGroup, w.columns); i++) dot += values[i] * x[i];
         sum += static_cast<float>(dot) * p.x_scales[t * p.x_groups + start / kGroup];
       }
-      p.y[t * w.rows + row] = sum * widen_bf16(w.scales[row]);
+      p.y[t * p.y_rows + row] = sum * widen_bf16(w.scales[row]);
     }
   }
 }

@@ -18,6 +18,7 @@ namespace {
 // are few, not too many for all threads to get some.
 constexpr int64_t kRows = 32, kRowsOfMany = 128;
 constexpr int64_t kTokensAtOnce = 256;  // whose sums are kept in float
+constexpr int64_t kMostAsBytes = 64;    // tokens that int8 and int4 meet as bytes, where more are met as words
 
 struct Words {
   const uint16_t* weight;
@@ -46,59 +47,51 @@ void by_tokens(int64_t tokens, const Run& run) {
 }
 
 template <int T, bool kNibbles, bool kSigned>
-void avx512_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* scales, float* y, int64_t first,
-                  int64_t last) {
+void avx512_bytes(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   switch (p.weight->group_size) {
-    case 16: return avx512::packed_bytes<T, kNibbles, 8, kSigned>(p, layout, panel, x, scales, y, first, last);
-    case 32: return avx512::packed_bytes<T, kNibbles, 4, kSigned>(p, layout, panel, x, scales, y, first, last);
-    case 64: return avx512::packed_bytes<T, kNibbles, 2, kSigned>(p, layout, panel, x, scales, y, first, last);
-    default: return avx512::packed_bytes<T, kNibbles, 1, kSigned>(p, layout, panel, x, scales, y, first, last);
+    case 16: return avx512::packed_bytes<T, kNibbles, 8, kSigned>(p, layout, panel, first, last);
+    case 32: return avx512::packed_bytes<T, kNibbles, 4, kSigned>(p, layout, panel, first, last);
+    case 64: return avx512::packed_bytes<T, kNibbles, 2, kSigned>(p, layout, panel, first, last);
+    default: return avx512::packed_bytes<T, kNibbles, 1, kSigned>(p, layout, panel, first, last);
   }
 }
 
 void avx512_rows(const Product& p, const Layout& layout, const Panel& panel, int64_t tokens, int64_t first, int64_t last) {
-  const auto& w = *p.weight;
   by_tokens<avx512::kMostTokens>(tokens, [&](auto number, int64_t from) {
     constexpr int T = decltype(number)::value;
-    const uint8_t* x = p.x + from * p.x_bytes;
-    const float* scales = p.x_scales == nullptr ? nullptr : p.x_scales + from * p.x_groups;
-    float* y = p.y + from * w.rows;
-    switch (w.kind) {
-      case kBf16: return avx512::packed_words<T, false>(p, layout, panel, x, y, first, last);
-      case kFp16: return avx512::packed_words<T, true>(p, layout, panel, x, y, first, last);
-      case kInt8: return avx512_bytes<T, false, false>(p, layout, panel, x, scales, y, first, last);
+    const Product q = p.from(from);
+    switch (p.weight->kind) {
+      case kBf16: return avx512::packed_words<T, false>(q, layout, panel, first, last);
+      case kFp16: return avx512::packed_words<T, true>(q, layout, panel, first, last);
+      case kInt8: return avx512_bytes<T, false, false>(q, layout, panel, first, last);
       default:
         if constexpr (T == 1) {
-          if (p.x_is_signed) return avx512_bytes<T, true, true>(p, layout, panel, x, scales, y, first, last);
+          if (p.x_is_signed) return avx512_bytes<T, true, true>(q, layout, panel, first, last);
         }
-        return avx512_bytes<T, true, false>(p, layout, panel, x, scales, y, first, last);
+        return avx512_bytes<T, true, false>(q, layout, panel, first, last);
     }
   });
 }
 
 template <int T, bool kNibbles>
-void avx2_bytes(const Product& p, const Layout& layout, const Panel& panel, const uint8_t* x, const float* scales, float* y, int64_t first,
-                  int64_t last) {
+void avx2_bytes(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   switch (p.weight->group_size) {
-    case 16: return avx2::packed_bytes<T, kNibbles, 8>(p, layout, panel, x, scales, y, first, last);
-    case 32: return avx2::packed_bytes<T, kNibbles, 4>(p, layout, panel, x, scales, y, first, last);
-    case 64: return avx2::packed_bytes<T, kNibbles, 2>(p, layout, panel, x, scales, y, first, last);
-    default: return avx2::packed_bytes<T, kNibbles, 1>(p, layout, panel, x, scales, y, first, last);
+    case 16: return avx2::packed_bytes<T, kNibbles, 8>(p, layout, panel, first, last);
+    case 32: return avx2::packed_bytes<T, kNibbles, 4>(p, layout, panel, first, last);
+    case 64: return avx2::packed_bytes<T, kNibbles, 2>(p, layout, panel, first, last);
+    default: return avx2::packed_bytes<T, kNibbles, 1>(p, layout, panel, first, last);
   }
 }
 
 void avx2_rows(const Product& p, const Layout& layout, const Panel& panel, int64_t tokens, int64_t first, int64_t last) {
-  const auto& w = *p.weight;
   by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
     constexpr int T = decltype(number)::value;
-    const uint8_t* x = p.x + from * p.x_bytes;
-    const float* scales = p.x_scales == nullptr ? nullptr : p.x_scales + from * p.x_groups;
-    float* y = p.y + from * w.rows;
-    switch (w.kind) {
-      case kBf16: return avx2::packed_words<T, false>(p, layout, panel, x, y, first, last);
-      case kFp16: return avx2::packed_words<T, true>(p, layout, panel, x, y, first, last);
-      case kInt8: return avx2_bytes<T, false>(p, layout, panel, x, scales, y, first, last);
-      default: return avx2_bytes<T, true>(p, layout, panel, x, scales, y, first, last);
+    const Product q = p.from(from);
+    switch (p.weight->kind) {
+      case kBf16: return avx2::packed_words<T, false>(q, layout, panel, first, last);
+      case kFp16: return avx2::packed_words<T, true>(q, layout, panel, first, last);
+      case kInt8: return avx2_bytes<T, false>(q, layout, panel, first, last);
+      default: return avx2_bytes<T, true>(q, layout, panel, first, last);
     }
   });
 }
@@ -114,12 +107,36 @@ void dense_bytes(const Product& p, int64_t tokens, int64_t first, int64_t last) 
     return by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
       constexpr int T = decltype(number)::value;
       const auto& kernel = wide ? avx512::dense_bytes<T> : avx2::dense_bytes<T>;
-      kernel(p, p.x + from * p.x_bytes, p.x_scales + from * p.x_groups, p.y + from * w.rows, first, last);
+      kernel(p.from(from), first, last);
     });
   }
 #endif
   generic::dense_bytes(p, tokens, first, last);
 }
+
+#if defined(__x86_64__)
+
+// y = x W^T for rows of int8 or int4 that meet so many tokens that it pays to make words of them first; x is bf16.
+void rows_as_words(const Product& p, const Layout& layout, int64_t tokens, int64_t first, int64_t last) {
+  thread_local std::vector<uint8_t> words;
+  for (int64_t row = first; row < last; row += kRows) {
+    SparsepassWeight part = *p.weight;
+    part.kind = kBf16;
+    part.rows = std::min(kRows, last - row);
+    if (part.branch != nullptr && part.k > 0) part.branch += row * (part.columns / part.k);
+    const Layout to(kAvx512, kBf16, part.rows, part.columns);
+    words.resize(static_cast<size_t>(to.bytes()));
+    const auto& convert = layout.kind == kInt4 ? avx512::to_words<true> : avx512::to_words<false>;
+    convert(*p.weight, layout, row, to, words.data());
+    part.data = words.data();
+    Product q = p;
+    q.weight = &part;
+    q.y += row;
+    for (int64_t number = 0; number < to.panels; number++) avx512_rows(q, to, to.panel(number), tokens, 0, part.rows);
+  }
+}
+
+#endif
 
 // y = x W^T for rows whose weight is packed.
 void packed_rows(const Product& p, const Layout& layout, int64_t tokens, int64_t first, int64_t last) {
@@ -161,27 +178,32 @@ int64_t bytes_of_row(const SparsepassWeight& w) {
   return Layout(w.path, w.kind, w.rows, w.columns).bytes() / std::max<int64_t>(1, w.rows);
 }
 
-// Tokens from `before` on; x begins with the first of them.
+// Tokens from `before` on; x begins with the first of them. `as_words`: of integers, see rows_as_words.
 void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t before, int64_t tokens, const Outputs& to,
-                 int threads) {
+                 bool as_words, int threads) {
   thread_local Activations of_x, of_sums;
   thread_local std::vector<float> results;
   const Layout layout(w.path, w.kind, w.rows, w.columns);
-  const bool integers = is_integer(w.kind), is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
+  const bool integers = is_integer(w.kind) && !as_words, is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
+  const Activations::Source source{type, x, w.columns, stride, tokens, threads};
   const bool x_is_signed = w.path != kAvx512 || (w.kind == kInt4 && tokens == 1);
   if (integers) {
-    of_x.take_bytes(w.columns, ceil_div(w.columns, kGroup) * kGroup, type, x, stride, tokens, x_is_signed ? 0 : 128);
+    of_x.take_bytes(source, ceil_div(w.columns, kGroup) * kGroup, x_is_signed ? 0 : 128);
   } else {
-    const int64_t padded = dense_words ? ceil_div(w.columns, 32) * 32 : layout.padded_columns();
-    of_x.take_words(is_fp16, w.columns, padded, type, x, stride, tokens);
+    const int64_t padded = dense_words ? ceil_div(w.columns, 32) * 32 : Layout(w.path, as_words ? kBf16 : w.kind, w.rows, w.columns).padded_columns();
+    of_x.take_words(source, is_fp16, padded);
   }
   const bool has_branch = w.branch != nullptr && w.k > 0;
-  if (has_branch) of_sums.take_sums(is_fp16, w.columns, w.k, type, x, stride, tokens);
+  // The kernels add the branch; that for any processor, and dense ones, leave it to add_words.
+  const bool adds_branch = !w.dense && w.path != kGeneric;
+  if (has_branch) of_sums.take_sums(source, is_fp16, w.k, adds_branch);
   results.resize(static_cast<size_t>(tokens * w.rows));
   // Threads have a copy of neither: they read the caller's.
   const Activations &acts = of_x, &sums = of_sums;
   float* y = results.data();
-  const Product p{&w, acts.data, integers ? acts.scales.data() : nullptr, acts.bytes, acts.groups, y, x_is_signed, fetches_ahead()};
+  const uint8_t* met_by_branch = has_branch && adds_branch ? sums.data : nullptr;
+  const float* x_scales = integers ? acts.scales.data() : nullptr;
+  const Product p{&w, acts.data, x_scales, met_by_branch, acts.bytes, acts.groups, sums.bytes, y, w.rows, x_is_signed, fetches_ahead()};
   const int64_t at_once = tokens > 16 ? kRowsOfMany : kRows;
   // Waking threads costs some microseconds, as much as one thread needs for this many bytes.
   const int64_t worth = std::max<int64_t>(1, bytes_of_row(w) * w.rows * tokens / 32768);
@@ -193,19 +215,24 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
         add_words(w.path, {static_cast<const uint16_t*>(w.data), w.columns, &acts, is_fp16}, y, w.rows, tokens, first, last);
       } else if (w.dense) {
         dense_bytes(p, tokens, first, last);
+#if defined(__x86_64__)
+      } else if (as_words) {
+        rows_as_words(p, layout, tokens, first, last);
+#endif
       } else {
         packed_rows(p, layout, tokens, first, last);
       }
-      if (has_branch) add_words(w.path, {w.branch, w.columns / w.k, &sums, is_fp16}, y, w.rows, tokens, first, last);
+      if (has_branch && !adds_branch) add_words(w.path, {w.branch, w.columns / w.k, &sums, is_fp16}, y, w.rows, tokens, first, last);
       for (int64_t t = 0; t < tokens; t++) put_results(type, y + t * w.rows, w.bias, before + t, first, last, to);
     }
   });
 }
 
 void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
+  const bool as_words = is_integer(w.kind) && !w.dense && w.path == kAvx512 && tokens > kMostAsBytes && sparsepass_has(kAvx512, kBf16);
   for (int64_t before = 0; before < tokens; before += kTokensAtOnce) {
     const auto* from = static_cast<const uint8_t*>(x) + before * stride * element_bytes(type);
-    linear_some(w, type, from, stride, before, std::min(kTokensAtOnce, tokens - before), to, threads);
+    linear_some(w, type, from, stride, before, std::min(kTokensAtOnce, tokens - before), to, as_words, threads);
   }
 }
 
