@@ -125,13 +125,18 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
     }
   }
   for (int r = 0; r < P; r++) {
+    const int64_t even = row + 2 * r;
+    const bool has_odd = even + 1 < layout.rows, adds = panel.begin > 0;
+    float* y = p.y + even;
+    __m256 half[T];
     for (int t = 0; t < T; t++) {
-      __m256 sum = halves(sums[r][t]);
+      half[t] = halves(sums[r][t]);
       // fp16: lanes 0 to 3 are the even row's.
-      if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-      const int64_t even = row + 2 * r;
-      avx2::put_pair(sum, p.y + t * p.y_rows + even, even + 1 < layout.rows, panel.begin > 0);
+      if constexpr (kIsFp16) half[t] = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(half[t]), 0xD8));
     }
+    int t = 0;
+    for (; has_odd && t + 2 <= T; t += 2) avx2::put_pairs(half[t], half[t + 1], y + t * p.y_rows, y + (t + 1) * p.y_rows, adds);
+    for (; t < T; t++) avx2::put_pair(half[t], y + t * p.y_rows, has_odd, adds);
   }
 }
 
