@@ -4,7 +4,7 @@
 
 All ways of a row take turns in one process, on two threads, with weights rotated so that none stays in the cache; times are
 medians. Own dense kernels stand beside torch's, because torch's are far from what memory gives: a weak yardstick proves
-nothing. "read" is a sum over the same bytes as the dense weight's. Needs a C++ compiler for the yardsticks. Writes packed.json
+nothing. "read" is a sum over as many bytes as the dense weight has. Needs a C++ compiler for the yardsticks. Writes packed.json
 and packed.md.
 """
 
@@ -129,18 +129,17 @@ def packed_way(packed: PackedWeight, path: str, x: Tensor, copies: int, name: st
 
 def runs_of(weights: list[LaidOut], x: Tensor) -> list[Callable[[], object]]:
     """The product with each weight: the kernel is called as directly as a yardstick where it takes all tokens."""
-    like = torch.empty(*x.shape[:-1], weights[0].form.rows, dtype=x.dtype)
-    tokens, columns, library = like.numel() // like.shape[-1], x.shape[-1], kernels()
+    y = torch.empty(*x.shape[:-1], weights[0].form.rows, dtype=x.dtype)
+    tokens, columns, library = y.numel() // y.shape[-1], x.shape[-1], kernels()
     assert library is not None
     if tokens > weights[0].most_tokens:
         return [lambda w=w: product(w, x) for w in weights]
 
-    def run(weight: LaidOut) -> Tensor:
-        y = torch.empty_like(like)
+    def run(weight: LaidOut) -> None:
         library.linear(weight.pointer, TYPES[x.dtype], x.data_ptr(), columns, tokens, y.data_ptr(), THREADS)
-        return y
 
-    assert torch.equal(run(weights[0]), product(weights[0], x))
+    run(weights[0])
+    assert torch.equal(y, product(weights[0], x))
     return [lambda w=w: run(w) for w in weights]
 
 
@@ -158,9 +157,10 @@ def yardstick_way(library: ctypes.CDLL, path: str, weight: Tensor, x: Tensor, co
     """The same kernel with the weight laid out for it, as a packed one is; int4 has a scale in 32 columns."""
     rows, columns = weight.shape
     kind = {torch.bfloat16: "bf16", torch.int8: "int8", torch.uint8: "int4"}[weight.dtype]
-    sizes, scales = (c_int64(rows), c_int64(columns)), torch.ones(rows, columns // 32, dtype=torch.float16)
+    sizes, expected = (c_int64(rows), c_int64(columns)), weight.float()
     if kind == "int4":
-        numbers = (weight.to(torch.int16) - 8).to(torch.int8)
+        numbers, scales = (weight.to(torch.int16) - 8).to(torch.int8), torch.rand(rows, columns // 32).half()
+        expected = numbers.float() * scales.float().repeat_interleave(32, dim=1)
         data = torch.empty(library.yardstick_int4_bytes(c_int(PATHS[path]), *sizes), dtype=torch.uint8)
         pointers = [c_void_p(t.data_ptr()) for t in (numbers, scales)]
         library.yardstick_int4_lay_out(c_int(PATHS[path]), *pointers, *sizes, c_void_p(data.data_ptr()))
@@ -169,18 +169,15 @@ def yardstick_way(library: ctypes.CDLL, path: str, weight: Tensor, x: Tensor, co
         places = c_void_p(weight.data_ptr()), *sizes, c_void_p(data.data_ptr())
         library.yardstick_lay_out(c_int64(weight.element_size()), *places)
     weights = [roomy(data) for _ in range(copies)]
-    like = torch.empty(1, rows, dtype=torch.bfloat16)
+    y = torch.empty(1, rows, dtype=torch.bfloat16)
 
-    def run(weight: Tensor) -> Tensor:
-        y = torch.empty_like(like)
-        library.yardstick_linear(
-            PATHS[path], KINDS[kind], weight.data_ptr(), scales.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), THREADS
-        )
-        return y
+    def run(weight: Tensor) -> None:
+        places = weight.data_ptr(), scales.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr()
+        library.yardstick_linear(PATHS[path], KINDS[kind], *places, THREADS)
 
-    if kind != "int4":
-        expected = x.float() @ weight.float().T
-        assert (run(weights[0]) - expected).norm() < 0.02 * expected.norm(), f"the yardstick {kind}, {path} is wrong"
+    run(weights[0])
+    expected = x.float() @ expected.T
+    assert (y - expected).norm() < 0.02 * expected.norm(), f"the yardstick {kind}, {path} is wrong"
     return Way(f"dense {kind} laid out, {path}", [lambda w=w: run(w) for w in weights], data.nbytes)
 
 
@@ -227,7 +224,6 @@ def at_one_token(paths: list[str], repeats: int, library: ctypes.CDLL, name: str
         for number, (out, into) in enumerate([*LLAMA_1B, *LLAMA_8B]):
             copies, x = copies_of(out, into), torch.randn(1, into).to(torch.bfloat16)
             weight = sparse_weight(out, into)
-            read = read_way(out * into * 2, copies)
             ours: list[Way] = []
             others: list[Way] = []
             sizes = (0,) if kind == "bf16" else (0, 64) if kind == "int8" else (128, 64, 32)
@@ -245,6 +241,7 @@ def at_one_token(paths: list[str], repeats: int, library: ctypes.CDLL, name: str
             if kind != "int4":
                 others += [own_dense_way(dense, path, x, copies) for path in paths]
             others += [yardstick_way(library, path, dense, x, copies) for path in paths]
+            read = read_way(others[-1].num_bytes, copies)
             take_turns([*ours, *others, read], repeats)
             of = "1B" if number < len(LLAMA_1B) else "8B"
             rows.append(row_of(f"{of}, {out} x {into}", ours, others, read))

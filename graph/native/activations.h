@@ -56,8 +56,13 @@ struct Activations {
     uint8_t* own = make_room(x.tokens, padded);
     scales.resize(static_cast<size_t>(x.tokens * groups));
     each_token(x, [&](int64_t t) {
-      const float* wide = widened(x, t, padded);
-      for (int64_t g = 0; g < groups; g++) scales[t * groups + g] = round_group(wide + g * kGroup, offset, own + t * bytes + g * kGroup);
+      alignas(32) float some[kGroup];
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t first = g * kGroup, count = std::max<int64_t>(0, std::min(kGroup, x.columns - first));
+        widen_some(x, t, first, count, some);
+        std::fill(some + count, some + kGroup, 0.f);
+        scales[t * groups + g] = round_group(some, offset, own + t * bytes + first);
+      }
     });
   }
 
@@ -66,7 +71,10 @@ struct Activations {
     const int64_t sums = x.columns / k;
     uint8_t* own = make_room(x.tokens, ceil_div(sums, 32) * 32 * (for_pairs ? 4 : 2));
     each_token(x, [&](int64_t t) {
-      const float* wide = widened(x, t, x.columns);
+      thread_local std::vector<float> room_of_row;
+      room_of_row.resize(static_cast<size_t>(x.columns));
+      float* wide = room_of_row.data();
+      widen_some(x, t, 0, x.columns, wide);
       auto* to = reinterpret_cast<uint16_t*>(own + t * bytes);
       for (int64_t r = 0; r < sums; r++) {
         const uint16_t word = round_word(is_fp16, sum_of(wide + r * k, k));
@@ -97,20 +105,16 @@ struct Activations {
     return own;
   }
 
-  // A row as floats, until the next one is asked for.
-  static const float* widened(const Source& x, int64_t token, int64_t padded) {
-    thread_local std::vector<float> wide;
-    wide.assign(static_cast<size_t>(padded), 0.f);
-    const uint8_t* from = x.row(token);
+  // Some elements of a row as floats.
+  static void widen_some(const Source& x, int64_t token, int64_t first, int64_t count, float* out) {
+    const uint8_t* from = x.row(token) + first * element_bytes(x.type);
 #if defined(__x86_64__)
-    if (x.type != kTypeFloat && x.columns % 8 == 0 && avx2::has()) {
+    if (x.type != kTypeFloat && count % 8 == 0 && avx2::has()) {
       const auto& widen_words = x.type == kTypeFp16 ? avx2::convert_words<true> : avx2::convert_words<false>;
-      widen_words(reinterpret_cast<const uint16_t*>(from), x.columns, kTypeFloat, wide.data());
-      return wide.data();
+      return widen_words(reinterpret_cast<const uint16_t*>(from), count, kTypeFloat, out);
     }
 #endif
-    for (int64_t i = 0; i < x.columns; i++) wide[i] = element(x.type, from, i);
-    return wide.data();
+    for (int64_t i = 0; i < count; i++) out[i] = element(x.type, from, i);
   }
 
   static float sum_of(const float* from, int64_t count) {

@@ -52,6 +52,29 @@ SPARSEPASS_AVX2 inline void fetch(const uint8_t* from, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + line), _MM_HINT_T0);
 }
 
+// ---- Elements of a type ----
+
+SPARSEPASS_AVX2 inline __m256 eight_at(int type, const void* from, int64_t i) {
+  if (type == kTypeFloat) return _mm256_loadu_ps(static_cast<const float*>(from) + i);
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i));
+  return type == kTypeFp16 ? _mm256_cvtph_ps(words) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+// Rounded to bf16 and fp16.
+SPARSEPASS_AVX2 inline __m128i words_of(int type, __m256 values) {
+  if (type == kTypeFp16) return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08));
+}
+
+SPARSEPASS_AVX2 inline void put_eight(int type, __m256 values, void* out, int64_t i) {
+  if (type == kTypeFloat) return _mm256_storeu_ps(static_cast<float*>(out) + i, values);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), words_of(type, values));
+}
+
 // ---- Words ----
 
 // sums + x times values: words 2i of a register go to one sum, words 2i + 1 to the other (bf16), or one half to each (fp16).
@@ -404,27 +427,14 @@ SPARSEPASS_AVX2 void unpack(const Layout& layout, const uint8_t* data, int64_t r
   }
 }
 
-// Dense words of one kind, or bytes with their scales, as elements of a type: compilers make vectors of these loops.
+// Dense words of one kind, or bytes with their scales, as elements of a type.
 template <bool kIsFp16>
 SPARSEPASS_AVX2 inline void convert_words(const uint16_t* from, int64_t columns, int type, void* out) {
-  alignas(32) float wide[8];
-  for (int64_t i = 0; i < columns; i += 8) {
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    const __m256 values = kIsFp16 ? _mm256_cvtph_ps(words) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
-    if (type == kTypeFloat) {
-      _mm256_storeu_ps(static_cast<float*>(out) + i, values);
-    } else if (type == kTypeFp16) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-    } else {
-      _mm256_store_ps(wide, values);
-      for (int64_t j = 0; j < 8; j++) static_cast<uint16_t*>(out)[i + j] = round_bf16(wide[j]);
-    }
-  }
+  for (int64_t i = 0; i < columns; i += 8) put_eight(type, eight_at(kIsFp16 ? kTypeFp16 : kTypeBf16, from, i), out, i);
 }
 
 SPARSEPASS_AVX2 inline void convert_bytes(
     const int8_t* from, const uint16_t* scales, int64_t size, int64_t columns, int type, void* out) {
-  const __m256i rounding = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
   __m256 scale = _mm256_setzero_ps();
   for (int64_t i = 0, until = 0; i < columns; i += 8) {
     if (i == until) {  // a group of scales is a multiple of 8 columns
@@ -432,18 +442,7 @@ SPARSEPASS_AVX2 inline void convert_bytes(
       until += size;
     }
     const __m256i numbers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i)));
-    const __m256 values = _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), scale);
-    if (type == kTypeFloat) {
-      _mm256_storeu_ps(static_cast<float*>(out) + i, values);
-    } else if (type == kTypeFp16) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-    } else {
-      // Scales are finite, so a product is never NaN, and rounding by an addition will do.
-      const __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-      const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, rounding), odd), 16);
-      const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i), _mm256_castsi256_si128(words));
-    }
+    put_eight(type, _mm256_mul_ps(_mm256_cvtepi32_ps(numbers), scale), out, i);
   }
 }
 
@@ -476,24 +475,9 @@ SPARSEPASS_AVX2 inline float round_group(const float* from, uint8_t offset, uint
 
 // Some results of one token, plus their biases, as elements of a type.
 SPARSEPASS_AVX2 inline void put_row(int type, const float* y, const float* bias, int64_t count, void* out) {
-  const __m256i rounding = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), not_a_number = _mm256_set1_epi32(0x7fc0);
   for (int64_t i = 0; i + 8 <= count; i += 8) {
-    __m256 values = _mm256_loadu_ps(y + i);
-    if (bias != nullptr) values = _mm256_add_ps(values, _mm256_loadu_ps(bias + i));
-    if (type == kTypeFloat) {
-      _mm256_storeu_ps(static_cast<float*>(out) + i, values);
-      continue;
-    }
-    auto* to = reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + i);
-    if (type == kTypeFp16) {
-      _mm_storeu_si128(to, _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-      continue;
-    }
-    const __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, rounding), odd), 16);
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, not_a_number, is_nan);
-    _mm_storeu_si128(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08)));
+    const __m256 values = _mm256_loadu_ps(y + i);
+    put_eight(type, bias == nullptr ? values : _mm256_add_ps(values, _mm256_loadu_ps(bias + i)), out, i);
   }
 }
 

@@ -74,6 +74,10 @@ int sparsepass_linear_parts(const SparsepassWeight* weight, int type, const void
 // A byte for each score: 1 for the n largest of each four, 0 for the others; ties go to the lowest index. Scores are not NaN.
 void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads);
 
+// Each row of x, of `columns` elements, times a weight over the root of its mean square plus eps; all of one type, and rounded to it before
+// the weight too.
+void sparsepass_rms_norm(int type, const void* x, const void* weight, int64_t rows, int64_t columns, float eps, void* y, int threads);
+
 // The sum of a buffer's whole words of 64 bits. It reads the buffer once and does little else: it measures what memory gives.
 int64_t sparsepass_read(const void* data, int64_t bytes, int threads);
 

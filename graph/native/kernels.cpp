@@ -6,6 +6,7 @@
 #include "generic.h"
 #include "interface.h"
 #include "masks.h"
+#include "norms.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -301,7 +302,7 @@ using namespace sparsepass;
 
 extern "C" {
 
-int sparsepass_version(void) { return 1; }
+int sparsepass_version(void) { return 2; }
 
 void sparsepass_use_openmp(void* entry) { gomp_parallel = reinterpret_cast<GompParallel>(entry); }
 
@@ -411,6 +412,14 @@ int64_t sparsepass_read(const void* data, int64_t bytes, int threads) {
 
 void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, int n, uint8_t* mask, int threads) {
   in_parts(groups, 8192, threads, [&](int64_t first, int64_t last) { largest_of_groups(type, scores, first, last, n, mask); });
+}
+
+void sparsepass_rms_norm(int type, const void* x, const void* weight, int64_t rows, int64_t columns, float eps, void* y, int threads) {
+  const int64_t row_bytes = columns * element_bytes(type);
+  in_parts(rows, 8, threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * row_bytes; row < last * row_bytes; row += row_bytes)
+      rms_norm(type, static_cast<const uint8_t*>(x) + row, weight, columns, eps, static_cast<uint8_t*>(y) + row);
+  });
 }
 
 }  // extern "C"

@@ -9,7 +9,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from ctypes import POINTER, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from sparsepass.graph.support import SparsepassError, nearest
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the interface that this file declares."""
 TORCH: Final = "torch"
 """The path of torch's own operations, which needs no library and is slow."""
@@ -59,6 +59,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, list[Any]]]] = {
     "store": (c_int, [c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int]),
     "bad_codes": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
     "largest_of_four": (None, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int]),
+    "rms_norm": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_int]),
     "read": (c_int64, [c_void_p, c_int64, c_int]),
     "unpack": (c_int, [POINTER(NativeWeight), c_int64, c_int64, c_int, c_void_p, c_int]),
     "linear": (c_int, [POINTER(NativeWeight), c_int, c_void_p, c_int64, c_int64, c_void_p, c_int]),
@@ -82,6 +83,7 @@ class Kernels:
     store: Callable[[int, int, int, int, int, int, int, int], int]
     bad_codes: Callable[[int, int, int, int], int]
     largest_of_four: Callable[[int, int, int, int, int, int], None]
+    rms_norm: Callable[[int, int, int, int, int, float, int, int], None]
     read: Callable[[int, int, int], int]
     unpack: Callable[[object, int, int, int, int, int], int]
     linear: Callable[[object, int, int, int, int, int, int], int]

@@ -35,24 +35,13 @@ SPARSEPASS_AVX2 inline __m256i largest(__m256 scores, __m256i n) {
 }
 
 template <int kType>
-SPARSEPASS_AVX2 inline __m256 scores_at(const void* scores, int64_t i) {
-  if constexpr (kType == kTypeFloat) {
-    return _mm256_loadu_ps(static_cast<const float*>(scores) + i);
-  } else {
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(scores) + i));
-    if constexpr (kType == kTypeFp16) return _mm256_cvtph_ps(words);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
-  }
-}
-
-template <int kType>
 SPARSEPASS_AVX2 void largest_of_groups(const void* scores, int64_t first, int64_t last, int n, uint8_t* mask) {
   const __m256i number = _mm256_set1_epi32(n), one = _mm256_set1_epi8(1), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = first * 4;
   for (; i + 32 <= last * 4; i += 32) {
-    const __m256i low = _mm256_packs_epi32(largest(scores_at<kType>(scores, i), number), largest(scores_at<kType>(scores, i + 8), number));
+    const __m256i low = _mm256_packs_epi32(largest(eight_at(kType, scores, i), number), largest(eight_at(kType, scores, i + 8), number));
     const __m256i high =
-        _mm256_packs_epi32(largest(scores_at<kType>(scores, i + 16), number), largest(scores_at<kType>(scores, i + 24), number));
+        _mm256_packs_epi32(largest(eight_at(kType, scores, i + 16), number), largest(eight_at(kType, scores, i + 24), number));
     const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask + i), _mm256_and_si256(bytes, one));
   }

@@ -5,6 +5,7 @@ from sparsepass.graph.packed.gpu_ways import gpu_refusal
 from sparsepass.graph.packed.laid_out import Form, LaidOut, lay_out, product
 from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check, check_form, pack, stored_form, unpack
 from sparsepass.graph.packed.module import PackedLinear
+from sparsepass.graph.packed.norm import RMSNorm, fused_norm
 from sparsepass.graph.packed.siblings import group_siblings
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "LaidOut",
     "PackedLinear",
     "PackedWeight",
+    "RMSNorm",
     "Values",
     "check",
     "check_form",
+    "fused_norm",
     "gpu_refusal",
     "group_siblings",
     "lay_out",

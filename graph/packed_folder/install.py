@@ -1,6 +1,7 @@
 """Packed layers in a model that transformers is loading: put in place before the weights are read, laid out afterwards.
 
-The output head runs on the kernels of packed layers too, dense as it is: it is a large part of what a token reads.
+The output head runs on the kernels of packed layers too, dense as it is: it is a large part of what a token reads. So do
+normalisations, which are many small operations.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsepass.graph.native import TORCH, best_path
-from sparsepass.graph.packed import FLOATS, DenseLinear, Int8Embedding, PackedLinear, group_siblings, stored_form
+from sparsepass.graph.packed import FLOATS, DenseLinear, Int8Embedding, PackedLinear, fused_norm, group_siblings, stored_form
 from sparsepass.graph.packed_folder.names import find_layer, is_conv1d, linear_layers, stored_names
 from sparsepass.graph.packed_folder.settings import BranchSettings, PackedSettings
 from sparsepass.graph.support import SparsepassError, give_back_freed_memory
@@ -161,6 +162,7 @@ def settle(model: "PreTrainedModel", settings: PackedSettings, installed: Mappin
         if len(siblings) > 1:
             group_siblings(siblings)  # type: ignore[arg-type]
     _run_head_by_kernel(model)
+    _fuse_norms(model)
     give_back_freed_memory()
 
 
@@ -219,6 +221,15 @@ def _run_head_by_kernel(model: "PreTrainedModel") -> None:
     # The parameters themselves, which may be those of the embedding too.
     layer._parameters |= head._parameters
     _replace(model, path, layer.eval())
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    """Let normalisations be one call each, where there is a compiled library."""
+    if best_path("bf16") == TORCH:
+        return
+    for path, module in list(model.named_modules()):
+        if path and (fused := fused_norm(module)) is not None:
+            _replace(model, path, fused)
 
 
 def _own_dense_weights(model: nn.Module) -> None:

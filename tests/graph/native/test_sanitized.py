@@ -99,6 +99,13 @@ for path in (0, 1, 2):
                 assert library.linear(ctypes.byref(weight), 0, x, columns, 3, y, 2) == 0
                 for each in (data, scales, x, y):
                     libc.free(each)
+for kind_of_x, item in ((0, 2), (1, 2), (2, 4)):
+    for rows, columns in ((1, 8), (3, 13), (17, 576)):
+        x, y = (buffer(rows * columns * item, ([0] * (item - 1) + [0x3C]) * (rows * columns)) for _ in range(2))
+        weight = buffer(columns * item, ([0] * (item - 1) + [0x3C]) * columns)
+        library.rms_norm(kind_of_x, x, weight, rows, columns, 1e-5, y, 2)
+        for block in (x, y, weight):
+            libc.free(block)
 print("ran", ran)
 """
 

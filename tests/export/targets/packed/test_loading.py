@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from sparsepass.export import export, load_model
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.native import TORCH, best_path
-from sparsepass.graph.packed import DenseLinear, PackedLinear
+from sparsepass.graph.packed import DenseLinear, PackedLinear, RMSNorm
 from sparsepass.graph.packed_folder import PackedSettings, num_parameters
 
 pytestmark = pytest.mark.filterwarnings(NO_KERNELS)
@@ -146,6 +146,7 @@ def test_a_loaded_model_is_laid_out_with_its_siblings_and_its_head(folder: Path)
     native = best_path("bf16") != TORCH
     assert isinstance(model.lm_head, DenseLinear) == native
     layer = model.model.layers[0]
+    assert isinstance(layer.input_layernorm, RMSNorm) == isinstance(model.model.norm, RMSNorm) == native
     assert (layer.mlp.up_proj.siblings is layer.mlp.gate_proj.siblings is not None) == native
     assert not any(parameter.requires_grad for module in packed for parameter in module.parameters())
     assert num_parameters(model) == num_parameters(BY_NAME["llama"].model())
