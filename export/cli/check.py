@@ -185,7 +185,7 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
         place = Path(name).expanduser()
         place = place if place.is_dir() else place.parent
         if (place / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             break
     if tokenizer is None:
         raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")

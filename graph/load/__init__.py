@@ -1,5 +1,6 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
+from sparsepass.graph.load.checkpoint import LOADING_ERRORS
 from sparsepass.graph.load.model import LoadedModel, load_model, parse_dtype
 
-__all__ = ["LoadedModel", "load_model", "parse_dtype"]
+__all__ = ["LOADING_ERRORS", "LoadedModel", "load_model", "parse_dtype"]

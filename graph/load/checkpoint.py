@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import safetensors
+from huggingface_hub.errors import StrictDataclassError
 
 from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
@@ -14,11 +15,13 @@ from sparsepass.graph.support import SparsepassError, first_line, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
+LOADING_ERRORS: Final = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
+    safetensors.SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises about a checkpoint or a configuration that it cannot use."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -151,7 +154,7 @@ def explained(name: str, what: str = "") -> Iterator[None]:
         yield
     except SparsepassError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise SparsepassError(
             f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -240,14 +243,17 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
 
     tokenizer = processor = None
     notes: list[str] = []
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with quiet_loading(), explained(name, "its tokenizer or processor files"):
         if any((folder / file).is_file() for file in _TOKENIZER_FILES):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
         kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
         if kind is not None:
             try:
-                processor = getattr(transformers, kind).from_pretrained(folder, **options)
+                processor = getattr(transformers, kind).from_pretrained(
+                    folder, trust_remote_code=trust_remote_code, local_files_only=True
+                )
             except ImportError as error:
                 # Images need Pillow, which neither capture nor pruning does.
                 notes.append(f"its processor was not loaded: {first_line(error)}")

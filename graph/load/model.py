@@ -307,11 +307,11 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
         raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
     doubt = f"{path}: the file may be truncated, or of an architecture transformers cannot read"
     with quiet_loading(), explained(name, doubt):
-        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
         model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
         dtype = wanted.dtype or torch.float32
         model, notes = _built(model_class, folder, name, config=config, gguf_file=file, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
     # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
     if getattr(model.config, "quantization_config", None) is not None:
@@ -336,13 +336,17 @@ def _lone_gguf(folder: Path, name: str) -> str | None:
     return found[0] if found else None
 
 
-def _built(model_class: Any, folder: Path, name: str, **options: Any) -> tuple[Any, list[str]]:
+def _built(
+    model_class: Any, folder: Path, name: str, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, list[str]]:
     """A model in eval mode with the weights in a folder, and notes.
 
     Raises:
         SparsepassError: If a weight that its class needs is missing.
     """
-    model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    model, info = model_class.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+    )
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
     model.config.name_or_path = model.name_or_path = name
     return model.eval(), check_complete(info, type(model).__name__, name)

@@ -83,10 +83,10 @@ def load_plain(folder: Path) -> Any:
     """Load as a user would: by the Auto class that goes with the configuration, and nothing else."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     (architecture,) = config.architectures
     name = auto_class(getattr(transformers, architecture), config)
-    return getattr(transformers, name).from_pretrained(folder).eval()
+    return getattr(transformers, name).from_pretrained(folder, trust_remote_code=False).eval()
 
 
 def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _skeleton(folder: Path) -> "PreTrainedModel":
     """The model that the folder is for, without values."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise SparsepassError(
