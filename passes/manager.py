@@ -43,6 +43,7 @@ def apply_passes(
     context: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    text_column: str | None = None,
     compute: ComputeDtype = "auto",
     example_inputs: Mapping[str, Any] | tuple[Tensor, ...] | Tensor | None = None,
     inplace: bool = False,
@@ -62,6 +63,7 @@ def apply_passes(
         context: Tokens per sequence made from text; by default 2048 or the model's limit.
         batch_size: Sequences run at once, at most. Memory and speed only; a pass that trains has a batch size of its own.
         seed: Where in the text the sequences are taken.
+        text_column: The column of calibration rows that holds text; by default ``text``, or else chats in ``messages``.
         compute: Precision of calibration's matmuls: ``auto`` is bfloat16 where the processor computes in it.
         example_inputs: What to capture the model with; transformers models can do without.
         inplace: Whether the program takes over the model's tensors and writes into them (or is the given Program itself):
@@ -106,6 +108,7 @@ def apply_passes(
             context=default_context(program.origin.config) if context is None else context,
             batch_size=min([batch_size, *(p.block_work.batch_size for p in pipeline if p.block_work is not None)]),
             seed=seed,
+            text_column=text_column,
             vocab_size=_vocabulary(program),
         )
     run.all()

@@ -175,11 +175,11 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
     from transformers import AutoTokenizer
 
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.texts import first_ids
+    from sparsepass.passes.data import special_frame
 
     evaluation = Evaluation(text=text)
     evaluation.check()
-    found = evaluation.content()
-    words = found.read_text(encoding="utf-8") if isinstance(found, Path) else found
     tokenizer = next((tokenizer for _, _, tokenizer in sides if tokenizer is not None), None)
     for name, _, _ in sides if tokenizer is None else ():
         place = Path(name).expanduser()
@@ -189,8 +189,9 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
             break
     if tokenizer is None:
         raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")
-    # Characters enough for the tokens wanted, at ten for each, so that a long text is not tokenized as a whole.
-    ids = tokenizer(words[: 10 * tokens], verbose=False)["input_ids"][:tokens]
+    ids = first_ids(evaluation.content(), tokenizer, tokens, what="text")
+    before, after = special_frame(tokenizer)
+    ids = [*before, *ids, *after][:tokens]
     if len(ids) < 2:
         raise SparsepassError(f"the text {text} gives {len(ids)} tokens; give at least two")
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}

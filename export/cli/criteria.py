@@ -18,7 +18,11 @@ def criteria_command(
         Fields(flags={"data": "--calibration"}, left_out=("batch_size",), defaults={"data": ...}, help=support.DATA),
     ],
     evaluation: Annotated[
-        Evaluation, Fields(flags={"text": "--eval-text", "context": "--eval-context"}, left_out=("stride", "bos", "batch_size"))
+        Evaluation,
+        Fields(
+            flags={"text": "--eval-text", "context": "--eval-context", "text_column": "--eval-text-column"},
+            left_out=("stride", "bos", "batch_size"),
+        ),
     ],
     criteria: Annotated[
         list[str] | None, typer.Option("--criteria", help="Criteria, separated by commas. By default all of them.")

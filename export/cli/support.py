@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.markup import escape
 
+from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
@@ -46,9 +47,15 @@ CalibrationOptions = Annotated[Calibration, Fields(flags={"data": "--calibration
 EvaluationOptions = Annotated[
     Evaluation | None,
     Fields(
-        flags={"text": "--eval-text", "context": "--eval-context", "stride": "--eval-stride", "bos": "--eval-bos"},
+        flags={
+            "text": "--eval-text",
+            "context": "--eval-context",
+            "stride": "--eval-stride",
+            "bos": "--eval-bos",
+            "text_column": "--eval-text-column",
+        },
         left_out=("batch_size",),
-        help={"text": "Text file, or 'python-docs': measure perplexity before and after on it, for the report."},
+        help={"text": "Text file (.txt, .jsonl, .parquet) or 'python-docs': measure perplexity on it before and after."},
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
@@ -144,6 +151,7 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
     What is a defect keeps its traceback.
     """
     run = with_settings(command)
+    flags = flags_of(run)
 
     @functools.wraps(run)
     def guarded(**given: Any) -> None:
@@ -164,7 +172,7 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
 
             if not isinstance(error, SparsepassError):
                 raise
-            complain(str(error))
+            complain(as_options(str(error), flags))
             raise typer.Exit(UNREADABLE) from None
 
     return guarded

@@ -358,7 +358,7 @@ def _gguf(folder: Path, name: str | None) -> Path:
         return found[0]
     if found:
         raise SparsepassError(
-            f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one: --gguf-file"
+            f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one with gguf_file"
         )
     there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SparsepassError(

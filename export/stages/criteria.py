@@ -65,8 +65,11 @@ class CriteriaSettings:
     def to_dict(self) -> dict[str, Any]:
         """All that a row depends on, as JSON."""
         found = asdict(self.evaluation) | asdict(self.calibration) | asdict(self.model)
-        for name in ("text", "data", "source", "batch_size", "trust_remote_code"):
+        for name in ("text", "data", "source", "batch_size", "trust_remote_code", "text_column"):
             del found[name]
+        # Where none is named, rows are those of the time before there were any to name.
+        columns = {"text_column": self.calibration.text_column, "eval_text_column": self.evaluation.text_column}
+        found |= {name: column for name, column in columns.items() if column is not None}
         named = {"model": self.model.source, "calibration": self.calibration.data, "eval_text": self.evaluation.text}
         return named | {"eval_context": self.evaluation.context} | found
 
@@ -231,7 +234,7 @@ def _claim(place: Path, common: dict[str, Any]) -> None:
         if known.get(name) != value:
             raise SparsepassError(
                 f"{place} holds rows measured with {name} {known.get(name)!r}, and this run has {value!r}; rows compare only "
-                "at the same settings: choose another folder for --work, or give the same settings"
+                "at the same settings: choose another folder with work=..., or give the same settings"
             )
 
 

@@ -221,7 +221,7 @@ def write_cache(
         SparsepassError: If no folder is named, or something cannot be read or does not fit.
     """
     if section.teacher_cache is None:
-        raise SparsepassError("no folder is named for the teacher's logits; give --teacher-cache FOLDER")
+        raise SparsepassError("no folder is named for the teacher's logits; give teacher_cache=FOLDER")
     loaded = ModelSource(source=str(source)).load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
@@ -314,7 +314,7 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
     if model is not None and model.kind in ("folder", "hub", "gguf"):
         return ModelSource(source=model.source, gguf_file=model.gguf_file, revision=model.revision, **how)
     raise SparsepassError(
-        "the report beside the program does not tell which dense model it was made from; name it as the teacher (--teacher), "
+        "the report beside the program does not tell which dense model it was made from; name it with teacher=..., "
         "or set kd_weight: 0 and no sample to train on the text alone"
     )
 

@@ -302,8 +302,8 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
     stale = [] if first is None else [stage for stage in stages[first:] if stage.name in known]
     if stale and not force:
         raise SparsepassError(
-            f"since {out} was begun, this has changed: {'; '.join(line for lines in found for line in lines)}. Pass --force to "
-            f"run {', '.join(stage.name for stage in stale)} anew, or choose another out"
+            f"since {out} was begun, this has changed: {'; '.join(line for lines in found for line in lines)}. Pass "
+            f"force=True to run {', '.join(stage.name for stage in stale)} anew, or choose another out"
         )
     for stage in stale:
         _LOG.info("%s is run anew", stage.name)

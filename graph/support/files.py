@@ -83,6 +83,20 @@ def write_text(path: str | Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def path_named(text: str) -> Path | None:
+    """The path that a text names, if something is there. A text that is too long to be a name, or no name at all, names none.
+
+    Example:
+        >>> path_named("a" * 100_000) is None, path_named(".")
+        (True, PosixPath('.'))
+    """
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, the home of nobody
+        return None
+
+
 def check_free(out: str | Path, *, force: bool = False) -> None:
     """Raise unless a folder can be written at ``out``: nothing there, an empty folder, or any folder with ``force``.
 
@@ -98,9 +112,7 @@ def check_free(out: str | Path, *, force: bool = False) -> None:
             "name a folder inside it"
         )
     if not force and target.is_dir() and any(target.iterdir()):
-        raise SparsepassError(
-            f"output folder {target} is not empty; choose another one, or pass --force (force=True) to replace it"
-        )
+        raise SparsepassError(f"output folder {target} is not empty; choose another one, or pass force=True to replace it")
 
 
 def _swap(staging: Path, target: Path) -> None:

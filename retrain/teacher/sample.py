@@ -186,7 +186,7 @@ def check_file(out: str | Path, *, force: bool = False) -> Path:
     if not path.absolute().parent.is_dir():
         raise SparsepassError(f"the folder of {path} does not exist; make it first")
     if path.exists() and not force:
-        raise SparsepassError(f"{path} exists; choose another name, or replace it (--force)")
+        raise SparsepassError(f"{path} exists; choose another name, or pass force=True to replace it")
     return path
 
 
@@ -199,7 +199,7 @@ def _prompt(tokenizer: Any, start: str | None) -> list[int]:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [int(token)]
-    raise SparsepassError("the tokenizer has no token that begins or ends a document; say what sequences start from (--start)")
+    raise SparsepassError("the tokenizer has no token that begins or ends a document; say what sequences start from: start=...")
 
 
 def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
@@ -224,5 +224,5 @@ def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
         return 0
     raise SparsepassError(
         f"{beside} holds {rows} sequences of an interrupted run with another {', '.join(differing)}; start it with the same "
-        "settings to go on, or delete that file (or pass --force) to begin anew"
+        "settings to go on, or delete that file (or pass force=True) to begin anew"
     )

@@ -82,7 +82,7 @@ def to_ir(piece: Piece, opset: int) -> ir.Model:
     except Exception as error:  # torch.export and torch.onnx raise anything
         raise SparsepassError(
             f"the {piece.role} graph cannot be lowered to ONNX: {_reason(error)}. Try another "
-            "--opset, or --task with a plain forward graph (with_past=False); the hf target needs no lowering"
+            "opset (opset=...), or a plain forward graph (task=... without a cache); the hf target needs no lowering"
         ) from error
     model: ir.Model = getattr(found, "model", found)  # older versions give torch's ONNXProgram
     graph = model.graph

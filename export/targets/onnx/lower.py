@@ -129,7 +129,7 @@ def _check_opset(opset: int | None) -> int:
     highest = min(_HIGHEST_OPSET, onnx.defs.onnx_opset_version())
     if not _LOWEST_OPSET <= opset <= highest:
         raise SparsepassError(
-            f"opset {opset} is not supported: torch.onnx writes {_LOWEST_OPSET} to {highest}; leave --opset out for "
+            f"opset {opset} is not supported: torch.onnx writes {_LOWEST_OPSET} to {highest}; leave opset=... out for "
             f"{DEFAULT_OPSET}, which TensorRT and onnxruntime both read"
         )
     return opset

@@ -117,8 +117,8 @@ class DecoderSession:
         self.past: dict[str, Array] = {}
         if not any(name.startswith("past_key_values.") for name in self.inputs):
             raise SparsepassError(
-                "the graph has no key-value cache, so it cannot generate step by step; export it with --task "
-                "text-generation-with-past"
+                "the graph has no key-value cache, so it cannot generate step by step; export it with "
+                "task=text-generation-with-past"
             )
         if encoder is not None:
             given = {name: to_numpy(value) for name, value in (encoder_inputs or {}).items()}

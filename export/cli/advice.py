@@ -1,0 +1,75 @@
+"""Errors speak of what the caller can give. The library names parameters of Python; a command says its options instead."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import typer
+
+_NAMED: Final = re.compile(
+    r"""(?<![\w.`'"{-])([a-z][a-z0-9_]*)(=(?:'[^']*'|"[^"]*"|\.\.\.|[\w.:/\[\]{}+-]*[\w\]}]))?(?![\w(=])"""
+)
+
+_PYTHON_ONLY: Final = ("dynamic_axes", "example_inputs", "tokenizer")
+"""Parameters of Python that no command has an option for, because what they take is an object."""
+
+
+def flags_of(command: Callable[..., Any]) -> dict[str, list[str]]:
+    """What a command has options for: name in Python -> its options; several where two settings have one name.
+
+    Args:
+        command: A command whose signature typer reads.
+    """
+    found: dict[str, list[str]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        for mark in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(mark, typer.models.OptionInfo):
+                # In an annotation the first name stands where a default would.
+                names = [name for name in (mark.default, *(mark.param_decls or ())) if isinstance(name, str)]
+                words = (name.partition("/")[0] for name in names)
+                flag = next((word for word in words if word.startswith("--")), f"--{parameter.name.replace('_', '-')}")
+                # Settings' parameters are called class_field.
+                for name in {parameter.name, parameter.name.partition("_")[2], flag.removeprefix("--").replace("-", "_")} - {
+                    ""
+                }:
+                    found.setdefault(name, []).append(flag)
+    return found
+
+
+def as_options(text: str, flags: dict[str, list[str]]) -> str:
+    """A message with a command's options in place of parameters of Python: ``force=True`` becomes ``--force``.
+
+    A plain word stays; a parameter is one with an underscore or a value. Of parameters that no option stands for, the end
+    of the message says so.
+
+    Args:
+        text: The message.
+        flags: See `flags_of`.
+
+    Example:
+        >>> flags = {"force": ["--force"], "gguf_file": ["--gguf-file"], "dtype": ["--dtype"]}
+        >>> as_options("use force=True, or choose one with gguf_file and dtype=bfloat16 by force", flags)
+        'use --force, or choose one with --gguf-file and --dtype bfloat16 by force'
+    """
+    left: list[str] = []
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], (match[2] or "")[1:]
+        known = flags.get(name)
+        if not (value or "_" in name):
+            return match[0]
+        if not known:
+            if name in _PYTHON_ONLY:
+                left.append(name)
+            return match[0]
+        of_evaluation = [flag for flag in known if flag.startswith("--eval")]
+        flag = of_evaluation[0] if of_evaluation and "evaluation" in text else known[0]
+        if value in ("", "True", "..."):
+            return flag
+        if value == "False":
+            return flag if flag.startswith("--no-") else f"--no-{flag[2:]}"
+        return f"{flag} {value}"
+
+    said = _NAMED.sub(option, text)
+    return f"{said}. The command line has no option for {' and '.join(dict.fromkeys(left))}: Python has" if left else said

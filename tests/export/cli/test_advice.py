@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.export.cli.commands import run
+from tests.export.tiny import save_tiny_llama
+
+from sparsepass.export.cli.advice import as_options
+
+FLAGS = {
+    "force": ["--force"],
+    "text_column": ["--text-column", "--eval-text-column"],
+    "gguf_file": ["--gguf-file"],
+    "bos": ["--eval-bos"],
+    "memory": ["--no-memory"],
+    "context": ["--context", "--eval-context"],
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("pass force=True to replace it", "pass --force to replace it"),
+        ("choose one with gguf_file", "choose one with --gguf-file"),
+        ("name it with text_column", "name it with --text-column"),
+        ("evaluation text has no such column; name it with text_column", "--eval-text-column"),
+        ("use bos=False", "use --no-eval-bos"),
+        ("times alone (memory=False)", "times alone (--no-memory)"),
+        ("a context of 5, by force", "a context of 5, by force"),
+        ("choose context=512.", "choose --context 512."),
+        ("pass tokenizer=..., or ids", "The command line has no option for tokenizer: Python has"),
+        ("the file my_text_column.txt, 'text_column' and {force=True}", "my_text_column.txt, 'text_column' and {force=True}"),
+    ],
+)
+def test_parameters_are_said_as_options(said: str, wanted: str) -> None:
+    assert wanted in as_options(said, FLAGS)
+
+
+def test_a_column_is_named_by_the_option_that_there_is(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "m")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"content": "a fox " * 99}) + "\n")
+    common = ["prune", str(model), "-o", str(tmp_path / "o"), "--calibration", str(tmp_path / "c.jsonl"), "--context", "16"]
+    refused = run(*common)
+    assert refused.exit_code == 2
+    assert "--text-column" in refused.stderr
+    assert run(*common, "--text-column", "content").exit_code == 0
