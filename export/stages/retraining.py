@@ -34,7 +34,7 @@ from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import check_free, replaced_folder, write_text
+from sparsepass.graph.support import check_free, path_named, replaced_folder, write_text
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
 from sparsepass.retrain.loop import retrain
@@ -311,6 +311,11 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
     if section.teacher is not None:
         return ModelSource(source=section.teacher, **how)
     model = ReportDocument.parse(document).model
+    if model is not None and model.kind in ("folder", "gguf") and path_named(model.source) is None:
+        raise SparsepassError(
+            f"the report beside the program says that it was made from {model.source}, and nothing is there (from "
+            f"{Path.cwd()}); name the dense model with teacher=..."
+        )
     if model is not None and model.kind in ("folder", "hub", "gguf"):
         return ModelSource(source=model.source, gguf_file=model.gguf_file, revision=model.revision, **how)
     raise SparsepassError(

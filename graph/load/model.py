@@ -23,7 +23,7 @@ from sparsepass.graph.load.checkpoint import (
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, closest, first_line, quiet_loading
+from sparsepass.graph.support import SparsepassError, closest, first_line, path_named, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,7 +162,7 @@ def load_model(
     if place is not None:
         model = model.to(device=place)
     origin = {
-        "source": loaded.source,
+        "source": _lasting(loaded.source),
         "kind": loaded.kind,
         "versions": {package: metadata.version(package) for package in ("torch", "transformers")},
     }
@@ -350,6 +350,12 @@ def _built(
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
     model.config.name_or_path = model.name_or_path = name
     return model.eval(), check_complete(info, type(model).__name__, name)
+
+
+def _lasting(source: str) -> str:
+    """A source as it is found from any folder: the whole path of what lies here, and a hub id as it is."""
+    there = path_named(source)
+    return source if there is None else str(there.absolute())
 
 
 def _device(device: "torch.device | str") -> torch.device:
