@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-import typer
+from sparsepass.export.cli.options import flag_of
 
 _NAMED: Final = re.compile(
     r"""(?<![\w.`'"{-])([a-z][a-z0-9_]*)(=(?:'[^']*'|"[^"]*"|\.\.\.|[\w.:/\[\]{}+-]*[\w\]}]))?(?![\w(=])"""
@@ -23,17 +23,12 @@ def flags_of(command: Callable[..., Any]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for parameter in inspect.signature(command).parameters.values():
-        for mark in getattr(parameter.annotation, "__metadata__", ()):
-            if isinstance(mark, typer.models.OptionInfo):
-                # In an annotation the first name stands where a default would.
-                names = [name for name in (mark.default, *(mark.param_decls or ())) if isinstance(name, str)]
-                words = (name.partition("/")[0] for name in names)
-                flag = next((word for word in words if word.startswith("--")), f"--{parameter.name.replace('_', '-')}")
-                # Settings' parameters are called class_field.
-                for name in {parameter.name, parameter.name.partition("_")[2], flag.removeprefix("--").replace("-", "_")} - {
-                    ""
-                }:
-                    found.setdefault(name, []).append(flag)
+        flag = flag_of(parameter)
+        if flag.startswith("--"):
+            # Settings' parameters are called class_field.
+            names = {parameter.name, parameter.name.partition("_")[2], flag.removeprefix("--").replace("-", "_")} - {""}
+            for name in names:
+                found.setdefault(name, []).append(flag)
     return found
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Sides = list[tuple[str, Any, Any]]
+_TOKENS = 128
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -41,6 +42,9 @@ def eval_command(
     from sparsepass.graph import SparsepassError
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
+    of_tasks = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
+    if not names and (vain := [flag for flag, value in of_tasks.items() if value is not None]):
+        raise SparsepassError(f"{', '.join(vain)} would change nothing, because --tasks was not given; give it too")
     if evaluation is None and not names:
         raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
     if evaluation is not None:
@@ -83,10 +87,11 @@ def compare_command(
         Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = 128,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Tokens of --text to use; by default 128.")] = None,
     atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
     rtol: Annotated[
-        float | None, typer.Option("--rtol", help="Bound of each output's relative error; by default the dtype's.")
+        float | None,
+        typer.Option("--rtol", help="Bound of each output's relative error; by default, where no bound is given, the dtype's."),
     ] = None,
     max_kl: Annotated[float | None, typer.Option("--max-kl", help="Bound of the KL divergence of the logits, in nats.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Demand equal numbers.")] = False,
@@ -99,8 +104,8 @@ def compare_command(
 ) -> None:
     """Run A and B on the same inputs, and tell how far apart they are and at which layer they part.
 
-    Without --inputs and --text the samples beside an export are used, or small random inputs. By default the relative
-    error of each output may be 1e-5 in float32, 5e-3 in float16 and 3e-2 in bfloat16.
+    Without --inputs and --text the samples beside an export are used, or small random inputs. If no bound is given, the
+    relative error of each output may be 1e-5 in float32, 5e-3 in float16 and 3e-2 in bfloat16; if one is, it alone counts.
 
     Exit code: 0 equivalent within the bounds, 1 not, 2 wrong usage or unreadable input.
     """
@@ -109,11 +114,13 @@ def compare_command(
 
     if inputs is not None and text is not None:
         raise SparsepassError("--inputs and --text were both given; choose one")
+    if tokens is not None and text is None:
+        raise SparsepassError("--tokens would change nothing, because --text was not given; give it too")
     sides = []
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         sides.append((name, opened, tokenizer))
-    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
+    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens or _TOKENS), layers=not no_layers)
     failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
     if as_json:
         _print_json({"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()})

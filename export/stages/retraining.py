@@ -97,7 +97,7 @@ def retrain_program(
     if evaluation is not None:
         evaluation.check()
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
-    loaded = ModelSource(source=str(source)).load()
+    loaded = ModelSource(source=str(source), dtype="float32").load()
     document = find_report(source) or new_report()
     program = _program(loaded, source)
     if from_checkpoint is not None:
@@ -222,7 +222,7 @@ def write_cache(
     """
     if section.teacher_cache is None:
         raise SparsepassError("no folder is named for the teacher's logits; give teacher_cache=FOLDER")
-    loaded = ModelSource(source=str(source)).load()
+    loaded = ModelSource(source=str(source), dtype="float32").load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
     found = _source_of_teacher(section, document, trust_remote_code)

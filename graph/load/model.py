@@ -24,6 +24,7 @@ from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_para
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, closest, first_line, path_named, quiet_loading
+from sparsepass.graph.widening import widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +159,7 @@ def load_model(
         loaded = _from_name(asked, is_path=isinstance(source, Path))
     model = loaded.model
     if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
-        model = model.to(dtype=wanted)
+        model = widened(model, wanted) if isinstance(model, Program) else model.to(dtype=wanted)
     if place is not None:
         model = model.to(device=place)
     origin = {

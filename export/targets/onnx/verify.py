@@ -142,7 +142,7 @@ def _weigh_by_rounding(mine: "list[Case]", exact: "list[Case]", judged: list[dic
     for verdict, (_, expected, got), (_, truth, _) in zip(judged, mine, exact, strict=bool(exact)):
         if verdict["holds"] or "max_relative" not in verdict:
             continue
-        own = _difference(truth, expected.detach().cpu().numpy(), 0.0)["max_relative"]
+        own = _difference(truth, expected.detach().cpu().double().numpy(), 0.0)["max_relative"]
         theirs = _difference(truth, got, 0.0)["max_relative"]
         verdict["against_float64"] = {"program": own, "file": theirs}
         verdict["holds"] = bool(theirs <= _ROUNDING_FACTOR * own and theirs <= _LARGEST_ROUNDING)

@@ -309,6 +309,11 @@ def test_a_dense_model_and_its_sparse_program_differ(prepared: Prepared) -> None
     assert found.failures(exact=True)
     assert len(found.failures(rtol=0.001, atol=1e-6, max_kl=1e-9)) == 3
     assert not found.failures(rtol=10)
+    # A bound that is given stands in the place of the default.
+    assert found.failures()
+    assert not found.failures(max_kl=10)
+    assert not found.failures(atol=10)
+    assert found.failures(max_kl=10, atol=1e-6)
 
 
 # Running

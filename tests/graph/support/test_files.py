@@ -52,7 +52,10 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_empty_needs_force(old: Path) -> None:
-    with pytest.raises(SparsepassError, match=r"out is not empty; choose another one, or pass force=True"), replaced_folder(old):
+    with (
+        pytest.raises(SparsepassError, match=r"out is not empty; choose another one, or pass force=True"),
+        replaced_folder(old),
+    ):
         pytest.fail("the block must not run")
     assert names(old) == ["old.txt"]
     with replaced_folder(old, force=True) as staging:
