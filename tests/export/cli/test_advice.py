@@ -44,3 +44,22 @@ def test_a_column_is_named_by_the_option_that_there_is(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "--text-column" in refused.stderr
     assert run(*common, "--text-column", "content").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prune", "M", "-o", "O", "--eval-context", "64", "--eval-stride", "8"], "--eval-context, --eval-stride would change"),
+        (["prune", "M", "-o", "O", "--no-eval-bos"], "--eval-bos would change nothing, because --eval-text was not given"),
+        (["export", "M", "-t", "hf", "-o", "O", "--max-tokens", "9"], "--max-tokens would change nothing"),
+        (["retrain", "M", "-o", "O", "--eval-context", "64"], "--eval-text was not given"),
+        (["prune", "M", "-o", "O", "--num-sequences", "9"], "--num-sequences would change nothing, because --calibration was"),
+        (["eval", "M", "--context", "64"], "--context would change nothing, because --text was not given"),
+        (["eval", "M", "--text", "python-docs", "--limit", "3"], "--limit would change nothing, because --tasks was not given"),
+        (["compare", "A", "B", "--tokens", "3"], "--tokens would change nothing, because --text was not given"),
+    ],
+)
+def test_settings_of_what_is_not_given_are_refused(arguments: list[str], said: str) -> None:
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
