@@ -1,6 +1,7 @@
 """Running a pipeline: check the order, run each pass, validate its result, and record what it did."""
 
 import copy
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
 from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
 from sparsepass.passes.maths import InputStatistics
+from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.preconditions import check_pipeline
 from sparsepass.passes.table import parse_pipeline, pass_to_text
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED)
 _VALIDATION_SEQUENCES = 2
+_LOG = logging.getLogger(__name__)
 
 
 def apply_passes(
@@ -87,7 +90,12 @@ def apply_passes(
     pipeline = parse_pipeline(passes)
     if not pipeline:
         raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
-    pipeline = tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    asked, pipeline = pipeline, tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    if any(_falls_back(before, after) for before, after in zip(asked, pipeline, strict=True)):
+        _LOG.warning(
+            "Without calibration data nm_sparsify keeps the largest weights (criterion=magnitude), which most often leaves a "
+            "language model useless until it is retrained: give a text to calibrate on, or choose the criterion yourself"
+        )
     if calibration is None and (asking := [p for p in pipeline if p.needs != "nothing"]):
         raise SparsepassError(
             f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
@@ -113,6 +121,13 @@ def apply_passes(
         )
     run.all()
     return program
+
+
+def _falls_back(asked: Pass, resolved: Pass) -> bool:
+    """Whether a criterion that needs no calibration stands in for the one that is chosen with it."""
+    if not (isinstance(asked, NMSparsify) and isinstance(resolved, NMSparsify)):
+        return False
+    return asked.criterion is None and resolved.criterion == "magnitude"
 
 
 class _Run:

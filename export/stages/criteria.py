@@ -31,7 +31,9 @@ from sparsepass.passes.data import PYTHON_DOCS
 from sparsepass.passes.maths import NMPattern
 from sparsepass.passes.table import parse_pipeline, pipeline_to_text
 
-_CHILD = "import sys; from sparsepass.export.stages.criteria import measure_to_file as m; sys.exit(m(*sys.argv[1:]))"
+# Ctrl-C reaches all processes of a terminal. The parent ends this one, and tells it in one line.
+_CHILD = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+_CHILD += "from sparsepass.export.stages.criteria import measure_to_file as m; sys.exit(m(*sys.argv[1:]))"
 _LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
