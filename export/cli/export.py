@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparsepass.export.targets import Target
 
 
-def export(
+def _export(
     model: Annotated[ModelSource, Fields(flags={"source": "MODEL"}, left_out=("dtype", "task"))],
     target: Annotated[
         str,
@@ -81,10 +81,10 @@ def export_command() -> Callable[..., None]:
     """The command, with an option for each option of each target."""
 
     def command(*args: Any, **kwargs: Any) -> None:
-        export(*args, **kwargs)
+        _export(*args, **kwargs)
 
-    own = list(inspect.signature(export).parameters.values())[:-1]
-    command.__doc__ = export.__doc__
+    own = list(inspect.signature(_export).parameters.values())[:-1]
+    command.__doc__ = _export.__doc__
     command.__signature__ = inspect.Signature([*own, *target_options()])  # type: ignore[attr-defined]
     return support.clean(command)
 

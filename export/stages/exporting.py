@@ -218,7 +218,9 @@ def refuse_option(target: "Target | type[Target]", name: str) -> None:
 
 def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify: bool, command: str | None) -> ExportResult:
     program = prepared.program
-    context = LoweringContext(tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor)
+    context = LoweringContext(
+        tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor, source=prepared.loaded.folder
+    )
     with replaced_folder(out, force=force) as staging:
         _LOG.info("writing %s", target.name)
         lowered = target.lower(program, staging, context)

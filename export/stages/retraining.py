@@ -26,7 +26,7 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.export.stages.preparing import stage_name
+from sparsepass.export.stages.preparing import save_companions, stage_name
 from sparsepass.export.stages.recipe import RetrainSection
 from sparsepass.export.stages.settings import Evaluation, ModelSource
 from sparsepass.graph import Program, SparsepassError
@@ -149,9 +149,7 @@ def retrain_program(
     _LOG.info("writing %s", out)
     with replaced_folder(out, force=force) as staging:
         trained.save_into(staging)
-        for companion in (loaded.processor, loaded.tokenizer):
-            if companion is not None:
-                companion.save_pretrained(staging)
+        save_companions(loaded, staging)
         record = run_record("retrain", command=command, seconds=time.perf_counter() - started)
         document["runs"] = [*document["runs"], record]
         return write_report(staging, document)

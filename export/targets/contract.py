@@ -26,19 +26,24 @@ class LoweringContext:
     Attributes:
         tokenizer: The model's tokenizer, if it has one.
         processor: Its processor, if it has one.
+        source: The folder that the model came from, if it came from one.
     """
 
     tokenizer: Any = None
     processor: Any = None
+    source: Path | None = None
 
     def save_companions(self, folder: Path) -> None:
-        """Write tokenizer and processor into a folder."""
+        """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
+        from sparsepass.graph.load import copy_sidecars
         from sparsepass.graph.support import quiet_loading
 
         with quiet_loading():
             for companion in (self.processor, self.tokenizer):
                 if companion is not None:
                     companion.save_pretrained(folder)
+        if self.source is not None:
+            copy_sidecars(self.source, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,5 +2,6 @@
 
 from sparsepass.graph.load.checkpoint import LOADING_ERRORS
 from sparsepass.graph.load.model import LoadedModel, load_model, parse_dtype
+from sparsepass.graph.load.sidecars import copy_sidecars
 
-__all__ = ["LOADING_ERRORS", "LoadedModel", "load_model", "parse_dtype"]
+__all__ = ["LOADING_ERRORS", "LoadedModel", "copy_sidecars", "load_model", "parse_dtype"]

@@ -20,6 +20,7 @@ from sparsepass.graph.load.checkpoint import (
     model_class_of,
     read_config,
 )
+from sparsepass.graph.load.sidecars import SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
@@ -49,6 +50,7 @@ class LoadedModel:
         processor: Its image processor, feature extractor or whole processor, if it has one.
         source: What the user named.
         kind: Where it came from.
+        folder: Where its files lie; None for a model in memory.
         provenance: JSON-ready facts for the report: class, dtype, parameters, files, versions, notes.
     """
 
@@ -57,6 +59,7 @@ class LoadedModel:
     processor: Any = None
     source: str
     kind: Kind
+    folder: Path | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -219,11 +222,13 @@ def _download(wanted: _Wanted) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, patterns = wanted.name, ["*.json", "*.txt", "*.model", "*.jinja", wanted.gguf_file or "model*.safetensors"]
-    patterns += ["*.py"] if wanted.trust_remote_code else []
+    patterns += [*SIDECARS, *(["*.py"] if wanted.trust_remote_code else [])]
+    asked: dict[str, Any] = {"revision": wanted.revision, "token": wanted.token}
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=wanted.revision, token=wanted.token, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
+        folder = huggingface_hub.snapshot_download(name, **asked, allow_patterns=patterns, ignore_patterns=["*/*"])
+        if modules := module_folders(Path(folder)):
+            files = [f"{module}/*{suffix}" for module in modules for suffix in (".json", ".safetensors", ".txt")]
+            huggingface_hub.snapshot_download(name, **asked, allow_patterns=files)
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else "the hub cannot be reached"
         raise SparsepassError(
@@ -262,6 +267,7 @@ def _from_program(folder: Path, name: str) -> LoadedModel:
         processor=processor,
         source=name,
         kind="program",
+        folder=folder,
         provenance={"recipe": program.recipe, "files": files, "notes": notes},
     )
 
@@ -281,6 +287,7 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
         processor=processor,
         source=name,
         kind=kind,
+        folder=folder,
         provenance={**facts, "files": weights, "notes": notes + more_notes + _packed_notes(model)},
     )
 
@@ -323,6 +330,7 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
         tokenizer=tokenizer,
         source=name,
         kind="gguf",
+        folder=folder,
         provenance={**facts, "gguf_file": file, "files": {file: path.stat().st_size}, "notes": notes},
     )
 

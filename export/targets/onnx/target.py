@@ -33,10 +33,12 @@ class Onnx(Target):
     task: str | None = None
 
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
-        """Write the graphs, tokenizer and processor."""
+        """Write the graphs, the configuration, tokenizer and processor."""
+        from sparsepass.export.targets.onnx.config import write_config
         from sparsepass.export.targets.onnx.lower import lower_onnx
 
         artifact = lower_onnx(program, folder, dtype=self.dtype, opset=self.opset, task=self.task)
+        write_config(program, folder, artifact.dtype)
         context.save_companions(folder)
         return Lowered(
             dtype=artifact.dtype,
