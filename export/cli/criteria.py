@@ -51,8 +51,11 @@ def criteria_command(
     import sys
 
     from sparsepass.export.stages import CriteriaSettings, criteria_page, criteria_table, jobs_of
-    from sparsepass.graph.support import write_text
+    from sparsepass.graph.support import check_place, write_text
 
+    for file in (json_file, out):
+        if file is not None:
+            check_place(file)
     names = [name.strip() for item in criteria or () for name in item.split(",") if name.strip()]
     jobs = jobs_of(names, pattern=pattern, reconstruct=reconstruct, pipelines=passes or ())
     settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation)

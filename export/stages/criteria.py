@@ -147,6 +147,7 @@ def criteria_table(
             in ``work``.
     """
     settings.evaluation.check()
+    settings.calibration.check()
     common = settings.to_dict() | {"digests": _digests(settings), "schema": SCHEMA}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sparsepass-criteria-") if work is None else nullcontext(str(work)) as folder:

@@ -156,6 +156,7 @@ def export(
         )
     pipeline = parse_pipeline(passes) if passes else None
     check_free(out, force=force)
+    chosen.check_here()
     if isinstance(model, str | Path):
         model = ModelSource(source=str(model))
     if isinstance(model, ModelSource):

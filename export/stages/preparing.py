@@ -86,6 +86,7 @@ def prepare(
     started = time.perf_counter()
     pipeline = parse_pipeline(passes) if passes else ()
     settings = calibration or Calibration()
+    settings.check()
     if evaluation is not None:
         evaluation.check()
     # Nobody else holds a model that is loaded here, so its memory is taken over.

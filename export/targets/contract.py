@@ -139,6 +139,14 @@ class Target(ABC):
         return getattr(self, "task", None)
 
     @abstractmethod
+    def check_here(self) -> None:
+        """Make sure that this machine can write this form, before a model is loaded.
+
+        Raises:
+            SparsepassError: If a package or a GPU is missing, a file cannot be read, or an option suits nothing here.
+        """
+
+    @abstractmethod
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the files into an existing, empty folder. The program is not changed.
 

@@ -25,7 +25,7 @@ from sparsepass.passes.data.texts import Packer, open_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LONGEST_NAME: Final = 4096
+LONGEST_NAME: Final = 4096
 _KNOWN_FORMS = (
     "a tensor, a dict of tensors, an iterable or DataLoader of either, a list of texts, a datasets.Dataset, the path "
     "of a .txt, .jsonl or .parquet file, or the name of a hub data set ('name', 'name:config' or 'name:config:split')"
@@ -270,7 +270,7 @@ class _Reader:
         raise SparsepassError(f"calibration of type {type(calibration).__name__} is not understood; expected {_KNOWN_FORMS}")
 
     def _from_string(self, text: str) -> _Given:
-        if "\n" in text or len(text) > _LONGEST_NAME:
+        if "\n" in text or len(text) > LONGEST_NAME:
             return self._from_text(text.encode(), "text given in memory", "text")
         path = locate(text, what="calibration", forms=_KNOWN_FORMS)
         return self._from_hub(text) if path is None else self._from_path(path, text)

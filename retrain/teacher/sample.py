@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import SparsepassError, item_progress
+from sparsepass.graph.support import SparsepassError, check_place, item_progress
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
@@ -183,10 +183,7 @@ def check_file(out: str | Path, *, force: bool = False) -> Path:
         raise SparsepassError(
             f"sampled text is written as rows of token ids and text: name a file that ends in .jsonl, not {path}"
         )
-    if not path.absolute().parent.is_dir():
-        raise SparsepassError(f"the folder of {path} does not exist; make it first")
-    if path.exists() and not force:
-        raise SparsepassError(f"{path} exists; choose another name, or pass force=True to replace it")
+    check_place(path, force=force)
     return path
 
 

@@ -19,6 +19,9 @@ class HuggingFace(Target):
     name: ClassVar[str] = "hf"
     description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
 
+    def check_here(self) -> None:
+        """It is written anywhere."""
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the model, its adapter, tokenizer and processor."""
         from sparsepass.export.targets.hf.lower import lower_hf

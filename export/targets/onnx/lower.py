@@ -106,8 +106,7 @@ def lower_onnx(
     past = _wants_past(program, task, with_past)
     own = _dtype_of(program)
     wanted = parse_dtype(dtype) if dtype is not None else own
-    if wanted not in _DTYPES:
-        raise SparsepassError(f"dtype {wanted} is not supported by the onnx target; use float32, float16 or bfloat16")
+    _check_dtype(wanted)
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
     if program.device.type != "cpu":
@@ -121,6 +120,31 @@ def lower_onnx(
                 raise
             notes = (*notes, f"one plain graph without a cache was written, because {error}")
             return _write(program, out, "forward", (_plain(program, wanted),), number, wanted, notes)
+
+
+def check_options(dtype: "str | torch.dtype | None", opset: int | None, task: str | None) -> None:
+    """Make sure that options can be used, before there is a program.
+
+    Raises:
+        SparsepassError: If the type, the operator set or the task is none of those that can be written.
+    """
+    _check_opset(opset)
+    _check_task(task)
+    if dtype is not None:
+        _check_dtype(parse_dtype(dtype))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise SparsepassError(f"dtype {dtype} is not supported by the onnx target; use float32, float16 or bfloat16")
+
+
+def _check_task(task: str | None) -> None:
+    known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
+    if task is not None and task not in known:
+        near = closest(task, known)
+        hint = f"; did you mean {near}?" if near else ""
+        raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
 
 
 def _check_opset(opset: int | None) -> int:
@@ -137,11 +161,7 @@ def _check_opset(opset: int | None) -> int:
 
 def _wants_past(program: Program, task: str | None, with_past: bool | None) -> bool | None:
     """True: with a cache or an error; None: with a cache if it can be; False: one plain graph."""
-    known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
-    if task is not None and task not in known:
-        near = closest(task, known)
-        hint = f"; did you mean {near}?" if near else ""
-        raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
+    _check_task(task)
     if task in _PLAIN_TASKS:
         if with_past:
             raise SparsepassError(f"task {task} makes a plain graph, and with_past=True asks for a cache; drop one of them")

@@ -32,6 +32,12 @@ class Onnx(Target):
     opset: int | None = None
     task: str | None = None
 
+    def check_here(self) -> None:
+        """Make sure that opset, task and type can be written."""
+        from sparsepass.export.targets.onnx.lower import check_options
+
+        check_options(self.dtype, self.opset, self.task)
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the graphs, the configuration, tokenizer and processor."""
         from sparsepass.export.targets.onnx.config import write_config
