@@ -26,7 +26,7 @@ from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_fo
 from sparsepass.export.stages.settings import ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import check_free, replaced_folder, write_text
+from sparsepass.graph.support import check_free, check_writable, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
@@ -109,6 +109,7 @@ def run_recipe(
     if not is_first_process():
         _take_part(recipe.out, stages)
         return []
+    _check_all(recipe)
     _make_ready(recipe.out, stages, force=force)
     outcomes = []
     for stage in stages:
@@ -156,6 +157,7 @@ def planned(recipe: Recipe) -> list[str]:
         >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]
         'prune: to be run, into nowhere/pruned'
     """
+    _check_all(recipe)
     known = _read(recipe.out)
     lines, stale = [], False
     for stage in stages_of(recipe):
@@ -170,6 +172,14 @@ def planned(recipe: Recipe) -> list[str]:
             said = f"to be {'gone on with' if record else 'run'}, into {stage.folder}"
         lines.append(f"{stage.name}: {said}")
     return lines
+
+
+def _check_all(recipe: Recipe) -> None:
+    """Refuse what this machine cannot do for want of a model, a package or a place, before anything runs."""
+    recipe.model.check()
+    for section in recipe.export:
+        section.target.check_here()
+    check_writable(recipe.out)
 
 
 def is_done(stage: Stage, known: Mapping[str, Any]) -> bool:

@@ -38,6 +38,12 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def check(self) -> None:
+        """Raise unless the model is there, without loading it; see `check_model`."""
+        from sparsepass.graph.load import check_model
+
+        check_model(self.source, gguf_file=self.gguf_file, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
     def load(self, device: "torch.device | str | None" = None) -> "LoadedModel":
         """Load it; see `load_model` for what can go wrong."""
         from sparsepass.graph.load import load_model

@@ -1,7 +1,7 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
 from sparsepass.graph.load.checkpoint import LOADING_ERRORS
-from sparsepass.graph.load.model import LoadedModel, load_model, parse_dtype
+from sparsepass.graph.load.model import LoadedModel, check_model, load_model, parse_dtype
 from sparsepass.graph.load.sidecars import copy_sidecars
 
-__all__ = ["LOADING_ERRORS", "LoadedModel", "copy_sidecars", "load_model", "parse_dtype"]
+__all__ = ["LOADING_ERRORS", "LoadedModel", "check_model", "copy_sidecars", "load_model", "parse_dtype"]

@@ -173,27 +173,69 @@ def load_model(
     return replace(loaded, model=model, provenance=origin | loaded.provenance | _facts(model))  # type: ignore[operator]
 
 
+def check_model(
+    source: str | Path, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Make sure that a model is there, without loading it: its files are looked at, and the hub gives a configuration only.
+
+    Args:
+        source: See `load_model`.
+        gguf_file: See `load_model`.
+        revision: See `load_model`.
+        trust_remote_code: See `load_model`.
+
+    Raises:
+        SparsepassError: If nothing is there, or files are missing or damaged.
+    """
+    name, folder = str(source), path_named(str(source))
+    if folder is None:
+        asked = _Wanted(
+            name=name,
+            dtype=None,
+            task=None,
+            gguf_file=gguf_file,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            token=None,
+        )
+        _check_is_hub_id(name, is_path=isinstance(source, Path))
+        _download(asked, only=["config.json"])
+    elif folder.is_file():
+        _check_is_gguf(folder, name)
+    elif not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
+        read_config(folder, name, trust_remote_code=trust_remote_code)
+        check_weights(folder, name)
+
+
+def _check_is_gguf(path: Path, name: str) -> None:
+    if path.suffix != ".gguf":
+        raise SparsepassError(
+            f"model {name} is a file; expected a folder, a hub id or a .gguf file. For a single weights file, "
+            "name the folder it lies in"
+        )
+
+
+def _check_is_hub_id(name: str, *, is_path: bool) -> None:
+    if is_path or not _is_hub_id(name):
+        raise SparsepassError(
+            f"model {name} does not exist; expected a folder, a .gguf file, a saved program, or a hub id such as "
+            "'organisation/name'"
+        )
+
+
 def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
     name, path = wanted.name, Path(wanted.name).expanduser()
     kind: Kind = "folder"
     facts: dict[str, object] = {}
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise SparsepassError(
-                f"model {name} is a file; expected a folder, a hub id or a .gguf file. For a single weights file, "
-                "name the folder it lies in"
-            )
+        _check_is_gguf(path, name)
         folder, wanted = path.parent, replace(wanted, gguf_file=path.name)
     elif path.is_dir():
         if (path / PROGRAM_FILE).is_file():
             return _from_program(path, name)
         folder = path
-    elif is_path or not _is_hub_id(name):
-        raise SparsepassError(
-            f"model {name} does not exist; expected a folder, a .gguf file, a saved program, or a hub id such as "
-            "'organisation/name'"
-        )
     else:
+        _check_is_hub_id(name, is_path=is_path)
         folder, kind = _download(wanted), "hub"
         facts = {"revision": wanted.revision, "commit": folder.name}
     gguf_file = wanted.gguf_file or _lone_gguf(folder, name)
@@ -216,7 +258,7 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _download(wanted: _Wanted) -> Path:
+def _download(wanted: _Wanted, only: list[str] | None = None) -> Path:
     """Fetch a hub repository's configuration, tokenizer and safe weights, never a pickle; the commit names the folder."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -225,8 +267,8 @@ def _download(wanted: _Wanted) -> Path:
     patterns += [*SIDECARS, *(["*.py"] if wanted.trust_remote_code else [])]
     asked: dict[str, Any] = {"revision": wanted.revision, "token": wanted.token}
     try:
-        folder = huggingface_hub.snapshot_download(name, **asked, allow_patterns=patterns, ignore_patterns=["*/*"])
-        if modules := module_folders(Path(folder)):
+        folder = huggingface_hub.snapshot_download(name, **asked, allow_patterns=only or patterns, ignore_patterns=["*/*"])
+        if only is None and (modules := module_folders(Path(folder))):
             files = [f"{module}/*{suffix}" for module in modules for suffix in (".json", ".safetensors", ".txt")]
             huggingface_hub.snapshot_download(name, **asked, allow_patterns=files)
     except LocalEntryNotFoundError as error:

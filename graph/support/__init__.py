@@ -9,7 +9,15 @@ from sparsepass.graph.support.contexts import (
     shows_progress,
 )
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
-from sparsepass.graph.support.files import check_free, check_place, path_named, replaced_file, replaced_folder, write_text
+from sparsepass.graph.support.files import (
+    check_free,
+    check_place,
+    check_writable,
+    path_named,
+    replaced_file,
+    replaced_folder,
+    write_text,
+)
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
@@ -23,6 +31,7 @@ __all__ = [
     "build",
     "check_free",
     "check_place",
+    "check_writable",
     "closest",
     "default_dtype",
     "evaluating",

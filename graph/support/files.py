@@ -144,6 +144,15 @@ def check_place(file: str | Path, *, force: bool = True) -> None:
     _check_room(target)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise unless files can be written into a folder, which is there or can be made.
+
+    Raises:
+        SparsepassError: If the first of the folder and those above it that exists is no folder, or is read-only.
+    """
+    _check_room(Path(folder).absolute() / "file")
+
+
 def _check_room(target: Path) -> None:
     """Raise unless something can be written beside ``target``, in the first folder above it that exists."""
     above = next(folder for folder in target.parents if folder.exists() or folder.is_symlink())

@@ -8,12 +8,14 @@ from tests.export.tiny import save_tiny_llama
 from sparsepass.export.cli.advice import as_options
 
 FLAGS = {
-    "force": ["--force"],
-    "text_column": ["--text-column", "--eval-text-column"],
-    "gguf_file": ["--gguf-file"],
-    "bos": ["--eval-bos"],
-    "memory": ["--no-memory"],
-    "context": ["--context", "--eval-context"],
+    "force": "--force",
+    "text_column": "--text-column",
+    "evaluation.text_column": "--eval-text-column",
+    "evaluation.max_tokens": "--max-tokens",
+    "gguf_file": "--gguf-file",
+    "bos": "--eval-bos",
+    "memory": "--no-memory",
+    "context": "--context",
 }
 
 
@@ -24,6 +26,7 @@ FLAGS = {
         ("choose one with gguf_file", "choose one with --gguf-file"),
         ("name it with text_column", "name it with --text-column"),
         ("evaluation text has no such column; name it with text_column", "--eval-text-column"),
+        ("a training run needs max_steps or max_tokens", "needs max_steps or max_tokens"),
         ("use bos=False", "use --no-eval-bos"),
         ("times alone (memory=False)", "times alone (--no-memory)"),
         ("a context of 5, by force", "a context of 5, by force"),
@@ -63,3 +66,43 @@ def test_settings_of_what_is_not_given_are_refused(arguments: list[str], said: s
     refused = run(*arguments)
     assert refused.exit_code == 2
     assert said in refused.stderr
+
+
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    model = save_tiny_llama(tmp_path / "m")
+    monkeypatch.setattr("sparsepass.export.stages.settings.ModelSource.load", load)
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "file").write_text("")
+    out, text = tmp_path / "o", str(tmp_path / "rows.csv")
+    export = ["export", model, "-o", out, "-t"]
+    for arguments, said in (
+        ([*export, "onnx", "--dtype", "float64"], "float64 is not supported by the onnx target"),
+        ([*export, "onnx", "--opset", "3"], "opset 3 is not supported"),
+        ([*export, "onnx", "--task", "poetry"], "'poetry' is not known to the onnx target"),
+        ([*export, "tensorrt", "--runtime", "torch-tensorrt"], "torch-tensorrt is not installed"),
+        ([*export, "torch", "--timings", tmp_path / "no.json"], "no.json"),
+        (["prune", model, "-o", out, "--calibration", text], "suffix '.csv'"),
+        (["prune", model, "-o", out, "--calibration", tmp_path / "no.txt"], "no.txt does not exist"),
+        (["prune", model, "-o", out, "--eval-text", text], "suffix '.csv'"),
+        (["prune", model, "-o", tmp_path / "file/o"], "is no folder"),
+        (["criteria", model, "--calibration", text, "--eval-text", "python-docs"], "suffix '.csv'"),
+        (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path], "is a folder"),
+        (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
+        (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
+        (["retrain", model, "-o", out, "--data", tmp_path / "no.txt", "--set", "train.max_tokens=9"], "no.txt does not exist"),
+    ):
+        refused = run(*arguments)
+        assert refused.exit_code == 2, arguments
+        assert said in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_a_recipe_whose_model_is_missing_is_refused(words: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {tmp_path}/missing\nout: {tmp_path}/out\nprune: {{passes: nm_sparsify}}\n")
+    refused = run("run", recipe, *words)
+    assert refused.exit_code == 2
+    assert "missing does not exist" in refused.stderr
