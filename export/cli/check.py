@@ -87,7 +87,7 @@ def compare_command(
         Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Tokens of --text to use; by default 128.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = _TOKENS,
     atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
     rtol: Annotated[
         float | None,
@@ -114,13 +114,13 @@ def compare_command(
 
     if inputs is not None and text is not None:
         raise SparsepassError("--inputs and --text were both given; choose one")
-    if tokens is not None and text is None:
+    if tokens != _TOKENS and text is None:
         raise SparsepassError("--tokens would change nothing, because --text was not given; give it too")
     sides = []
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         sides.append((name, opened, tokenizer))
-    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens or _TOKENS), layers=not no_layers)
+    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
     failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
     if as_json:
         _print_json({"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()})
