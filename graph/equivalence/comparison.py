@@ -106,9 +106,8 @@ class Comparison:
             if self.max_error > 0:
                 failed.append(f"outputs are not equal: the largest difference is {self.max_error:.3g}")
             return tuple(failed)
-        bound = rtol
-        if rtol is None:
-            bound = default_rtol(self.dtype) if atol is None and max_kl is None else math.inf
+        default = default_rtol(self.dtype) if atol is None and max_kl is None else math.inf
+        bound = default if rtol is None else rtol
         source = f" (the default for {_short(self.dtype)})" if rtol is None else ""
         for name, found in self.outputs.outputs.items():
             if found.relative_error > bound:

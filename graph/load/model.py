@@ -320,8 +320,8 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
     weights = check_weights(folder, name)
     model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
     with quiet_loading(), explained(name):
-        options = {"dtype": wanted.dtype or "auto", "use_safetensors": True, "trust_remote_code": trust}
-        model, notes = _built(model_class, folder, name, config=config, **options)
+        options: dict[str, Any] = {"dtype": wanted.dtype or "auto", "use_safetensors": True}
+        model, notes = _built(model_class, folder, name, trust_remote_code=trust, config=config, **options)
     tokenizer, processor, more_notes = companions_in(folder, name, trust_remote_code=trust)
     return LoadedModel(
         model=model,

@@ -14,7 +14,7 @@ from sparsepass.passes import apply_passes
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_computes_what_the_model_does_in_the_wider_type(name: str, dtype: torch.dtype) -> None:
-    model = BY_NAME[name].model().to(dtype)  # type: ignore[operator]
+    model = BY_NAME[name].model().to(dtype)
     program = apply_passes(model, "nm_sparsify,slorb{k=16}")
     wanted = program.to_model().float()
     found = widened(program, torch.float32)
@@ -26,7 +26,7 @@ def test_it_computes_what_the_model_does_in_the_wider_type(name: str, dtype: tor
 
 
 def test_a_saved_program_is_read_in_float32_and_saved_so(tmp_path: Path) -> None:
-    model = BY_NAME["llama"].model().bfloat16()  # type: ignore[operator]
+    model = BY_NAME["llama"].model().bfloat16()
     apply_passes(model, "nm_sparsify").save(tmp_path / "half")
     loaded = load_model(tmp_path / "half", dtype="float32").program
     assert loaded is not None

@@ -125,7 +125,7 @@ def test_magnitude_masks_are_the_largest_weights_and_the_rest_stays_behind_the_m
 def test_magnitude_that_nobody_chose_is_warned_of(
     passes: str, has_text: bool, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = BY_NAME["llama"].model()  # type: ignore[operator]
+    model = BY_NAME["llama"].model()
     apply_passes(model, passes, calibration=torch.arange(32).reshape(2, 16) if has_text else None)
     assert ("useless until it is retrained" in caplog.text) == warned
 
