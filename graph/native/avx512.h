@@ -142,49 +142,63 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
 
 // One token takes as long as the weight is read, and from memory that goes fastest in halves of registers (AMD Zen 4: as fast as anything
 // reads, against 27 GB/s of 45 by whole ones).
-template <bool kIsFp16>
-SPARSEPASS_WORDS void pair_for_one_token(const Product& p, const Layout& layout, const Panel& panel, int64_t row) {
+//
+// kHasRest: there are steps after the last whole block, or a branch.
+template <bool kIsFp16, bool kHasRest>
+SPARSEPASS_WORDS void rows_for_one_token(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   constexpr int kTurns = 8;
   const __m256i start = avx2::load(kTables.starts), two_bits = _mm256_set1_epi16(3);
-  const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at(row, panel);
-  __m256 sums[kTurns];
-  for (int turn = 0; turn < kTurns; turn++) sums[turn] = _mm256_setzero_ps();
-  auto step = [&](int k, __m256i codes, const uint8_t* x_at) SPARSEPASS_WORDS {
-    const __m256i lanes = _mm256_ternarylogic_epi64(_mm256_srli_epi16(codes, 2 * k), two_bits, start, 0xEA);
-    const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
-    sums[k] = multiply_add_half<kIsFp16>(sums[k], met, avx2::load(at + k * 32));
-  };
-  const uint8_t* x_at = p.x + panel.begin * 256;
-  for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
-    const __m256i codes = avx2::load(at + 256);
-    if (p.fetches_ahead) avx2::fetch(at, 288);
+  const bool fetches = p.fetches_ahead, adds = panel.begin > 0;
+  const auto* data = static_cast<const uint8_t*>(p.weight->data);
+  const uint8_t* x = p.x + panel.begin * 256;
+  const int64_t blocks = panel.end - panel.begin;
+  const uint8_t* at = data + layout.at(first, panel);
+  for (int64_t row = first; row < last; row += 2) {
+    if (row % layout.unit_rows == 0) at = data + layout.at(row, panel);
+    __m256 sums[kTurns];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++) step(k, codes, x_at);
+    for (int turn = 0; turn < kTurns; turn++) sums[turn] = _mm256_setzero_ps();
+    const uint8_t* x_at = x;
+    for (int64_t block = 0; block < blocks; block++, at += 288, x_at += 256) {
+      const __m256i codes = avx2::load(at + 256);
+      if (fetches) avx2::fetch(at, 288);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++) {
+        const __m256i lanes = _mm256_ternarylogic_epi64(_mm256_srli_epi16(codes, 2 * k), two_bits, start, 0xEA);
+        const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
+        sums[k] = multiply_add_half<kIsFp16>(sums[k], met, avx2::load(at + k * 32));
+      }
+    }
+    const __m256 low = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    __m256 sum = _mm256_add_ps(low, _mm256_add_ps(_mm256_add_ps(sums[4], sums[5]), _mm256_add_ps(sums[6], sums[7])));
+    if constexpr (kHasRest) {
+      if (panel.left) {
+        __m256i codes = avx2::load(at + panel.left * 32);
+        for (int64_t k = 0; k < panel.left; k++, codes = _mm256_srli_epi16(codes, 2)) {
+          const __m256i lanes = _mm256_ternarylogic_epi64(codes, two_bits, start, 0xEA);
+          const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
+          sum = multiply_add_half<kIsFp16>(sum, met, avx2::load(at + k * 32));
+        }
+        at += (panel.left + 1) * Layout::kStep;
+      }
+      if (p.sums != nullptr && !adds) {
+        avx2::each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_WORDS {
+          sum = multiply_add_half<kIsFp16>(sum, avx2::load(at_sums), values);
+        });
+      }
+    }
+    // fp16: lanes 0 to 3 are the even row's.
+    if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
+    avx2::put_pair(sum, p.y + row, row + 1 < layout.rows, adds);
   }
-  if (panel.left) {
-    const __m256i codes = avx2::load(at + panel.left * 32);
-#pragma GCC unroll 7
-    for (int k = 0; k < 7; k++)
-      if (k < panel.left) step(k, codes, x_at);
-  }
-  if (p.sums != nullptr && panel.begin == 0) {
-    avx2::each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_WORDS {
-      sums[0] = multiply_add_half<kIsFp16>(sums[0], avx2::load(at_sums), values);
-    });
-  }
-  __m256 sum = sums[0];
-  for (int turn = 1; turn < kTurns; turn++) sum = _mm256_add_ps(sum, sums[turn]);
-  // fp16: lanes 0 to 3 are the even row's.
-  if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-  avx2::put_pair(sum, p.y + row, row + 1 < layout.rows, panel.begin > 0);
 }
 
 template <int T, bool kIsFp16>
 SPARSEPASS_WORDS void packed_words(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   int64_t row = first;
   if constexpr (T == 1) {
-    for (; row < last; row += 2) pair_for_one_token<kIsFp16>(p, layout, panel, row);
-    return;
+    const auto& rows = panel.left || p.sums != nullptr ? rows_for_one_token<kIsFp16, true> : rows_for_one_token<kIsFp16, false>;
+    return rows(p, layout, panel, first, last);
   }
   // Few tokens are done while the next bytes come, and these come faster one after the other.
   if constexpr (T >= 4) {
