@@ -20,6 +20,7 @@ from sparsepass.graph.load.checkpoint import (
     model_class_of,
     read_config,
 )
+from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["folder", "hub", "gguf", "program", "memory"]
-
-_DTYPES = {
-    torch.float32: ("float32", "fp32"),
-    torch.bfloat16: ("bfloat16", "bf16"),
-    torch.float16: ("float16", "fp16", "half"),
-    torch.float64: ("float64", "fp64"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +69,6 @@ class _Wanted:
     revision: str | None
     trust_remote_code: bool
     token: str | None
-
-
-def parse_dtype(dtype: "torch.dtype | str") -> torch.dtype:
-    """Return the floating-point type of that name.
-
-    Args:
-        dtype: A torch dtype, or a name such as "bf16", "bfloat16", "fp16", "float32" (with "torch." or without).
-
-    Raises:
-        SparsepassError: If it is none of those.
-
-    Example:
-        >>> parse_dtype("bf16")
-        torch.bfloat16
-    """
-    name = str(dtype).lower().removeprefix("torch.")
-    found = next((known for known, names in _DTYPES.items() if name in names), None)
-    if found is None:
-        raise SparsepassError(f"dtype {dtype} is not understood; expected float32, bfloat16, float16 or float64")
-    return found
 
 
 def load_model(
@@ -157,8 +131,12 @@ def load_model(
         )
         loaded = _from_name(asked, is_path=isinstance(source, Path))
     model = loaded.model
-    if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
-        model = model.to(dtype=wanted)
+    if wanted is not None:
+        if loaded.kind not in ("memory", "program"):
+            check_read(model.state_dict(), wanted, loaded.source)
+        if any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
+            check_fits(model.state_dict(), wanted)
+            model = model.to(dtype=wanted)
     if place is not None:
         model = model.to(device=place)
     origin = {

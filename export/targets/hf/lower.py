@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
-from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
@@ -184,6 +184,7 @@ def _without_branches(program: Program) -> Program:
 def settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
     """Make a model and its configuration those of a plain floating-point one, of a type if one is given."""
     if dtype is not None:
+        check_fits(model.state_dict(), dtype)
         model.to(dtype)  # type: ignore[arg-type]
     parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
     for part in parts:

@@ -31,7 +31,7 @@ from sparsepass.export.targets.onnx.capture import (
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
 from sparsepass.graph import capture
-from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import finish, fold_mask
 from sparsepass.graph.support import SparsepassError, closest, quiet_export
@@ -188,12 +188,12 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     if config.get("is_encoder_decoder"):
         if "decoder_input_ids" not in inputs:
             raise CacheUnsupportedError("the program was captured without decoder_input_ids")
-        return "encoder-decoder-with-past", encoder_decoder_pieces(_converted(program, wanted), _cast(inputs, wanted)), ()
+        return "encoder-decoder-with-past", encoder_decoder_pieces(converted(program, wanted), _cast(inputs, wanted)), ()
     if other := sorted(set(inputs) - _TOKENS):
         raise CacheUnsupportedError(f"the program also takes {', '.join(other)}, and only text models get a cache so far")
     if "input_ids" not in inputs:
         raise CacheUnsupportedError("the program was captured without input_ids")
-    piece = decoder_piece(_converted(program, wanted), inputs["input_ids"])
+    piece = decoder_piece(converted(program, wanted), inputs["input_ids"])
     window = config.get("sliding_window")
     said = f"sliding window of {window}: the whole past is taken and returned, and the attention mask applies the window"
     return "decoder-with-past", (piece,), (said,) if window and config.get("use_sliding_window", True) else ()
@@ -203,7 +203,7 @@ def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
-def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
+def converted(program: Program, wanted: torch.dtype) -> nn.Module:
     """The model's own class, folded, in the wanted dtype; rotary frequencies and the like stay as they are."""
     model = program.to_model()
     if wanted == _dtype_of(program):
@@ -216,13 +216,8 @@ def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or name not in persistent or (stay and stay.search(name)):
             continue
-        cast = canonical_zeros(tensor.detach().to(wanted))  # what underflows may become -0.0
-        if not bool(cast.isfinite().all()) and bool(tensor.isfinite().all()):
-            raise SparsepassError(
-                f"{name} holds values up to {float(tensor.detach().abs().max()):.3g}, which {wanted} cannot hold; use "
-                "bfloat16 or float32"
-            )
-        tensor.data = cast
+        check_fits({name: tensor}, wanted)
+        tensor.data = canonical_zeros(tensor.detach().to(wanted))  # what underflows may become -0.0
     return model
 
 
@@ -240,7 +235,7 @@ def plain_program(program: Program, wanted: torch.dtype) -> Program:
                 f"{wanted}; convert the module before capturing it (module.to({wanted}))"
             )
         inputs = _cast(program.example_inputs, wanted)
-        program = capture(_converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
+        program = capture(converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
     return _folded(program)
 
 
