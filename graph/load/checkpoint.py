@@ -10,19 +10,12 @@ import safetensors
 
 from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, first_line, quiet_loading
+from sparsepass.graph.support import WEIGHTS_FILE, WEIGHTS_INDEX, SparsepassError, first_line, quiet_loading, weights_index
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "PretrainedConfig":
@@ -91,16 +84,16 @@ def check_not_quantized(quantization: object, name: str) -> None:
 
 def check_weights(folder: Path, name: str) -> dict[str, int]:
     """Open every weights file's header, so that a damaged one is named before anything is built."""
-    if (folder / _INDEX).is_file():
-        shards = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
+    if weights_index(folder) is not None:
+        shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
             raise SparsepassError(
-                f"model {name}: {_INDEX} names {len(shards)} files, and {', '.join(missing) or 'all'} are missing; "
+                f"model {name}: {WEIGHTS_INDEX} names {len(shards)} files, and {', '.join(missing) or 'all'} are missing; "
                 "copy or download the model again"
             )
-    elif (folder / _SINGLE).is_file():
-        shards = [_SINGLE]
+    elif (folder / WEIGHTS_FILE).is_file():
+        shards = [WEIGHTS_FILE]
     else:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -110,7 +103,7 @@ def check_weights(folder: Path, name: str) -> dict[str, int]:
                 "AutoModel...from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
             )
         raise SparsepassError(
-            f"model {name} has no weights: expected {_SINGLE} or {_INDEX}. Checkpoints that are only pickled (.bin) "
+            f"model {name} has no weights: expected {WEIGHTS_FILE} or {WEIGHTS_INDEX}. Checkpoints that are only pickled (.bin) "
             "are not read; convert them with AutoModel...from_pretrained(..., "
             "use_safetensors=False).save_pretrained(new_folder)"
         )

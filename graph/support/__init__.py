@@ -9,12 +9,22 @@ from sparsepass.graph.support.contexts import (
     shows_progress,
 )
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
-from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder, write_text
+from sparsepass.graph.support.files import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    check_free,
+    replaced_file,
+    replaced_folder,
+    weights_index,
+    write_text,
+)
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
+    "WEIGHTS_FILE",
+    "WEIGHTS_INDEX",
     "CaptureError",
     "EquivalenceError",
     "PassError",
@@ -40,5 +50,6 @@ __all__ = [
     "replaced_file",
     "replaced_folder",
     "shows_progress",
+    "weights_index",
     "write_text",
 ]
