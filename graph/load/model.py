@@ -19,7 +19,9 @@ from sparsepass.graph.load.checkpoint import (
     explained,
     model_class_of,
     read_config,
+    tokenizer_explained,
 )
+from sparsepass.graph.load.contents import check_all_used
 from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
@@ -28,6 +30,8 @@ from sparsepass.graph.support import SparsepassError, closest, first_line, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 Kind = Literal["folder", "hub", "gguf", "program", "memory"]
 
@@ -246,7 +250,10 @@ def _from_program(folder: Path, name: str) -> LoadedModel:
 def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
     name, trust = wanted.name, wanted.trust_remote_code
     config = read_config(folder, name, trust_remote_code=trust)
-    weights = check_weights(folder, name)
+    packed = is_packed(getattr(config, "quantization_config", None))
+    if not packed and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # stored plainly, as `read_config` has found: no quantizer has to read it
+    weights = check_weights(folder, name, is_packed_already=packed)
     model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
     with quiet_loading(), explained(name):
         options = {"dtype": wanted.dtype or "auto", "use_safetensors": True, "trust_remote_code": trust}
@@ -289,7 +296,8 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
         model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
         dtype = wanted.dtype or torch.float32
         model, notes = _built(model_class, folder, name, config=config, gguf_file=file, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        with tokenizer_explained(name, [file]):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
     # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
     if getattr(model.config, "quantization_config", None) is not None:
@@ -305,8 +313,8 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
 
 
 def _lone_gguf(folder: Path, name: str) -> str | None:
-    """The one GGUF file of a folder without a config.json; None if there is none."""
-    if (folder / "config.json").is_file():
+    """The one GGUF file of a folder that holds no other weights; None if there is none."""
+    if (folder / "config.json").is_file() and any(path for kind in _WEIGHTS for path in folder.glob(kind)):
         return None
     found = sorted(path.name for path in folder.glob("*.gguf"))
     if len(found) > 1:
@@ -323,6 +331,7 @@ def _built(model_class: Any, folder: Path, name: str, **options: Any) -> tuple[A
     model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
     model.config.name_or_path = model.name_or_path = name
+    check_all_used(model, info, name)
     return model.eval(), check_complete(info, type(model).__name__, name)
 
 
