@@ -244,10 +244,7 @@ class CheckEntry(Part):
 class VerificationSection(Part):
     """What was found when the written files were opened again."""
 
-    held: bool | None = Field(
-        default=None,
-        description="whether every check held; null if one could not be made here, or verification was switched off",
-    )
+    held: bool | None = Field(default=None, description="whether every check held; null if one could not be made, or none was")
     state: str = Field(default="", description="the same in words: `held`, `did_not_hold` or `not_checked`")
     checks: list[CheckEntry] = Field(description="one entry a check")
 

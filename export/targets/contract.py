@@ -33,12 +33,14 @@ class LoweringContext:
 
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder."""
+        from sparsepass.export.targets.older import add_older_tokenizer_keys
         from sparsepass.graph.support import quiet_loading
 
         with quiet_loading():
             for companion in (self.processor, self.tokenizer):
                 if companion is not None:
                     companion.save_pretrained(folder)
+        add_older_tokenizer_keys(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

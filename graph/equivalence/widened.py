@@ -63,5 +63,5 @@ def _widen_attributes(graph: Any) -> bool:
     return found
 
 
-def _widened(tensor: Any) -> ir.Tensor:
+def _widened(tensor: Any) -> "ir.Tensor[Any]":
     return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
+from sparsepass.export.targets.older import add_older_keys
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
@@ -150,7 +151,7 @@ def lower_hf(
     with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
         settle_config(model, None if dtype is None else parse_dtype(dtype))
-        save_model(model, folder)
+        is_read_by_4 = save_model(model, folder)
     loads_with = auto_class(type(model), model.config)
     adapter = None
     if branches:
@@ -158,7 +159,7 @@ def lower_hf(
         write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
-    (folder / "README.md").write_text(_card(program, loads_with, kept_in), encoding="utf-8")
+    (folder / "README.md").write_text(_card(program, loads_with, kept_in, is_read_by_4=is_read_by_4), encoding="utf-8")
     return HfArtifact(
         folder=folder,
         adapter=adapter,
@@ -197,13 +198,16 @@ def settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
             part.dtype = dtype
 
 
-def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] | None = None) -> None:
+def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] | None = None) -> bool:
     """Save a model. transformers loads some generation settings that it refuses to save: they are kept as they came.
 
     Args:
         model: The model.
         folder: Where to.
         state: Its tensors by name; by default those that it has.
+
+    Returns:
+        Whether transformers 4 reads the configuration, too; see `add_older_keys`.
     """
     settings = model.generation_config if model.can_generate() else None
     as_it_came = None
@@ -216,9 +220,10 @@ def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] 
     model.save_pretrained(folder, max_shard_size=_MAX_SHARD, state_dict=state)
     if as_it_came is not None:
         (folder / "generation_config.json").write_text(as_it_came, encoding="utf-8")
+    return add_older_keys(folder)
 
 
-def _card(program: Program, loads_with: str, dtype: str) -> str:
+def _card(program: Program, loads_with: str, dtype: str, *, is_read_by_4: bool) -> str:
     report = program.report()
     patterns = Counter(state.pattern for state in program.sparse.values())
     said = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items()) or "no sparse weight"
@@ -240,6 +245,7 @@ def _card(program: Program, loads_with: str, dtype: str) -> str:
         *(["Layers left dense:", "", *(f"- {number}: {reason}" for reason, number in skipped.most_common()), ""]),
         "## Loading",
         "",
+        *([] if is_read_by_4 else ["Needs transformers >= 5: older versions would read another position embedding.", ""]),
         "```python",
         f"from transformers import {loads_with}",
         "",

@@ -62,7 +62,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
     failures += weights.pop("failures")
     outputs = check_outputs(program, runs, given, dtype)
     if not outputs["holds"]:
-        failures.append(f"the outputs are not the program's: {outputs['said']}")
+        failures.append(f"the outputs differ from the program's: {outputs['said']}")
     return {
         "holds": not failures,
         "failures": failures,

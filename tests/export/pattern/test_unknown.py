@@ -110,8 +110,8 @@ def test_the_weights_that_from_pretrained_loads_are_judged(tmp_path: Path) -> No
     config = hf.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
     )
-    pruned = apply_passes(hf.LlamaForCausalLM(config), ["nm_sparsify"], progress=False).to_model()
-    pruned.save_pretrained(tmp_path, max_shard_size="20KB")  # type: ignore[attr-defined]
+    pruned: Any = apply_passes(hf.LlamaForCausalLM(config), ["nm_sparsify"], progress=False).to_model()
+    pruned.save_pretrained(tmp_path, max_shard_size="20KB")
     assert check_pattern(tmp_path, ignore=["lm_head"]).conforms
     dense: Any = hf.LlamaForCausalLM(config)
     save_file(dense.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})

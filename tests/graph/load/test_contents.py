@@ -66,8 +66,8 @@ def test_weights_saved_out_of_a_wrapper_say_so(folder: Path, prefix: str) -> Non
 
 
 def test_sparse_weights_that_llm_compressor_stored_plainly_load(folder: Path, tmp_path: Path) -> None:
-    model = apply_passes(load_model(folder).model, ["nm_sparsify"], progress=False).to_model()
-    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    model: Any = apply_passes(load_model(folder).model, ["nm_sparsify"], progress=False).to_model()
+    model.save_pretrained(folder)
     document = json.loads((folder / "config.json").read_text())
     sparsity = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}
     method = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "sparsity_config": sparsity}
