@@ -217,13 +217,20 @@ class _Forward:
         main = "decoder_input_ids" if "decoder_input_ids" in program.input_names else "input_ids"
         given = {main: ids.to(program.device), **{n: t.to(program.device) for n, t in others.items()}}
         if "position_ids" in program.input_names:
-            given["position_ids"] = torch.arange(ids.shape[1], device=program.device)[None].repeat(ids.shape[0], 1)
+            first = int(program.example_inputs["position_ids"].min())  # RoBERTa's do not begin at 0
+            positions = torch.arange(first, first + ids.shape[1], device=program.device)
+            given["position_ids"] = positions[None].repeat(ids.shape[0], 1)
         if "attention_mask" in program.input_names and main == "input_ids":
             given["attention_mask"] = torch.ones_like(given[main])
         flat = program.graph_module(*program.flat_inputs(**given).values())
         logits = flat[program.output_names.index("logits")]
         assert isinstance(logits, Tensor)
         return logits
+
+    def padded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits of tokens some of which are padding, as the model's own class computes them."""
+        model = self.program.to_model().cpu()
+        return model(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
 
 
 @final
@@ -237,6 +244,9 @@ class _ExactForward(_Forward):
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         found = self.model(**{n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()})
         return [found[name] for name in self.program.output_names]
+
+    def padded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
 
     def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
         main = "decoder_input_ids" if "decoder_input_ids" in self.program.input_names else "input_ids"
@@ -271,13 +281,17 @@ def _decoder_cases(program: Program, place: Path, forward: _Forward) -> Cases:
         return _run_chunks(DecoderSession(session), chunks, mask)
 
     yield from _stepped(ids, full, run)
-    if "attention_mask" in {value.name for value in session.get_inputs()}:
+    names = {value.name for value in session.get_inputs()}
+    if "attention_mask" in names:
         short = ids[:1, : length - 3]
         padded = torch.cat([torch.cat([short[:, :1].repeat(1, 2), short], 1), ids[1:2, : length - 1]], 0)
         mask = torch.ones(2, length, dtype=torch.long)
         mask[0, :2] = 0
         step = ids[:2, -1:]
-        alone = forward.logits(torch.cat([short, step[:1]], 1).repeat(2, 1))[:1]
+        if "position_ids" in names:
+            alone = forward.logits(torch.cat([short, step[:1]], 1).repeat(2, 1))[:1]
+        else:  # positions count the padding, too: what is right is what the model itself makes of it
+            alone = forward.padded(torch.cat([padded, step], 1), mask)[:1, 2:]
         yield "left padding, prefill", alone[:, :-1], run(padded, mask=mask[:, :-1])[:1, 2:]
         yield "left padding, decode", alone[:, -1:], run(padded, step, mask=mask)[:1]
 
