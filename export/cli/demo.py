@@ -141,7 +141,7 @@ def demo(
     shown = f"Packed: not measured, because {missing}." if packed is None else speed_tables(packed.speed)
     console.print(shown, highlight=False)
     console.print(Text(_explained(result, packed, model)))
-    return result if packed is None or packed.held else replace(result, state="did_not_hold")
+    return result if packed is None or packed.held else replace(result, held=False, state="did_not_hold")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,6 +56,7 @@ class ExportResult:
 
     Attributes:
         folder: Where it stands.
+        held: Whether everything was checked, and held.
         state: What verification came to: ``held``, ``did_not_hold``, or ``not_checked`` (something could not be compared here,
             or verification was switched off).
         report: The content of report.json.
@@ -63,14 +64,10 @@ class ExportResult:
     """
 
     folder: Path
-    state: State
+    held: bool
     report: Mapping[str, Any] = field(repr=False)
     program: Program = field(repr=False)
-
-    @property
-    def held(self) -> bool:
-        """Whether everything was checked, and held."""
-        return self.state == "held"
+    state: State = "not_checked"
 
     @property
     def unchecked(self) -> tuple[str, ...]:
@@ -268,7 +265,7 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
         seconds = time.perf_counter() - prepared.started
         document["runs"] = [*document["runs"], run_record("export", command=command, seconds=seconds)]
         written = write_report(staging, _moved(plain_json(document), staging, out))
-    return ExportResult(folder=out, state=state, report=written, program=program)
+    return ExportResult(folder=out, held=state == "held", state=state, report=written, program=program)
 
 
 @torch.no_grad()
