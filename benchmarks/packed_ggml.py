@@ -7,19 +7,23 @@ PYTHON is that of an environment with llama-cpp-python, built from source so tha
     python -m venv ENV && CMAKE_ARGS="-DGGML_NATIVE=ON" ENV/bin/pip install llama-cpp-python
 
 Our kernel runs here, ggml's in a process of its own; they take turns, each on two threads, and the one that waits computes
-nothing. ggml's products of all copies of a weight are one graph, so that its threads are started once, as in a model. Weights
-lie as they are stored ("CPU") and in ggml's own orders ("CPU_REPACK", which llama.cpp chooses where it can). Writes
-packed_ggml.json and packed_ggml.md.
+nothing. ggml's products of all copies of a weight are one graph, so that its threads are started once, as in a model; ours are
+woken for each product. Weights lie as they are stored ("CPU") and in ggml's own orders ("CPU_REPACK", which llama.cpp chooses
+where it can). Writes packed_ggml.json and packed_ggml.md.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+# Threads of ours that wait actively would take ggml's processors. OpenMP reads this when torch is loaded.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 from common import commit, machine

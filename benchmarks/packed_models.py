@@ -8,7 +8,7 @@ folder. Each side is loaded with from_pretrained. All sides take turns in one pr
 sequence with a static cache, nothing compiled; and the prefill of 512 tokens. Memory is what a process of its own grows by.
 
 --llama is the Python of an environment with llama-cpp-python (packed_ggml.py says how it is built); without it that row is left
-out. Writes packed_models.json and packed_models.md.
+out. Writes packed_models.json and packed_models.md; those of one model each are committed under its name.
 """
 
 import argparse
