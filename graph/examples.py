@@ -11,7 +11,7 @@ from sparsepass.graph.support import CaptureError
 _EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS = 2, 8, 224
 
 
-def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
+def example_inputs_for(model: nn.Module, tokens: int = _EXAMPLE_TOKENS) -> dict[str, Tensor]:
     """Make small random inputs for a transformers model from its configuration, the same each time.
 
     Raises:
@@ -27,7 +27,7 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
     device = next(iter(model.parameters())).device
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     generator = torch.Generator().manual_seed(0)
-    shape = (_EXAMPLE_BATCH, _EXAMPLE_TOKENS)
+    shape = (_EXAMPLE_BATCH, tokens)
 
     def ids() -> Tensor:
         vocabulary = int(getattr(text, "vocab_size", None) or config.vocab_size)

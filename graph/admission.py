@@ -1,0 +1,82 @@
+"""Which models may be captured, and how they are taken out of what others have put around them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
+from sparsepass.graph.program import Program
+from sparsepass.graph.support import CaptureError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile`, DataParallel or DistributedDataParallel; the model itself if there is none around.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(net)) is net
+        True
+    """
+    while True:
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:  # naming the class imports triton
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def plain_settings(model: nn.Module) -> Iterator[None]:
+    """Run a model plainly for a block: without a cache, with named outputs, its modules not compiled.
+
+    Encoder-decoders hold a configuration for each half. The caller puts what is changed back: see `untouched`.
+    """
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = unwrapped(child)
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
+    configs: list[Any] = [c for module in model.modules() if (c := getattr(module, "config", None)) is not None]
+    for config in configs:
+        for name, value in (("use_cache", False), ("return_dict", True)):
+            if hasattr(config, name) and getattr(config, name) is not value:
+                setattr(config, name, value)
+    yield
+
+
+def check_model(model: nn.Module) -> None:
+    if isinstance(model, Program):
+        raise CaptureError("this is a program already; pass it on as it is")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected an nn.Module, got {type(model).__name__}; load the checkpoint first")
+    kinds = {type(m).__module__.split(".")[0] for m in model.modules()}
+    if "peft" in kinds:
+        raise CaptureError(
+            "the model is wrapped by PEFT: merge the adapter first (model = model.merge_and_unload()), then prune the "
+            "result; merged after pruning, an adapter would destroy the pattern"
+        )
+    if any(is_packed_module(module) for module in model.modules()):
+        raise CaptureError(FOR_INFERENCE)
+    if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
+        raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise CaptureError(f"{name} has no shape yet: run the model once on an example, then capture it")
+        if type(tensor) not in (Tensor, nn.Parameter) and "Parameter" not in type(tensor).__name__:
+            raise CaptureError(
+                f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
+                "sharded; prune the original floating-point checkpoint"
+            )
+        if tensor.layout != torch.strided:
+            raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
+    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        raise CaptureError(
+            f"parts of the model are on different devices ({', '.join(sorted(devices))}); move it to one device first "
+            "(model.to('cpu')), or load it without device_map"
+        )
