@@ -65,6 +65,8 @@ def limits_of(placeholders: Iterable[fx.Node]) -> tuple[str, ...]:
     for condition in conditions:
         if condition in (True, False) or free_unbacked_symbols(condition):
             continue
+        if any(symbol not in first and "[" not in str(symbol) for symbol in condition.free_symbols):
+            continue  # it asks about a stride
         found += _text(condition.xreplace(places), hints)
     return tuple(dict.fromkeys(found))
 

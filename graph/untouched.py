@@ -92,7 +92,7 @@ class _Kept:
                     container.update(content | made)
             elif isinstance(container, list):
                 container[:] = content
-            else:
+            elif container != set(content):
                 container.clear()
                 container.update(content)
         with torch.no_grad():
