@@ -12,6 +12,9 @@ from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError
 
 
+_NO_TOKEN = -1
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of `torch.compile`, DataParallel or DistributedDataParallel; the model itself if there is none around.
 
@@ -33,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_settings(model: nn.Module) -> Iterator[None]:
     """Run a model plainly for a block: without a cache, with named outputs, its modules not compiled.
 
-    Encoder-decoders hold a configuration for each half. The caller puts what is changed back: see `untouched`.
+    Encoder-decoders hold a configuration for each half. Classifiers without a padding token get one that no text has. The caller puts what is changed back: see `untouched`.
     """
     for module in list(model.modules()):
         for name, child in module._modules.items():
@@ -46,7 +49,14 @@ def plain_settings(model: nn.Module) -> Iterator[None]:
         for name, value in (("use_cache", False), ("return_dict", True)):
             if hasattr(config, name) and getattr(config, name) is not value:
                 setattr(config, name, value)
+        if _needs_padding(model, config):
+            config.pad_token_id = _NO_TOKEN
     yield
+
+
+def _needs_padding(model: nn.Module, config: Any) -> bool:
+    """Whether a classifier takes one row at a time because its padding token is not known: it reads the last token then."""
+    return type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", 0) is None
 
 
 def check_model(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from sparsepass.graph.untouched import untouched
 # Tokens of the examples made here: few, or as many as it takes for a model that asks whether there are few. Primes are
 # multiples of nothing that a model could ask for.
 _TOKENS = (8, 37, 149, 521)
+_SOUND = ("input_values", "inputs")
 _LOG = logging.getLogger(__name__)
 
 
@@ -68,8 +69,10 @@ def capture(
     """
     model = unwrapped(model)
     check_model(model)
+    origin = _origin(model)
     with untouched(model), evaluating(model), plain_settings(model), torch.no_grad():
         program = _captured(model, example_inputs, dynamic_axes)
+        program.origin = origin
         check_against(model, program)
     for name, tensor in program.tensors().items():
         if not inplace:
@@ -88,7 +91,7 @@ def _captured(
     if unknown := sorted(set(axes) - set(named)):
         raise CaptureError(f"dynamic_axes names {unknown}, but the inputs are {sorted(named)}")
     program = _to_program(model, _export(model, named, axes), named)
-    most = position_limit(program.origin.config) or tokens[-1]
+    most = position_limit(getattr(model, "config", None)) or tokens[-1]
     longer = [n for n in tokens[1:] if n <= most and end_before(program.limits, program.example_inputs, n)]
     if example_inputs is None and longer:
         with contextlib.suppress(CaptureError):
@@ -172,12 +175,15 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
 
 
 def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Batch always; the second axis of [B, T] and [B, T, D]; height and width of images. Mel spectrograms are fixed."""
+    """Batch always; the second axis of [B, T] and [B, T, D]; height and width of images; the samples of sound.
+
+    Mel spectrograms are fixed.
+    """
     axes = {}
     for name, tensor in named.items():
         by_rank: dict[int, tuple[int, ...]] = {0: (), 1: (0,), 2: (0, 1), 3: (0, 1), 4: (0, 2, 3)}
         found = by_rank.get(tensor.dim(), (0,))
-        if tensor.dim() == 2 and tensor.is_floating_point():
+        if tensor.dim() == 2 and tensor.is_floating_point() and name not in _SOUND:
             found = (0,)
         if name == "input_features":
             found = (0,)
@@ -269,7 +275,6 @@ def _to_program(
         dynamic_axes={str(node.target): _symbolic_axes(node) for node in placeholders},
         limits=limits_of(placeholders),
         aliases=aliases,
-        origin=_origin(model),
     )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in aliases:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsepass.graph.lengths import broken, holds, is_firm
+from sparsepass.graph.lengths import broken, holds, is_firm, is_range
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError, first_line
@@ -44,7 +44,8 @@ def check_against(model: nn.Module, program: Program) -> None:
     Exactness: relative error of all outputs together: 1e-4, 2e-2 in float16, 4e-2 in bfloat16.
     """
     shapes = _Shapes(program)
-    program.limits = tuple(limit for limit in program.limits if is_firm(limit) or shapes.ever_breaks(limit))
+    everywhere = shapes.all()
+    program.limits = tuple(limit for limit in program.limits if is_firm(limit) or _breaks(limit, everywhere))
     if any(tensor.is_meta for tensor in [*program.tensors().values(), *program.example_inputs.values()]):
         return
     try:
@@ -65,6 +66,7 @@ def check_against(model: nn.Module, program: Program) -> None:
         )
     _settle_axes(model, program, shapes)
     _settle_limits(model, program, shapes)
+    _say_simply(program, shapes)
 
 
 class _ModelError(Exception):
@@ -72,80 +74,87 @@ class _ModelError(Exception):
 
 
 class _Shapes:
-    """Other shapes of the example inputs. All batches vary as one, and so do lengths that are equal in the example."""
+    """Other shapes of the example inputs: all batches vary as one, all lengths (axis 1), all heights, all widths."""
 
     def __init__(self, program: Program) -> None:
         self.example: _Sizes = {name: tuple(t.shape) for name, t in program.example_inputs.items()}
         self.axes = program.dynamic_axes
-        varying = [(name, axis) for name, axes in self.axes.items() for axis in axes]
-        self.batch = max((self.example[name][axis] for name, axis in varying if axis == 0), default=0)
-        self.lengths = sorted({self.example[name][axis] for name, axis in varying if axis > 0})
+        self.largest: dict[int, int] = {}
+        for name, axes in self.axes.items():
+            for axis in axes:
+                self.largest[axis] = max(self.largest.get(axis, 0), self.example[name][axis])
         limit = position_limit(program.origin.config)
-        longest = max([*self.lengths, 0])
-        self.longest = min(max(_LONGEST, longest + 16), limit or 2**31)
+        self.longest = min(max(_LONGEST, self.largest.get(1, 0) + 16), limit or 2**31)
 
-    def at(self, batch: int | None = None, length: int | None = None) -> _Sizes:
-        """The example's sizes with another batch, or another length (the longest; the others change by as much)."""
-        more = 0 if length is None or not self.lengths else length - self.lengths[-1]
+    def at(self, sizes: Mapping[int, int]) -> _Sizes:
+        """The example's sizes with others along some axes: for the largest there, and the rest change by as much."""
 
         def size(name: str, axis: int, old: int) -> int:
-            if axis not in self.axes.get(name, ()):
+            if axis not in self.axes.get(name, ()) or axis not in sizes:
                 return old
-            if axis == 0:
-                return old if batch is None else batch
-            return max(1, old + more)
+            return max(1, old + sizes[axis] - self.largest[axis])
 
         return {name: tuple(size(name, axis, old) for axis, old in enumerate(shape)) for name, shape in self.example.items()}
 
-    def all(self) -> Iterator[_Sizes]:
-        lengths: Sequence[int | None] = range(1, self.longest + 1) if self.lengths else [None]
-        batches: Sequence[int | None] = _BATCHES if self.batch else [None]
-        yield from (self.at(batch, length) for batch, length in itertools.product(batches, lengths))
+    def along(self, axis: int) -> list[_Sizes]:
+        """Shapes that differ in one kind of axis; images that stay square are among them."""
+        if axis not in self.largest:
+            return []
+        found = [self.at({axis: value}) for value in self._values(axis)]
+        return found + ([self.at({2: value, 3: value}) for value in self._values(axis)] if axis > 1 else [])
 
-    def ever_breaks(self, limit: str) -> bool:
-        return any(not holds(limit, sizes) for sizes in self.all())
+    def all(self) -> list[_Sizes]:
+        batches, lengths = (self._values(axis) if axis in self.largest else [1] for axis in (0, 1))
+        both = [self.at({0: batch, 1: length}) for batch, length in itertools.product(batches, lengths)]
+        return both + [shape for axis in self.largest if axis > 1 for shape in self.along(axis)]
+
+    def _values(self, axis: int) -> list[int]:
+        """Sizes to try: all small ones, some up to the end, and all about the end."""
+        if axis == 0:
+            return list(_BATCHES)
+        last = self.longest if axis == 1 else max(_LONGEST, self.largest[axis] + 16)
+        first = min(_LONGEST, last)
+        between = range(first, last - 16, max(7, (last - first) // _LONGEST))
+        return [*range(1, first + 1), *between, *range(max(first + 1, last - 16), last + 1)]
+
+
+def _breaks(limit: str, shapes: Sequence[_Sizes]) -> bool:
+    return any(not holds(limit, sizes) for sizes in shapes)
 
 
 def _settle_axes(model: nn.Module, program: Program, shapes: _Shapes) -> None:
     """Compare one other shape for each kind of axis; an axis along which the two differ is fixed."""
-    lengths = [shapes.lengths[-1] + more for more in (5, 8, -3, 1, -1) if shapes.lengths]
-    probes: list[tuple[int, list[_Sizes]]] = []
-    if shapes.batch:
-        probes.append((0, [shapes.at(batch=shapes.batch + 1), shapes.at(batch=shapes.batch + 2)]))
-    if shapes.lengths:
-        probes.append((1, [shapes.at(length=length) for length in lengths if 1 < length <= shapes.longest]))
-    for kind, candidates in probes:
-        within = [sizes for sizes in candidates if sizes != shapes.example and broken(program.limits, sizes) is None]
+    for axis, size in shapes.largest.items():
+        if axis == 0:
+            candidates = [shapes.at({0: size + more}) for more in (1, 2)]
+        elif axis == 1:
+            lengths = [size + more for more in (5, 8, -3, 1, -1)]
+            candidates = [shapes.at({1: length}) for length in lengths if 1 < length <= shapes.longest]
+        else:
+            candidates = [shapes.at({2: 2 * size, 3: 2 * size})]
+        within = [sizes for sizes in candidates if broken(program.limits, sizes) is None]
         if within and _agree(model, program, within[0]) is False:
-            _fix(program, kind)
-    for kind, one in ((0, shapes.at(batch=1)), (1, shapes.at(length=1))):
-        applies = shapes.batch > 1 if kind == 0 else bool(shapes.lengths)
-        if applies and one != shapes.example and broken(program.limits, one) is None:
-            if _agree(model, program, one) is False:
-                _start_at_two(program, kind)
+            _fix(program, axis)
+    for axis in (0, 1):
+        one = shapes.at({axis: 1})
+        if one != shapes.example and broken(program.limits, one) is None and _agree(model, program, one) is False:
+            program.limits += tuple(f"{name}[{axis}] >= 2" for name in _varying(program, axis))
 
 
-def _of_kind(program: Program, kind: int) -> Iterator[tuple[str, int]]:
-    for name, axes in program.dynamic_axes.items():
-        yield from ((name, axis) for axis in axes if (axis == 0) == (kind == 0))
+def _varying(program: Program, axis: int) -> list[str]:
+    return [name for name, axes in program.dynamic_axes.items() if axis in axes]
 
 
-def _fix(program: Program, kind: int) -> None:
-    fixed = set(_of_kind(program, kind))
-    program.dynamic_axes = {n: tuple(a for a in axes if (n, a) not in fixed) for n, axes in program.dynamic_axes.items()}
-
-
-def _start_at_two(program: Program, kind: int) -> None:
-    program.limits += tuple(f"{name}[{axis}] >= 2" for name, axis in _of_kind(program, kind))
+def _fix(program: Program, axis: int) -> None:
+    program.dynamic_axes = {name: tuple(a for a in axes if a != axis) for name, axes in program.dynamic_axes.items()}
 
 
 def _settle_limits(model: nn.Module, program: Program, shapes: _Shapes) -> None:
     """Drop the conditions beyond which the program still gives the model's result."""
     firm = [limit for limit in program.limits if is_firm(limit)]
     doubtful = [limit for limit in program.limits if not is_firm(limit)]
-    beyond = {
-        limit: [sizes for sizes in shapes.all() if broken(firm, sizes) is None and not holds(limit, sizes)] for limit in doubtful
-    }
+    possible = [sizes for sizes in shapes.all() if broken(firm, sizes) is None]
+    beyond = {limit: [sizes for sizes in possible if not holds(limit, sizes)] for limit in doubtful}
     equal = dict.fromkeys(doubtful, 0)
     kept = {limit for limit in doubtful if not beyond[limit]}
     tried: list[_Sizes] = []
@@ -162,10 +171,19 @@ def _settle_limits(model: nn.Module, program: Program, shapes: _Shapes) -> None:
                 equal[limit] += agrees is True
                 kept |= {limit} if agrees is not True else set()
     program.limits = tuple(
-        limit
-        for limit in program.limits
-        if limit in firm or limit in kept or equal[limit] < min(2, len(beyond[limit]))
+        limit for limit in program.limits if limit in firm or limit in kept or equal[limit] < min(2, len(beyond[limit]))
     )
+
+
+def _say_simply(program: Program, shapes: _Shapes) -> None:
+    """Drop the limits that ranges imply, and call an axis fixed along which one size is left."""
+    ranges = [limit for limit in program.limits if is_range(limit)]
+    within = [sizes for sizes in shapes.all() if broken(ranges, sizes) is None]
+    program.limits = tuple(limit for limit in program.limits if limit in ranges or is_firm(limit) or _breaks(limit, within))
+    for axis in shapes.largest:
+        others = [sizes for sizes in shapes.along(axis) if sizes != shapes.example]
+        if not any(broken(program.limits, sizes) is None for sizes in others):
+            _fix(program, axis)
 
 
 def _agree(model: nn.Module, program: Program, sizes: _Sizes) -> bool | None:

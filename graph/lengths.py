@@ -28,6 +28,7 @@ _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 _SIZE = r"\w+\[\d+\]"
 _FIRM = re.compile(rf"{_SIZE} (<=|<|==) (\d+|{_SIZE})|\d+ (>=|>|==) {_SIZE}|{_SIZE} (>=|>) {_SIZE}")
+_RANGE = re.compile(rf"{_SIZE} (<=|<|>=|>) \d+|\d+ (<=|<|>=|>) {_SIZE}")
 _SHOWN = 4  # ranges of allowed sizes that a message names
 
 
@@ -119,6 +120,16 @@ def holds(limit: str, sizes: Sizes) -> bool:
 def broken(limits: Sequence[str], sizes: Sizes) -> str | None:
     """The first limit that sizes break; None if they are within all."""
     return next((limit for limit in limits if not holds(limit, sizes)), None)
+
+
+def is_range(limit: str) -> bool:
+    """Whether a limit compares one size with a number.
+
+    Example:
+        >>> is_range("x[1] >= 4"), is_range("x[1] == y[1]")
+        (True, False)
+    """
+    return bool(_RANGE.fullmatch(limit))
 
 
 @functools.lru_cache(maxsize=1024)
