@@ -11,7 +11,6 @@ from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError
 
-
 _NO_TOKEN = -1
 
 
@@ -33,10 +32,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
+def named_outputs(model: object) -> Iterator[None]:
+    """Run a model for a block as if no configuration in it asked for tuples (``return_dict=False``, which old ones do)."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    configs: list[Any] = [c for module in modules if (c := getattr(module, "config", None)) is not None]
+    changed = [config for config in configs if getattr(config, "return_dict", True) is False]
+    for config in changed:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.return_dict = False
+
+
+@contextlib.contextmanager
 def plain_settings(model: nn.Module) -> Iterator[None]:
     """Run a model plainly for a block: without a cache, with named outputs, its modules not compiled.
 
-    Encoder-decoders hold a configuration for each half. Classifiers without a padding token get one that no text has. The caller puts what is changed back: see `untouched`.
+    Encoder-decoders hold a configuration for each half. Classifiers without a padding token get one that no text has. The
+    caller puts back what is changed: see `untouched`.
     """
     for module in list(model.modules()):
         for name, child in module._modules.items():
@@ -60,6 +75,11 @@ def _needs_padding(model: nn.Module, config: Any) -> bool:
 
 
 def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be captured, in words.
+
+    Raises:
+        CaptureError: If it is no plain model of floating-point tensors on one device.
+    """
     if isinstance(model, Program):
         raise CaptureError("this is a program already; pass it on as it is")
     if not isinstance(model, nn.Module):

@@ -29,6 +29,7 @@ _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
 _SIZE = r"\w+\[\d+\]"
 _FIRM = re.compile(rf"{_SIZE} (<=|<|==) (\d+|{_SIZE})|\d+ (>=|>|==) {_SIZE}|{_SIZE} (>=|>) {_SIZE}")
 _RANGE = re.compile(rf"{_SIZE} (<=|<|>=|>) \d+|\d+ (<=|<|>=|>) {_SIZE}")
+_EQUAL = re.compile(rf"{_SIZE} == {_SIZE}")
 _SHOWN = 4  # ranges of allowed sizes that a message names
 
 
@@ -195,6 +196,22 @@ def end_before(limits: Sequence[str], examples: Mapping[str, Tensor], length: in
 
     about = [grown(max(other - longest, 1)) for other in range(length - 7, length + 1)]
     return any(all(not holds(limit, sizes) for sizes in about) for limit in limits)
+
+
+def unusual(limits: Sequence[str], longest: int | None) -> tuple[str, ...]:
+    """The limits that users would not expect: not that sizes are equal, nor the model's number of positions.
+
+    Args:
+        limits: Of a program.
+        longest: The number of positions; None if there is no such limit.
+
+    Example:
+        >>> unusual(["x[1] == y[1]", "x[1] <= 64", "x[1] <= 8"], 64)
+        ('x[1] <= 8',)
+    """
+    ends = set() if longest is None else {f"<= {longest}", f"< {longest + 1}"}
+    plain = [limit for limit in limits if not _EQUAL.fullmatch(limit) and limit.partition(" ")[2] not in ends]
+    return tuple(plain)
 
 
 @functools.lru_cache(maxsize=4096)

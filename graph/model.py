@@ -141,9 +141,11 @@ def _configuration(kind: Any, written: Mapping[str, Any]) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """Turn ``{"__float__": "Infinity"}``, as transformers writes it, back into the number; copies the rest."""
+    """Copy a configuration; ``{"__float__": "Infinity"}``, as transformers writes it, is a number again, and outputs have names."""
     if isinstance(value, Mapping):
-        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _numbers(item) for key, item in value.items() if (key, item) != ("return_dict", False)}
     return [_numbers(item) for item in value] if isinstance(value, list | tuple) else value
 
 

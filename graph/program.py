@@ -32,7 +32,7 @@ from sparsepass.graph.saved import (
     read_state,
     write_state,
 )
-from sparsepass.graph.sites import Site, find_sites
+from sparsepass.graph.sites import Site, find_sites, idle_layers
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 
@@ -175,9 +175,9 @@ class Program(nn.Module):
             self._check_input(name, value)
             bound[name] = value
         shapes = tuple((name, tuple(value.shape)) for name, value in bound.items())
-        if self.limits and all(type(size) is int for _, shape in shapes for size in shape):  # tracing has symbols there
-            if words := refused(self.limits, shapes):
-                raise SparsepassError(f"{words}; capture the model again with example_inputs of such sizes")
+        is_traced = not all(type(size) is int for _, shape in shapes for size in shape)
+        if not is_traced and (words := refused(self.limits, shapes)):
+            raise SparsepassError(f"{words}; capture the model again with example_inputs of such sizes")
         return bound
 
     def _check_input(self, name: str, value: Any) -> None:
@@ -278,7 +278,8 @@ class Program(nn.Module):
 
     def report(self) -> Report:
         """What each pass did at each site, and why not; `str()` of it is a table."""
-        return Report(history=self.history, sites=self.sites(), sparse=self.sparse)
+        idle = idle_layers(self.graph_module, self.tensors())
+        return Report(history=self.history, sites=self.sites(), sparse=self.sparse, idle=idle)
 
     def hierarchy(self) -> nn.Module:
         """The model's original module tree, its layers as modules, over this program's own parameters.

@@ -35,6 +35,9 @@ _UNSUPPORTED_NAMES = {
 }  # fmt: skip
 
 
+_IDLE = "the captured graph never runs it: the example inputs had nothing for it (images, say); capture with such inputs"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One weight used by linear-like operations of a graph.
@@ -138,6 +141,21 @@ def find_sites(
     return tuple(
         _site(graph_module, key, found, names=names, heads=heads, embeddings=embeddings) for key, found in uses.items()
     )
+
+
+def idle_layers(graph_module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layers that a program holds and its graph never runs, such as an image tower where the example had no image.
+
+    Args:
+        graph_module: A flat graph.
+        tensors: Every tensor of the program, by name.
+
+    Returns:
+        Name of the layer -> why nothing was done to it.
+    """
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    weights = [n for n, t in tensors.items() if isinstance(t, torch.nn.Parameter) and t.dim() > 1 and n not in read]
+    return {n.removesuffix(".weight"): _IDLE for n in weights if n.endswith(".weight") or "experts" in n}
 
 
 @dataclass(frozen=True, kw_only=True)
