@@ -141,7 +141,7 @@ def _configuration(kind: Any, written: Mapping[str, Any]) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """Copy a configuration; ``{"__float__": "Infinity"}``, as transformers writes it, is a number again, and outputs have names."""
+    """Copy a configuration. ``{"__float__": "Infinity"}`` of transformers is a number again, and outputs have names."""
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
