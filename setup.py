@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 NATIVE = Path("src/sparsepass/graph/native")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-shared", "-pthread")
 """No -march: functions that need instructions name them, and are called where the processor has them."""
 NAME = "libsparsepass.dylib" if sys.platform == "darwin" else "libsparsepass.so"
 

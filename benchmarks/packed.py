@@ -166,7 +166,8 @@ def yardstick_way(library: ctypes.CDLL, path: str, weight: Tensor, x: Tensor, co
         library.yardstick_int4_lay_out(c_int(PATHS[path]), *pointers, *sizes, c_void_p(data.data_ptr()))
     else:
         data, scales = torch.empty(weight.nbytes, dtype=torch.uint8), torch.ones(rows, dtype=torch.bfloat16)
-        library.yardstick_lay_out(c_int64(weight.element_size()), c_void_p(weight.data_ptr()), *sizes, c_void_p(data.data_ptr()))
+        places = c_void_p(weight.data_ptr()), *sizes, c_void_p(data.data_ptr())
+        library.yardstick_lay_out(c_int64(weight.element_size()), *places)
     weights = [roomy(data) for _ in range(copies)]
     like = torch.empty(1, rows, dtype=torch.bfloat16)
 
@@ -251,20 +252,22 @@ def at_one_token(paths: list[str], repeats: int, library: ctypes.CDLL, name: str
         yield f"{kind}, one token, {name}", rows
 
 
-def more_tokens(repeats: int, *, tokens: tuple[int, ...]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """bf16 at more tokens, by the way that a layer takes."""
-    for number in tokens:
+def more_tokens(
+    repeats: int, *, tokens: tuple[int, ...], kinds: tuple[str, ...] = ("bf16",)
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """More tokens, by the way that a layer takes, against torch's dense product of bf16."""
+    for number, kind in ((number, kind) for number in tokens for kind in kinds):
         rows = []
         for out, into in ((2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096), (14336, 4096)):
             copies, x = copies_of(out, into), torch.randn(number, into).to(torch.bfloat16)
             weight = sparse_weight(out, into)
-            packed = pack(weight)
-            ours = [packed_way(packed, available_paths("bf16")[0], x, copies, "packed")]
+            packed = pack(weight, values=kind, group_size=0 if kind == "bf16" else 64)  # type: ignore[arg-type]
+            ours = [packed_way(packed, available_paths(kind)[0], x, copies, "packed")]
             others = [torch_bf16_way(weight, x, copies)]
             take_turns([*ours, *others], repeats)
             rows.append(row_of(f"{out} x {into}", ours, others))
-            print(number, "tokens", said_of(rows[-1]), flush=True)
-        yield f"bf16, {number} tokens", rows
+            print(kind, number, "tokens", said_of(rows[-1]), flush=True)
+        yield f"{kind}, {number} tokens", rows
 
 
 def masks(repeats: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -334,7 +337,8 @@ def page(report: dict[str, Any]) -> str:
             if row["read_gb_s"]
         ]
         if shares:
-            lines += ["", f"The fastest own dense kernel reads {min(shares):.0%} to {max(shares):.0%} of what merely reading does."]
+            said = f"{min(shares):.0%} to {max(shares):.0%}"
+            lines += ["", f"The fastest own dense kernel reads {said} of what merely reading does."]
         lines.append("")
     return "\n".join(lines)
 
@@ -357,7 +361,7 @@ def main() -> None:
         "token": lambda: at_one_token(native, args.repeats, library, "all kernels"),
         "avx2": lambda: at_one_token(["avx2"], args.repeats, library, "AVX2 alone"),
         "few": lambda: more_tokens(args.repeats, tokens=(4, 16)),
-        "prefill": lambda: more_tokens(max(20, args.repeats // 2), tokens=(512,)),
+        "prefill": lambda: more_tokens(max(20, args.repeats // 2), tokens=(512,), kinds=("bf16", "int8", "int4")),
         "masks": lambda: masks(args.repeats),
     }
     report: dict[str, Any] = {

@@ -125,73 +125,86 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
     }
   }
   for (int r = 0; r < P; r++) {
+    const int64_t even = row + 2 * r;
+    const bool has_odd = even + 1 < layout.rows, adds = panel.begin > 0;
+    float* y = p.y + even;
+    __m256 half[T];
     for (int t = 0; t < T; t++) {
-      __m256 sum = halves(sums[r][t]);
+      half[t] = halves(sums[r][t]);
       // fp16: lanes 0 to 3 are the even row's.
-      if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-      const int64_t even = row + 2 * r;
-      avx2::put_pair(sum, p.y + t * p.y_rows + even, even + 1 < layout.rows, panel.begin > 0);
+      if constexpr (kIsFp16) half[t] = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(half[t]), 0xD8));
     }
+    int t = 0;
+    for (; has_odd && t + 2 <= T; t += 2) avx2::put_pairs(half[t], half[t + 1], y + t * p.y_rows, y + (t + 1) * p.y_rows, adds);
+    for (; t < T; t++) avx2::put_pair(half[t], y + t * p.y_rows, has_odd, adds);
   }
 }
 
-// Few tokens take as long as the weight is read, and from memory that goes fastest one row after the other in halves of registers (AMD
-// Zen 4: 50 GB/s by two threads, against 27 by whole ones and 20 by two pairs of rows at once).
-constexpr int kFewTokens = 4;
-
-template <int T, bool kIsFp16>
-SPARSEPASS_WORDS void pair_for_few_tokens(const Product& p, const Layout& layout, const Panel& panel, int64_t row) {
-  constexpr int kTurns = T == 1 ? 8 : T == 2 ? 4 : 2;
+// One token takes as long as the weight is read, and from memory that goes fastest in halves of registers (AMD Zen 4: as fast as anything
+// reads, against 27 GB/s of 45 by whole ones).
+//
+// kHasRest: there are steps after the last whole block, or a branch.
+template <bool kIsFp16, bool kHasRest>
+SPARSEPASS_WORDS void rows_for_one_token(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
+  constexpr int kTurns = 8;
   const __m256i start = avx2::load(kTables.starts), two_bits = _mm256_set1_epi16(3);
-  const uint8_t* at = static_cast<const uint8_t*>(p.weight->data) + layout.at(row, panel);
-  __m256 sums[T][kTurns];
-  for (int t = 0; t < T; t++)
-    for (int turn = 0; turn < kTurns; turn++) sums[t][turn] = _mm256_setzero_ps();
-  auto step = [&](int k, __m256i codes, const uint8_t* x_at) SPARSEPASS_WORDS {
-    const __m256i lanes = _mm256_ternarylogic_epi64(_mm256_srli_epi16(codes, 2 * k), two_bits, start, 0xEA);
-    const __m256i values = avx2::load(at + k * 32);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + t * p.x_bytes + k * 32));
-      sums[t][k % kTurns] = multiply_add_half<kIsFp16>(sums[t][k % kTurns], met, values);
-    }
-  };
-  const uint8_t* x_at = p.x + panel.begin * 256;
-  for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
-    const __m256i codes = avx2::load(at + 256);
-    if (p.fetches_ahead) avx2::fetch(at, 288);
+  const bool fetches = p.fetches_ahead, adds = panel.begin > 0;
+  const auto* data = static_cast<const uint8_t*>(p.weight->data);
+  const uint8_t* x = p.x + panel.begin * 256;
+  const int64_t blocks = panel.end - panel.begin;
+  const uint8_t* at = data + layout.at(first, panel);
+  for (int64_t row = first; row < last; row += 2) {
+    if (row % layout.unit_rows == 0) at = data + layout.at(row, panel);
+    __m256 sums[kTurns];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++) step(k, codes, x_at);
-  }
-  if (panel.left) {
-    const __m256i codes = avx2::load(at + panel.left * 32);
-#pragma GCC unroll 7
-    for (int k = 0; k < 7; k++)
-      if (k < panel.left) step(k, codes, x_at);
-  }
-  if (p.sums != nullptr && panel.begin == 0) {
-    avx2::each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_WORDS {
-      for (int t = 0; t < T; t++) sums[t][0] = multiply_add_half<kIsFp16>(sums[t][0], avx2::load(at_sums + t * p.sums_bytes), values);
-    });
-  }
-  for (int t = 0; t < T; t++) {
-    __m256 sum = sums[t][0];
-    for (int turn = 1; turn < kTurns; turn++) sum = _mm256_add_ps(sum, sums[t][turn]);
+    for (int turn = 0; turn < kTurns; turn++) sums[turn] = _mm256_setzero_ps();
+    const uint8_t* x_at = x;
+    for (int64_t block = 0; block < blocks; block++, at += 288, x_at += 256) {
+      const __m256i codes = avx2::load(at + 256);
+      if (fetches) avx2::fetch(at, 288);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; k++) {
+        const __m256i lanes = _mm256_ternarylogic_epi64(_mm256_srli_epi16(codes, 2 * k), two_bits, start, 0xEA);
+        const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
+        sums[k] = multiply_add_half<kIsFp16>(sums[k], met, avx2::load(at + k * 32));
+      }
+    }
+    const __m256 low = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    __m256 sum = _mm256_add_ps(low, _mm256_add_ps(_mm256_add_ps(sums[4], sums[5]), _mm256_add_ps(sums[6], sums[7])));
+    if constexpr (kHasRest) {
+      if (panel.left) {
+        __m256i codes = avx2::load(at + panel.left * 32);
+        for (int64_t k = 0; k < panel.left; k++, codes = _mm256_srli_epi16(codes, 2)) {
+          const __m256i lanes = _mm256_ternarylogic_epi64(codes, two_bits, start, 0xEA);
+          const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
+          sum = multiply_add_half<kIsFp16>(sum, met, avx2::load(at + k * 32));
+        }
+        at += (panel.left + 1) * Layout::kStep;
+      }
+      if (p.sums != nullptr && !adds) {
+        avx2::each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_WORDS {
+          sum = multiply_add_half<kIsFp16>(sum, avx2::load(at_sums), values);
+        });
+      }
+    }
     // fp16: lanes 0 to 3 are the even row's.
     if constexpr (kIsFp16) sum = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sum), 0xD8));
-    avx2::put_pair(sum, p.y + t * p.y_rows + row, row + 1 < layout.rows, panel.begin > 0);
+    avx2::put_pair(sum, p.y + row, row + 1 < layout.rows, adds);
   }
 }
 
 template <int T, bool kIsFp16>
 SPARSEPASS_WORDS void packed_words(const Product& p, const Layout& layout, const Panel& panel, int64_t first, int64_t last) {
   int64_t row = first;
-  if constexpr (T <= kFewTokens) {
-    for (; row < last; row += 2) pair_for_few_tokens<T, kIsFp16>(p, layout, panel, row);
-  } else {
-    for (; row + 4 <= last; row += 4) pairs_of_words<T, 2, kIsFp16>(p, layout, panel, row);
-    for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, panel, row);
+  if constexpr (T == 1) {
+    const auto& rows = panel.left || p.sums != nullptr ? rows_for_one_token<kIsFp16, true> : rows_for_one_token<kIsFp16, false>;
+    return rows(p, layout, panel, first, last);
   }
+  // Few tokens are done while the next bytes come, and these come faster one after the other.
+  if constexpr (T >= 4) {
+    for (; row + 4 <= last; row += 4) pairs_of_words<T, 2, kIsFp16>(p, layout, panel, row);
+  }
+  for (; row < last; row += 2) pairs_of_words<T, 1, kIsFp16>(p, layout, panel, row);
 }
 
 // y += x W^T for words that lie row by row.

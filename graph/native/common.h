@@ -77,12 +77,15 @@ template <class Work>
 void in_parts(int64_t rows, int64_t multiple, int threads, const Work& work) {
   const int64_t units = ceil_div(rows, multiple);
   const int64_t team = std::max<int64_t>(1, std::min<int64_t>(threads, units));
-  // More parts than threads, so that one which the system interrupts does not hold up the rest.
-  const int64_t parts = team == 1 ? 1 : std::min<int64_t>(units, team * 8);
   std::atomic<int64_t> next{0};
+  // Each takes a part of what is left: long runs first, which memory gives faster, and short ones at the end, so that nobody waits for
+  // one whom the system interrupts.
   auto take = [&] {
-    for (int64_t part; (part = next.fetch_add(1)) < parts;) {
-      work(units * part / parts * multiple, std::min(rows, units * (part + 1) / parts * multiple));
+    for (int64_t first = next.load(); first < units;) {
+      const int64_t count = team == 1 ? units : std::max<int64_t>(1, (units - first) / (2 * team));
+      if (!next.compare_exchange_weak(first, first + count)) continue;
+      work(first * multiple, std::min(rows, (first + count) * multiple));
+      first = next.load();
     }
   };
   using Take = decltype(take);

@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
 extern "C" {
 
 enum SparsepassKind { kBf16 = 0, kFp16 = 1, kInt8 = 2, kInt4 = 3 };
@@ -74,3 +78,7 @@ void sparsepass_largest_of_four(int type, const void* scores, int64_t groups, in
 int64_t sparsepass_read(const void* data, int64_t bytes, int threads);
 
 }  // extern "C"
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

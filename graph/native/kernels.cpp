@@ -205,11 +205,12 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
   const float* x_scales = integers ? acts.scales.data() : nullptr;
   const Product p{&w, acts.data, x_scales, met_by_branch, acts.bytes, acts.groups, sums.bytes, y, w.rows, x_is_signed, fetches_ahead()};
   const int64_t at_once = tokens > 16 ? kRowsOfMany : kRows;
+  const int64_t step = tokens == 1 && layout.panels == 1 ? w.rows : at_once;  // nothing is read twice
   // Waking threads costs some microseconds, as much as one thread needs for this many bytes.
   const int64_t worth = std::max<int64_t>(1, bytes_of_row(w) * w.rows * tokens / 32768);
   in_parts(w.rows, at_once, static_cast<int>(std::min<int64_t>(threads, worth)), [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; first += at_once) {
-      const int64_t last = std::min(end, first + at_once);
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t last = std::min(end, first + step);
       if (dense_words) {
         for (int64_t t = 0; t < tokens; t++) std::fill(y + t * w.rows + first, y + t * w.rows + last, 0.f);
         add_words(w.path, {static_cast<const uint16_t*>(w.data), w.columns, &acts, is_fp16}, y, w.rows, tokens, first, last);
