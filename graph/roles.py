@@ -36,7 +36,7 @@ def role_of(node: fx.Node, in_features: int, out_features: int) -> Role | None:
     """What the result of a matmul is used for.
 
     1. ``head``: it is an output of the graph, but for its shape, dtype, order and rows, a constant scale or shift, and
-       functions such as softmax, sigmoid and tanh.
+       functions such as softmax, sigmoid and tanh (tanh not where it has as many outputs as inputs).
     2. ``router``: something is picked by it: top-k, sort, argmax, the place of a maximum, a comparison.
     3. ``gate``: a few numbers a token that weigh other results through a softmax or sigmoid: a router that takes all
        experts, a shared expert's gate.
@@ -46,7 +46,9 @@ def role_of(node: fx.Node, in_features: int, out_features: int) -> Role | None:
         in_features: Length of its inputs.
         out_features: Length of its outputs.
     """
-    if _reaches(node, _scaled, lambda user, _: user.op == "output"):
+    # A square layer before tanh, as BERT's pooler, makes hidden features of hidden features.
+    follows = _scaled if in_features != out_features else _scaled_without_tanh
+    if _reaches(node, follows, lambda user, _: user.op == "output"):
         return "head"
     if _reaches(node, _mixed, lambda user, _: op_name(user) in _PICKING) or _reaches(node, _scaled, _compared):
         return "router"
@@ -94,6 +96,10 @@ def _scaled(user: fx.Node, source: fx.Node) -> bool:
     if name in ("div", "true_divide") and user.args[0] is source:  # by its own norm, or a temperature
         return True
     return name in _SCALING and _by_constant(user, source)
+
+
+def _scaled_without_tanh(user: fx.Node, source: fx.Node) -> bool:
+    return op_name(user) != "tanh" and _scaled(user, source)
 
 
 def _mixed(user: fx.Node, source: fx.Node) -> bool:
