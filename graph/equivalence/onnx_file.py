@@ -23,6 +23,7 @@ from sparsepass.graph.equivalence.artifact import (
     layer_results,
 )
 from sparsepass.graph.equivalence.widened import widened_copy
+from sparsepass.graph.lengths import refused
 from sparsepass.graph.support import EquivalenceError
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}
@@ -87,6 +88,9 @@ class OnnxFile(Artifact):
     def run(self, inputs: Inputs, observe: Observe | None = None) -> dict[str, Tensor]:
         """Compute the outputs; see `Artifact.run`."""
         feeds = self.feeds(inputs)
+        limits = tuple(p.value for p in self._model.metadata_props if p.key == "sparsepass.limits" and p.value)
+        if words := refused(limits, tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())):
+            raise EquivalenceError(f"{self.description}: {words}; give inputs of such sizes")
         names = [output.name for output in self._model.graph.output]
         outputs = self._infer(str(self._path), feeds, names)
         if observe is not None:

@@ -31,6 +31,8 @@ from sparsepass.export.targets.onnx.capture import (
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
 from sparsepass.graph import capture
+from sparsepass.graph.lengths import unusual
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import finish, fold_mask
@@ -176,6 +178,11 @@ def _pieces(program: Program, wanted: torch.dtype, past: bool | None) -> tuple[K
                 said = f"a graph with a cache cannot be written: {error}; leave with_past out for a plain one"
                 raise SparsepassError(said) from error
             notes = (f"one plain graph without a cache was written: {error}",)
+    if told := unusual(program.limits, position_limit(program.origin.config)):
+        notes = (
+            *notes,
+            f"the graph holds only for inputs with {', '.join(told)} (sizes, by axis); other sizes give wrong results",
+        )
     return "forward", (_plain(program, wanted),), notes
 
 
@@ -184,6 +191,10 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     if origin.model_class is None:
         raise CacheUnsupportedError("the model's class is not known to transformers, so it cannot be run with a cache")
     config = origin.config or {}
+    if told := unusual(program.limits, position_limit(config)):
+        raise CacheUnsupportedError(
+            f"the model asks how long its input is ({', '.join(told)}), so one with a cache would hold for some lengths only"
+        )
     inputs = {name: tensor.clone() for name, tensor in program.example_inputs.items()}
     if config.get("is_encoder_decoder"):
         if "decoder_input_ids" not in inputs:
@@ -347,7 +358,8 @@ def _write(
 
 def _stamp(model: ir.Model, program: Program) -> None:
     model.producer_name, model.producer_version = "sparsepass", metadata.version("sparsepass")
-    facts: Mapping[str, Any] = {"recipe": program.recipe, "model_class": program.origin.model_class}
+    limits = " and ".join(unusual(program.limits, None))
+    facts: Mapping[str, Any] = {"recipe": program.recipe, "model_class": program.origin.model_class, "limits": limits}
     model.metadata_props.update({f"sparsepass.{key}": str(value) for key, value in facts.items() if value})
 
 
