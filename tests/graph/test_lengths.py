@@ -25,7 +25,7 @@ class Asking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        return y * 2 if self.question(x) else y
+        return y * 2 if self.question(x) else y  # type: ignore[no-any-return]
 
 
 QUESTIONS: dict[str, tuple[Any, str]] = {
@@ -102,8 +102,8 @@ def test_masks_are_as_long_as_their_tokens() -> None:
 
 
 def test_an_example_of_ours_grows_past_a_window() -> None:
-    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    settings: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     torch.manual_seed(0)
     model = hf.DogeForCausalLM(hf.DogeConfig(**settings, **heads, keep_window_size=8)).eval()
     program = capture(model)

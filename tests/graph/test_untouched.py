@@ -51,6 +51,8 @@ class Note:
 class Careless(nn.Module):
     """Leaves traces wherever it can."""
 
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.note, self.calls, self.cached = nn.Linear(4, 4), Note(), 0, None
