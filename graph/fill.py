@@ -15,14 +15,20 @@ from sparsepass.graph.load import LOADING_ERRORS
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import CaptureError, SparsepassError, default_dtype, first_line
+from sparsepass.graph.support import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    CaptureError,
+    SparsepassError,
+    default_dtype,
+    first_line,
+    weights_index,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _COMPUTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
@@ -169,17 +175,17 @@ def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) 
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if (source / _INDEX).is_file():
+    if weights_index(source) is not None:
         try:
-            names = set(json.loads((source / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads((source / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
             return [source / name for name in sorted(names)]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise SparsepassError(
-                f"{source / _INDEX} is truncated or damaged ({error!r}); copy or download it again"
+                f"{source / WEIGHTS_INDEX} is truncated or damaged ({error!r}); copy or download it again"
             ) from error
-    if (source / _SINGLE).is_file():
-        return [source / _SINGLE]
-    raise SparsepassError(f"{source} holds no {_SINGLE} and no {_INDEX}; give a safetensors checkpoint")
+    if (source / WEIGHTS_FILE).is_file():
+        return [source / WEIGHTS_FILE]
+    raise SparsepassError(f"{source} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}; give a safetensors checkpoint")
 
 
 def _say(source: object) -> str:

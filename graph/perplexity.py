@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # its name everywhere
 from torch import Tensor, nn
 
+from sparsepass.graph.admission import named_outputs
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
@@ -250,7 +251,8 @@ def _caller(model: "CausalLM | nn.Module") -> Callable[[Tensor], Tensor]:
 
     def call(ids_BT: Tensor) -> Tensor:
         kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids_BT)} if with_mask else {}
-        output: Any = model(input_ids=ids_BT, **kwargs, **extra)
+        with named_outputs(model):
+            output: Any = model(input_ids=ids_BT, **kwargs, **extra)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids_BT.shape:
             came = f"logits of shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"

@@ -9,10 +9,10 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.markup import escape
@@ -21,8 +21,11 @@ from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
-HELD, FAILED, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: what was asked about holds; it does not; it cannot be read or is wrongly asked; Ctrl-C."""
+if TYPE_CHECKING:
+    from sparsepass.export.targets import State
+
+HELD, FAILED, UNREADABLE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: it holds; it does not; it cannot be read or is wrongly asked; it could not be checked; Ctrl-C."""
 
 
 DEFAULT_PASSES = "nm_sparsify"
@@ -60,6 +63,10 @@ EvaluationOptions = Annotated[
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
+AllowUnchecked = Annotated[
+    bool,
+    typer.Option("--allow-unchecked", help="Exit with 0, not 3, where a part could not be checked on this machine."),
+]
 NoValidate = Annotated[
     bool, typer.Option("--no-validate", help="Do not measure after each pass how far the outputs moved. Saves time.")
 ]
@@ -135,6 +142,14 @@ def finish(held: bool) -> None:
     """End a command with exit code 0 or 1."""
     if not held:
         raise typer.Exit(FAILED)
+
+
+def finish_verified(states: "Iterable[State | None]", *, allow_unchecked: bool) -> None:
+    """End a command by what verification came to, None where there was none: exit code 0, 1 or 3."""
+    found = set(states)
+    finish("did_not_hold" not in found)
+    if "not_checked" in found and not allow_unchecked:
+        raise typer.Exit(UNCHECKED)
 
 
 _ADVICE = {

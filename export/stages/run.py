@@ -24,6 +24,7 @@ from sparsepass.export.stages.preparing import prepare, stage_name, write_progra
 from sparsepass.export.stages.recipe import ExportSection, Recipe
 from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
 from sparsepass.export.stages.settings import ModelSource
+from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, check_writable, replaced_folder, write_text
@@ -31,7 +32,7 @@ from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
 STAGES_FILE: Final = "stages.json"
-"""In a recipe's folder: stage -> its settings, whether it is done, and whether verification held."""
+"""In a recipe's folder: stage -> its settings, whether it is done, and what verification came to."""
 
 _LOG = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 0.5
@@ -46,7 +47,7 @@ class Stage:
         folder: Where its output goes.
         settings: All that its output depends on, as JSON.
         after: Fingerprint of the stage before it; empty for the first one.
-        run: Runs it; returns whether verification held, None where nothing is verified.
+        run: Runs it; returns what verification came to, None where nothing is verified.
         shared: Whether all processes take part.
     """
 
@@ -54,7 +55,7 @@ class Stage:
     folder: Path
     settings: Mapping[str, Any]
     after: str
-    run: Callable[[], bool | None]
+    run: Callable[[], State | None]
     shared: bool = False
 
     @property
@@ -72,14 +73,14 @@ class Outcome:
         name: The stage's.
         folder: Its output.
         ran: Whether it was run now; otherwise it was done already.
-        held: Whether verification held; None where nothing was verified.
+        state: What verification came to; None where nothing was verified.
         seconds: How long it took, when it ran.
     """
 
     name: str
     folder: Path
     ran: bool
-    held: bool | None
+    state: State | None
     seconds: float
 
 
@@ -117,16 +118,16 @@ def run_recipe(
         if is_done(stage, known):
             _LOG.info("%s is done: %s", stage.name, stage.folder)
             outcomes.append(
-                Outcome(name=stage.name, folder=stage.folder, ran=False, held=known["held"], seconds=known["seconds"])
+                Outcome(name=stage.name, folder=stage.folder, ran=False, state=known["state"], seconds=known["seconds"])
             )
             continue
         started = time.perf_counter()
         _write(recipe.out, stage, done=False)
         _LOG.info("stage %s", stage.name)
-        held = stage.run()
+        state = stage.run()
         seconds = round(time.perf_counter() - started, 1)
-        _write(recipe.out, stage, done=True, held=held, seconds=seconds)
-        outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, held=held, seconds=seconds))
+        _write(recipe.out, stage, done=True, state=state, seconds=seconds)
+        outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, state=state, seconds=seconds))
     return outcomes
 
 
@@ -274,11 +275,11 @@ class _Stages:
         with replaced_folder(self._recipe.out / "eval", force=True) as staging:
             write_report(staging, document)
 
-    def _export(self, section: ExportSection) -> bool | None:
+    def _export(self, section: ExportSection) -> State | None:
         sections = {}
         if self._recipe.eval is not None:
             sections["accuracy"] = read_report(self._recipe.out / "eval")["accuracy"]
-        return export(
+        result = export(
             str(self._programs[-1]),
             section.target,
             self._recipe.out / section.target.name,
@@ -287,7 +288,8 @@ class _Stages:
             trust_remote_code=self._trust,
             sections=sections,
             command=self._command,
-        ).held
+        )
+        return result.state if section.verify else None
 
 
 def _take_part(out: Path, stages: Sequence[Stage]) -> None:
@@ -347,9 +349,9 @@ def _read(out: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _write(out: Path, stage: Stage, *, done: bool, held: bool | None = None, seconds: float = 0.0) -> None:
+def _write(out: Path, stage: Stage, *, done: bool, state: State | None = None, seconds: float = 0.0) -> None:
     record = {
-        "done": done, "held": held, "seconds": seconds, "fingerprint": stage.fingerprint, "settings": stage.settings,
+        "done": done, "state": state, "seconds": seconds, "fingerprint": stage.fingerprint, "settings": stage.settings,
     }  # fmt: skip
     _store(out, _read(out) | {stage.name: record})
 

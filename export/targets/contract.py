@@ -10,10 +10,10 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -35,6 +35,7 @@ class LoweringContext:
 
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
+        from sparsepass.export.targets.older import add_older_tokenizer_keys
         from sparsepass.graph.load import copy_sidecars
         from sparsepass.graph.support import quiet_loading
 
@@ -42,6 +43,7 @@ class LoweringContext:
             for companion in (self.processor, self.tokenizer):
                 if companion is not None:
                     companion.save_pretrained(folder)
+        add_older_tokenizer_keys(folder)
         if self.source is not None:
             copy_sidecars(self.source, folder)
 
@@ -70,6 +72,10 @@ class Lowered:
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+State = Literal["held", "did_not_hold", "not_checked"]
+"""What verification came to: everything that decides was checked and held; something differs; something was not checked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One thing that was verified in the written files.
@@ -79,12 +85,30 @@ class Check:
         held: Whether it held; None if it cannot be checked here, and the summary says why.
         summary: One line for people.
         details: Everything for machines.
+        decides: Whether what is written counts as not checked if this could not be checked. False for what is only told.
     """
 
     name: str
     held: bool | None
     summary: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    decides: bool = True
+
+
+def state_of(checks: Iterable[Check]) -> State:
+    """What checks come to as a whole. No check at all proves nothing.
+
+    Example:
+        >>> pattern, outputs = Check(name="pattern", held=True, summary=""), Check(name="outputs", held=None, summary="")
+        >>> state_of([pattern]), state_of([pattern, outputs]), state_of([])
+        ('held', 'not_checked', 'not_checked')
+    """
+    found = list(checks)
+    if any(check.held is False for check in found):
+        return "did_not_hold"
+    if not found or any(check.held is None and check.decides for check in found):
+        return "not_checked"
+    return "held"
 
 
 def option(default: Any, help: str | None = None, *, flag: str | None = None, parse: Callable[[str], Any] | None = None) -> Any:

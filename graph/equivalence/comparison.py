@@ -100,8 +100,8 @@ class Comparison:
             if given is not None and not given >= 0:
                 raise EquivalenceError(f"{name} must be a number that is not negative, got {given}")
         failed = []
-        if self.outputs.num_nan:
-            failed.append(f"{self.outputs.num_nan} values are NaN on both sides, so nothing is known of them")
+        if self.outputs.unknown:
+            failed.append(self.outputs.unknown)
         if exact:
             if self.max_error > 0:
                 failed.append(f"outputs are not equal: the largest difference is {self.max_error:.3g}")

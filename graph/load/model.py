@@ -19,7 +19,10 @@ from sparsepass.graph.load.checkpoint import (
     explained,
     model_class_of,
     read_config,
+    tokenizer_explained,
 )
+from sparsepass.graph.load.contents import check_all_used
+from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
 from sparsepass.graph.load.sidecars import SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
@@ -30,14 +33,9 @@ from sparsepass.graph.widening import widened
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["folder", "hub", "gguf", "program", "memory"]
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
-_DTYPES = {
-    torch.float32: ("float32", "fp32"),
-    torch.bfloat16: ("bfloat16", "bf16"),
-    torch.float16: ("float16", "fp16", "half"),
-    torch.float64: ("float64", "fp64"),
-}
+Kind = Literal["folder", "hub", "gguf", "program", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +77,6 @@ class _Wanted:
     revision: str | None
     trust_remote_code: bool
     token: str | None
-
-
-def parse_dtype(dtype: "torch.dtype | str") -> torch.dtype:
-    """Return the floating-point type of that name.
-
-    Args:
-        dtype: A torch dtype, or a name such as "bf16", "bfloat16", "fp16", "float32" (with "torch." or without).
-
-    Raises:
-        SparsepassError: If it is none of those.
-
-    Example:
-        >>> parse_dtype("bf16")
-        torch.bfloat16
-    """
-    name = str(dtype).lower().removeprefix("torch.")
-    found = next((known for known, names in _DTYPES.items() if name in names), None)
-    if found is None:
-        raise SparsepassError(f"dtype {dtype} is not understood; expected float32, bfloat16, float16 or float64")
-    return found
 
 
 def load_model(
@@ -161,8 +139,12 @@ def load_model(
         )
         loaded = _from_name(asked, is_path=isinstance(source, Path))
     model = loaded.model
-    if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
-        model = widened(model, wanted) if isinstance(model, Program) else model.to(dtype=wanted)
+    if wanted is not None:
+        if loaded.kind not in ("memory", "program"):
+            check_read(model.state_dict(), wanted, loaded.source)
+        if any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
+            check_fits(model.state_dict(), wanted)
+            model = widened(model, wanted) if isinstance(model, Program) else model.to(dtype=wanted)
     if place is not None:
         model = model.to(device=place)
     origin = {
@@ -317,7 +299,10 @@ def _from_program(folder: Path, name: str) -> LoadedModel:
 def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
     name, trust = wanted.name, wanted.trust_remote_code
     config = read_config(folder, name, trust_remote_code=trust)
-    weights = check_weights(folder, name)
+    packed = is_packed(getattr(config, "quantization_config", None))
+    if not packed and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # stored plainly, as `read_config` has found: no quantizer has to read it
+    weights = check_weights(folder, name, is_packed_already=packed)
     model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
     with quiet_loading(), explained(name):
         options: dict[str, Any] = {"dtype": wanted.dtype or "auto", "use_safetensors": True}
@@ -361,7 +346,8 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
         model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
         dtype = wanted.dtype or torch.float32
         model, notes = _built(model_class, folder, name, config=config, gguf_file=file, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+        with tokenizer_explained(name, [file]):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
     # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
     if getattr(model.config, "quantization_config", None) is not None:
@@ -378,8 +364,8 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
 
 
 def _lone_gguf(folder: Path, name: str) -> str | None:
-    """The one GGUF file of a folder without a config.json; None if there is none."""
-    if (folder / "config.json").is_file():
+    """The one GGUF file of a folder that holds no other weights; None if there is none."""
+    if (folder / "config.json").is_file() and any(path for kind in _WEIGHTS for path in folder.glob(kind)):
         return None
     found = sorted(path.name for path in folder.glob("*.gguf"))
     if len(found) > 1:
@@ -400,6 +386,7 @@ def _built(
     )
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
     model.config.name_or_path = model.name_or_path = name
+    check_all_used(model, info, name)
     return model.eval(), check_complete(info, type(model).__name__, name)
 
 

@@ -10,12 +10,15 @@ from sparsepass.graph.support.contexts import (
 )
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 from sparsepass.graph.support.files import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
     check_free,
     check_place,
     check_writable,
     path_named,
     replaced_file,
     replaced_folder,
+    weights_index,
     write_text,
 )
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
@@ -23,6 +26,8 @@ from sparsepass.graph.support.option_text import build, item_to_text, parse_item
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
+    "WEIGHTS_FILE",
+    "WEIGHTS_INDEX",
     "CaptureError",
     "EquivalenceError",
     "PassError",
@@ -51,5 +56,6 @@ __all__ = [
     "replaced_file",
     "replaced_folder",
     "shows_progress",
+    "weights_index",
     "write_text",
 ]

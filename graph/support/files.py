@@ -240,3 +240,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+WEIGHTS_FILE: Final = "model.safetensors"
+WEIGHTS_INDEX: Final = "model.safetensors.index.json"
+
+
+def weights_index(folder: Path) -> Path | None:
+    """The index by which `from_pretrained` finds the weights of a folder: model.safetensors wins over an index beside it.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The index; None if the one file stands there, or neither.
+    """
+    index = folder / WEIGHTS_INDEX
+    return index if index.is_file() and not (folder / WEIGHTS_FILE).is_file() else None

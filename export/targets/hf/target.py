@@ -66,9 +66,7 @@ class HuggingFace(Target):
             Check(
                 name="outputs",
                 held=not rest,
-                summary="; ".join(rest)
-                or f"loaded by {found['loaded_by']}{by}: relative error {outputs['relative_error']:.2g} (allowed "
-                f"{outputs['tolerance']:g})",
+                summary="; ".join(rest) or f"loaded by {found['loaded_by']}{by}: {outputs['said']}",
                 details={**outputs, "versions": found["versions"]},
             ),
         )

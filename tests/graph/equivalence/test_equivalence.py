@@ -78,6 +78,10 @@ def test_infinities_and_nan() -> None:
     assert both.max_error == 0
     assert both.num_nan == 1
     assert not both.exact
+    for unknown in ([inf, 1.0], [-inf, -inf], [inf, nan]):
+        found = difference({"x": torch.tensor(unknown)}, {"x": torch.tensor(unknown)})
+        assert (found.max_error, found.exact) == (0, False)
+        assert "on both sides, so nothing is known of them" in found.unknown
     assert difference({"x": torch.zeros(2)}, {"x": torch.ones(2)}).relative_error == inf
     assert difference({"x": torch.zeros(0, 3)}, {"x": torch.zeros(0, 3)}).exact
 
