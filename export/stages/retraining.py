@@ -115,7 +115,7 @@ def retrain_program(
         _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
     check_method(program, section.train.method)
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
-    if source_of_teacher is not None:
+    if source_of_teacher is not None and not _is_cached(section):
         source_of_teacher.check()
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
@@ -316,7 +316,8 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
     if section.teacher is not None:
         return ModelSource(source=section.teacher, **how)
     model = ReportDocument.parse(document).model
-    if model is not None and model.kind in ("folder", "gguf") and path_named(model.source) is None:
+    is_file = model is not None and model.kind in ("folder", "gguf")
+    if model is not None and is_file and not _is_cached(section) and path_named(model.source) is None:
         raise SparsepassError(
             f"the report beside the program says that it was made from {model.source}, and nothing is there (from "
             f"{Path.cwd()}); name the dense model with teacher=..."
@@ -327,6 +328,11 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
         "the report beside the program does not tell which dense model it was made from; name it with teacher=..., "
         "or set kd_weight: 0 and no sample to train on the text alone"
     )
+
+
+def _is_cached(section: RetrainSection) -> bool:
+    """Whether logits of the teacher were written before, so that it may be gone."""
+    return section.teacher_cache is not None and Path(section.teacher_cache).is_dir()
 
 
 def _with_sampled_text(

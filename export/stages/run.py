@@ -118,7 +118,7 @@ def run_recipe(
         if is_done(stage, known):
             _LOG.info("%s is done: %s", stage.name, stage.folder)
             outcomes.append(
-                Outcome(name=stage.name, folder=stage.folder, ran=False, state=known["state"], seconds=known["seconds"])
+                Outcome(name=stage.name, folder=stage.folder, ran=False, state=_state(known), seconds=known["seconds"])
             )
             continue
         started = time.perf_counter()
@@ -155,7 +155,7 @@ def planned(recipe: Recipe) -> list[str]:
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
-        >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]
+        >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]  # doctest: +SKIP
         'prune: to be run, into nowhere/pruned'
     """
     _check_all(recipe)
@@ -212,7 +212,7 @@ class _Stages:
         model = asdict(recipe.model)
         del model["trust_remote_code"]
         if recipe.prune is not None:
-            settings = {"model": model, "dtype": recipe.dtype} | recipe.prune.settings
+            settings = _named({"model": model, "dtype": recipe.dtype} | recipe.prune.settings)
             stage = Stage(name="prune", folder=recipe.out / "pruned", settings=settings, after=after, run=self._prune)
             yield stage
             after = stage.fingerprint
@@ -226,7 +226,7 @@ class _Stages:
             yield stage
             after = stage.fingerprint
         if recipe.eval is not None:
-            settings = asdict(recipe.eval)
+            settings = _named(asdict(recipe.eval))
             del settings["batch_size"]  # changes no figure
             stage = Stage(name="eval", folder=recipe.out / "eval", settings=settings, after=after, run=self._eval)
             yield stage
@@ -325,6 +325,19 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
     for stage in stages:
         if stage.name not in known:
             check_free(stage.folder, force=force)
+
+
+def _state(record: Mapping[str, Any]) -> State | None:
+    """What verification came to; records of the time before there were three states say whether it held."""
+    if "state" in record:
+        state: State | None = record["state"]
+        return state
+    return {True: "held", False: "did_not_hold"}.get(record["held"])  # type: ignore[return-value]
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the column of texts where none is named: stages that were run before there was one to name stay done."""
+    return {name: value for name, value in settings.items() if name != "text_column" or value is not None}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

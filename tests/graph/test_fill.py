@@ -128,6 +128,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_program_as_it_was(empty: Prog
     assert snapshot(empty) == before
 
 
+def only_index(folder: Path, text: str) -> None:
+    """An index without the one file beside it, which would win over it."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (lambda f: (f / "model.safetensors").unlink(), r"holds no model\.safetensors and no model\.safetensors\.index"),
     "half a file": (
@@ -135,15 +141,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model\.safetensors is truncated or damaged .*download it again",
     ),
     "an index without its shards": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}'),
+        lambda f: only_index(f, '{"weight_map": {"a": "shard.safetensors"}}'),
         r"shard\.safetensors is truncated or damaged|shard\.safetensors is missing",
     ),
     "an index that is none": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        lambda f: only_index(f, "{"),
         r"index\.json is truncated or damaged .*download it again",
     ),
     "an index of something else": (
-        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        lambda f: only_index(f, "[]"),
         r"index\.json is truncated or damaged .*download it again",
     ),
 }
