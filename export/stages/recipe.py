@@ -279,7 +279,7 @@ def _check(recipe: Recipe, where: str) -> None:
             parse_pipeline(recipe.prune.passes)
         except SparsepassError as error:
             raise SparsepassError(f"{where}: prune.passes: {error}") from error
-        recipe.prune.calibration.check()
+        recipe.prune.calibration.check(f"{where}: prune.calibration")
     if recipe.retrain is not None:
         check_retrain(recipe.retrain, f"{where}: retrain")
     if recipe.eval is not None:

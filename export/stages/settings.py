@@ -80,8 +80,11 @@ class Calibration:
         """Whether the data is the text that is always there."""
         return _is_python_docs(self.data)
 
-    def check(self) -> None:
+    def check(self, what: str = "calibration") -> None:
         """Raise unless a file that is named can be read, before anything expensive runs. What is not named is not looked at.
+
+        Args:
+            what: What it is called in a message.
 
         Raises:
             SparsepassError: If it does not exist, or is of another kind.
@@ -93,9 +96,9 @@ class Calibration:
         if not isinstance(text, str) or self.is_python_docs or "\n" in text or len(text) > LONGEST_NAME:
             return
         forms = "a text file (.txt, .jsonl, .parquet), a folder, the name of a hub data set, or python-docs"
-        path = locate(text, what="calibration", forms=forms)
+        path = locate(text, what=what, forms=forms)
         if path is not None:
-            path_kind(path, text, what="calibration", forms=forms)
+            path_kind(path, text, what=what, forms=forms)
 
     def keywords(self) -> dict[str, Any]:
         """The same as keywords of `apply_passes`, with the text that a name stands for."""
