@@ -69,7 +69,7 @@ SPARSEPASS_AVX2 inline void multiply_add(__m256 (&sums)[2], __m256i x, __m256i v
   }
 }
 
-// The branch's weights of two rows for 8 sums, or the `count` that are left, in the lanes that PairSums has them.
+// The branch's weights of two rows for 8 sums, or the `count` that are left, in the lanes where Activations::take_sums has these.
 SPARSEPASS_AVX2 inline __m256i branch_of_pair(const uint16_t* even, const uint16_t* odd, int64_t count) {
   alignas(16) uint16_t rest[2][8] = {};
   if (count < 8) {

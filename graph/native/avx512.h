@@ -394,7 +394,8 @@ SPARSEPASS_WORDS void to_words(const SparsepassWeight& w, const Layout& from, in
         const int64_t steps = block == to.full ? to.left : to.per_block;
         for (int64_t k = 0; k < steps; k++) {
           if (const int64_t column = block * kGroup + k * 16; column == until) {
-            const __m512 a = _mm512_set1_ps(widen_bf16(even[group])), b = _mm512_set1_ps(widen_bf16(odd[group]));
+            const int64_t own = std::min(group, scales_a_row - 1);  // a row's padding has no scale
+            const __m512 a = _mm512_set1_ps(widen_bf16(even[own])), b = _mm512_set1_ps(widen_bf16(odd[own]));
             scale = _mm512_mask_blend_ps(0xf0f0, a, b);
             until += size, group++;
           }

@@ -39,7 +39,8 @@ for path in (0, 1, 2):
     for name, kind in KINDS.items():
         if not library.has(path, kind):
             continue
-        for rows, columns in ((1, 8), (7, 64), (33, 72), (16, 576), (5, 136), (40, 1032), (33, 4104 if kind < 2 else 8200)):
+        long_row = (33, 4104 if kind < 2 else 8200)
+        for rows, columns in ((1, 8), (3, 48), (7, 64), (33, 72), (16, 576), (5, 136), (40, 1032), long_row):
             wide = columns > 4096
             kept_bytes = columns // 2 * (2 if kind < 2 else 1) // (2 if name == "int4" else 1)
             # Words whose upper byte says 1 to 2, so that sums stay finite.
@@ -65,7 +66,7 @@ for path in (0, 1, 2):
                     rest = (branch, bias) if with_rest else (None, None)
                     weight = NativeWeight(kind, path, 0, k if with_rest else 0, rows, columns, group_size, data, scales, *rest)
                     for kind_of_x, item in (((0, 2),) if wide else ((0, 2), (1, 2), (2, 4))):
-                        for tokens in ((1, 9) if wide else (0, 1, 3, 9)):
+                        for tokens in ((1, 9) if wide else (0, 1, 3, 9, 65) if columns <= 136 else (0, 1, 3, 9)):
                             x = buffer(tokens * columns * item, ([0] * (item - 1) + [0x3C]) * (tokens * columns))
                             y = buffer(tokens * rows * item)
                             assert library.linear(ctypes.byref(weight), kind_of_x, x, columns, tokens, y, 2) == 0
