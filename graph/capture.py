@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import inspect
+import io
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +18,21 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from sparsepass.graph import structure
+from sparsepass.graph.admission import check_model, plain_settings, unwrapped
 from sparsepass.graph.examples import example_inputs_for
+from sparsepass.graph.faithful import check_against
+from sparsepass.graph.lengths import end_before, limits_of
+from sparsepass.graph.limits import position_limit
 from sparsepass.graph.ops import ASSERTIONS
-from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
 from sparsepass.graph.support import CaptureError, evaluating, first_line, quiet_export
+from sparsepass.graph.untouched import untouched
+
+# Tokens of the examples made here: few, or as many as it takes for a model that asks whether there are few. Primes are
+# multiples of nothing that a model could ask for.
+_TOKENS = (8, 37, 149, 521)
+_SOUND = ("input_values", "inputs")
+_LOG = logging.getLogger(__name__)
 
 
 def capture(
@@ -55,14 +67,36 @@ def capture(
         >>> program(torch.ones(3, 8)).shape
         torch.Size([3, 4])
     """
-    _check_model(model)
-    named = _named_inputs(model, example_inputs)
+    model = unwrapped(model)
+    check_model(model)
+    origin = _origin(model)
+    with untouched(model), evaluating(model), plain_settings(model), torch.no_grad():
+        program = _captured(model, example_inputs, dynamic_axes)
+        program.origin = origin
+        check_against(model, program)
+    for name, tensor in program.tensors().items():
+        if not inplace:
+            program.set_tensor(name, tensor.detach().clone())
+    return program
+
+
+def _captured(
+    model: nn.Module, example_inputs: Any, dynamic_axes: Mapping[str, tuple[int, ...]] | None, tokens: Sequence[int] = _TOKENS
+) -> Program:
+    """The program around the model's own tensors. Where longer examples than ours would have no limit, they are longer."""
+    given = example_inputs_for(model, tokens[0]) if example_inputs is None else example_inputs
+    named = _named_inputs(model, given)
     asked = dynamic_axes if dynamic_axes is not None else _default_axes(named)
     axes = {name: tuple(found) for name, found in asked.items()}
     if unknown := sorted(set(axes) - set(named)):
         raise CaptureError(f"dynamic_axes names {unknown}, but the inputs are {sorted(named)}")
-    exported = _export(model, named, axes)
-    return _to_program(model, exported, named, inplace=inplace)
+    program = _to_program(model, _export(model, named, axes), named)
+    most = position_limit(getattr(model, "config", None)) or tokens[-1]
+    longer = [n for n in tokens[1:] if n <= most and end_before(program.limits, program.example_inputs, n)]
+    if example_inputs is None and longer:
+        with contextlib.suppress(CaptureError):
+            return _captured(model, None, dynamic_axes, longer)
+    return program
 
 
 def program_from_graph_module(graph_module: fx.GraphModule, example_inputs: Mapping[str, Tensor]) -> Program:
@@ -100,6 +134,7 @@ def program_from_graph_module(graph_module: fx.GraphModule, example_inputs: Mapp
         output_structure={"kind": "tuple", "items": ["tensor"] * num_outputs},
         example_inputs={str(node.target): example_inputs[str(node.target)] for node in placeholders},
         dynamic_axes={str(node.target): _symbolic_axes(node) for node in placeholders},
+        limits=limits_of(placeholders),
         aliases=aliases,
     )
 
@@ -109,42 +144,7 @@ def _symbolic_axes(placeholder: fx.Node) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(shape) if free_symbols(size))  # a SymInt may have been found to be fixed
 
 
-def _check_model(model: nn.Module) -> None:
-    if isinstance(model, Program):
-        raise CaptureError("this is a program already; pass it on as it is")
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected an nn.Module, got {type(model).__name__}; load the checkpoint first")
-    kinds = {type(m).__module__.split(".")[0] for m in model.modules()}
-    if "peft" in kinds:
-        raise CaptureError(
-            "the model is wrapped by PEFT: merge the adapter first (model = model.merge_and_unload()), then prune the "
-            "result; merged after pruning, an adapter would destroy the pattern"
-        )
-    if any(is_packed_module(module) for module in model.modules()):
-        raise CaptureError(FOR_INFERENCE)
-    if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
-        raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if torch.nn.parameter.is_lazy(tensor):
-            raise CaptureError(f"{name} has no shape yet: run the model once on an example, then capture it")
-        if type(tensor) not in (Tensor, nn.Parameter) and "Parameter" not in type(tensor).__name__:
-            raise CaptureError(
-                f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
-                "sharded; prune the original floating-point checkpoint"
-            )
-        if tensor.layout != torch.strided:
-            raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
-    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
-    if len(devices) > 1:
-        raise CaptureError(
-            f"parts of the model are on different devices ({', '.join(sorted(devices))}); move it to one device first "
-            "(model.to('cpu')), or load it without device_map"
-        )
-
-
 def _named_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
-    if given is None:
-        given = example_inputs_for(model)
     if isinstance(given, Tensor):
         given = (given,)
     parameters = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -175,12 +175,15 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
 
 
 def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Batch always; the second axis of [B, T] and [B, T, D]; height and width of images. Mel spectrograms are fixed."""
+    """Batch always; the second axis of [B, T] and [B, T, D]; height and width of images; the samples of sound.
+
+    Mel spectrograms are fixed.
+    """
     axes = {}
     for name, tensor in named.items():
         by_rank: dict[int, tuple[int, ...]] = {0: (), 1: (0,), 2: (0, 1), 3: (0, 1), 4: (0, 2, 3)}
         found = by_rank.get(tensor.dim(), (0,))
-        if tensor.dim() == 2 and tensor.is_floating_point():
+        if tensor.dim() == 2 and tensor.is_floating_point() and name not in _SOUND:
             found = (0,)
         if name == "input_features":
             found = (0,)
@@ -191,8 +194,7 @@ def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _export(model: nn.Module, named: Mapping[str, Tensor], axes: Mapping[str, tuple[int, ...]]) -> torch.export.ExportedProgram:
     shapes = {name: dict.fromkeys(axes.get(name, ()), torch.export.Dim.AUTO) for name in named}
     try:
-        with evaluating(model), torch.no_grad(), warnings.catch_warnings(), _without_collection():
-            warnings.simplefilter("ignore")
+        with quiet_export("transformers", "torch"), _graph_dumps_kept_back(), _without_collection(), untouched(model):
             if _is_pretrained(model):
                 return _export_pretrained(model, named, shapes)
             return torch.export.export(model, (), kwargs=dict(named), dynamic_shapes=_by_signature(model, shapes), strict=False)
@@ -211,8 +213,7 @@ def _export_pretrained(
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
     config = DynamoConfig(dynamic=True, dynamic_shapes=dict(shapes))
-    with quiet_export("transformers"), _without_cache(model), _without_leftovers(model):
-        return run_exporter(DynamoExporter(), model, named, config)  # type: ignore[no-any-return]
+    return run_exporter(DynamoExporter(), model, named, config)  # type: ignore[no-any-return]
 
 
 def run_exporter(exporter: Any, model: nn.Module, inputs: Mapping[str, Tensor], config: Any) -> Any:
@@ -227,6 +228,18 @@ def run_exporter(exporter: Any, model: nn.Module, inputs: Mapping[str, Tensor], 
 
 
 @contextlib.contextmanager
+def _graph_dumps_kept_back() -> Iterator[None]:
+    """torch.export (2.13) prints the whole graph before some of its errors: it goes to the log, for those who ask for it."""
+    with io.StringIO() as printed:
+        try:
+            with contextlib.redirect_stderr(printed):
+                yield
+        finally:
+            if text := printed.getvalue().strip():
+                _LOG.debug("torch.export printed:\n%s", text)
+
+
+@contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
     """Pause the cycle collector: a trace only adds objects, and looking through them again and again takes a fifth of it."""
     was_enabled = gc.isenabled()
@@ -238,37 +251,10 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Switch the cache off in every configuration of the model; encoder-decoders hold one for each half."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    old = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
-    for config, _ in old:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in old:
-            config.use_cache = value
-
-
-@contextlib.contextmanager
-def _without_leftovers(model: nn.Module) -> Iterator[None]:
-    """The exporter of transformers 5.23 patches ``model.forward`` and puts a bound method back, where there was none."""
-    plain = [module for module in model.modules() if "forward" not in vars(module)]
-    try:
-        yield
-    finally:
-        for module in plain:
-            vars(module).pop("forward", None)
-
-
 def _to_program(
     model: nn.Module,
     exported: torch.export.ExportedProgram,
     named: Mapping[str, Tensor],
-    *,
-    inplace: bool,
 ) -> Program:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -287,15 +273,12 @@ def _to_program(
         output_structure=outputs,
         example_inputs={name: t.detach().clone() for name, t in named.items()},
         dynamic_axes={str(node.target): _symbolic_axes(node) for node in placeholders},
+        limits=limits_of(placeholders),
         aliases=aliases,
-        origin=_origin(model),
     )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in aliases:
             program.set_tensor(name, tensor)
-    if not inplace:
-        for name, tensor in program.tensors().items():
-            program.set_tensor(name, tensor.detach().clone())
     return program
 
 

@@ -4,18 +4,31 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
+from sparsepass.graph.load import LOADING_ERRORS
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import CaptureError, SparsepassError, default_dtype
+from sparsepass.graph.support import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    CaptureError,
+    SparsepassError,
+    default_dtype,
+    first_line,
+    weights_index,
+)
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_COMPUTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
@@ -33,10 +46,7 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise CaptureError(f"{source} has no configuration that transformers can read ({error}); check the path") from error
+    config = _config(source)
     names = getattr(config, "architectures", None) or []
     if not names:
         raise CaptureError(
@@ -49,9 +59,47 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
             f"the configuration in {source} names the architecture {names}, which this transformers does not "
             "have; load the model yourself and capture it"
         )
-    with default_dtype(dtype or getattr(config, "dtype", None) or torch.float32), torch.device("meta"):
-        model = kind(config)
+    with default_dtype(dtype or _own_dtype(config)), torch.device("meta"):
+        try:
+            model = kind(config)
+        except LOADING_ERRORS as error:
+            raise CaptureError(
+                f"the configuration in {source} does not make a {names[0]} ({type(error).__name__}: {first_line(error)}); "
+                "compare it with that of a model which loads"
+            ) from error
     return capture(model, inplace=True)
+
+
+def _config(source: str | Path) -> "PretrainedConfig":
+    """The configuration in a folder or on the hub. Code that comes with it never runs.
+
+    Attention kernels that only some machines have (flash attention) are no matter here, so their name is taken out.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise CaptureError(
+                f"{source} describes its model by code of its own, and a structure is read without running any; load the "
+                "model yourself if you trust it (load_model with trust_remote_code=True), and plan the captured program"
+            ) from error
+        raise CaptureError(
+            f"{source} has no configuration that transformers can read ({type(error).__name__}: {first_line(error)}); "
+            "check the path and the file"
+        ) from error
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+    return config
+
+
+def _own_dtype(config: "PretrainedConfig") -> torch.dtype:
+    """The type of the weights that a configuration names; bfloat16 for those in which nothing is computed, such as float8."""
+    named = getattr(config, "dtype", None)
+    if named is None:
+        return torch.float32
+    return named if named in _COMPUTED else torch.bfloat16
 
 
 def fill(program: Program, source: str | Path | Mapping[str, Tensor], *, device: torch.device | str = "cpu") -> Program:
@@ -127,17 +175,17 @@ def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) 
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if (source / _INDEX).is_file():
+    if weights_index(source) is not None:
         try:
-            names = set(json.loads((source / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads((source / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
             return [source / name for name in sorted(names)]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise SparsepassError(
-                f"{source / _INDEX} is truncated or damaged ({error!r}); copy or download it again"
+                f"{source / WEIGHTS_INDEX} is truncated or damaged ({error!r}); copy or download it again"
             ) from error
-    if (source / _SINGLE).is_file():
-        return [source / _SINGLE]
-    raise SparsepassError(f"{source} holds no {_SINGLE} and no {_INDEX}; give a safetensors checkpoint")
+    if (source / WEIGHTS_FILE).is_file():
+        return [source / WEIGHTS_FILE]
+    raise SparsepassError(f"{source} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}; give a safetensors checkpoint")
 
 
 def _say(source: object) -> str:

@@ -1,8 +1,8 @@
 """From a program back to the model's own class."""
 
 import contextlib
-import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
             "built again; use program.hierarchy() for modules, or call the program itself"
         )
     kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
-    config = kind.config_class.from_dict(copy.deepcopy(dict(origin.config)))
+    config = _configuration(kind.config_class, origin.config)
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
     with warnings.catch_warnings(), default_dtype(dtype), empty:
@@ -127,6 +127,26 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     if origin.generation_config is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(origin.generation_config))  # type: ignore[assignment]
     return model
+
+
+def _configuration(kind: Any, written: Mapping[str, Any]) -> Any:
+    """Build a configuration from what its own JSON says: numbers that JSON lacks, and outputs that sdpa cannot return."""
+    facts = _numbers(written)
+    attentions = facts.pop("output_attentions", False)
+    config = kind.from_dict(facts)
+    if attentions:
+        config._attn_implementation = "eager"  # the only implementation that a configuration allows with it
+        config.output_attentions = True
+    return config
+
+
+def _numbers(value: Any) -> Any:
+    """Copy a configuration. ``{"__float__": "Infinity"}`` of transformers is a number again, and outputs have names."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _numbers(item) for key, item in value.items() if (key, item) != ("return_dict", False)}
+    return [_numbers(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _share_ties(model: nn.Module, program: Program) -> None:

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # its name everywhere
 from torch import Tensor, nn
 
+from sparsepass.graph.admission import named_outputs
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError, evaluating
+from sparsepass.graph.support import SparsepassError, evaluating, path_named
+from sparsepass.graph.texts import check_text_file, first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,6 +97,7 @@ def perplexity(
     dtype: "torch.dtype | str | None" = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
+    text_column: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a causal language model on a text.
@@ -110,7 +113,8 @@ def perplexity(
     Args:
         model: A Hugging Face causal LM, a Program, or anything called as ``model(input_ids=...)`` that returns an
             object with ``logits``. It is left in the mode it was in.
-        text: The text itself, the Path of a UTF-8 file, or token ids.
+        text: The text itself, the Path of a UTF-8 text file or of one with rows (.jsonl, .parquet), or token ids. The texts
+            of rows are joined with a blank line between them.
         tokenizer: Needed unless ids are given.
         context: Tokens in a window, the BOS token included.
         stride: Tokens by which the window moves on; None means windows that do not overlap.
@@ -118,7 +122,8 @@ def perplexity(
             puts it before a text; never for ids.
         dtype: None to compute as the model is; bfloat16 or float16 to run a float32 model under ``torch.autocast``.
         batch_size: Windows in a call; None for as many as have about 2048 tokens. It does not change the result.
-        max_tokens: Use only so many tokens from the beginning of the text.
+        max_tokens: Use only so many tokens from the beginning of the text; no more of it is read than they need.
+        text_column: The column of a file with rows that holds text; by default ``text``, or else chats in ``messages``.
         progress: Called with the windows done and the windows in all.
 
     Returns:
@@ -129,8 +134,7 @@ def perplexity(
             the context is larger than the model's positions, or logits are not finite.
 
     Exactness: the loss is computed in float32 from the model's logits and summed in float64; of a batch's logits only
-        256
-    tokens at a time are held in float32. Batch size changes it by the model's own rounding only (below 1e-5 in
+    256 tokens at a time are held in float32. Batch size changes it by the model's own rounding only (below 1e-5 in
     float32).
 
     Example:
@@ -148,9 +152,7 @@ def perplexity(
         raise SparsepassError(
             f"{_name(model)} is an encoder-decoder, and perplexity is of causal language models; evaluate it on its own task"
         )
-    ids_T = _ids(text, tokenizer)
-    if max_tokens is not None:
-        ids_T = ids_T[:max_tokens]
+    ids_T = _ids(text, tokenizer, max_tokens, text_column)
     bos_id = _bos_id(bos, tokenizer, config, is_text=not isinstance(text, Tensor))
     _check_ids(ids_T, config, with_bos=bos_id is not None)
     num_text = context - (bos_id is not None)
@@ -249,7 +251,8 @@ def _caller(model: "CausalLM | nn.Module") -> Callable[[Tensor], Tensor]:
 
     def call(ids_BT: Tensor) -> Tensor:
         kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids_BT)} if with_mask else {}
-        output: Any = model(input_ids=ids_BT, **kwargs, **extra)
+        with named_outputs(model):
+            output: Any = model(input_ids=ids_BT, **kwargs, **extra)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids_BT.shape:
             came = f"logits of shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
@@ -290,7 +293,9 @@ def _check_causal(model: "CausalLM | nn.Module", call: Callable[[Tensor], Tensor
         )
 
 
-def _ids(text: "str | Path | Tensor", tokenizer: "PreTrainedTokenizerBase | None") -> Tensor:
+def _ids(
+    text: "str | Path | Tensor", tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None, column: str | None
+) -> Tensor:
     if isinstance(text, Tensor):
         ids_T = text[0] if text.dim() == 2 and text.shape[0] == 1 else text
         if ids_T.dim() != 1 or ids_T.dtype.is_floating_point or ids_T.dtype in (torch.bool, torch.complex64):
@@ -298,24 +303,21 @@ def _ids(text: "str | Path | Tensor", tokenizer: "PreTrainedTokenizerBase | None
                 f"token ids have to be integers of shape [tokens] or [1, tokens], and are {text.dtype} of shape "
                 f"{list(text.shape)}; join several texts into one row, or measure each"
             )
-        return ids_T.cpu().long()
-    if isinstance(text, Path):
-        try:
-            text = text.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise SparsepassError(f"evaluation text {error.filename} does not exist; check the path") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise SparsepassError(f"evaluation text cannot be read: {error}; it has to be a UTF-8 text file") from error
-    elif "\n" not in text and len(text) < 1024 and Path(text).is_file():
+        return ids_T.cpu().long()[:max_tokens]
+    if isinstance(text, str) and "\n" not in text and (there := path_named(text)) is not None and there.is_file():
         raise SparsepassError(
             f"text {text!r} is the name of a file, and a string is taken as the text itself; pass pathlib.Path({text!r})"
         )
-    if not text.strip():
+    if isinstance(text, Path):
+        check_text_file(text, "evaluation text", column=column)
+    elif not text.strip():
         raise SparsepassError("evaluation text is empty; give some text of at least two tokens")
     if tokenizer is None:
-        raise SparsepassError("evaluation text needs a tokenizer; pass tokenizer=..., or token ids instead of text")
-    # verbose=False: a text longer than the model's context is meant here, and is cut into windows.
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+        raise SparsepassError(
+            "evaluation text needs a tokenizer, and none lies beside the model; put its files there, or in Python pass "
+            "tokenizer=..., or token ids"
+        )
+    return torch.tensor(first_ids(text, tokenizer, max_tokens, what="evaluation text", column=column), dtype=torch.long)
 
 
 def _bos_id(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
+from sparsepass.graph.lengths import refused
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
     PassRecord,
@@ -31,7 +32,7 @@ from sparsepass.graph.saved import (
     read_state,
     write_state,
 )
-from sparsepass.graph.sites import Site, find_sites
+from sparsepass.graph.sites import Site, find_sites, idle_layers
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 
@@ -80,6 +81,7 @@ class Program(nn.Module):
         output_structure: What stands around the output tensors, as JSON.
         example_inputs: Inputs it was captured with.
         dynamic_axes: Input name -> axes that may vary.
+        limits: Conditions on the sizes along these axes, such as ``input_ids[1] <= 8``, beyond which the graph is wrong.
         aliases: Other name -> name in the graph, for parameters with several names.
         origin: The source model's class and configuration.
         sparse: Weight name -> what passes did to it.
@@ -94,6 +96,7 @@ class Program(nn.Module):
         output_structure: Any,
         example_inputs: Mapping[str, Tensor],
         dynamic_axes: Mapping[str, tuple[int, ...]],
+        limits: tuple[str, ...] = (),
         aliases: Mapping[str, str] | None = None,
         origin: Origin | None = None,
         sparse: Mapping[str, SparseState] | None = None,
@@ -105,6 +108,7 @@ class Program(nn.Module):
         self.output_structure = output_structure
         self.example_inputs = dict(example_inputs)
         self.dynamic_axes = {name: tuple(axes) for name, axes in dynamic_axes.items()}
+        self.limits = tuple(limits)
         self.aliases = dict(aliases or {})
         self.origin = origin or Origin()
         self.sparse = dict(sparse or {})
@@ -170,6 +174,10 @@ class Program(nn.Module):
                 value = self._default(name, given)
             self._check_input(name, value)
             bound[name] = value
+        shapes = tuple((name, tuple(value.shape)) for name, value in bound.items())
+        is_traced = not all(type(size) is int for _, shape in shapes for size in shape)
+        if not is_traced and (words := refused(self.limits, shapes)):
+            raise SparsepassError(f"{words}; capture the model again with example_inputs of such sizes")
         return bound
 
     def _check_input(self, name: str, value: Any) -> None:
@@ -270,7 +278,8 @@ class Program(nn.Module):
 
     def report(self) -> Report:
         """What each pass did at each site, and why not; `str()` of it is a table."""
-        return Report(history=self.history, sites=self.sites(), sparse=self.sparse)
+        idle = idle_layers(self.graph_module, self.tensors())
+        return Report(history=self.history, sites=self.sites(), sparse=self.sparse, idle=idle)
 
     def hierarchy(self) -> nn.Module:
         """The model's original module tree, its layers as modules, over this program's own parameters.
@@ -351,6 +360,7 @@ class Program(nn.Module):
             "format_version": FORMAT_VERSION,
             "output_structure": self.output_structure,
             "dynamic_axes": {name: list(axes) for name, axes in self.dynamic_axes.items()},
+            "limits": list(self.limits),
             "aliases": self.aliases,
             "parameters": {name: p.requires_grad for name, p in self.graph_module.named_parameters()},
             "origin": to_json(self.origin),
@@ -384,6 +394,7 @@ def _from_state(
         output_structure=document["output_structure"],
         example_inputs={name.removeprefix(_EXAMPLE_PREFIX): t for name, t in examples.items()},
         dynamic_axes={name: tuple(axes) for name, axes in document["dynamic_axes"].items()},
+        limits=tuple(document.get("limits", ())),
         aliases=document["aliases"],
         origin=Origin(**(origin | lists)),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},

@@ -177,11 +177,19 @@ def pass_record_from_json(document: JSON) -> PassRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What each pass did at each site of a program. `str()` is a table for people, `to_dict()` is for machines."""
+    """What each pass did at each site of a program. `str()` is a table for people, `to_dict()` is for machines.
+
+    Attributes:
+        history: Every pass applied.
+        sites: What the graph runs.
+        sparse: Weight name -> what passes did to it.
+        idle: Layers that the graph never runs -> why.
+    """
 
     history: tuple[PassRecord, ...]
     sites: tuple[Site, ...]
     sparse: Mapping[str, SparseState]
+    idle: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_sparse(self) -> int:
@@ -189,14 +197,14 @@ class Report:
         return sum(site.weight in self.sparse for site in self.sites)
 
     def skipped(self) -> dict[str, str]:
-        """Site name -> why it is not sparse. Every site that is not sparse is in it."""
+        """Site name -> why it is not sparse. Every site that is not sparse is in it, and every layer that never runs."""
         reasons: dict[str, str] = {}
         for site in self.sites:
             if site.weight in self.sparse:
                 continue
             said = [o.reason for record in self.history for o in record.outcomes if o.site == site.name and o.reason]
             reasons[site.name] = said[0] if said else site.left_alone or "no pass has rewritten it"
-        return reasons
+        return reasons | dict(self.idle)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 import sparsepass.graph.ops  # noqa: F401  (registers the operator that _MASKED names)
 from sparsepass.graph.nodes import ancestors, module_path, module_type, op_name, splits_of, tensor_of
+from sparsepass.graph.roles import role_of
 
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
@@ -32,12 +33,9 @@ _UNSUPPORTED_NAMES = {
     "einsum", "bilinear", "baddbmm", "convolution", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "lstm", "gru", "rnn_tanh", "rnn_relu", "mm", "matmul", "bmm", "multi_head_attention_forward",
 }  # fmt: skip
-# What may stand between a matmul and the graph's output without making it anything but the output head.
-_SHAPE_ONLY_NAMES = {
-    "view", "reshape", "_unsafe_view", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute", "contiguous",
-    "clone", "to", "_to_copy", "alias", "flatten", "unflatten", "expand", "split", "split_with_sizes", "chunk", "getitem", "t",
-}  # fmt: skip
-_ROUTING_NAMES = _SHAPE_ONLY_NAMES | {"softmax", "_softmax", "sigmoid", "add", "float", "mul", "log_softmax"}
+
+
+_IDLE = "the captured graph never runs it: the example inputs had nothing for it (images, say); capture with such inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +141,21 @@ def find_sites(
     return tuple(
         _site(graph_module, key, found, names=names, heads=heads, embeddings=embeddings) for key, found in uses.items()
     )
+
+
+def idle_layers(graph_module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layers that a program holds and its graph never runs, such as an image tower where the example had no image.
+
+    Args:
+        graph_module: A flat graph.
+        tensors: Every tensor of the program, by name.
+
+    Returns:
+        Name of the layer -> why nothing was done to it.
+    """
+    read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    weights = [n for n, t in tensors.items() if isinstance(t, torch.nn.Parameter) and t.dim() > 1 and n not in read]
+    return {n.removesuffix(".weight"): _IDLE for n in weights if n.endswith(".weight") or "experts" in n}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,15 +326,23 @@ def _site(
         module_type=module_type(main.node),
         inputs=tuple(use.activation.name for use in of_interest),
         nodes=tuple(use.node.name for use in of_interest),
-        left_alone=_reason(main, uses, ties, heads, embeddings),
-        can_be_named=main.weight not in embeddings and len({use.layout for use in uses}) == 1,
+        left_alone=_reason(main, uses, ties, heads, embeddings, shape[nm_axis], shape[out_axis]),
+        can_be_named=main.weight not in embeddings and len({use.layout for use in uses}) == 1 and 0 not in shape,
     )
 
 
 def _reason(
-    main: _WeightUse, uses: list[_WeightUse], ties: tuple[str, ...], heads: set[str], embeddings: set[str]
+    main: _WeightUse,
+    uses: list[_WeightUse],
+    ties: tuple[str, ...],
+    heads: set[str],
+    embeddings: set[str],
+    in_features: int,
+    out_features: int,
 ) -> str | None:
     weight = main.weight or ""
+    if not in_features or not out_features:
+        return f"it has no weights: {in_features} inputs, {out_features} outputs"
     layouts = {use.layout for use in uses}
     if layouts == {"embedding"}:
         return "embedding: a table that is looked up, not multiplied"
@@ -332,29 +353,13 @@ def _reason(
         return f"used in several layouts ({', '.join(sorted(layouts))}): no axis serves them all"
     if weight in heads:
         return "output head: pruning it costs much accuracy; name it in targets to prune it"
-    if _reaches(main.node, "output"):
+    if main.layout == "embedding":
+        return None
+    roles = {role_of(use.node, in_features, out_features) for use in uses}
+    if "head" in roles:
         return "output head (its result is an output of the model): name it in targets to prune it"
-    if _reaches(main.node, "topk"):
+    if "router" in roles:
         return "router: it picks the experts, is tiny and sensitive; name it in targets to prune it"
+    if "gate" in roles:
+        return "gate: it weighs whole branches by a few numbers a token; name it in targets to prune it"
     return None
-
-
-def _reaches(node: fx.Node, what: Literal["output", "topk"]) -> bool:
-    """Whether the result of `node` flows into the output (through reshapes only) or into a top-k (through a softmax)."""
-    passable = _SHAPE_ONLY_NAMES if what == "output" else _ROUTING_NAMES
-    stack, seen = list(node.users), set()
-    while stack:
-        user = stack.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if user.op == "output":
-            if what == "output":
-                return True
-            continue
-        name = op_name(user)
-        if what == "topk" and name in ("topk", "sort"):
-            return True
-        if name in passable:
-            stack.extend(user.users)
-    return False

@@ -1,6 +1,7 @@
 """Running a pipeline: check the order, run each pass, validate its result, and record what it did."""
 
 import copy
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
 from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
 from sparsepass.passes.maths import InputStatistics
+from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.preconditions import check_pipeline
 from sparsepass.passes.table import parse_pipeline, pass_to_text
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED)
 _VALIDATION_SEQUENCES = 2
+_LOG = logging.getLogger(__name__)
 
 
 def apply_passes(
@@ -43,6 +46,7 @@ def apply_passes(
     context: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    text_column: str | None = None,
     compute: ComputeDtype = "auto",
     example_inputs: Mapping[str, Any] | tuple[Tensor, ...] | Tensor | None = None,
     inplace: bool = False,
@@ -62,6 +66,7 @@ def apply_passes(
         context: Tokens per sequence made from text; by default 2048 or the model's limit.
         batch_size: Sequences run at once, at most. Memory and speed only; a pass that trains has a batch size of its own.
         seed: Where in the text the sequences are taken.
+        text_column: The column of calibration rows that holds text; by default ``text``, or else chats in ``messages``.
         compute: Precision of calibration's matmuls: ``auto`` is bfloat16 where the processor computes in it.
         example_inputs: What to capture the model with; transformers models can do without.
         inplace: Whether the program takes over the model's tensors and writes into them (or is the given Program itself):
@@ -85,7 +90,12 @@ def apply_passes(
     pipeline = parse_pipeline(passes)
     if not pipeline:
         raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
-    pipeline = tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    asked, pipeline = pipeline, tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    if any(_falls_back(before, after) for before, after in zip(asked, pipeline, strict=True)):
+        _LOG.warning(
+            "Without calibration data nm_sparsify keeps the largest weights (criterion=magnitude), which most often leaves a "
+            "language model useless until it is retrained: give a text to calibrate on, or choose the criterion yourself"
+        )
     if calibration is None and (asking := [p for p in pipeline if p.needs != "nothing"]):
         raise SparsepassError(
             f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
@@ -106,10 +116,18 @@ def apply_passes(
             context=default_context(program.origin.config) if context is None else context,
             batch_size=min([batch_size, *(p.block_work.batch_size for p in pipeline if p.block_work is not None)]),
             seed=seed,
+            text_column=text_column,
             vocab_size=_vocabulary(program),
         )
     run.all()
     return program
+
+
+def _falls_back(asked: Pass, resolved: Pass) -> bool:
+    """Whether a criterion that needs no calibration stands in for the one that is chosen with it."""
+    if not (isinstance(asked, NMSparsify) and isinstance(resolved, NMSparsify)):
+        return False
+    return asked.criterion is None and resolved.criterion == "magnitude"
 
 
 class _Run:

@@ -34,14 +34,14 @@ FACTS: dict[str, tuple[str, set[str]]] = {
     ),
     "reading jsonl": (
         r"json\.loads\(line\)",
-        {"passes/data/sources.py", "retrain/run/metrics.py"},
+        {"graph/rows.py", "retrain/run/metrics.py"},
     ),  # the latter is its own file
     "whether a weight is the original one": (
         r"\bchanged_by=|history\b.*\bslorb|record\.text\.startswith",
         {"graph/program.py", "passes/manager.py", "retrain/trainee.py"},
     ),
     "version of a package that may be missing": (r"PackageNotFoundError", {"graph/support/machine.py"}),
-    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"passes/data/sources.py"}),
+    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"graph/rows.py"}),
 }
 
 

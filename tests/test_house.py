@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -145,6 +146,21 @@ def test_every_command_is_documented_with_its_options() -> None:
         section = text.partition(f"## `sparsepass {command}`\n")[2].partition("\n## ")[0]
         assert "| option | meaning |" in section, f"docs/cli.md does not tell of {command}"
     assert text == documentation.whole(), "docs/cli.md is old: python -m tests.export.cli.documentation"
+
+
+def test_no_loading_runs_or_asks_for_code_that_came_with_a_model() -> None:
+    """Where trust_remote_code is not said, transformers asks on standard input, and runs the code on a yes."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in itertools.chain(*SOURCES.values())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "from_config")
+        and ast.unparse(node.func.value) != "PeftModel"
+        and "trust_remote_code" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert not silent
 
 
 def test_no_file_names_a_machine() -> None:

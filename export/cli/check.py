@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Sides = list[tuple[str, Any, Any]]
+_TOKENS = 128
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -41,6 +42,9 @@ def eval_command(
     from sparsepass.graph import SparsepassError
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
+    of_tasks = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
+    if not names and (vain := [flag for flag, value in of_tasks.items() if value is not None]):
+        raise SparsepassError(f"{', '.join(vain)} would change nothing, because --tasks was not given; give it too")
     if evaluation is None and not names:
         raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
     if evaluation is not None:
@@ -83,10 +87,11 @@ def compare_command(
         Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = 128,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = _TOKENS,
     atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
     rtol: Annotated[
-        float | None, typer.Option("--rtol", help="Bound of each output's relative error; by default the dtype's.")
+        float | None,
+        typer.Option("--rtol", help="Bound of each output's relative error; by default, where no bound is given, the dtype's."),
     ] = None,
     max_kl: Annotated[float | None, typer.Option("--max-kl", help="Bound of the KL divergence of the logits, in nats.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Demand equal numbers.")] = False,
@@ -99,8 +104,8 @@ def compare_command(
 ) -> None:
     """Run A and B on the same inputs, and tell how far apart they are and at which layer they part.
 
-    Without --inputs and --text the samples beside an export are used, or small random inputs. By default the relative
-    error of each output may be 1e-5 in float32, 5e-3 in float16 and 3e-2 in bfloat16.
+    Without --inputs and --text the samples beside an export are used, or small random inputs. If no bound is given, the
+    relative error of each output may be 1e-5 in float32, 5e-3 in float16 and 3e-2 in bfloat16; if one is, it alone counts.
 
     Exit code: 0 equivalent within the bounds, 1 not, 2 wrong usage or unreadable input.
     """
@@ -109,6 +114,8 @@ def compare_command(
 
     if inputs is not None and text is not None:
         raise SparsepassError("--inputs and --text were both given; choose one")
+    if tokens != _TOKENS and text is None:
+        raise SparsepassError("--tokens would change nothing, because --text was not given; give it too")
     sides = []
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
@@ -175,22 +182,23 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
     from transformers import AutoTokenizer
 
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.texts import first_ids
+    from sparsepass.passes.data import special_frame
 
     evaluation = Evaluation(text=text)
     evaluation.check()
-    found = evaluation.content()
-    words = found.read_text(encoding="utf-8") if isinstance(found, Path) else found
     tokenizer = next((tokenizer for _, _, tokenizer in sides if tokenizer is not None), None)
     for name, _, _ in sides if tokenizer is None else ():
         place = Path(name).expanduser()
         place = place if place.is_dir() else place.parent
         if (place / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             break
     if tokenizer is None:
         raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")
-    # Characters enough for the tokens wanted, at ten for each, so that a long text is not tokenized as a whole.
-    ids = tokenizer(words[: 10 * tokens], verbose=False)["input_ids"][:tokens]
+    ids = first_ids(evaluation.content(), tokenizer, tokens, what="text")
+    before, after = special_frame(tokenizer)
+    ids = [*before, *ids, *after][:tokens]
     if len(ids) < 2:
         raise SparsepassError(f"the text {text} gives {len(ids)} tokens; give at least two")
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}

@@ -18,7 +18,11 @@ def criteria_command(
         Fields(flags={"data": "--calibration"}, left_out=("batch_size",), defaults={"data": ...}, help=support.DATA),
     ],
     evaluation: Annotated[
-        Evaluation, Fields(flags={"text": "--eval-text", "context": "--eval-context"}, left_out=("stride", "bos", "batch_size"))
+        Evaluation,
+        Fields(
+            flags={"text": "--eval-text", "context": "--eval-context", "text_column": "--eval-text-column"},
+            left_out=("stride", "bos", "batch_size"),
+        ),
     ],
     criteria: Annotated[
         list[str] | None, typer.Option("--criteria", help="Criteria, separated by commas. By default all of them.")
@@ -47,8 +51,11 @@ def criteria_command(
     import sys
 
     from sparsepass.export.stages import CriteriaSettings, criteria_page, criteria_table, jobs_of
-    from sparsepass.graph.support import write_text
+    from sparsepass.graph.support import check_place, write_text
 
+    for file in (json_file, out):
+        if file is not None:
+            check_place(file)
     names = [name.strip() for item in criteria or () for name in item.split(",") if name.strip()]
     jobs = jobs_of(names, pattern=pattern, reconstruct=reconstruct, pipelines=passes or ())
     settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation)

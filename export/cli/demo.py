@@ -141,7 +141,7 @@ def demo(
     shown = f"Packed: not measured, because {missing}." if packed is None else speed_tables(packed.speed)
     console.print(shown, highlight=False)
     console.print(Text(_explained(result, packed, model)))
-    return replace(result, held=result.held and packed.held) if packed is not None else result
+    return result if packed is None or packed.held else replace(result, held=False, state="did_not_hold")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,4 +86,4 @@ def pack_and_measure(
         speed = bench(out, plain, settings=settings)
     seconds = time.perf_counter() - started
     add_to_report(out, {"speed": speed}, stage="bench", command=command, seconds=seconds)
-    return PackedDemo(folder=out, held=written.held is not False, speed=speed)
+    return PackedDemo(folder=out, held=written.held, speed=speed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from sparsepass._docs import attribute_docs
 from sparsepass.export.cli import support
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from sparsepass.export.targets import Target
 
 
-def export(
+def _export(
     model: Annotated[ModelSource, Fields(flags={"source": "MODEL"}, left_out=("dtype", "task"))],
     target: Annotated[
         str,
@@ -46,13 +47,15 @@ def export(
     force: support.Force = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and check what was written.")] = False,
     no_validate: support.NoValidate = False,
+    allow_unchecked: support.AllowUnchecked = False,
     **options: Any,
 ) -> None:
     """Apply passes to MODEL, write it in the form of a target, open what was written, and verify it.
 
     Beside the artifact stand recipe.txt, samples (inputs and outputs) and the report (json, html, md).
 
-    Exit code: 0 verification held (or was switched off), 1 it did not, 2 wrong usage or unreadable input.
+    Exit code: 0 verification held (or was switched off), 1 it did not, 2 wrong usage or unreadable input, 3 a part could not
+    be checked here (0 with --allow-unchecked).
     """
     from sparsepass.export.stages import export as write
 
@@ -74,17 +77,19 @@ def export(
     support.show_report(result.report, out)
     for failure in result.failures:
         support.complain(failure)
-    support.finish(result.held is not False)
+    for line in result.unchecked:
+        support.say(f"[yellow]Not checked:[/] {escape(line)}")
+    support.finish_verified(() if no_verify else (result.state,), allow_unchecked=allow_unchecked)
 
 
 def export_command() -> Callable[..., None]:
     """The command, with an option for each option of each target."""
 
     def command(*args: Any, **kwargs: Any) -> None:
-        export(*args, **kwargs)
+        _export(*args, **kwargs)
 
-    own = list(inspect.signature(export).parameters.values())[:-1]
-    command.__doc__ = export.__doc__
+    own = list(inspect.signature(_export).parameters.values())[:-1]
+    command.__doc__ = _export.__doc__
     command.__signature__ = inspect.Signature([*own, *target_options()])  # type: ignore[attr-defined]
     return support.clean(command)
 

@@ -36,14 +36,15 @@ def masks_command(
     import json
 
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.support import check_place
     from sparsepass.passes.masks import compare_masks, describe
 
     if out is not None and second is not None:
         raise SparsepassError("--out writes the masks of one program, and two are compared; leave one of them out")
     if about and out is None:
         raise SparsepassError("--about goes into a pack that is written; name the file with --out")
-    if out is not None and out.exists() and not force:
-        raise SparsepassError(f"{out} exists; choose another name, or pass --force to replace it")
+    if out is not None:
+        check_place(out, force=force)
     pack = _read(first, about)
     if second is not None:
         found = compare_masks(pack, _read(second, ""))

@@ -40,7 +40,7 @@ class Fields:
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each field of its settings, and call it with the settings that were given."""
-    groups: dict[str, tuple[type, dict[str, str], bool]] = {}
+    groups: dict[str, tuple[type, dict[str, Parameter], bool]] = {}
     own: list[Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         found = _settings_of(parameter.annotation)
@@ -49,13 +49,15 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             continue
         kind, marks, is_optional = found
         made = settings_options(kind, marks, is_needed=not is_optional)
-        groups[parameter.name] = (kind, {name: each.name for name, each in made.items()}, is_optional)
+        groups[parameter.name] = (kind, made, is_optional)
         own += made.values()
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        for name, (kind, sources, is_optional) in groups.items():
-            values = read_back(kind, {field: given.pop(source) for field, source in sources.items()})
+        for name, (kind, made, is_optional) in groups.items():
+            typed = {field: given.pop(each.name) for field, each in made.items()}
+            _check_not_in_vain(made, typed)
+            values = read_back(kind, typed)
             is_left_out = is_optional and next(iter(values.values())) is None
             given[name] = None if is_left_out else kind(**values)
         command(**given)
@@ -64,6 +66,35 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         [each.replace(kind=Parameter.KEYWORD_ONLY) for each in own]
     )
     return run
+
+
+def _check_not_in_vain(made: Mapping[str, Parameter], typed: Mapping[str, Any]) -> None:
+    """Raise where settings are given of something that is not: the first field, such as a text, tells what they are of.
+
+    Raises:
+        SparsepassError: If the first field was left out, and others were not.
+    """
+    first, *others = typed
+    vain = [field for field in others if typed[field] != made[field].default]
+    if typed[first] is None and vain:
+        from sparsepass.graph.support import SparsepassError
+
+        raise SparsepassError(
+            f"{', '.join(flag_of(made[field]) for field in vain)} would change nothing, because {flag_of(made[first])} was not "
+            f"given; give it too, or leave {'that' if len(vain) == 1 else 'them'} out"
+        )
+
+
+def flag_of(parameter: Parameter) -> str:
+    """What an option is called on the command line: its first long name; an argument by the name that help shows."""
+    for mark in getattr(parameter.annotation, "__metadata__", ()):
+        # In an annotation the first name stands where a default would.
+        for name in (getattr(mark, "default", None), *(getattr(mark, "param_decls", None) or ())):
+            if isinstance(name, str) and name.startswith("--"):
+                return name.partition("/")[0]
+        if isinstance(mark, typer.models.OptionInfo):
+            return f"--{parameter.name.replace('_', '-')}"
+    return parameter.name.upper()
 
 
 def settings_options(kind: type, marks: Fields, *, is_needed: bool) -> dict[str, Parameter]:

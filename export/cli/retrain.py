@@ -141,6 +141,7 @@ def run_command(
     example: Annotated[bool, typer.Option("--example", help="Print a recipe with comments, to start from.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that come along.")] = False,
     print_recipe: Annotated[bool, typer.Option("--print", help="Print the recipe's file, to start from.")] = False,
+    allow_unchecked: support.AllowUnchecked = False,
     trust_remote_code: support.TrustRemoteCode = False,
 ) -> None:
     """Take a model through a recipe: prune, retrain, eval and export, each in a folder of its own, verified at the end.
@@ -148,7 +149,8 @@ def run_command(
     The whole recipe is checked before anything runs. Given again, it goes on where it stopped: stages that are done are
     not run again, and a training goes on from its checkpoints.
 
-    Exit code: 0 done, and verification held; 1 it did not; 2 wrong usage or unreadable input; 130 stopped by a signal.
+    Exit code: 0 done, and verification held; 1 it did not; 2 wrong usage or unreadable input; 3 a part could not be checked
+    here (0 with --allow-unchecked); 130 stopped by a signal.
     """
     from sparsepass.export.stages import example_text, read_recipe_text, recipe_names
 
@@ -178,9 +180,11 @@ def run_command(
         return
     _show_outcomes(found)
     for outcome in found:
-        if outcome.held is False:
+        if outcome.state == "did_not_hold":
             support.complain(f"{outcome.name}: verification did not hold; {outcome.folder / 'report.html'} says what differs")
-    support.finish(all(outcome.held is not False for outcome in found))
+        if outcome.state == "not_checked":
+            support.say(f"{outcome.name}: not everything could be checked; {outcome.folder / 'report.html'} says what")
+    support.finish_verified((outcome.state for outcome in found), allow_unchecked=allow_unchecked)
 
 
 def until_stopped(train: Callable[[], Result]) -> Result:
@@ -224,10 +228,10 @@ def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
     table = Table(title="Stages", title_justify="left", show_edge=False)
     for heading in ("stage", "", "verification", "folder"):
         table.add_column(heading, overflow="fold")
-    said = {True: "[green]held[/]", False: "[bold red]did NOT hold[/]", None: ""}
+    said = {"held": "[green]held[/]", "did_not_hold": "[bold red]did NOT hold[/]", "not_checked": "[yellow]not checked[/]"}
     for outcome in outcomes:
         done = f"{outcome.seconds:.0f} s" if outcome.ran else "done before"
-        table.add_row(outcome.name, done, said[outcome.held], str(outcome.folder))
+        table.add_row(outcome.name, done, said.get(outcome.state or "", ""), str(outcome.folder))
     if (last := find_report(outcomes[-1].folder)) is not None:
         support.stdout().print(sections(last, "retraining", "accuracy"))
     support.stdout().print(table)

@@ -55,6 +55,7 @@ def sensitivity_command(
 
     from sparsepass.export.stages import auto_ignore
 
+    calibration.check()
     loaded = model.load()
     keywords = calibration.keywords()
     del keywords["batch_size"]

@@ -9,19 +9,23 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.markup import escape
 
+from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
-HELD, FAILED, UNREADABLE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: what was asked about holds; it does not; it cannot be read or is wrongly asked; Ctrl-C."""
+if TYPE_CHECKING:
+    from sparsepass.export.targets import State
+
+HELD, FAILED, UNREADABLE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: it holds; it does not; it cannot be read or is wrongly asked; it could not be checked; Ctrl-C."""
 
 
 DEFAULT_PASSES = "nm_sparsify"
@@ -46,13 +50,23 @@ CalibrationOptions = Annotated[Calibration, Fields(flags={"data": "--calibration
 EvaluationOptions = Annotated[
     Evaluation | None,
     Fields(
-        flags={"text": "--eval-text", "context": "--eval-context", "stride": "--eval-stride", "bos": "--eval-bos"},
+        flags={
+            "text": "--eval-text",
+            "context": "--eval-context",
+            "stride": "--eval-stride",
+            "bos": "--eval-bos",
+            "text_column": "--eval-text-column",
+        },
         left_out=("batch_size",),
-        help={"text": "Text file, or 'python-docs': measure perplexity before and after on it, for the report."},
+        help={"text": "Text file (.txt, .jsonl, .parquet) or 'python-docs': measure perplexity on it before and after."},
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
+AllowUnchecked = Annotated[
+    bool,
+    typer.Option("--allow-unchecked", help="Exit with 0, not 3, where a part could not be checked on this machine."),
+]
 NoValidate = Annotated[
     bool, typer.Option("--no-validate", help="Do not measure after each pass how far the outputs moved. Saves time.")
 ]
@@ -130,6 +144,14 @@ def finish(held: bool) -> None:
         raise typer.Exit(FAILED)
 
 
+def finish_verified(states: "Iterable[State | None]", *, allow_unchecked: bool) -> None:
+    """End a command by what verification came to, None where there was none: exit code 0, 1 or 3."""
+    found = set(states)
+    finish("did_not_hold" not in found)
+    if "not_checked" in found and not allow_unchecked:
+        raise typer.Exit(UNCHECKED)
+
+
 _ADVICE = {
     errno.EACCES: "name a place where you may read and write, or change its permissions",
     errno.EPERM: "name a place where you may read and write, or change its permissions",
@@ -144,6 +166,7 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
     What is a defect keeps its traceback.
     """
     run = with_settings(command)
+    flags = flags_of(run)
 
     @functools.wraps(run)
     def guarded(**given: Any) -> None:
@@ -164,7 +187,7 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
 
             if not isinstance(error, SparsepassError):
                 raise
-            complain(str(error))
+            complain(as_options(str(error), flags))
             raise typer.Exit(UNREADABLE) from None
 
     return guarded

@@ -5,14 +5,18 @@ reduced, is convention:
 
 1. A matrix named `weight` is `[out, in]`: axis 1. In the families that use GPT-2's Conv1D (told by `config.json`) the
    matrices of its modules are `[in, out]`: axis 0.
-2. A tensor of rank 3 to 5 named `weight` is a convolution `[out, in / group, ...]`: axis 1.
-3. Experts, rank 3 and named `*_proj` or below `experts`, are `[expert, out, in]`: the last axis, but the second in
-   families that store them transposed.
-4. Embeddings and other matrices are listed and not judged; vectors, masks and integers are no weights.
-5. `axes` overrides all of that by name.
+2. Experts, rank 3 and named `*_proj`, `*_linear.weight` or below `experts`, are `[expert, out, in]`: the last axis, but the
+   second in families that store them transposed. So are other stacks of matrices in families that are known for them.
+3. Another tensor of rank 3 to 5 named `weight` is a convolution `[out, in / group, ...]`: axis 1. Of rank 3, only if its name
+   says so or its last axis is as short as a kernel's; else it may be a stack of matrices, and is not checkable.
+4. Embeddings, small matrices of other names, vectors and masks are listed and not judged, or are no weights.
+5. Whatever else is large, or of a type that holds no plain weights (packed, compressed, of a format that is not known), is not
+   checkable, and then the pattern is not proven.
+6. `axes` overrides all of that by name.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +29,27 @@ import torch
 
 from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import WEIGHTS_FILE, WEIGHTS_INDEX, SparsepassError, weights_index
 
-_INDEX = "model.safetensors.index.json"
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _CONV1D_MODULES = re.compile(r"(c_attn|c_proj|c_fc|q_attn)$")
 _TRANSPOSED_EXPERT_FAMILIES = {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"}
 _EMBEDDING = re.compile(r"(^|\.)([^.]*emb[^.]*|wte|wpe|shared|tokens_embed|positions_embed|relative_attention_bias)$")
-_PACKED = (".qweight", ".weight_packed")
+# Stacks of matrices that are no experts: family -> the axis of K.
+_STACKED_FAMILIES = {"moshi": 2, "moshi_depth": 2, "csm": 1, "csm_depth_decoder_model": 1}
+_EXPERTS = re.compile(r"(_proj|_linear\.weight)$|(^|[._])experts?[._]|\.moe\.")
+_CONVOLUTION = re.compile(r"conv|(^|\.)(ups|resblocks|downsample|upsample)\.")
+_LONGEST_KERNEL = 11
+_PACKED = (".qweight", ".weight_packed", ".compressed", "_blocks", ".bitmask")
+_BUFFER = re.compile(
+    r"(ids|index|indices|coords|mask|masked_bias|\.bias|anchors|num_batches_tracked|running_\w+|inv_freq|freqs?|cis|window|basis|"
+    r"mel_filters|grid)(_\w+)?$"
+)
+_PARAMETER = re.compile(
+    r"emb|pos|token|quer|latent|bias|mask|table|norm|scale|gamma|anchor|prototype|codebook|inv_freq|cluster|lora_|slorb|A_log|"
+    r"conv|original[01]$|weight_[gv]$|probe|memory"
+)
+_SMALL, _LARGE, _LARGE_VECTOR = 1 << 10, 1 << 16, 1 << 20
 _QUANTIZER_DATA = ("zero_point", "scale", "scale_inv", "scales", "qzeros", "g_idx", "absmax", "weight_shape")
 # Element types of the format that a weight can have: whether they have a sign bit (and so a -0.0).
 _HAS_SIGN = {"F64": True, "F32": True, "F16": True, "BF16": True, "F8_E4M3": True, "F8_E5M2": True, "I8": False}
@@ -44,12 +61,14 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
 }
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a folder: those its index names, else model.safetensors, else all.
+    """List the safetensors files of a folder: model.safetensors, else those its index names, else all.
 
     Args:
         folder: The folder.
@@ -60,8 +79,8 @@ def safetensors_files(folder: Path) -> list[Path]:
     Raises:
         SparsepassError: An index cannot be read, or names a file that is not there.
     """
-    indices = [folder / _INDEX] if (folder / _INDEX).exists() else []
-    whole = folder / "model.safetensors"
+    whole, index = folder / WEIGHTS_FILE, weights_index(folder)
+    indices = [] if index is None else [index]
     if not indices and not whole.exists():
         # Variants and other libraries: model.safetensors.index.fp16.json, diffusion_pytorch_model.safetensors.index.json.
         indices = sorted(folder.glob("*.safetensors.index*.json"))
@@ -104,7 +123,7 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
             weight lacks.
     """
     found: list[_Stored] = []
-    index = paths[0].parent / _INDEX
+    index = paths[0].parent / WEIGHTS_INDEX
     promised = _read_index(index) if len(paths) > 1 and index.exists() else {}
     for path in paths:
         handle = _open(path)
@@ -196,16 +215,20 @@ def _candidate(
     if name.endswith(_QUANTIZER_DATA):
         return None
     if name.endswith(_PACKED):
-        problem = "packed by a quantizer; check the model before quantization, or its ONNX export"
+        problem = "packed or compressed; check the model before that, or its ONNX export"
     elif dtype not in _HAS_SIGN:
-        if last != "weight" or len(shape) < 2:
+        if last != "weight" and _is_buffer(name, shape, dtype):
             return None
         problem = f"stored as {dtype}, which holds no plain weights"
     elif len(shape) < 2:
-        return None
+        if math.prod(shape) < _LARGE_VECTOR:
+            return None
+        problem = "one long vector, perhaps of several weights; save the model with save_pretrained"
     elif f"{name}_zero_point" in all_names:
         problem = "quantized with zero points, which are not read from checkpoints; check its ONNX export"
     axis = None if problem else _axis(name, shape, families)
+    if axis is None and given is None and not problem:
+        problem = "a convolution or a stack of matrices, which its name does not tell; give its axis to have it judged"
     if given is not None and not problem:
         if not -len(shape) <= given < len(shape):
             raise SparsepassError(
@@ -215,7 +238,11 @@ def _candidate(
     elif not problem and len(shape) == 2 and _EMBEDDING.search(module if last == "weight" else name):
         aside = "an embedding"
     elif not problem and not (last.endswith("weight") or last.endswith("_proj") or ".experts." in name):
-        aside = "not named as a matmul weight is; give its axis to have it judged"
+        said = "not named as a matmul weight is; give its axis to have it judged"
+        if math.prod(shape) >= _LARGE and min(shape) > 1 and not _PARAMETER.search(name):
+            problem = f"{said}, or leave it out"
+        else:
+            aside = said
     elif axis is not None and shape[axis] == 1:
         aside = "K = 1: nothing is reduced"
     return Candidate(
@@ -233,13 +260,27 @@ def _candidate(
     )
 
 
-def _axis(name: str, shape: tuple[int, ...], families: set[str]) -> int:
+def _is_buffer(name: str, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether a tensor of a type without plain weights is none: positions, masks, counters, a little data of a quantizer."""
+    if dtype == "BOOL" or _BUFFER.search(name):
+        return True
+    size = math.prod(shape)
+    return size < _LARGE if dtype == "I64" else size < _SMALL if len(shape) < 2 else size <= max(shape)
+
+
+def _axis(name: str, shape: tuple[int, ...], families: set[str]) -> int | None:
+    """The axis of K by convention; None if there is none for such a tensor."""
     module, _, last = name.rpartition(".")
     if len(shape) == 2:
+        if "dbrx" in families and name.endswith(".experts.mlp.w2"):
+            return 0
         return 0 if families & _CONV1D_FAMILIES and _CONV1D_MODULES.search(module) and last == "weight" else 1
-    if len(shape) == 3 and (last.endswith("_proj") or ".experts." in name):
+    if len(shape) != 3 or _CONVOLUTION.search(name):
+        return 1
+    if _EXPERTS.search(name):
         return 1 if families & _TRANSPOSED_EXPERT_FAMILIES else 2
-    return 1
+    stacked = next((axis for family, axis in _STACKED_FAMILIES.items() if family in families), None)
+    return stacked or (1 if shape[2] <= _LONGEST_KERNEL or not last.endswith("weight") else None)
 
 
 def _families(folder: Path) -> set[str]:

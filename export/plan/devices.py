@@ -284,10 +284,10 @@ def peak(device: Device, dtype: Dtype) -> float:
         return device.int8_tops
     if dtype == "fp8":
         if device.name == CPU:
-            raise SparsepassError("packed layers on the processor have no fp8; take --dtype bf16, fp16, int8 or int4")
+            raise SparsepassError("packed layers on the processor have no fp8; take dtype=bf16, fp16, int8 or int4")
         if device.fp8_tflops is None:
             raise SparsepassError(
-                f"{device.title} ({device.architecture}) has no fp8 tensor cores; take --dtype int8 or bf16, or an Ada or "
+                f"{device.title} ({device.architecture}) has no fp8 tensor cores; take dtype=int8 or bf16, or an Ada or "
                 "Hopper GPU"
             )
         return device.fp8_tflops

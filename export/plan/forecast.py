@@ -372,7 +372,7 @@ def _workloads(
     if limit is not None and max(seqs) + inside > limit:
         raise SparsepassError(
             f"seq {max(seqs)}{f' and {inside} new tokens' if inside else ''} exceed the {limit} positions of this model; "
-            "give a shorter --seq or fewer --new-tokens"
+            "give shorter seqs or fewer new_tokens"
         )
     return [Workload(batch=batch, seq=seq, new_tokens=steps) for batch in batches for seq in seqs]
 

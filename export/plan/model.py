@@ -358,7 +358,7 @@ def _gguf(folder: Path, name: str | None) -> Path:
         return found[0]
     if found:
         raise SparsepassError(
-            f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one: --gguf-file"
+            f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one with gguf_file"
         )
     there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SparsepassError(
@@ -379,7 +379,7 @@ def _from_gguf(path: Path) -> Program:
         if (magic := file.read(4)) != b"GGUF":
             raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise SparsepassError(f"{path}: its header cannot be read ({error}); it may be truncated, download it again") from error
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)

@@ -238,12 +238,14 @@ class CheckEntry(Part):
     held: bool | None = Field(default=None, description="whether it held; null if it could not be checked")
     summary: str = Field(description="what was found")
     details: dict[str, Any] = Field(description="the figures")
+    decides: bool = Field(default=True, description="whether the whole is not checked if this could not be checked")
 
 
 class VerificationSection(Part):
     """What was found when the written files were opened again."""
 
-    held: bool | None = Field(default=None, description="whether every check held; null if verification was switched off")
+    held: bool | None = Field(default=None, description="whether every check held; null if one could not be made, or none was")
+    state: str = Field(default="", description="the same in words: `held`, `did_not_hold` or `not_checked`")
     checks: list[CheckEntry] = Field(description="one entry a check")
 
 

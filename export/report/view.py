@@ -376,7 +376,7 @@ def _not_known(question: str, report: ReportDocument) -> Answer:
 
 def _verified(section: VerificationSection) -> Answer:
     question, checks = "Do the written files hold what they should?", section.checks
-    if section.held is None:
+    if not checks:
         said = ["Verification was switched off: nothing is known of the written files."]
         return Answer(question, "not checked", said, tone="unknown")
     rest = [f"Could not be checked here: {check.name} ({check.summary})." for check in checks if check.held is None]
@@ -384,6 +384,9 @@ def _verified(section: VerificationSection) -> Answer:
         broken = [f"`{check.name}` did NOT hold: {check.summary}." for check in failed]
         return Answer(question, "verification did NOT hold", broken + rest, tone="bad")
     held = [check.name for check in checks if check.held]
+    if any(check.held is None and check.decides for check in checks):
+        said = [f"Not everything could be checked here. Checked, and held: {', '.join(held) or 'nothing'}."]
+        return Answer(question, "not checked", said + rest, tone="unknown")
     said = [f"Verification held. Checked in the files themselves: {', '.join(held) or 'nothing'}."]
     return Answer(question, "verification held", said + rest, tone="good")
 

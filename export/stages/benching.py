@@ -233,7 +233,7 @@ def _memory(source: ModelSource, settings: BenchSettings) -> dict[str, int | Non
         last = (done.stderr.strip().splitlines() or [""])[-1]
         raise SparsepassError(
             f"memory of {source.source} could not be measured: its process ended with {done.returncode} ({last}); free some "
-            "memory, or measure times alone (memory=False, --no-memory)"
+            "memory, or measure times alone (memory=False)"
         )
     found: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
     return found

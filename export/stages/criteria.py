@@ -31,7 +31,9 @@ from sparsepass.passes.data import PYTHON_DOCS
 from sparsepass.passes.maths import NMPattern
 from sparsepass.passes.table import parse_pipeline, pipeline_to_text
 
-_CHILD = "import sys; from sparsepass.export.stages.criteria import measure_to_file as m; sys.exit(m(*sys.argv[1:]))"
+# Ctrl-C reaches all processes of a terminal. The parent ends this one, and tells it in one line.
+_CHILD = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+_CHILD += "from sparsepass.export.stages.criteria import measure_to_file as m; sys.exit(m(*sys.argv[1:]))"
 _LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
@@ -65,8 +67,11 @@ class CriteriaSettings:
     def to_dict(self) -> dict[str, Any]:
         """All that a row depends on, as JSON."""
         found = asdict(self.evaluation) | asdict(self.calibration) | asdict(self.model)
-        for name in ("text", "data", "source", "batch_size", "trust_remote_code"):
+        for name in ("text", "data", "source", "batch_size", "trust_remote_code", "text_column"):
             del found[name]
+        # Where none is named, rows are those of the time before there were any to name.
+        columns = {"text_column": self.calibration.text_column, "eval_text_column": self.evaluation.text_column}
+        found |= {name: column for name, column in columns.items() if column is not None}
         named = {"model": self.model.source, "calibration": self.calibration.data, "eval_text": self.evaluation.text}
         return named | {"eval_context": self.evaluation.context} | found
 
@@ -142,6 +147,7 @@ def criteria_table(
             in ``work``.
     """
     settings.evaluation.check()
+    settings.calibration.check()
     common = settings.to_dict() | {"digests": _digests(settings), "schema": SCHEMA}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sparsepass-criteria-") if work is None else nullcontext(str(work)) as folder:
@@ -231,7 +237,7 @@ def _claim(place: Path, common: dict[str, Any]) -> None:
         if known.get(name) != value:
             raise SparsepassError(
                 f"{place} holds rows measured with {name} {known.get(name)!r}, and this run has {value!r}; rows compare only "
-                "at the same settings: choose another folder for --work, or give the same settings"
+                "at the same settings: choose another folder with work=..., or give the same settings"
             )
 
 

@@ -27,7 +27,16 @@ from sparsepass.export.report import (
 from sparsepass.export.stages.news import listen
 from sparsepass.export.stages.preparing import Prepared, prepare
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
-from sparsepass.export.targets import LoweringContext, SemiStructured, Target, TensorRT, parse_target, target_to_text
+from sparsepass.export.targets import (
+    LoweringContext,
+    SemiStructured,
+    State,
+    Target,
+    TensorRT,
+    parse_target,
+    state_of,
+    target_to_text,
+)
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel
 from sparsepass.graph.support import check_free, replaced_folder
@@ -38,6 +47,8 @@ _LOG = logging.getLogger(__name__)
 SAMPLES_FILE: Final = "samples/samples.safetensors"
 """In a folder of its own: loaders that read every safetensors file beside config.json would take it for weights."""
 
+_HELD: Final = {"held": True, "did_not_hold": False, "not_checked": None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
@@ -45,15 +56,24 @@ class ExportResult:
 
     Attributes:
         folder: Where it stands.
-        held: Whether verification held; None if it was switched off.
+        held: Whether everything was checked, and held.
+        state: What verification came to: ``held``, ``did_not_hold``, or ``not_checked`` (something could not be compared here,
+            or verification was switched off).
         report: The content of report.json.
         program: The program that was written.
     """
 
     folder: Path
-    held: bool | None
+    held: bool
     report: Mapping[str, Any] = field(repr=False)
     program: Program = field(repr=False)
+    state: State = "not_checked"
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """One line for each check that decides and could not be made here."""
+        checks = self.report["verification"]["checks"]
+        return tuple(f"{check['name']}: {check['summary']}" for check in checks if check["held"] is None and check["decides"])
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -127,7 +147,7 @@ def export(
             ``tell``, which is called with each line of news that goes to the log now.
 
     Returns:
-        Where it is, whether verification held, and the report.
+        Where it is, what verification came to, and the report.
 
     Raises:
         SparsepassError: If something cannot be read, rewritten, lowered or written; nothing is written then.
@@ -156,6 +176,7 @@ def export(
         )
     pipeline = parse_pipeline(passes) if passes else None
     check_free(out, force=force)
+    chosen.check_here()
     if isinstance(model, str | Path):
         model = ModelSource(source=str(model))
     if isinstance(model, ModelSource):
@@ -218,7 +239,9 @@ def refuse_option(target: "Target | type[Target]", name: str) -> None:
 
 def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify: bool, command: str | None) -> ExportResult:
     program = prepared.program
-    context = LoweringContext(tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor)
+    context = LoweringContext(
+        tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor, source=prepared.loaded.folder
+    )
     with replaced_folder(out, force=force) as staging:
         _LOG.info("writing %s", target.name)
         lowered = target.lower(program, staging, context)
@@ -226,7 +249,7 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
         if verify:
             _LOG.info("opening what was written, and comparing it with the program")
         checks = target.verify(program, staging, lowered, context) if verify else ()
-        held = all(check.held is not False for check in checks) if verify else None
+        state = state_of(checks)
         artifact = ArtifactSection(
             target=target.name,
             dtype=lowered.dtype,
@@ -237,15 +260,15 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
             notes=list(lowered.notes),
             details=dict(lowered.details),
         )
-        found = [CheckEntry(name=c.name, held=c.held, summary=c.summary, details=dict(c.details)) for c in checks]
+        found = [CheckEntry(**(vars(check) | {"details": dict(check.details)})) for check in checks]
         document = prepared.document | dict(lowered.sections)
         document["artifact"] = artifact
-        document["verification"] = VerificationSection(held=held, checks=found)
+        document["verification"] = VerificationSection(state=state, held=_HELD[state], checks=found)
         document["samples"] = write_samples(program, staging / SAMPLES_FILE)
         seconds = time.perf_counter() - prepared.started
         document["runs"] = [*document["runs"], run_record("export", command=command, seconds=seconds)]
         written = write_report(staging, _moved(plain_json(document), staging, out))
-    return ExportResult(folder=out, held=held, report=written, program=program)
+    return ExportResult(folder=out, held=state == "held", state=state, report=written, program=program)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from sparsepass.export.report import (
 )
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import Program, capture
-from sparsepass.graph.load import LoadedModel, load_model
+from sparsepass.graph.load import LoadedModel, copy_sidecars, load_model
 from sparsepass.graph.rewrite import without_branches
 from sparsepass.graph.support import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
@@ -50,11 +50,8 @@ class Prepared:
     started: float
 
     def save_companions(self, folder: Path) -> None:
-        """Write tokenizer and processor into a folder."""
-        if self.loaded.processor is not None:
-            self.loaded.processor.save_pretrained(folder)
-        if self.loaded.tokenizer is not None:
-            self.loaded.tokenizer.save_pretrained(folder)
+        """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
+        save_companions(self.loaded, folder)
 
 
 def prepare(
@@ -89,6 +86,7 @@ def prepare(
     started = time.perf_counter()
     pipeline = parse_pipeline(passes) if passes else ()
     settings = calibration or Calibration()
+    settings.check()
     if evaluation is not None:
         evaluation.check()
     # Nobody else holds a model that is loaded here, so its memory is taken over.
@@ -136,6 +134,15 @@ def prepare(
         measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
         document["accuracy"] = plain_json(AccuracySection(text=evaluation.name, measurements=measured))
     return Prepared(program=program, loaded=loaded, document=document, started=started)
+
+
+def save_companions(loaded: LoadedModel, folder: Path) -> None:
+    """Write what came beside a model into a folder: tokenizer, processor, and the files that go with it."""
+    for companion in (loaded.processor, loaded.tokenizer):
+        if companion is not None:
+            companion.save_pretrained(folder)
+    if loaded.folder is not None:
+        copy_sidecars(loaded.folder, folder)
 
 
 def load(source: "ModelSource | str | Path | nn.Module | LoadedModel") -> LoadedModel:

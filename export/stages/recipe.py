@@ -220,7 +220,7 @@ def read_retrain_section(
     if source is not None:
         settings["data"] = {**_mapping(settings.get("data") or {}, f"{where}: data"), "source": source}
     section = retrain_section(settings, where)
-    _check_retrain(section, where)
+    check_retrain(section, where)
     return section
 
 
@@ -279,10 +279,9 @@ def _check(recipe: Recipe, where: str) -> None:
             parse_pipeline(recipe.prune.passes)
         except SparsepassError as error:
             raise SparsepassError(f"{where}: prune.passes: {error}") from error
-        if recipe.prune.calibration.data not in (None, PYTHON_DOCS):
-            locate(str(recipe.prune.calibration.data), what=f"{where}: prune.calibration", forms=_TEXT_FORMS)
+        recipe.prune.calibration.check(f"{where}: prune.calibration")
     if recipe.retrain is not None:
-        _check_retrain(recipe.retrain, f"{where}: retrain")
+        check_retrain(recipe.retrain, f"{where}: retrain")
     if recipe.eval is not None:
         recipe.eval.check()
     if recipe.model.dtype is not None:
@@ -290,7 +289,16 @@ def _check(recipe: Recipe, where: str) -> None:
     _check_exports(recipe, where)
 
 
-def _check_retrain(section: RetrainSection, where: str) -> None:
+def check_retrain(section: RetrainSection, where: str) -> None:
+    """Make sure that what a training reads is there, before anything runs.
+
+    Args:
+        section: The section.
+        where: Its place, for messages.
+
+    Raises:
+        SparsepassError: If a source is missing, or settings contradict each other.
+    """
     if section.data.source is None:
         raise SparsepassError(f"{where}.data: there is no source; name {_TEXT_FORMS}")
     parse_dtype(section.teacher_dtype)

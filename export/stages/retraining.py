@@ -22,22 +22,24 @@ from sparsepass.export.report import (
     find_report,
     measurement,
     new_report,
+    plain_json,
     retraining_run,
     run_record,
     write_report,
 )
-from sparsepass.export.stages.preparing import stage_name
-from sparsepass.export.stages.recipe import RetrainSection
+from sparsepass.export.stages.preparing import save_companions, stage_name
+from sparsepass.export.stages.recipe import RetrainSection, check_retrain
 from sparsepass.export.stages.settings import Evaluation, ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import check_free, replaced_folder, write_text
-from sparsepass.retrain.config import RetrainConfig
+from sparsepass.graph.support import check_free, check_writable, path_named, replaced_folder, write_text
+from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
 from sparsepass.retrain.loop import retrain
+from sparsepass.retrain.masks import check_method
 from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.run import CHECKPOINTS, METRICS, Checkpoints, is_first_process, leave_processes, read_metrics
 from sparsepass.retrain.teacher import SAMPLED, Teacher, offline_teacher, sample_to_file
@@ -96,8 +98,10 @@ def retrain_program(
     check_free(out, force=force)
     if evaluation is not None:
         evaluation.check()
+    check_retrain(section, "retrain")
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
-    loaded = ModelSource(source=str(source)).load()
+    check_writable(place)
+    loaded = ModelSource(source=str(source), dtype="float32").load()
     document = find_report(source) or new_report()
     program = _program(loaded, source)
     if from_checkpoint is not None:
@@ -109,11 +113,14 @@ def retrain_program(
         program, note = program_of_checkpoint(program, from_checkpoint, inplace=True)
         lost = section.train.behind != "original"
         _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
+    check_method(program, section.train.method)
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
+    if source_of_teacher is not None and not _is_cached(section):
+        source_of_teacher.check()
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
     if is_first_process():
-        _check_origin(place, Path(source), teacher_name)
+        _check_origin(place, Path(source), teacher_name, section, resume)
     section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress)
     _LOG.info("opening the data")
     data = _data(section, loaded, program)
@@ -149,9 +156,7 @@ def retrain_program(
     _LOG.info("writing %s", out)
     with replaced_folder(out, force=force) as staging:
         trained.save_into(staging)
-        for companion in (loaded.processor, loaded.tokenizer):
-            if companion is not None:
-                companion.save_pretrained(staging)
+        save_companions(loaded, staging)
         record = run_record("retrain", command=command, seconds=time.perf_counter() - started)
         document["runs"] = [*document["runs"], record]
         return write_report(staging, document)
@@ -221,8 +226,8 @@ def write_cache(
         SparsepassError: If no folder is named, or something cannot be read or does not fit.
     """
     if section.teacher_cache is None:
-        raise SparsepassError("no folder is named for the teacher's logits; give --teacher-cache FOLDER")
-    loaded = ModelSource(source=str(source)).load()
+        raise SparsepassError("no folder is named for the teacher's logits; give teacher_cache=FOLDER")
+    loaded = ModelSource(source=str(source), dtype="float32").load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
     found = _source_of_teacher(section, document, trust_remote_code)
@@ -311,12 +316,23 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
     if section.teacher is not None:
         return ModelSource(source=section.teacher, **how)
     model = ReportDocument.parse(document).model
+    is_file = model is not None and model.kind in ("folder", "gguf")
+    if model is not None and is_file and not _is_cached(section) and path_named(model.source) is None:
+        raise SparsepassError(
+            f"the report beside the program says that it was made from {model.source}, and nothing is there (from "
+            f"{Path.cwd()}); name the dense model with teacher=..."
+        )
     if model is not None and model.kind in ("folder", "hub", "gguf"):
         return ModelSource(source=model.source, gguf_file=model.gguf_file, revision=model.revision, **how)
     raise SparsepassError(
-        "the report beside the program does not tell which dense model it was made from; name it as the teacher (--teacher), "
+        "the report beside the program does not tell which dense model it was made from; name it with teacher=..., "
         "or set kd_weight: 0 and no sample to train on the text alone"
     )
+
+
+def _is_cached(section: RetrainSection) -> bool:
+    """Whether logits of the teacher were written before, so that it may be gone."""
+    return section.teacher_cache is not None and Path(section.teacher_cache).is_dir()
 
 
 def _with_sampled_text(
@@ -367,16 +383,24 @@ def _local_device() -> torch.device:
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _check_origin(run_folder: Path, source: Path, teacher: str | None) -> None:
-    """Refuse to go on from checkpoints of another program: same layers, other weights.
+def _check_origin(
+    run_folder: Path, source: Path, teacher: str | None, section: RetrainSection, resume: Literal["auto", "never"]
+) -> None:
+    """Refuse to go on from checkpoints of another program (same layers, other weights) or of other settings.
 
-    The file program.json tells programs apart: it holds what each pass did and measured.
+    The file program.json tells programs apart: it holds what each pass did and measured. Settings are compared with the
+    checkpoint's again when it is read; here that costs no sampled text and no loaded teacher.
     """
-    found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher}
+    config = section.train.resolve(_local_device())
+    train = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
+    settings = {f"train.{name}": plain_json(value) for name, value in train.items()}
+    found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher} | settings
     path = run_folder / ORIGIN_FILE
-    if path.is_file() and Checkpoints(run_folder / CHECKPOINTS).newest() is not None:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in found if there.get(name) != found[name]]:
+    if Checkpoints(run_folder / CHECKPOINTS).newest() is not None:
+        if resume == "never":
+            raise SparsepassError(f"{run_folder} holds checkpoints of an earlier run; resume it, or give another run folder")
+        there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if changed := [name for name in found if name in there and there[name] != found[name]]:
             raise SparsepassError(
                 f"{run_folder} belongs to a run with another {' and another '.join(changed)}; give another run folder, or "
                 "remove this one to start anew"

@@ -24,14 +24,15 @@ from sparsepass.export.stages.preparing import prepare, stage_name, write_progra
 from sparsepass.export.stages.recipe import ExportSection, Recipe
 from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
 from sparsepass.export.stages.settings import ModelSource
+from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import check_free, replaced_folder, write_text
+from sparsepass.graph.support import check_free, check_writable, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
 STAGES_FILE: Final = "stages.json"
-"""In a recipe's folder: stage -> its settings, whether it is done, and whether verification held."""
+"""In a recipe's folder: stage -> its settings, whether it is done, and what verification came to."""
 
 _LOG = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 0.5
@@ -46,7 +47,7 @@ class Stage:
         folder: Where its output goes.
         settings: All that its output depends on, as JSON.
         after: Fingerprint of the stage before it; empty for the first one.
-        run: Runs it; returns whether verification held, None where nothing is verified.
+        run: Runs it; returns what verification came to, None where nothing is verified.
         shared: Whether all processes take part.
     """
 
@@ -54,7 +55,7 @@ class Stage:
     folder: Path
     settings: Mapping[str, Any]
     after: str
-    run: Callable[[], bool | None]
+    run: Callable[[], State | None]
     shared: bool = False
 
     @property
@@ -72,14 +73,14 @@ class Outcome:
         name: The stage's.
         folder: Its output.
         ran: Whether it was run now; otherwise it was done already.
-        held: Whether verification held; None where nothing was verified.
+        state: What verification came to; None where nothing was verified.
         seconds: How long it took, when it ran.
     """
 
     name: str
     folder: Path
     ran: bool
-    held: bool | None
+    state: State | None
     seconds: float
 
 
@@ -109,6 +110,7 @@ def run_recipe(
     if not is_first_process():
         _take_part(recipe.out, stages)
         return []
+    _check_all(recipe)
     _make_ready(recipe.out, stages, force=force)
     outcomes = []
     for stage in stages:
@@ -116,16 +118,16 @@ def run_recipe(
         if is_done(stage, known):
             _LOG.info("%s is done: %s", stage.name, stage.folder)
             outcomes.append(
-                Outcome(name=stage.name, folder=stage.folder, ran=False, held=known["held"], seconds=known["seconds"])
+                Outcome(name=stage.name, folder=stage.folder, ran=False, state=_state(known), seconds=known["seconds"])
             )
             continue
         started = time.perf_counter()
         _write(recipe.out, stage, done=False)
         _LOG.info("stage %s", stage.name)
-        held = stage.run()
+        state = stage.run()
         seconds = round(time.perf_counter() - started, 1)
-        _write(recipe.out, stage, done=True, held=held, seconds=seconds)
-        outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, held=held, seconds=seconds))
+        _write(recipe.out, stage, done=True, state=state, seconds=seconds)
+        outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, state=state, seconds=seconds))
     return outcomes
 
 
@@ -153,9 +155,10 @@ def planned(recipe: Recipe) -> list[str]:
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
-        >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]
+        >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]  # doctest: +SKIP
         'prune: to be run, into nowhere/pruned'
     """
+    _check_all(recipe)
     known = _read(recipe.out)
     lines, stale = [], False
     for stage in stages_of(recipe):
@@ -170,6 +173,14 @@ def planned(recipe: Recipe) -> list[str]:
             said = f"to be {'gone on with' if record else 'run'}, into {stage.folder}"
         lines.append(f"{stage.name}: {said}")
     return lines
+
+
+def _check_all(recipe: Recipe) -> None:
+    """Refuse what this machine cannot do for want of a model, a package or a place, before anything runs."""
+    recipe.model.check()
+    for section in recipe.export:
+        section.target.check_here()
+    check_writable(recipe.out)
 
 
 def is_done(stage: Stage, known: Mapping[str, Any]) -> bool:
@@ -201,7 +212,7 @@ class _Stages:
         model = asdict(recipe.model)
         del model["trust_remote_code"]
         if recipe.prune is not None:
-            settings = {"model": model, "dtype": recipe.dtype} | recipe.prune.settings
+            settings = _named({"model": model, "dtype": recipe.dtype} | recipe.prune.settings)
             stage = Stage(name="prune", folder=recipe.out / "pruned", settings=settings, after=after, run=self._prune)
             yield stage
             after = stage.fingerprint
@@ -215,7 +226,7 @@ class _Stages:
             yield stage
             after = stage.fingerprint
         if recipe.eval is not None:
-            settings = asdict(recipe.eval)
+            settings = _named(asdict(recipe.eval))
             del settings["batch_size"]  # changes no figure
             stage = Stage(name="eval", folder=recipe.out / "eval", settings=settings, after=after, run=self._eval)
             yield stage
@@ -264,11 +275,11 @@ class _Stages:
         with replaced_folder(self._recipe.out / "eval", force=True) as staging:
             write_report(staging, document)
 
-    def _export(self, section: ExportSection) -> bool | None:
+    def _export(self, section: ExportSection) -> State | None:
         sections = {}
         if self._recipe.eval is not None:
             sections["accuracy"] = read_report(self._recipe.out / "eval")["accuracy"]
-        return export(
+        result = export(
             str(self._programs[-1]),
             section.target,
             self._recipe.out / section.target.name,
@@ -277,7 +288,8 @@ class _Stages:
             trust_remote_code=self._trust,
             sections=sections,
             command=self._command,
-        ).held
+        )
+        return result.state if section.verify else None
 
 
 def _take_part(out: Path, stages: Sequence[Stage]) -> None:
@@ -302,8 +314,8 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
     stale = [] if first is None else [stage for stage in stages[first:] if stage.name in known]
     if stale and not force:
         raise SparsepassError(
-            f"since {out} was begun, this has changed: {'; '.join(line for lines in found for line in lines)}. Pass --force to "
-            f"run {', '.join(stage.name for stage in stale)} anew, or choose another out"
+            f"since {out} was begun, this has changed: {'; '.join(line for lines in found for line in lines)}. Pass "
+            f"force=True to run {', '.join(stage.name for stage in stale)} anew, or choose another out"
         )
     for stage in stale:
         _LOG.info("%s is run anew", stage.name)
@@ -313,6 +325,19 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
     for stage in stages:
         if stage.name not in known:
             check_free(stage.folder, force=force)
+
+
+def _state(record: Mapping[str, Any]) -> State | None:
+    """What verification came to; records of the time before there were three states say whether it held."""
+    if "state" in record:
+        state: State | None = record["state"]
+        return state
+    return {True: "held", False: "did_not_hold"}.get(record["held"])  # type: ignore[return-value]
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the column of texts where none is named: stages that were run before there was one to name stay done."""
+    return {name: value for name, value in settings.items() if name != "text_column" or value is not None}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -337,9 +362,9 @@ def _read(out: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _write(out: Path, stage: Stage, *, done: bool, held: bool | None = None, seconds: float = 0.0) -> None:
+def _write(out: Path, stage: Stage, *, done: bool, state: State | None = None, seconds: float = 0.0) -> None:
     record = {
-        "done": done, "held": held, "seconds": seconds, "fingerprint": stage.fingerprint, "settings": stage.settings,
+        "done": done, "state": state, "seconds": seconds, "fingerprint": stage.fingerprint, "settings": stage.settings,
     }  # fmt: skip
     _store(out, _read(out) | {stage.name: record})
 

@@ -102,6 +102,7 @@ def auto_ignore(
     loss_sequences: int = 4,
     context: int | None = None,
     seed: int = 0,
+    text_column: str | None = None,
     compute: ComputeDtype = "auto",
     example_inputs: Any = None,
     progress: bool | None = None,
@@ -129,6 +130,7 @@ def auto_ignore(
         loss_sequences: The first so many of them are what the loss is measured on.
         context: Tokens in a sequence made from text; by default 2048 or the model's limit.
         seed: See `apply_passes`.
+        text_column: See `apply_passes`.
         compute: See `apply_passes`.
         example_inputs: See `apply_passes`.
         progress: See `apply_passes`.
@@ -167,6 +169,7 @@ def auto_ignore(
         context=default_context(dense.origin.config) if context is None else context,
         batch_size=1,
         seed=seed,
+        text_column=text_column,
         vocab_size=(dense.origin.config or {}).get("vocab_size"),
     )
     inputs = [batch.inputs for batch in batches.batches()]

@@ -38,6 +38,12 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def check(self) -> None:
+        """Raise unless the model is there, without loading it; see `check_model`."""
+        from sparsepass.graph.load import check_model
+
+        check_model(self.source, gguf_file=self.gguf_file, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
     def load(self, device: "torch.device | str | None" = None) -> "LoadedModel":
         """Load it; see `load_model` for what can go wrong."""
         from sparsepass.graph.load import load_model
@@ -57,6 +63,7 @@ class Calibration:
         context: Tokens in a calibration sequence; by default 2048 or the model's limit.
         batch_size: Calibration sequences at once: memory and speed only.
         seed: Chooses where in the calibration data the sequences lie.
+        text_column: Column of calibration rows that holds text; by default text, or else chats in messages.
         compute: Precision of calibration's matmuls; auto is bfloat16 where the processor computes in it.
     """
 
@@ -65,12 +72,33 @@ class Calibration:
     context: int | None = None
     batch_size: int = 8
     seed: int = 0
+    text_column: str | None = None
     compute: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
     @property
     def is_python_docs(self) -> bool:
         """Whether the data is the text that is always there."""
         return _is_python_docs(self.data)
+
+    def check(self, what: str = "calibration") -> None:
+        """Raise unless a file that is named can be read, before anything expensive runs. What is not named is not looked at.
+
+        Args:
+            what: What it is called in a message.
+
+        Raises:
+            SparsepassError: If it does not exist, or is of another kind.
+        """
+        from sparsepass.graph.rows import path_kind
+        from sparsepass.passes.data import LONGEST_NAME, locate
+
+        text = str(self.data) if isinstance(self.data, Path) else self.data
+        if not isinstance(text, str) or self.is_python_docs or "\n" in text or len(text) > LONGEST_NAME:
+            return
+        forms = "a text file (.txt, .jsonl, .parquet), a folder, the name of a hub data set, or python-docs"
+        path = locate(text, what=what, forms=forms)
+        if path is not None:
+            path_kind(path, text, what=what, forms=forms)
 
     def keywords(self) -> dict[str, Any]:
         """The same as keywords of `apply_passes`, with the text that a name stands for."""
@@ -85,11 +113,12 @@ class Evaluation:
     """How perplexity is measured. The fields are those of `perplexity`; ``text`` may be token ids, too.
 
     Attributes:
-        text: UTF-8 text file, or 'python-docs' for text that is always there.
+        text: Text file (.txt, .jsonl, .parquet), or 'python-docs' for text that is always there.
         context: Tokens in an evaluation window.
         stride: Tokens by which the window moves on; by default all of it.
         bos: Begin each window with the BOS token; by default as the tokenizer does.
         max_tokens: Use only so many tokens of the evaluation text.
+        text_column: Column of evaluation rows that holds text; by default text, or else chats in messages.
         batch_size: Windows at once: speed only.
     """
 
@@ -98,6 +127,7 @@ class Evaluation:
     stride: int | None = None
     bos: bool | None = None
     max_tokens: int | None = None
+    text_column: str | None = None
     batch_size: int | None = None
 
     @property
@@ -108,18 +138,23 @@ class Evaluation:
         return str(self.text) if isinstance(self.text, str | Path) else f"{self.text.numel()} token ids"
 
     def check(self) -> None:
-        """Raise unless the text is there, before anything expensive runs.
+        """Raise unless the text is there and can be read, before anything expensive runs.
 
         Raises:
-            SparsepassError: If the file does not exist.
+            SparsepassError: If the file does not exist, is of another kind, or lacks the text column.
         """
         from sparsepass.graph.support import SparsepassError
+        from sparsepass.graph.texts import check_text_file
 
-        if isinstance(self.content(), Path) and not Path(self.text).is_file():
+        place = self.content()
+        if not isinstance(place, Path):
+            return
+        if not place.exists():
             raise SparsepassError(
-                f"evaluation text {self.text} does not exist; name a UTF-8 text file, or python-docs for the text that is "
-                "always there"
+                f"evaluation text {self.text} does not exist; name a text file (.txt, .jsonl, .parquet), or python-docs for "
+                "the text that is always there"
             )
+        check_text_file(place, "evaluation text", column=self.text_column)
 
     def content(self) -> Any:
         """What `perplexity` takes: the text that is always there, the path of a file, or token ids."""
@@ -127,7 +162,7 @@ class Evaluation:
 
         if _is_python_docs(self.text):
             return default_text("evaluation")
-        return Path(self.text) if isinstance(self.text, str) else self.text
+        return Path(self.text).expanduser() if isinstance(self.text, str | Path) else self.text
 
     def measure(self, model: "nn.Module", tokenizer: Any) -> "Perplexity":
         """Measure a model or program.

@@ -7,8 +7,10 @@ if TYPE_CHECKING:
         Check as Check,
         Lowered as Lowered,
         LoweringContext as LoweringContext,
+        State as State,
         Target as Target,
         option as option,
+        state_of as state_of,
     )
     from sparsepass.export.targets.hf import HuggingFace as HuggingFace
     from sparsepass.export.targets.onnx import Onnx as Onnx

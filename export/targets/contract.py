@@ -10,10 +10,10 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -26,19 +26,26 @@ class LoweringContext:
     Attributes:
         tokenizer: The model's tokenizer, if it has one.
         processor: Its processor, if it has one.
+        source: The folder that the model came from, if it came from one.
     """
 
     tokenizer: Any = None
     processor: Any = None
+    source: Path | None = None
 
     def save_companions(self, folder: Path) -> None:
-        """Write tokenizer and processor into a folder."""
+        """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
+        from sparsepass.export.targets.older import add_older_tokenizer_keys
+        from sparsepass.graph.load import copy_sidecars
         from sparsepass.graph.support import quiet_loading
 
         with quiet_loading():
             for companion in (self.processor, self.tokenizer):
                 if companion is not None:
                     companion.save_pretrained(folder)
+        add_older_tokenizer_keys(folder)
+        if self.source is not None:
+            copy_sidecars(self.source, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,10 @@ class Lowered:
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+State = Literal["held", "did_not_hold", "not_checked"]
+"""What verification came to: everything that decides was checked and held; something differs; something was not checked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One thing that was verified in the written files.
@@ -74,12 +85,30 @@ class Check:
         held: Whether it held; None if it cannot be checked here, and the summary says why.
         summary: One line for people.
         details: Everything for machines.
+        decides: Whether what is written counts as not checked if this could not be checked. False for what is only told.
     """
 
     name: str
     held: bool | None
     summary: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    decides: bool = True
+
+
+def state_of(checks: Iterable[Check]) -> State:
+    """What checks come to as a whole. No check at all proves nothing.
+
+    Example:
+        >>> pattern, outputs = Check(name="pattern", held=True, summary=""), Check(name="outputs", held=None, summary="")
+        >>> state_of([pattern]), state_of([pattern, outputs]), state_of([])
+        ('held', 'not_checked', 'not_checked')
+    """
+    found = list(checks)
+    if any(check.held is False for check in found):
+        return "did_not_hold"
+    if not found or any(check.held is None and check.decides for check in found):
+        return "not_checked"
+    return "held"
 
 
 def option(default: Any, help: str | None = None, *, flag: str | None = None, parse: Callable[[str], Any] | None = None) -> Any:
@@ -132,6 +161,14 @@ class Target(ABC):
     def model_task(self) -> str | None:
         """What the model is for, if an option `task` says so; it is loaded as that."""
         return getattr(self, "task", None)
+
+    @abstractmethod
+    def check_here(self) -> None:
+        """Make sure that this machine can write this form, before a model is loaded.
+
+        Raises:
+            SparsepassError: If a package or a GPU is missing, a file cannot be read, or an option suits nothing here.
+        """
 
     @abstractmethod
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:

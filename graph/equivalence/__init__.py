@@ -4,6 +4,7 @@ from sparsepass.graph.equivalence.artifact import Artifact, Inputs, Observe, coa
 from sparsepass.graph.equivalence.comparison import Comparison, assert_equivalent, compare, default_rtol
 from sparsepass.graph.equivalence.differences import Difference, difference
 from sparsepass.graph.equivalence.onnx_file import OnnxFile, output_name
+from sparsepass.graph.equivalence.widened import widened_copy
 
 __all__ = [
     "Artifact",
@@ -18,4 +19,5 @@ __all__ = [
     "default_rtol",
     "difference",
     "output_name",
+    "widened_copy",
 ]

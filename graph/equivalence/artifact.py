@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 
+from sparsepass.graph.admission import named_outputs
 from sparsepass.graph.hierarchy import Hierarchy
 from sparsepass.graph.nodes import module_path
 from sparsepass.graph.packed_folder import is_packed_module
@@ -154,7 +155,7 @@ class ModuleArtifact(Artifact):
         """Compute the outputs; see `Artifact.run`."""
         module = self._module
         args, kwargs = self._arguments(inputs)
-        with torch.no_grad(), evaluating(module), _hooks(module, observe):
+        with torch.no_grad(), evaluating(module), named_outputs(module), _hooks(module, observe):
             return flat_outputs(module(*args, **kwargs))
 
     def facts(self, layer: str) -> str:

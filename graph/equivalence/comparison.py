@@ -5,6 +5,7 @@ That is evidence on these inputs, not a proof for all inputs: see docs/equivalen
 """
 
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -87,24 +88,26 @@ class Comparison:
 
         Args:
             atol: Bound of the largest absolute difference; None for no such bound.
-            rtol: Bound of the relative error of each output; None for the default of the dtype.
+            rtol: Bound of the relative error of each output; None for the default of the dtype, or for no such bound if another
+                one is given.
             max_kl: Bound of the divergence of logits; None for no such bound.
             exact: Whether equal numbers are demanded; the other bounds do not matter then.
 
         Raises:
             EquivalenceError: If a bound is negative or NaN, or max_kl is given and there are no logits.
         """
-        for name, bound in {"atol": atol, "rtol": rtol, "max_kl": max_kl}.items():
-            if bound is not None and not bound >= 0:
-                raise EquivalenceError(f"{name} must be a number that is not negative, got {bound}")
+        for name, given in {"atol": atol, "rtol": rtol, "max_kl": max_kl}.items():
+            if given is not None and not given >= 0:
+                raise EquivalenceError(f"{name} must be a number that is not negative, got {given}")
         failed = []
-        if self.outputs.num_nan:
-            failed.append(f"{self.outputs.num_nan} values are NaN on both sides, so nothing is known of them")
+        if self.outputs.unknown:
+            failed.append(self.outputs.unknown)
         if exact:
             if self.max_error > 0:
                 failed.append(f"outputs are not equal: the largest difference is {self.max_error:.3g}")
             return tuple(failed)
-        bound = default_rtol(self.dtype) if rtol is None else rtol
+        default = default_rtol(self.dtype) if atol is None and max_kl is None else math.inf
+        bound = default if rtol is None else rtol
         source = f" (the default for {_short(self.dtype)})" if rtol is None else ""
         for name, found in self.outputs.outputs.items():
             if found.relative_error > bound:
@@ -247,7 +250,7 @@ def assert_equivalent(
 ) -> Comparison:
     """Raise unless two artifacts return the same on given inputs.
 
-    By default the relative error of each output (norm of the difference over norm of the reference) must stay within
+    If no bound is given, the relative error of each output (norm of the difference over norm of the reference) must stay within
     `DEFAULT_RTOL` for the coarsest dtype involved: 1e-9 for float64, 1e-5 for float32, 5e-3 for float16, 3e-2 for
     bfloat16.
 
@@ -256,7 +259,7 @@ def assert_equivalent(
         b: The candidate.
         inputs: Inputs of both.
         atol: Bound of the largest absolute difference; no such bound by default.
-        rtol: Bound of the relative error of each output; by default that of the dtype.
+        rtol: Bound of the relative error of each output; by default that of the dtype, if no other bound is given.
         max_kl: Bound of the mean KL divergence of logits, in nats; no such bound by default.
         exact: Whether equal numbers are demanded.
 

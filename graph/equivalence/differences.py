@@ -20,7 +20,9 @@ _CHUNK = 1 << 22
 class TensorDifference:
     """How far one tensor is from its reference.
 
-    Where both hold the same infinity, or both NaN, the difference is zero; where only one does, it is infinite.
+    Where both hold the same infinity, or both NaN, the difference is zero; where only one does, it is infinite. Nothing is
+    known of entries that are NaN or +inf on both sides: that is what an overflow leaves. -inf rules an entry out, so it
+    counts as a value, unless nothing in the tensor is finite.
 
     Attributes:
         name: Flat name of the output, or module path of a layer.
@@ -32,6 +34,7 @@ class TensorDifference:
         kl: Mean over rows of KL(reference || candidate), natural logarithm, softmax over the last axis; None unless the
             tensor holds logits.
         num_nan: Entries that are NaN on both sides: nothing is known of these.
+        num_infinite: Entries that are infinite on both sides of which nothing is known either.
     """
 
     name: str
@@ -42,6 +45,7 @@ class TensorDifference:
     norm_reference: float
     kl: float | None = None
     num_nan: int = 0
+    num_infinite: int = 0
 
     @property
     def relative_error(self) -> float:
@@ -50,7 +54,8 @@ class TensorDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
-        return figures(self) | {"num_elements": self.num_elements, "num_nan": self.num_nan}
+        counts = {"num_elements": self.num_elements, "num_nan": self.num_nan, "num_infinite": self.num_infinite}
+        return figures(self) | counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +97,18 @@ class Difference:
         return sum(found.num_nan for found in self.outputs.values())
 
     @property
+    def unknown(self) -> str:
+        """Which entries are not finite on both sides, so that nothing is known of them, in words; empty if none is."""
+        infinite = sum(found.num_infinite for found in self.outputs.values())
+        kinds = [kind for number, kind in ((self.num_nan, "NaN"), (infinite, "infinite")) if number]
+        if not kinds:
+            return ""
+        return f"{self.num_nan + infinite} values are {' or '.join(kinds)} on both sides, so nothing is known of them"
+
+    @property
     def exact(self) -> bool:
-        """Whether the outputs are equal and free of NaN."""
-        return self.max_error == 0 and self.num_nan == 0
+        """Whether the outputs are equal, and something is known of each entry."""
+        return self.max_error == 0 and not self.unknown
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON."""
@@ -156,11 +170,14 @@ def tensor_difference(name: str, reference: Tensor, candidate: Tensor) -> Tensor
             "captured or exported"
         )
     largest = total = squares = squares_reference = 0.0
-    num_nan = 0
+    num_nan = num_above = num_below = num_finite = 0
     for a_X, b_X in _chunks(reference.reshape(-1), candidate.reshape(-1), _CHUNK):
         nan_X = a_X.isnan() & b_X.isnan()
         same_X = nan_X | ((a_X == b_X) & a_X.isinf())
         num_nan += int(nan_X.sum())
+        num_above += int((same_X & (a_X == torch.inf)).sum())
+        num_below += int((same_X & (a_X == -torch.inf)).sum())
+        num_finite += int(a_X.isfinite().sum())
         error_X = torch.where(same_X, 0.0, (a_X - b_X).abs()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         largest = max(largest, float(error_X.amax()))
         total += float(error_X.sum())
@@ -177,6 +194,7 @@ def tensor_difference(name: str, reference: Tensor, candidate: Tensor) -> Tensor
         norm_reference=squares_reference**0.5,
         kl=kl_divergence(reference, candidate) if holds_logits and reference.is_floating_point() else None,
         num_nan=num_nan,
+        num_infinite=num_above + (0 if num_finite else num_below),
     )
 
 

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -19,6 +22,8 @@ from sparsepass.graph.equivalence.artifact import (
     fitting,
     layer_results,
 )
+from sparsepass.graph.equivalence.widened import widened_copy
+from sparsepass.graph.lengths import refused
 from sparsepass.graph.support import EquivalenceError
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}
@@ -40,7 +45,7 @@ class OnnxFile(Artifact):
     Layers are found by the module names that torch.onnx writes into each node's metadata, by those in node names
     (``/model/layers.0/mlp/up_proj/MatMul``, as older exporters write them), or by the names of the weights. Their
     values come from a second run of a copy, held in memory, in which they are outputs: the outputs compared are always
-    those of the file as it is.
+    those of the file as it is. Only of a file in bfloat16, for which the CPU has no kernels, a copy in float32 is run.
 
     Args:
         path: The file.
@@ -61,20 +66,31 @@ class OnnxFile(Artifact):
             raise EquivalenceError(f"{path} cannot be read as ONNX ({error}); export it again") from error
         if not self._model.graph.output:
             raise EquivalenceError(f"{path} is no ONNX model, or one without outputs; export it again")
+        self._dtype = coarsest(_DTYPES.get(t.data_type, torch.int64) for t in self._model.graph.initializer)
+        self._description = str(Path(path.parent.name, path.name))
+        if self._dtype is torch.bfloat16:
+            folder = tempfile.mkdtemp()
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            copy = widened_copy(path, Path(folder))
+            assert copy is not None, "an initializer is bfloat16"
+            self._path, self._model = copy, onnx.load(copy, load_external_data=False)
 
     @property
     def description(self) -> str:
         """What it is."""
-        return str(Path(self._path.parent.name, self._path.name))
+        return self._description
 
     @property
     def dtype(self) -> torch.dtype:
         """The coarsest floating dtype among its initializers."""
-        return coarsest(_DTYPES.get(t.data_type, torch.int64) for t in self._model.graph.initializer)
+        return self._dtype
 
     def run(self, inputs: Inputs, observe: Observe | None = None) -> dict[str, Tensor]:
         """Compute the outputs; see `Artifact.run`."""
         feeds = self.feeds(inputs)
+        limits = tuple(p.value for p in self._model.metadata_props if p.key == "sparsepass.limits" and p.value)
+        if words := refused(limits, tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())):
+            raise EquivalenceError(f"{self.description}: {words}; give inputs of such sizes")
         names = [output.name for output in self._model.graph.output]
         outputs = self._infer(str(self._path), feeds, names)
         if observe is not None:

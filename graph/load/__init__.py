@@ -1,5 +1,8 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
-from sparsepass.graph.load.model import LoadedModel, load_model, parse_dtype
+from sparsepass.graph.load.checkpoint import LOADING_ERRORS
+from sparsepass.graph.load.dtypes import check_fits, parse_dtype
+from sparsepass.graph.load.model import LoadedModel, check_model, load_model
+from sparsepass.graph.load.sidecars import copy_sidecars
 
-__all__ = ["LoadedModel", "load_model", "parse_dtype"]
+__all__ = ["LOADING_ERRORS", "LoadedModel", "check_fits", "check_model", "copy_sidecars", "load_model", "parse_dtype"]

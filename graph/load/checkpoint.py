@@ -1,28 +1,38 @@
 """What a checkpoint holds, and what is checked of it: its configuration, weights, model class, tokenizer and processor."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import safetensors
+from huggingface_hub.errors import StrictDataclassError
 
+from sparsepass.graph.load.contents import check_plain
 from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, first_line, quiet_loading
+from sparsepass.graph.support import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    SparsepassError,
+    first_line,
+    package_version,
+    quiet_loading,
+    weights_index,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
+LOADING_ERRORS: Final = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
+    safetensors.SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises about a checkpoint or a configuration that it cannot use."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "PretrainedConfig":
@@ -79,9 +89,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_not_quantized(quantization: object, name: str) -> None:
     """Refuse a checkpoint whose configuration says that it is quantized. One that is packed by us is taken, to be run."""
-    if not quantization or is_packed(quantization):
+    if not quantization or is_packed(quantization) or is_plain(quantization):
         return
-    settings = quantization if isinstance(quantization, Mapping) else getattr(quantization, "__dict__", {})
+    settings = _settings(quantization)
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method") or "an unknown method"))
     raise SparsepassError(
         f"model {name} is already quantized or compressed ({method}), and pruning needs the floating-point weights; "
@@ -89,19 +99,57 @@ def check_not_quantized(quantization: object, name: str) -> None:
     )
 
 
-def check_weights(folder: Path, name: str) -> dict[str, int]:
-    """Open every weights file's header, so that a damaged one is named before anything is built."""
-    if (folder / _INDEX).is_file():
-        shards = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
+def is_plain(quantization: object) -> bool:
+    """Whether compressed-tensors' configuration says that nothing is quantized, and that sparse weights are stored plainly.
+
+    Example:
+        >>> sparsity = {"format": "dense", "sparsity_structure": "2:4"}
+        >>> is_plain({"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity})
+        True
+        >>> is_plain({"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}})
+        False
+    """
+    settings = _settings(quantization)
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+    sparsity = settings.get("sparsity_config") or {}
+    stored = (settings.get("format"), sparsity.get("format") if isinstance(sparsity, Mapping) else "unknown")
+    is_known = method == "compressed-tensors" and not settings.get("config_groups") and not settings.get("kv_cache_scheme")
+    return is_known and any(stored) and set(stored) <= {"dense", None}
+
+
+def _settings(quantization: object) -> Mapping[str, Any]:
+    return quantization if isinstance(quantization, Mapping) else getattr(quantization, "__dict__", {})
+
+
+def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -> dict[str, int]:
+    """Open every weights file's header, so that what is damaged or misread is named before anything is built.
+
+    Args:
+        folder: The checkpoint.
+        name: The model's name.
+        is_packed_already: Whether the folder is packed by us, so that its weights are not plain.
+
+    Returns:
+        File -> size in bytes.
+
+    Raises:
+        SparsepassError: If a file is missing or damaged, or its weights are not plain.
+    """
+    if weights_index(folder) is not None:
+        shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
             raise SparsepassError(
-                f"model {name}: {_INDEX} names {len(shards)} files, and {', '.join(missing) or 'all'} are missing; "
+                f"model {name}: {WEIGHTS_INDEX} names {len(shards)} files, and {', '.join(missing) or 'all'} are missing; "
                 "copy or download the model again"
             )
-    elif (folder / _SINGLE).is_file():
-        shards = [_SINGLE]
+    elif (folder / WEIGHTS_FILE).is_file():
+        shards = [WEIGHTS_FILE]
     else:
+        if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+            raise SparsepassError(
+                f"model {name} has its weights in GGUF files ({', '.join(ggufs[:4])}); choose one with gguf_file (--gguf-file)"
+            )
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise SparsepassError(
@@ -110,8 +158,8 @@ def check_weights(folder: Path, name: str) -> dict[str, int]:
                 "AutoModel...from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
             )
         raise SparsepassError(
-            f"model {name} has no weights: expected {_SINGLE} or {_INDEX}. Checkpoints that are only pickled (.bin) "
-            "are not read; convert them with AutoModel...from_pretrained(..., "
+            f"model {name} has no weights: expected {WEIGHTS_FILE} or {WEIGHTS_INDEX}. Checkpoints that are only pickled "
+            "(.bin) are not read; convert them with AutoModel...from_pretrained(..., "
             "use_safetensors=False).save_pretrained(new_folder)"
         )
     for shard in shards:
@@ -122,6 +170,8 @@ def check_weights(folder: Path, name: str) -> dict[str, int]:
             raise SparsepassError(
                 f"model {name}: weights file {folder / shard} is truncated or damaged ({error}); copy or download it again"
             ) from error
+    if not is_packed_already:
+        check_plain(folder, shards, name)
     return {shard: (folder / shard).stat().st_size for shard in shards}
 
 
@@ -151,7 +201,7 @@ def explained(name: str, what: str = "") -> Iterator[None]:
         yield
     except SparsepassError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise SparsepassError(
             f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -240,18 +290,38 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
 
     tokenizer = processor = None
     notes: list[str] = []
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     with quiet_loading(), explained(name, "its tokenizer or processor files"):
-        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if found := [file for file in _TOKENIZER_FILES if (folder / file).is_file()]:
+            with tokenizer_explained(name, found):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=trust_remote_code, local_files_only=True
+                )
         kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
         if kind is not None:
             try:
-                processor = getattr(transformers, kind).from_pretrained(folder, **options)
+                processor = getattr(transformers, kind).from_pretrained(
+                    folder, trust_remote_code=trust_remote_code, local_files_only=True
+                )
             except ImportError as error:
                 # Images need Pillow, which neither capture nor pruning does.
                 notes.append(f"its processor was not loaded: {first_line(error)}")
     return tokenizer, processor, notes
+
+
+@contextmanager
+def tokenizer_explained(name: str, files: Sequence[str]) -> Iterator[None]:
+    """Tell which files no tokenizer could be made of. The package tokenizers raises plain Exceptions."""
+    try:
+        yield
+    except SparsepassError:
+        raise
+    except Exception as error:
+        versions = " and ".join(f"{package} {package_version(package)}" for package in ("transformers", "tokenizers"))
+        raise SparsepassError(
+            f"model {name}: no tokenizer can be made of {', '.join(files)}, its tokenizer or processor files: "
+            f"{type(error).__name__}: {first_line(error)}. This is {versions}: the files may be of another version, or need "
+            "another package (sentencepiece, tiktoken); install that, or copy the files again"
+        ) from error
 
 
 def _processor_kind(folder: Path, *, has_tokenizer: bool) -> str | None:

@@ -19,23 +19,23 @@ from sparsepass.graph.load.checkpoint import (
     explained,
     model_class_of,
     read_config,
+    tokenizer_explained,
 )
+from sparsepass.graph.load.contents import check_all_used
+from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
+from sparsepass.graph.load.sidecars import SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, closest, first_line, quiet_loading
+from sparsepass.graph.support import SparsepassError, closest, first_line, path_named, quiet_loading
+from sparsepass.graph.widening import widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["folder", "hub", "gguf", "program", "memory"]
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
-_DTYPES = {
-    torch.float32: ("float32", "fp32"),
-    torch.bfloat16: ("bfloat16", "bf16"),
-    torch.float16: ("float16", "fp16", "half"),
-    torch.float64: ("float64", "fp64"),
-}
+Kind = Literal["folder", "hub", "gguf", "program", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class LoadedModel:
         processor: Its image processor, feature extractor or whole processor, if it has one.
         source: What the user named.
         kind: Where it came from.
+        folder: Where its files lie; None for a model in memory.
         provenance: JSON-ready facts for the report: class, dtype, parameters, files, versions, notes.
     """
 
@@ -56,6 +57,7 @@ class LoadedModel:
     processor: Any = None
     source: str
     kind: Kind
+    folder: Path | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -75,26 +77,6 @@ class _Wanted:
     revision: str | None
     trust_remote_code: bool
     token: str | None
-
-
-def parse_dtype(dtype: "torch.dtype | str") -> torch.dtype:
-    """Return the floating-point type of that name.
-
-    Args:
-        dtype: A torch dtype, or a name such as "bf16", "bfloat16", "fp16", "float32" (with "torch." or without).
-
-    Raises:
-        SparsepassError: If it is none of those.
-
-    Example:
-        >>> parse_dtype("bf16")
-        torch.bfloat16
-    """
-    name = str(dtype).lower().removeprefix("torch.")
-    found = next((known for known, names in _DTYPES.items() if name in names), None)
-    if found is None:
-        raise SparsepassError(f"dtype {dtype} is not understood; expected float32, bfloat16, float16 or float64")
-    return found
 
 
 def load_model(
@@ -157,16 +139,70 @@ def load_model(
         )
         loaded = _from_name(asked, is_path=isinstance(source, Path))
     model = loaded.model
-    if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
-        model = model.to(dtype=wanted)
+    if wanted is not None:
+        if loaded.kind not in ("memory", "program"):
+            check_read(model.state_dict(), wanted, loaded.source)
+        if any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
+            check_fits(model.state_dict(), wanted)
+            model = widened(model, wanted) if isinstance(model, Program) else model.to(dtype=wanted)
     if place is not None:
         model = model.to(device=place)
     origin = {
-        "source": loaded.source,
+        "source": _lasting(loaded.source),
         "kind": loaded.kind,
         "versions": {package: metadata.version(package) for package in ("torch", "transformers")},
     }
     return replace(loaded, model=model, provenance=origin | loaded.provenance | _facts(model))  # type: ignore[operator]
+
+
+def check_model(
+    source: str | Path, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Make sure that a model is there, without loading it: its files are looked at, and the hub gives a configuration only.
+
+    Args:
+        source: See `load_model`.
+        gguf_file: See `load_model`.
+        revision: See `load_model`.
+        trust_remote_code: See `load_model`.
+
+    Raises:
+        SparsepassError: If nothing is there, or files are missing or damaged.
+    """
+    name, folder = str(source), path_named(str(source))
+    if folder is None:
+        asked = _Wanted(
+            name=name,
+            dtype=None,
+            task=None,
+            gguf_file=gguf_file,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            token=None,
+        )
+        _check_is_hub_id(name, is_path=isinstance(source, Path))
+        _download(asked, only=["config.json"])
+    elif folder.is_file():
+        _check_is_gguf(folder, name)
+    elif not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
+        read_config(folder, name, trust_remote_code=trust_remote_code)
+        check_weights(folder, name)
+
+
+def _check_is_gguf(path: Path, name: str) -> None:
+    if path.suffix != ".gguf":
+        raise SparsepassError(
+            f"model {name} is a file; expected a folder, a hub id or a .gguf file. For a single weights file, "
+            "name the folder it lies in"
+        )
+
+
+def _check_is_hub_id(name: str, *, is_path: bool) -> None:
+    if is_path or not _is_hub_id(name):
+        raise SparsepassError(
+            f"model {name} does not exist; expected a folder, a .gguf file, a saved program, or a hub id such as "
+            "'organisation/name'"
+        )
 
 
 def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
@@ -174,22 +210,14 @@ def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
     kind: Kind = "folder"
     facts: dict[str, object] = {}
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise SparsepassError(
-                f"model {name} is a file; expected a folder, a hub id or a .gguf file. For a single weights file, "
-                "name the folder it lies in"
-            )
+        _check_is_gguf(path, name)
         folder, wanted = path.parent, replace(wanted, gguf_file=path.name)
     elif path.is_dir():
         if (path / PROGRAM_FILE).is_file():
             return _from_program(path, name)
         folder = path
-    elif is_path or not _is_hub_id(name):
-        raise SparsepassError(
-            f"model {name} does not exist; expected a folder, a .gguf file, a saved program, or a hub id such as "
-            "'organisation/name'"
-        )
     else:
+        _check_is_hub_id(name, is_path=is_path)
         folder, kind = _download(wanted), "hub"
         facts = {"revision": wanted.revision, "commit": folder.name}
     gguf_file = wanted.gguf_file or _lone_gguf(folder, name)
@@ -212,17 +240,19 @@ def _is_hub_id(name: str) -> bool:
     return True
 
 
-def _download(wanted: _Wanted) -> Path:
+def _download(wanted: _Wanted, only: list[str] | None = None) -> Path:
     """Fetch a hub repository's configuration, tokenizer and safe weights, never a pickle; the commit names the folder."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, patterns = wanted.name, ["*.json", "*.txt", "*.model", "*.jinja", wanted.gguf_file or "model*.safetensors"]
-    patterns += ["*.py"] if wanted.trust_remote_code else []
+    patterns += [*SIDECARS, *(["*.py"] if wanted.trust_remote_code else [])]
+    asked: dict[str, Any] = {"revision": wanted.revision, "token": wanted.token}
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=wanted.revision, token=wanted.token, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
+        folder = huggingface_hub.snapshot_download(name, **asked, allow_patterns=only or patterns, ignore_patterns=["*/*"])
+        if only is None and (modules := module_folders(Path(folder))):
+            files = [f"{module}/*{suffix}" for module in modules for suffix in (".json", ".safetensors", ".txt")]
+            huggingface_hub.snapshot_download(name, **asked, allow_patterns=files)
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else "the hub cannot be reached"
         raise SparsepassError(
@@ -261,6 +291,7 @@ def _from_program(folder: Path, name: str) -> LoadedModel:
         processor=processor,
         source=name,
         kind="program",
+        folder=folder,
         provenance={"recipe": program.recipe, "files": files, "notes": notes},
     )
 
@@ -268,11 +299,14 @@ def _from_program(folder: Path, name: str) -> LoadedModel:
 def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
     name, trust = wanted.name, wanted.trust_remote_code
     config = read_config(folder, name, trust_remote_code=trust)
-    weights = check_weights(folder, name)
+    packed = is_packed(getattr(config, "quantization_config", None))
+    if not packed and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # stored plainly, as `read_config` has found: no quantizer has to read it
+    weights = check_weights(folder, name, is_packed_already=packed)
     model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
     with quiet_loading(), explained(name):
-        options = {"dtype": wanted.dtype or "auto", "use_safetensors": True, "trust_remote_code": trust}
-        model, notes = _built(model_class, folder, name, config=config, **options)
+        options: dict[str, Any] = {"dtype": wanted.dtype or "auto", "use_safetensors": True}
+        model, notes = _built(model_class, folder, name, trust_remote_code=trust, config=config, **options)
     tokenizer, processor, more_notes = companions_in(folder, name, trust_remote_code=trust)
     return LoadedModel(
         model=model,
@@ -280,6 +314,7 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
         processor=processor,
         source=name,
         kind=kind,
+        folder=folder,
         provenance={**facts, "files": weights, "notes": notes + more_notes + _packed_notes(model)},
     )
 
@@ -307,11 +342,12 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
         raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
     doubt = f"{path}: the file may be truncated, or of an architecture transformers cannot read"
     with quiet_loading(), explained(name, doubt):
-        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
         model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
         dtype = wanted.dtype or torch.float32
         model, notes = _built(model_class, folder, name, config=config, gguf_file=file, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        with tokenizer_explained(name, [file]):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
     # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
     if getattr(model.config, "quantization_config", None) is not None:
@@ -322,13 +358,14 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
         tokenizer=tokenizer,
         source=name,
         kind="gguf",
+        folder=folder,
         provenance={**facts, "gguf_file": file, "files": {file: path.stat().st_size}, "notes": notes},
     )
 
 
 def _lone_gguf(folder: Path, name: str) -> str | None:
-    """The one GGUF file of a folder without a config.json; None if there is none."""
-    if (folder / "config.json").is_file():
+    """The one GGUF file of a folder that holds no other weights; None if there is none."""
+    if (folder / "config.json").is_file() and any(path for kind in _WEIGHTS for path in folder.glob(kind)):
         return None
     found = sorted(path.name for path in folder.glob("*.gguf"))
     if len(found) > 1:
@@ -336,16 +373,27 @@ def _lone_gguf(folder: Path, name: str) -> str | None:
     return found[0] if found else None
 
 
-def _built(model_class: Any, folder: Path, name: str, **options: Any) -> tuple[Any, list[str]]:
+def _built(
+    model_class: Any, folder: Path, name: str, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, list[str]]:
     """A model in eval mode with the weights in a folder, and notes.
 
     Raises:
         SparsepassError: If a weight that its class needs is missing.
     """
-    model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    model, info = model_class.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+    )
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
     model.config.name_or_path = model.name_or_path = name
+    check_all_used(model, info, name)
     return model.eval(), check_complete(info, type(model).__name__, name)
+
+
+def _lasting(source: str) -> str:
+    """A source as it is found from any folder: the whole path of what lies here, and a hub id as it is."""
+    there = path_named(source)
+    return source if there is None else str(there.absolute())
 
 
 def _device(device: "torch.device | str") -> torch.device:

@@ -9,12 +9,25 @@ from sparsepass.graph.support.contexts import (
     shows_progress,
 )
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
-from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder, write_text
+from sparsepass.graph.support.files import (
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    check_free,
+    check_place,
+    check_writable,
+    path_named,
+    replaced_file,
+    replaced_folder,
+    weights_index,
+    write_text,
+)
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
+    "WEIGHTS_FILE",
+    "WEIGHTS_INDEX",
     "CaptureError",
     "EquivalenceError",
     "PassError",
@@ -22,6 +35,8 @@ __all__ = [
     "SparsepassError",
     "build",
     "check_free",
+    "check_place",
+    "check_writable",
     "closest",
     "default_dtype",
     "evaluating",
@@ -35,10 +50,12 @@ __all__ = [
     "nearest",
     "package_version",
     "parse_items",
+    "path_named",
     "quiet_export",
     "quiet_loading",
     "replaced_file",
     "replaced_folder",
     "shows_progress",
+    "weights_index",
     "write_text",
 ]

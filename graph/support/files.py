@@ -7,8 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from sparsepass.graph.support.errors import SparsepassError
+
+_LOST_AND_FOUND: Final = "lost+found"
+"""What a file system of its own has in its topmost folder."""
 
 
 @contextmanager
@@ -20,7 +24,7 @@ def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         force: Whether a folder that stands there and is not empty is replaced.
 
     Yields:
-        A folder beside ``out`` that is removed if the block raises (Ctrl-C included).
+        A folder beside ``out`` (in it, if ``out`` is a mount point) that is removed if the block raises (Ctrl-C included).
 
     Raises:
         SparsepassError: If ``out`` is a file, or a folder that is not empty and ``force`` is false, or a folder that we
@@ -29,7 +33,9 @@ def replaced_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     target = Path(out).absolute()
     check_free(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    # What cannot be moved itself gets its content moved in: a mount point (a container's volume), a folder in one of others.
+    room = target if _stays(target) else target.parent
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=room))
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
@@ -62,7 +68,12 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     beside = target.with_name(f".{target.name}.partial")
     try:
         yield beside
-        os.replace(beside, target)
+        try:
+            os.replace(beside, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # a file that is mounted by itself can be written, not moved over
+                raise
+            shutil.copyfile(beside, target)
     except Exception as error:
         _tell_if_no_room(error, target)
         raise
@@ -83,11 +94,25 @@ def write_text(path: str | Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def path_named(text: str) -> Path | None:
+    """The path that a text names, if something is there. A text that is too long to be a name, or no name at all, names none.
+
+    Example:
+        >>> path_named("a" * 100_000) is None, path_named(".")
+        (True, PosixPath('.'))
+    """
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, the home of nobody
+        return None
+
+
 def check_free(out: str | Path, *, force: bool = False) -> None:
     """Raise unless a folder can be written at ``out``: nothing there, an empty folder, or any folder with ``force``.
 
     Raises:
-        SparsepassError: If something stands there.
+        SparsepassError: If something stands there, or the place cannot be written to.
     """
     target = Path(out).absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -97,17 +122,70 @@ def check_free(out: str | Path, *, force: bool = False) -> None:
             f"output folder {target} would be replaced as a whole, and it is your home or holds the folder you are in; "
             "name a folder inside it"
         )
-    if not force and target.is_dir() and any(target.iterdir()):
+    if not force and target.is_dir() and any(entry.name != _LOST_AND_FOUND for entry in target.iterdir()):
+        raise SparsepassError(f"output folder {target} is not empty; choose another one, or pass force=True to replace it")
+    if not _stays(target):
+        _check_room(target)
+
+
+def check_place(file: str | Path, *, force: bool = True) -> None:
+    """Raise unless a file can be written at a path: nothing there, or a file that may be replaced.
+
+    Raises:
+        SparsepassError: If something else stands there, or the folder cannot be written to.
+    """
+    target = Path(file).absolute()
+    if target.is_dir():
+        raise SparsepassError(f"output {target} is a folder, and a file is to be written; name a file in it")
+    if not force and target.exists():
+        raise SparsepassError(f"{file} exists; choose another name, or pass force=True to replace it")
+    if not target.parent.is_dir():
+        raise SparsepassError(f"output {target} lies in a folder that does not exist; create it, or choose another place")
+    _check_room(target)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise unless files can be written into a folder, which is there or can be made.
+
+    Raises:
+        SparsepassError: If the first of the folder and those above it that exists is no folder, or is read-only.
+    """
+    _check_room(Path(folder).absolute() / "file")
+
+
+def _check_room(target: Path) -> None:
+    """Raise unless something can be written beside ``target``, in the first folder above it that exists."""
+    above = next(folder for folder in target.parents if folder.exists() or folder.is_symlink())
+    if not above.is_dir():
+        raise SparsepassError(f"output {target} lies below {above}, which is no folder; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
         raise SparsepassError(
-            f"output folder {target} is not empty; choose another one, or pass --force (force=True) to replace it"
+            f"output {target} cannot be written: {above} is read-only for you; choose another place, or change its permissions"
         )
 
 
+def _stays(target: Path) -> bool:
+    """Whether a folder can be written into, and not be moved itself: a mount point, or in a folder that is read-only."""
+    if not target.is_dir() or not os.access(target, os.W_OK | os.X_OK):
+        return False
+    return target.is_mount() or not os.access(target.parent, os.W_OK | os.X_OK)
+
+
 def _swap(staging: Path, target: Path) -> None:
+    if staging.parent == target:
+        _move_in(staging, target)
+        return
     old = None
     if target.is_dir():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.replace(target, old / target.name)
+        try:
+            os.replace(target, old / target.name)
+        except OSError as error:
+            old.rmdir()
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+            _move_in(staging, target)  # a mount that is_mount does not see
+            return
     try:
         os.replace(staging, target)
     except BaseException:
@@ -117,6 +195,27 @@ def _swap(staging: Path, target: Path) -> None:
     finally:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_in(staging: Path, target: Path) -> None:
+    """Put the content of one folder in the place of another's, entry by entry; if that fails, the old content is put back."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target))
+    moved: list[Path] = []
+    try:
+        for entry in sorted(target.iterdir()):
+            if entry not in (staging, aside) and entry.name != _LOST_AND_FOUND:
+                os.replace(entry, aside / entry.name)
+        for entry in sorted(staging.iterdir()):
+            moved.append(target / entry.name)
+            shutil.move(entry, target / entry.name)
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for entry in aside.iterdir():
+            os.replace(entry, target / entry.name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _tell_if_no_room(error: Exception, target: Path) -> None:
@@ -141,3 +240,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+WEIGHTS_FILE: Final = "model.safetensors"
+WEIGHTS_INDEX: Final = "model.safetensors.index.json"
+
+
+def weights_index(folder: Path) -> Path | None:
+    """The index by which `from_pretrained` finds the weights of a folder: model.safetensors wins over an index beside it.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The index; None if the one file stands there, or neither.
+    """
+    index = folder / WEIGHTS_INDEX
+    return index if index.is_file() and not (folder / WEIGHTS_FILE).is_file() else None

@@ -9,20 +9,23 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsepass.graph.rows import path_kind, records, spread_order
 from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.texts import find_text_column, row_text
 from sparsepass.passes.data.inputs import MASK, ModelInputs, Row
-from sparsepass.passes.data.sources import check_one_split, load_data_set, locate, path_kind, records, spread_order
+from sparsepass.passes.data.sources import check_one_split, load_data_set, locate
 from sparsepass.passes.data.texts import Packer, open_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST_NAME: Final = 4096
 _KNOWN_FORMS = (
     "a tensor, a dict of tensors, an iterable or DataLoader of either, a list of texts, a datasets.Dataset, the path "
     "of a .txt, .jsonl or .parquet file, or the name of a hub data set ('name', 'name:config' or 'name:config:split')"
@@ -159,7 +162,7 @@ def calibration_batches(
     context: int = 512,
     batch_size: int = 8,
     seed: int = 0,
-    text_column: str | None = "text",
+    text_column: str | None = None,
     vocab_size: int | None = None,
 ) -> CalibrationData:
     """Turn whatever a user brings into batches of a program's inputs.
@@ -174,17 +177,18 @@ def calibration_batches(
 
     Args:
         calibration: A tensor, a dict of tensors, an iterable (list, generator, DataLoader) of either, texts (a list of
-            strings, or one string with a line break in it), a ``datasets.Dataset`` or ``IterableDataset`` with
-            tokenized columns or a text column, the path of a .txt, .jsonl or .parquet file or of a data set's folder,
-            or the name of a hub data set: ``name``, ``name:config`` or ``name:config:split`` (``name::split`` leaves
-            the config out; the split is "train" if not said).
+            strings, or one string that has a line break in it or is longer than any path), a ``datasets.Dataset`` or
+            ``IterableDataset`` with tokenized columns or a text column, the path of a .txt, .jsonl or .parquet file or of a
+            data set's folder, or the name of a hub data set: ``name``, ``name:config`` or ``name:config:split``
+            (``name::split`` leaves the config out; the split is "train" if not said).
         input_names: The program's input names.
         tokenizer: Needed for text.
         num_sequences: At most so many sequences are used, from any source; None takes all there are.
         context: Tokens in a sequence made from text.
         batch_size: Sequences in a batch.
         seed: Chooses where in the text or in which rows the sequences lie.
-        text_column: The column that holds text; None if the data is tokenized.
+        text_column: The column that holds text or chats; by default ``text``, or else ``messages``. A chat, a list of
+            messages, goes through the tokenizer's chat template.
         vocab_size: Token ids have to be below it, if given.
 
     Returns:
@@ -266,7 +270,7 @@ class _Reader:
         raise SparsepassError(f"calibration of type {type(calibration).__name__} is not understood; expected {_KNOWN_FORMS}")
 
     def _from_string(self, text: str) -> _Given:
-        if "\n" in text:
+        if "\n" in text or len(text) > LONGEST_NAME:
             return self._from_text(text.encode(), "text given in memory", "text")
         path = locate(text, what="calibration", forms=_KNOWN_FORMS)
         return self._from_hub(text) if path is None else self._from_path(path, text)
@@ -343,23 +347,17 @@ class _Reader:
         if any(column in self.inputs.names for column in first):
             facts: dict[str, object] = {"selection": selection, "seed": self.seed}
             return _Given(name=name, kind=kind, rows=lambda: self.inputs.record_rows(read()), facts=facts)
-        if self.text_column is None or self.text_column not in first:
-            raise SparsepassError(
-                f"calibration {kind} {name} has the columns {', '.join(map(str, first))}: neither an input of the "
-                f"program ({', '.join(self.inputs.names)}) nor the text column {self.text_column!r}; name it with "
-                "text_column"
-            )
-        packer, column = self._packer(name), self.text_column
+        column = find_text_column(
+            first, self.text_column, f"calibration {kind} {name} (without the program's {', '.join(self.inputs.names)})"
+        )
+        packer = self._packer(name)
 
         def texts() -> Iterator[str]:
             for index, record in enumerate(read()):
-                value = record.get(column)
-                if value is not None and not isinstance(value, str):
-                    raise SparsepassError(
-                        f"calibration {kind} {name}, row {index}: column {column!r} holds {type(value).__name__}, not text"
-                    )
-                if value:
-                    yield value
+                if text := row_text(
+                    record.get(column), self.tokenizer, f"calibration {kind} {name}, row {index}: column {column!r}"
+                ):
+                    yield text
 
         facts = self._text_facts(selection, packer)
         return _Given(name=name, kind=kind, rows=lambda: self._text_rows(packer.join(texts())), facts=facts)

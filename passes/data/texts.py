@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, final
 import torch
 
 from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.texts import last_cut
 from sparsepass.passes.data.sources import special_frame
 
 if TYPE_CHECKING:
@@ -114,21 +115,13 @@ def _pieces(text: IO[str]) -> Iterator[dict[str, Any]]:
     held, begins = "", True
     while new := text.read(_PIECE):
         held += new
-        cut = _last_cut(held)
+        cut = last_cut(held)
         if cut is None and len(held) >= _LONGEST_PIECE:
             cut = held.rfind("\n", 0, len(held) - 1) + 1 or len(held) - 1
         if cut:
             yield {"text": held[:cut], "begins": begins, "ends": False}
             held, begins = held[cut:], False
     yield {"text": held, "begins": begins, "ends": True}
-
-
-def _last_cut(text: str) -> int | None:
-    at = len(text) - 1
-    while (at := text.rfind("\n", 1, at)) > 0:
-        if not text[at - 1].isspace() and not text[at + 1].isspace():
-            return at + 1
-    return None
 
 
 def default_text(part: Literal["calibration", "evaluation"]) -> str:

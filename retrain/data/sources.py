@@ -8,19 +8,9 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
+from sparsepass.graph.rows import TEXT_SUFFIXES, RecordError, arrow_schema, path_kind, records
 from sparsepass.graph.support import SparsepassError, first_line
-from sparsepass.passes.data import (
-    PYTHON_DOCS,
-    TEXT_SUFFIXES,
-    RecordError,
-    arrow_schema,
-    check_one_split,
-    data_set_name,
-    load_data_set,
-    locate,
-    path_kind,
-    records,
-)
+from sparsepass.passes.data import PYTHON_DOCS, check_one_split, data_set_name, load_data_set, locate
 from sparsepass.retrain.data.tokens import IDS, LABELS, MASK
 
 FORMS = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import SparsepassError, item_progress
+from sparsepass.graph.support import SparsepassError, check_place, item_progress
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
@@ -183,10 +183,7 @@ def check_file(out: str | Path, *, force: bool = False) -> Path:
         raise SparsepassError(
             f"sampled text is written as rows of token ids and text: name a file that ends in .jsonl, not {path}"
         )
-    if not path.absolute().parent.is_dir():
-        raise SparsepassError(f"the folder of {path} does not exist; make it first")
-    if path.exists() and not force:
-        raise SparsepassError(f"{path} exists; choose another name, or replace it (--force)")
+    check_place(path, force=force)
     return path
 
 
@@ -199,7 +196,7 @@ def _prompt(tokenizer: Any, start: str | None) -> list[int]:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [int(token)]
-    raise SparsepassError("the tokenizer has no token that begins or ends a document; say what sequences start from (--start)")
+    raise SparsepassError("the tokenizer has no token that begins or ends a document; say what sequences start from: start=...")
 
 
 def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
@@ -224,5 +221,5 @@ def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
         return 0
     raise SparsepassError(
         f"{beside} holds {rows} sequences of an interrupted run with another {', '.join(differing)}; start it with the same "
-        "settings to go on, or delete that file (or pass --force) to begin anew"
+        "settings to go on, or delete that file (or pass force=True) to begin anew"
     )

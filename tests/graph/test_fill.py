@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_program_as_it_was(empty: Prog
     assert snapshot(empty) == before
 
 
+def only_index(folder: Path, text: str) -> None:
+    """An index without the one file beside it, which would win over it."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (lambda f: (f / "model.safetensors").unlink(), r"holds no model\.safetensors and no model\.safetensors\.index"),
     "half a file": (
@@ -134,15 +141,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model\.safetensors is truncated or damaged .*download it again",
     ),
     "an index without its shards": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}'),
+        lambda f: only_index(f, '{"weight_map": {"a": "shard.safetensors"}}'),
         r"shard\.safetensors is truncated or damaged|shard\.safetensors is missing",
     ),
     "an index that is none": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{"),
+        lambda f: only_index(f, "{"),
         r"index\.json is truncated or damaged .*download it again",
     ),
     "an index of something else": (
-        lambda f: (f / "model.safetensors.index.json").write_text("[]"),
+        lambda f: only_index(f, "[]"),
         r"index\.json is truncated or damaged .*download it again",
     ),
 }
@@ -199,3 +206,51 @@ def test_an_8b_model_is_captured_in_no_memory(tmp_path: Path) -> None:
     assert {t.dtype for t in program.graph_module.parameters()} == {torch.bfloat16}
     assert grown_bytes < 1e9
     assert seconds < 60  # of processor time: the machine may be busy with something else
+
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64,
+}  # fmt: skip
+
+
+def described(folder: Path, **fields: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(BASE | fields))
+    return folder
+
+
+def test_attention_kernels_that_are_not_installed_are_no_matter(tmp_path: Path) -> None:
+    assert capture_without_weights(described(tmp_path, attn_implementation="flash_attention_2")).sites()
+
+
+def test_weights_of_a_type_that_is_not_computed_in_are_taken_as_bfloat16(tmp_path: Path) -> None:
+    program = capture_without_weights(described(tmp_path, torch_dtype="float8_e4m3fn"))
+    assert {p.dtype for p in program.graph_module.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"torch_dtype": "float99"},
+        {"hidden_size": "many"},
+        {"num_attention_heads": 0},
+        {"hidden_act": "never"},
+        {"rope_parameters": {"rope_type": "never"}},
+        {"architectures": "LlamaForCausalLM"},
+        {"model_type": "never"},
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused_in_words(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match=re.escape(str(tmp_path))):
+        capture_without_weights(described(tmp_path, **fields))
+
+
+def test_code_beside_a_configuration_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "configuration_x.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass X(LlamaConfig): model_type = 'x'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CaptureError, match="code of its own"):
+        capture_without_weights(described(tmp_path, model_type="x", auto_map={"AutoConfig": "configuration_x.X"}))
+    assert not ran.exists()

@@ -20,6 +20,7 @@ def program() -> Program:
     found = apply_passes(net, "nm_sparsify{criterion=magnitude},slorb{k=16,init=mean}", example_inputs=torch.randn(2, 32))
     found.retraining = ({"steps": 3},)
     found.origin = Origin(signature=("input",), versions={"torch": "2"})
+    found.limits = ("input[1] == 32",)
     return found
 
 

@@ -118,6 +118,18 @@ def test_magnitude_masks_are_the_largest_weights_and_the_rest_stays_behind_the_m
         assert torch.equal(program.tensor(weight), dense[weight])
 
 
+@pytest.mark.parametrize(
+    ("passes", "has_text", "warned"),
+    [("nm_sparsify", False, True), ("nm_sparsify{criterion=magnitude}", False, False), ("nm_sparsify", True, False)],
+)
+def test_magnitude_that_nobody_chose_is_warned_of(
+    passes: str, has_text: bool, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = BY_NAME["llama"].model()
+    apply_passes(model, passes, calibration=torch.arange(32).reshape(2, 16) if has_text else None)
+    assert ("useless until it is retrained" in caplog.text) == warned
+
+
 def test_sparsegpt_keeps_the_original_weights_behind_the_mask() -> None:
     dense = captured("llama")
     program = apply_passes(dense, "nm_sparsify", calibration=BY_NAME["llama"].inputs(4, 16))

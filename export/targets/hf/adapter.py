@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sparsepass.graph.load import check_fits
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.support import SparsepassError, quiet_loading
@@ -135,6 +136,7 @@ def adapter_tensors(program: Program, dtype: torch.dtype) -> dict[str, Tensor]:
         branch = state.branch
         assert branch is not None
         path = weight.removesuffix(".weight")
+        check_fits({branch.weight: program.tensor(branch.weight)}, dtype)
         s_OR = program.tensor(branch.weight).detach().to("cpu", dtype)
         if branch.projection is None:
             x_RI = fixed_projection(s_OR.shape[1] * branch.k, branch.k, dtype=dtype)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
-from sparsepass.graph.load import parse_dtype
+from sparsepass.export.targets.older import add_older_keys
+from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
@@ -150,7 +151,7 @@ def lower_hf(
     with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
         settle_config(model, None if dtype is None else parse_dtype(dtype))
-        save_model(model, folder)
+        is_read_by_4 = save_model(model, folder)
     loads_with = auto_class(type(model), model.config)
     adapter = None
     if branches:
@@ -158,7 +159,7 @@ def lower_hf(
         write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
-    (folder / "README.md").write_text(_card(program, loads_with, kept_in), encoding="utf-8")
+    (folder / "README.md").write_text(_card(program, loads_with, kept_in, is_read_by_4=is_read_by_4), encoding="utf-8")
     return HfArtifact(
         folder=folder,
         adapter=adapter,
@@ -184,6 +185,7 @@ def _without_branches(program: Program) -> Program:
 def settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
     """Make a model and its configuration those of a plain floating-point one, of a type if one is given."""
     if dtype is not None:
+        check_fits(model.state_dict(), dtype)
         model.to(dtype)  # type: ignore[arg-type]
     parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
     for part in parts:
@@ -196,13 +198,16 @@ def settle_config(model: "PreTrainedModel", dtype: torch.dtype | None) -> None:
             part.dtype = dtype
 
 
-def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] | None = None) -> None:
+def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] | None = None) -> bool:
     """Save a model. transformers loads some generation settings that it refuses to save: they are kept as they came.
 
     Args:
         model: The model.
         folder: Where to.
         state: Its tensors by name; by default those that it has.
+
+    Returns:
+        Whether transformers 4 reads the configuration, too; see `add_older_keys`.
     """
     settings = model.generation_config if model.can_generate() else None
     as_it_came = None
@@ -215,9 +220,10 @@ def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] 
     model.save_pretrained(folder, max_shard_size=_MAX_SHARD, state_dict=state)
     if as_it_came is not None:
         (folder / "generation_config.json").write_text(as_it_came, encoding="utf-8")
+    return add_older_keys(folder)
 
 
-def _card(program: Program, loads_with: str, dtype: str) -> str:
+def _card(program: Program, loads_with: str, dtype: str, *, is_read_by_4: bool) -> str:
     report = program.report()
     patterns = Counter(state.pattern for state in program.sparse.values())
     said = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items()) or "no sparse weight"
@@ -239,6 +245,7 @@ def _card(program: Program, loads_with: str, dtype: str) -> str:
         *(["Layers left dense:", "", *(f"- {number}: {reason}" for reason, number in skipped.most_common()), ""]),
         "## Loading",
         "",
+        *([] if is_read_by_4 else ["Needs transformers >= 5: older versions would read another position embedding.", ""]),
         "```python",
         f"from transformers import {loads_with}",
         "",

@@ -82,7 +82,7 @@ def to_ir(piece: Piece, opset: int) -> ir.Model:
     except Exception as error:  # torch.export and torch.onnx raise anything
         raise SparsepassError(
             f"the {piece.role} graph cannot be lowered to ONNX: {_reason(error)}. Try another "
-            "--opset, or --task with a plain forward graph (with_past=False); the hf target needs no lowering"
+            "opset (opset=...), or a plain forward graph (task=... without a cache); the hf target needs no lowering"
         ) from error
     model: ir.Model = getattr(found, "model", found)  # older versions give torch's ONNXProgram
     graph = model.graph
@@ -132,14 +132,15 @@ def decoder_piece(model: nn.Module, example_ids: Tensor) -> Piece:
     """
     batch = max(2, example_ids.shape[0])
     ids = example_ids[:1, :1].repeat(batch, _EXAMPLE_PAST)
-    with torch.no_grad():
-        pairs = _cache_pairs(model(input_ids=ids, use_cache=True).past_key_values)
-    parameters = inspect.signature(model.forward).parameters
+    with torch.no_grad(), _probing():
+        output = model(input_ids=ids, use_cache=True)
+        pairs = _cache_pairs(output.past_key_values)
+        counts_from_zero = _counts_from_zero(model, ids, output.logits)
     inputs = {"input_ids": ids[:, :_EXAMPLE_STEP]}
     axes: dict[str, Axes] = {"input_ids": ("batch", "sequence")}
     inputs["attention_mask"] = torch.ones(batch, _EXAMPLE_PAST + _EXAMPLE_STEP, dtype=torch.long)
     axes["attention_mask"] = ("batch", "total_sequence")
-    if "position_ids" in parameters:
+    if counts_from_zero:
         positions = torch.arange(_EXAMPLE_PAST, _EXAMPLE_PAST + _EXAMPLE_STEP)
         inputs["position_ids"] = positions[None].repeat(batch, 1)
         axes["position_ids"] = ("batch", "sequence")
@@ -153,6 +154,31 @@ def decoder_piece(model: nn.Module, example_ids: Tensor) -> Piece:
         output_names=("logits", *outputs),
         axes=axes,
     )
+
+
+def _counts_from_zero(model: nn.Module, ids: Tensor, logits: Tensor) -> bool:
+    """Whether a model takes positions that count from 0, as users of a graph give them.
+
+    RoBERTa's begin behind the padding token's number. Such a model makes its positions itself, from the tokens.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
+    again = model(input_ids=ids, position_ids=positions, use_cache=True).logits
+    return bool(torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-3 * float(logits.abs().max())))
+
+
+@contextlib.contextmanager
+def _probing() -> Iterator[None]:
+    """A model that does not run with a cache has none that a graph could carry: any error of its own code says so."""
+    try:
+        yield
+    except SparsepassError:
+        raise
+    except Exception as error:
+        raise CacheUnsupportedError(
+            f"run with a cache, it fails ({type(error).__name__}: {first_line(error)[:200]})"
+        ) from error
 
 
 def encoder_decoder_pieces(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Piece, Piece]:
@@ -175,7 +201,7 @@ def encoder_decoder_pieces(model: nn.Module, inputs: Mapping[str, Tensor]) -> tu
     given = {name: inputs[name] for name in (main, "attention_mask") if name in inputs}
     if masked and "attention_mask" not in given:
         given["attention_mask"] = torch.ones_like(first)
-    with torch.no_grad():
+    with torch.no_grad(), _probing():
         output = model(**given, decoder_input_ids=ids, use_cache=True)
     cache = output.past_key_values
     if not isinstance(cache, EncoderDecoderCache):
@@ -356,6 +382,8 @@ def _make_translatable(graph_module: fx.GraphModule) -> None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         source, result = node.args[0].meta.get("val"), node.meta.get("val")
+        if any(user.op == "output" for user in node.users):
+            continue  # the program's signature names it
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -31,7 +31,9 @@ from sparsepass.export.targets.onnx.capture import (
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
 from sparsepass.graph import capture
-from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.lengths import unusual
+from sparsepass.graph.limits import position_limit
+from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import finish, fold_mask
 from sparsepass.graph.support import SparsepassError, closest, quiet_export
@@ -106,8 +108,7 @@ def lower_onnx(
     past = _wants_past(program, task, with_past)
     own = _dtype_of(program)
     wanted = parse_dtype(dtype) if dtype is not None else own
-    if wanted not in _DTYPES:
-        raise SparsepassError(f"dtype {wanted} is not supported by the onnx target; use float32, float16 or bfloat16")
+    _check_dtype(wanted)
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
     if program.device.type != "cpu":
@@ -123,13 +124,38 @@ def lower_onnx(
             return _write(program, out, "forward", (_plain(program, wanted),), number, wanted, notes)
 
 
+def check_options(dtype: "str | torch.dtype | None", opset: int | None, task: str | None) -> None:
+    """Make sure that options can be used, before there is a program.
+
+    Raises:
+        SparsepassError: If the type, the operator set or the task is none of those that can be written.
+    """
+    _check_opset(opset)
+    _check_task(task)
+    if dtype is not None:
+        _check_dtype(parse_dtype(dtype))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise SparsepassError(f"dtype {dtype} is not supported by the onnx target; use float32, float16 or bfloat16")
+
+
+def _check_task(task: str | None) -> None:
+    known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
+    if task is not None and task not in known:
+        near = closest(task, known)
+        hint = f"; did you mean {near}?" if near else ""
+        raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
+
+
 def _check_opset(opset: int | None) -> int:
     if opset is None:
         return DEFAULT_OPSET
     highest = min(_HIGHEST_OPSET, onnx.defs.onnx_opset_version())
     if not _LOWEST_OPSET <= opset <= highest:
         raise SparsepassError(
-            f"opset {opset} is not supported: torch.onnx writes {_LOWEST_OPSET} to {highest}; leave --opset out for "
+            f"opset {opset} is not supported: torch.onnx writes {_LOWEST_OPSET} to {highest}; leave opset=... out for "
             f"{DEFAULT_OPSET}, which TensorRT and onnxruntime both read"
         )
     return opset
@@ -137,11 +163,7 @@ def _check_opset(opset: int | None) -> int:
 
 def _wants_past(program: Program, task: str | None, with_past: bool | None) -> bool | None:
     """True: with a cache or an error; None: with a cache if it can be; False: one plain graph."""
-    known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
-    if task is not None and task not in known:
-        near = closest(task, known)
-        hint = f"; did you mean {near}?" if near else ""
-        raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
+    _check_task(task)
     if task in _PLAIN_TASKS:
         if with_past:
             raise SparsepassError(f"task {task} makes a plain graph, and with_past=True asks for a cache; drop one of them")
@@ -176,6 +198,11 @@ def _pieces(program: Program, wanted: torch.dtype, past: bool | None) -> tuple[K
                 said = f"a graph with a cache cannot be written: {error}; leave with_past out for a plain one"
                 raise SparsepassError(said) from error
             notes = (f"one plain graph without a cache was written: {error}",)
+    if told := unusual(program.limits, position_limit(program.origin.config)):
+        notes = (
+            *notes,
+            f"the graph holds only for inputs with {', '.join(told)} (sizes, by axis); other sizes give wrong results",
+        )
     return "forward", (_plain(program, wanted),), notes
 
 
@@ -184,16 +211,20 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     if origin.model_class is None:
         raise CacheUnsupportedError("the model's class is not known to transformers, so it cannot be run with a cache")
     config = origin.config or {}
+    if told := unusual(program.limits, position_limit(config)):
+        raise CacheUnsupportedError(
+            f"the model asks how long its input is ({', '.join(told)}), so one with a cache would hold for some lengths only"
+        )
     inputs = {name: tensor.clone() for name, tensor in program.example_inputs.items()}
     if config.get("is_encoder_decoder"):
         if "decoder_input_ids" not in inputs:
             raise CacheUnsupportedError("the program was captured without decoder_input_ids")
-        return "encoder-decoder-with-past", encoder_decoder_pieces(_converted(program, wanted), _cast(inputs, wanted)), ()
+        return "encoder-decoder-with-past", encoder_decoder_pieces(converted(program, wanted), _cast(inputs, wanted)), ()
     if other := sorted(set(inputs) - _TOKENS):
         raise CacheUnsupportedError(f"the program also takes {', '.join(other)}, and only text models get a cache so far")
     if "input_ids" not in inputs:
         raise CacheUnsupportedError("the program was captured without input_ids")
-    piece = decoder_piece(_converted(program, wanted), inputs["input_ids"])
+    piece = decoder_piece(converted(program, wanted), inputs["input_ids"])
     window = config.get("sliding_window")
     said = f"sliding window of {window}: the whole past is taken and returned, and the attention mask applies the window"
     return "decoder-with-past", (piece,), (said,) if window and config.get("use_sliding_window", True) else ()
@@ -203,7 +234,7 @@ def _cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
-def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
+def converted(program: Program, wanted: torch.dtype) -> nn.Module:
     """The model's own class, folded, in the wanted dtype; rotary frequencies and the like stay as they are."""
     model = program.to_model()
     if wanted == _dtype_of(program):
@@ -216,13 +247,8 @@ def _converted(program: Program, wanted: torch.dtype) -> nn.Module:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point() or name not in persistent or (stay and stay.search(name)):
             continue
-        cast = canonical_zeros(tensor.detach().to(wanted))  # what underflows may become -0.0
-        if not bool(cast.isfinite().all()) and bool(tensor.isfinite().all()):
-            raise SparsepassError(
-                f"{name} holds values up to {float(tensor.detach().abs().max()):.3g}, which {wanted} cannot hold; use "
-                "bfloat16 or float32"
-            )
-        tensor.data = cast
+        check_fits({name: tensor}, wanted)
+        tensor.data = canonical_zeros(tensor.detach().to(wanted))  # what underflows may become -0.0
     return model
 
 
@@ -240,7 +266,7 @@ def plain_program(program: Program, wanted: torch.dtype) -> Program:
                 f"{wanted}; convert the module before capturing it (module.to({wanted}))"
             )
         inputs = _cast(program.example_inputs, wanted)
-        program = capture(_converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
+        program = capture(converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
     return _folded(program)
 
 
@@ -352,7 +378,8 @@ def _write(
 
 def _stamp(model: ir.Model, program: Program) -> None:
     model.producer_name, model.producer_version = "sparsepass", metadata.version("sparsepass")
-    facts: Mapping[str, Any] = {"recipe": program.recipe, "model_class": program.origin.model_class}
+    limits = " and ".join(unusual(program.limits, None))
+    facts: Mapping[str, Any] = {"recipe": program.recipe, "model_class": program.origin.model_class, "limits": limits}
     model.metadata_props.update({f"sparsepass.{key}": str(value) for key, value in facts.items() if value})
 
 

@@ -1,5 +1,6 @@
 """Exported graphs in onnxruntime: sessions, decoders with their cache, and greedy generation."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from sparsepass.graph.equivalence import widened_copy
 from sparsepass.graph.support import SparsepassError, first_line
 
 Array = npt.NDArray[Any]
@@ -38,6 +40,17 @@ class Greedy:
 
     tokens: Array
     margins: Array
+
+
+def open_widened(path: Path) -> Session:
+    """Open an ONNX file in onnxruntime on the CPU; of one in bfloat16, a copy that computes the same in float32.
+
+    Raises:
+        SparsepassError: If the file is missing or onnxruntime cannot run it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = widened_copy(path, Path(folder)) if path.is_file() else None
+        return open_session(copy or path)
 
 
 def open_session(path: str | Path) -> Session:
@@ -117,8 +130,8 @@ class DecoderSession:
         self.past: dict[str, Array] = {}
         if not any(name.startswith("past_key_values.") for name in self.inputs):
             raise SparsepassError(
-                "the graph has no key-value cache, so it cannot generate step by step; export it with --task "
-                "text-generation-with-past"
+                "the graph has no key-value cache, so it cannot generate step by step; export it with "
+                "task=text-generation-with-past"
             )
         if encoder is not None:
             given = {name: to_numpy(value) for name, value in (encoder_inputs or {}).items()}

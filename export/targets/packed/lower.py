@@ -22,9 +22,9 @@ from sparsepass.export.targets.hf import auto_class, save_model, settle_config
 from sparsepass.export.targets.packed.card import card
 from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey, tables
 from sparsepass.export.targets.packed.times import OneTokenTimes, one_token_times
-from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import skeleton
-from sparsepass.graph.packed import Int8Embedding, PackedWeight, pack, unpack
+from sparsepass.graph.packed import FLOATS, Int8Embedding, PackedWeight, pack, unpack
 from sparsepass.graph.packed_folder import INTEGERS, PackedSettings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, package_version, quiet_loading
@@ -210,6 +210,8 @@ def lower_packed(
         transposed=tuple(layer.name for layer in packed.values() if layer.transposed),
     )
     kind = _dtype(program, values) if dtype is None else parse_dtype(dtype)
+    for narrow in {kind, FLOATS.get(values, kind)}:
+        check_fits(program.tensors(), narrow)
     with quiet_loading():
         settle_config(model, kind)
         state, errors = _tensors(program, model, packed, settings, kind)

@@ -54,6 +54,9 @@ class Packed(Target):
         """Whether values are integers with scales."""
         return self.values.startswith("int")
 
+    def check_here(self) -> None:
+        """It is written anywhere."""
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the model, tokenizer and processor."""
         from sparsepass.export.targets.packed.lower import lower_packed

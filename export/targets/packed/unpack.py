@@ -20,14 +20,13 @@ from sparsepass.export.targets.packed.stored import PARTS, StoredFolder, stored_
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.packed import check, unpack
 from sparsepass.graph.packed_folder import find_layer, linear_layers, stored_names
-from sparsepass.graph.support import SparsepassError, quiet_loading, replaced_folder
+from sparsepass.graph.support import WEIGHTS_INDEX, SparsepassError, quiet_loading, replaced_folder, weights_index
 from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_INDEX: Final = "model.safetensors.index.json"
-_LEFT_OUT: Final = ("config.json", "README.md", "report.json", "report.md", "report.html", _INDEX)
+_LEFT_OUT: Final = ("config.json", "README.md", "report.json", "report.md", "report.html", WEIGHTS_INDEX)
 
 
 @final
@@ -79,9 +78,9 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
             names |= dict.fromkeys(tensors, file.name)
             total += sum(t.nbytes for t in tensors.values())
             safetensors.torch.save_file(tensors, staging / file.name, metadata={"format": "pt"})
-        if (source / _INDEX).is_file():
+        if weights_index(source) is not None:
             index = {"metadata": {"total_size": total}, "weight_map": names}
-            (staging / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (staging / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         del document["quantization_config"]
         (staging / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _copy_others(source, staging)
@@ -135,7 +134,7 @@ def _skeleton(folder: Path) -> "PreTrainedModel":
     """The model that the folder is for, without values."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise SparsepassError(

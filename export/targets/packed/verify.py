@@ -164,9 +164,9 @@ def _outputs(program: Program, model: nn.Module, artifact: "PackedArtifact") -> 
     error = found["relative_error"]
     if artifact.settings.values in INTEGERS or artifact.settings.embedding:
         moved = f"rounding to {artifact.settings.values} moved the outputs by {error:.2g} of their size"
-        said = f"loaded by {artifact.auto_class}: {moved}"
-        return Check(name="outputs", held=bool(error < float("inf")), summary=said, details=found | {"tolerance": None})
-    said = f"loaded by {artifact.auto_class}: relative error {error:.2g} (allowed {found['tolerance']:g})"
-    if not found["holds"]:
-        said += f", and it is not rounding ({found['rounding']})"
+        unknown = any(one["num_nan"] or one["num_infinite"] for one in found["outputs"].values())
+        said = f"loaded by {artifact.auto_class}: {found['said'] if unknown else moved}"
+        held = error < float("inf") and not unknown
+        return Check(name="outputs", held=bool(held), summary=said, details=found | {"tolerance": None})
+    said = f"loaded by {artifact.auto_class}: {found['said']}"
     return Check(name="outputs", held=found["holds"], summary=said, details=found)

@@ -49,6 +49,15 @@ class TensorRT(EngineTarget):
     name: ClassVar[str] = "tensorrt"
     description: ClassVar[str] = "TensorRT engines with sparse weights, and for each layer whether they were used"
 
+    def check_here(self) -> None:
+        """Make sure that a package is installed which can build here for what is asked."""
+        from sparsepass.export.targets.tensorrt.lower import resolve_targets
+        from sparsepass.export.targets.tensorrt.packages import choose, gpus
+
+        here = gpus()
+        resolve_targets(self, choose(self.runtime, here), here)
+        Onnx(dtype=self.dtype, opset=self.opset, task=self.task).check_here()
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the graphs, and the engines that are built from them."""
         from sparsepass.export.targets.tensorrt.lower import lower_tensorrt

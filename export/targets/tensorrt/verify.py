@@ -338,4 +338,6 @@ def _sparsity(artifact: TensorrtArtifact) -> Check:
     told = f"of {len(meant)} uses of sparse weights in all engines, {number['yes']} run sparse, {number['no']} do not"
     reasons = {layer.reason for layer in meant if layer.ran_sparse == "unknown"}
     unknown = f", and {number['unknown']} are unknown ({'; '.join(sorted(reasons))})" if number["unknown"] else ""
-    return Check(name="sparse kernels", held=True if number["yes"] else None, summary=told + unknown, details=number)
+    return Check(
+        name="sparse kernels", held=True if number["yes"] else None, summary=told + unknown, details=number, decides=False
+    )

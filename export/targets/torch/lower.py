@@ -127,6 +127,20 @@ def write_torch(
     return TorchArtifact(hf=written, record=record, notes=_notes(record, written, measure=measure))
 
 
+def check_machine(dtype: "str | torch.dtype | None", timings: Path | None, *, measure: bool) -> None:
+    """Make sure of what can be told before there is a program.
+
+    Raises:
+        SparsepassError: If the type or the GPU has no kernels, or recorded times cannot be read.
+    """
+    if dtype is not None:
+        check_dtype(parse_dtype(dtype))
+    if timings is not None:
+        read_timings(timings)
+    elif measure and gpu_is_here():
+        check_device(_GPU)
+
+
 def _check_type(measured: Measured, dtype: torch.dtype, source: Path) -> None:
     if measured.dtype != short(dtype):
         raise SparsepassError(

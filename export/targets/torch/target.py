@@ -56,6 +56,12 @@ class SemiStructured(Target):
         """How layers are chosen."""
         return ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled)
 
+    def check_here(self) -> None:
+        """Make sure that recorded times can be read, and that the kernels take the type and run on the GPU, if there is one."""
+        from sparsepass.export.targets.torch.lower import check_machine
+
+        check_machine(self.dtype, self.timings, measure=self.measure)
+
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the folder, and the record of its layers."""
         from sparsepass.export.targets.torch.lower import write_torch

@@ -47,7 +47,7 @@ def test_a_command_gets_the_options_of_its_settings(echo: CliRunner) -> None:
     ]
     more = ["--eval-text", "b.txt", "--no-eval-bos", "--max-tokens", "64", "--times", "2"]
     result = echo.invoke(app, ["echo", "some/model", *given, *more])
-    assert "Evaluation(text='b.txt', context=512, stride=None, bos=False, max_tokens=64, batch_size=None)" in result.output
+    assert "Evaluation(text='b.txt', context=512, stride=None, bos=False, max_tokens=64, text_column=None," in result.output
     assert len(result.output.splitlines()) == 6
 
 

@@ -92,6 +92,14 @@ def test_a_check_that_fails_gives_exit_code_1(place: Path, tmp_path: Path, monke
     assert "outputs: too far" in result.stderr
 
 
+def test_what_could_not_be_checked_gives_exit_code_3(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=None, summary="no kernels here"),))
+    result = run("export", place / "pruned", "-t", "hf", "-o", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "Not checked: outputs: no kernels here" in result.stderr
+    assert run("export", place / "pruned", "-t", "hf", "-o", tmp_path / "b", "--allow-unchecked").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

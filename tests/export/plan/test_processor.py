@@ -103,7 +103,7 @@ def test_a_runtime_on_the_wrong_device(llama: Program, gpu: str, runtime: str, m
 
 
 def test_types_that_packed_layers_lack(llama: Program) -> None:
-    with pytest.raises(SparsepassError, match="packed layers on the processor have no fp8; take --dtype bf16"):
+    with pytest.raises(SparsepassError, match="packed layers on the processor have no fp8; take dtype=bf16"):
         plan(llama, gpu="cpu", dtype="fp8")
 
 

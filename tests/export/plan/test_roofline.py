@@ -192,7 +192,7 @@ def test_every_device_is_plausible() -> None:
 
 
 def test_types_that_a_device_lacks() -> None:
-    with pytest.raises(SparsepassError, match="has no fp8 tensor cores; take --dtype int8"):
+    with pytest.raises(SparsepassError, match="has no fp8 tensor cores; take dtype=int8"):
         peak(find_device("a100"), "fp8")
     assert [peak(find_device("h100"), dtype) for dtype in DTYPES] == [989.4, 989.4, 1978.9, 1978.9, 989.4]
 

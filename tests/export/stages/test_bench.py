@@ -131,7 +131,7 @@ def test_memory_is_measured_the_same_in_this_process(dense: Path) -> None:
 
 def test_a_process_that_fails_is_told(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[bench.__module__], "_MEMORY", "sparsepass.no_such_module")
-    with pytest.raises(SparsepassError, match=r"its process ended with 1.*no_such_module.*--no-memory"):
+    with pytest.raises(SparsepassError, match=r"its process ended with 1.*no_such_module.*memory=False"):
         bench(dense, settings=BenchSettings(**SMALL), progress=False)
 
 

@@ -1,7 +1,11 @@
 """The table of criteria: rows measured in processes of their own, kept, gone on from, and shown."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +128,27 @@ def test_rows_are_all_criteria_by_default_and_bad_ones_are_refused(folder: Path)
         jobs_of(pipelines=["nm_sparse"])
     with pytest.raises(SparsepassError, match="does not exist"):
         criteria_table(_settings(folder, text="nowhere.txt"), [])
+
+
+def test_an_interruption_is_told_in_one_line(folder: Path, tmp_path: Path) -> None:
+    words = [
+        "criteria",
+        str(folder / "model"),
+        "--calibration",
+        "python-docs",
+        "--eval-text",
+        "python-docs",
+        "--eval-context",
+        "32",
+    ]
+    command = [sys.executable, "-m", "sparsepass", *words, "--work", str(tmp_path / "work")]
+    # A test run that was started in the background ignores this signal, and so would its children.
+    heeds: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds) as process:
+        assert process.stderr is not None
+        assert "row 1 of" in process.stderr.readline()
+        time.sleep(2)  # the child is there by now; a terminal sends the signal to both
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said.splitlines() == ["Error: interrupted; an output folder that stood there before is as it was"]

@@ -19,6 +19,7 @@ from sparsepass.export.stages.preparing import prepare
 from sparsepass.export.stages.settings import Calibration, Evaluation
 from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.load import load_model
 from sparsepass.graph.rewrite import without_branches
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
@@ -58,7 +59,7 @@ def test_a_folder_goes_through_passes_lowering_and_verification(target: str, fol
         evaluation=Evaluation(text=text, context=16, max_tokens=64),
         command="sparse-export tiny",
     )
-    assert result.held is True
+    assert result.state == ("not_checked" if target == "tensorrt" else "held"), "there is no GPU to run engines on"
     assert result.failures == ()
     assert files(out) >= EVIDENCE | {SAMPLES_FILE, "tokenizer.json"}
     assert not list(tmp_path.glob(".*")), "nothing is left beside the folder"
@@ -138,8 +139,8 @@ def test_a_dense_program_can_be_exported_too(folder: Path, tmp_path: Path) -> No
 
 def test_without_verification_the_report_says_so(program: Program, tmp_path: Path) -> None:
     result = export(program, "hf", tmp_path / "out", verify=False)
-    assert result.held is None
-    assert read_report(tmp_path / "out")["verification"] == {"held": None, "checks": []}
+    assert (result.held, result.state) == (False, "not_checked")
+    assert read_report(tmp_path / "out")["verification"] == {"held": None, "state": "not_checked", "checks": []}
     assert "switched off" in (tmp_path / "out" / PAGE_FILE).read_text()
 
 
@@ -164,9 +165,45 @@ def test_a_failed_check_is_reported_and_the_artifact_written(
     assert "did NOT hold" in (tmp_path / "out" / PAGE_FILE).read_text()
 
 
-def test_what_cannot_be_checked_is_no_failure(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken_target(monkeypatch, verify=lambda *_: (Check(name="outputs", held=None, summary="no kernels here"),))
-    assert export(program, "hf", tmp_path / "out").held is True
+@pytest.mark.parametrize(("decides", "state"), [(True, "not_checked"), (False, "held")])
+def test_what_cannot_be_checked_is_neither_held_nor_a_failure(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decides: bool, state: str
+) -> None:
+    found = (
+        Check(name="pattern", held=True, summary="holds"),
+        Check(name="outputs", held=None, summary="no kernels here", decides=decides),
+    )
+    broken_target(monkeypatch, verify=lambda *_: found)
+    result = export(program, "hf", tmp_path / "out")
+    assert (result.state, result.held, result.failures) == (state, state == "held", ())
+    assert result.unchecked == (("outputs: no kernels here",) if decides else ())
+    page = (tmp_path / "out" / PAGE_FILE).read_text()
+    assert ("Not everything could be checked here" in page) is decides
+    assert ("Verification held" in page) is not decides
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "packed", "torch{dtype=bfloat16}"])
+def test_outputs_that_are_not_finite_never_hold(target: str, folder: Path, tmp_path: Path) -> None:
+    model: Any = load_model(folder).model
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    result = export(model, target, tmp_path / "out", passes="nm_sparsify", validate=False)
+    assert result.state == "did_not_hold"
+    assert any("nothing is known" in failure for failure in result.failures), result.failures
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "packed{values=fp16}", "torch"])
+def test_a_type_that_cannot_hold_the_weights_is_refused(target: str, folder: Path, tmp_path: Path) -> None:
+    model: Any = load_model(folder, dtype="bfloat16").model
+    with torch.no_grad():
+        model.model.embed_tokens.weight[2] = 1e5
+    text = target if "fp16" in target else f"{target}{{dtype=float16}}"
+    with pytest.raises(SparsepassError, match=r"holds values up to .*, which float16 cannot hold; use bfloat16"):
+        export(model, text, tmp_path / "out", passes="nm_sparsify", validate=False)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SparsepassError, match="holds values that float16 cannot hold"):
+        load_model(tmp_path / "model", dtype="float16")
 
 
 def test_planted_damage_between_writing_and_verification_is_caught(

@@ -234,6 +234,18 @@ def test_an_export_that_does_not_hold_is_exit_code_1(place: Path, tmp_path: Path
         assert "verification did not hold" in result.stderr.replace("\n", " ")
 
 
+def test_an_export_that_could_not_be_checked_is_exit_code_3(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsepass.export.targets import Check, HuggingFace
+
+    monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=None, summary="no kernels"),))
+    change = ["-o", tmp_path / "out", "--set", "export=[{target: hf}]", "--set", "retrain=null", "--set", "eval=null"]
+    change += ["--set", "prune.passes=nm_sparsify", "--set", "prune.calibration=null"]
+    assert run("run", place / "recipe.yaml", *change).exit_code == 3
+    assert run("run", place / "recipe.yaml", *change, "--allow-unchecked").exit_code == 0
+
+
 def test_the_example_and_the_recipes_are_printed() -> None:
     example = run("run", "--example")
     assert example.exit_code == 0

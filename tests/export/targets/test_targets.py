@@ -61,6 +61,9 @@ class Names(Target):
     columns: tuple[int, ...] = option((), flag="column")
     shout: bool = option(False, "In capitals.")
 
+    def check_here(self):
+        pass
+
     def lower(self, program, folder, context):
         text = "\\n".join([*program.sparse, f"columns {self.columns}"])
         (folder / f"names.{self.ending}").write_text(text.upper() if self.shout else text)

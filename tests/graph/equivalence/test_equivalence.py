@@ -78,6 +78,10 @@ def test_infinities_and_nan() -> None:
     assert both.max_error == 0
     assert both.num_nan == 1
     assert not both.exact
+    for unknown in ([inf, 1.0], [-inf, -inf], [inf, nan]):
+        found = difference({"x": torch.tensor(unknown)}, {"x": torch.tensor(unknown)})
+        assert (found.max_error, found.exact) == (0, False)
+        assert "on both sides, so nothing is known of them" in found.unknown
     assert difference({"x": torch.zeros(2)}, {"x": torch.ones(2)}).relative_error == inf
     assert difference({"x": torch.zeros(0, 3)}, {"x": torch.zeros(0, 3)}).exact
 
@@ -309,6 +313,11 @@ def test_a_dense_model_and_its_sparse_program_differ(prepared: Prepared) -> None
     assert found.failures(exact=True)
     assert len(found.failures(rtol=0.001, atol=1e-6, max_kl=1e-9)) == 3
     assert not found.failures(rtol=10)
+    # A bound that is given stands in the place of the default.
+    assert found.failures()
+    assert not found.failures(max_kl=10)
+    assert not found.failures(atol=10)
+    assert found.failures(max_kl=10, atol=1e-6)
 
 
 # Running

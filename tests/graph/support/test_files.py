@@ -6,7 +6,7 @@ import pytest
 import safetensors
 
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.graph.support.files import check_free, replaced_file, replaced_folder
+from sparsepass.graph.support.files import check_free, check_place, replaced_file, replaced_folder
 
 
 @pytest.fixture
@@ -52,7 +52,10 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_empty_needs_force(old: Path) -> None:
-    with pytest.raises(SparsepassError, match=r"out is not empty; choose another one, or pass --force"), replaced_folder(old):
+    with (
+        pytest.raises(SparsepassError, match=r"out is not empty; choose another one, or pass force=True"),
+        replaced_folder(old),
+    ):
         pytest.fail("the block must not run")
     assert names(old) == ["old.txt"]
     with replaced_folder(old, force=True) as staging:
@@ -140,3 +143,77 @@ def test_the_folder_we_are_in_and_those_around_it_are_never_replaced(old: Path, 
             check_free(out, force=True)
     check_free("new")
     assert names(old) == ["inner", "old.txt"]
+
+
+def stays(monkeypatch: pytest.MonkeyPatch, out: Path, code: int = errno.EBUSY) -> None:
+    """Let a folder be one that cannot be moved, as a mount point is."""
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source) == out or Path(target) == out:
+            raise OSError(code, os.strerror(code))
+        replace(source, target)
+
+    monkeypatch.setattr("sparsepass.graph.support.files.os.replace", refuse)
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+@pytest.mark.parametrize("error", [None, RuntimeError("stop"), KeyboardInterrupt()])
+def test_a_mount_point_gets_the_content_moved_in(
+    is_seen: bool, error: BaseException | None, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (old / "lost+found").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: is_seen and path == old)
+    stays(monkeypatch, old)
+    if error is not None:
+        with pytest.raises(type(error)):
+            write_half(old, error)
+        assert names(old) == ["lost+found", "old.txt"]
+    else:
+        with replaced_folder(old, force=True) as staging:
+            (staging / "new").mkdir()
+            (staging / "new/a.txt").write_text("new")
+        assert names(old) == ["lost+found", "new"]
+    assert names(old.parent) == ["out"]
+
+
+def test_the_old_content_comes_back_if_moving_in_fails(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == old)
+
+    def fail(source: Path, target: Path) -> None:
+        Path(target).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sparsepass.graph.support.files.shutil.move", fail)
+    with pytest.raises(SparsepassError, match="disk is full"), replaced_folder(old, force=True) as staging:
+        (staging / "new.txt").write_text("new")
+    assert names(old) == ["old.txt"]
+
+
+def test_a_fresh_file_system_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "out/lost+found").mkdir(parents=True)
+    check_free(tmp_path / "out")
+
+
+def test_a_mounted_file_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stays(monkeypatch, tmp_path / "a.txt")
+    with replaced_file(tmp_path / "a.txt") as beside:
+        beside.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SparsepassError, match="is no folder"):
+        check_free(tmp_path / "file/out")
+    with pytest.raises(SparsepassError, match="does not exist; create it"):
+        check_place(tmp_path / "no/table.json")
+    with pytest.raises(SparsepassError, match="is a folder"):
+        check_place(tmp_path)
+    monkeypatch.setattr("sparsepass.graph.support.files.os.access", lambda place, mode: Path(place) != tmp_path)
+    for check in (check_free, check_place):
+        with pytest.raises(SparsepassError, match="is read-only for you"):
+            check(tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    check_free(tmp_path / "mine")

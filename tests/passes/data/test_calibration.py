@@ -14,9 +14,9 @@ from tests.passes.data.number_words import CountingTokenizer, make_tokenizer, wo
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparsepass.graph.rows import spread_order
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.passes.data.calibration import calibration_batches
-from sparsepass.passes.data.sources import spread_order
 from sparsepass.passes.data.texts import default_text
 
 BOTH = ("input_ids", "attention_mask")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -175,8 +176,8 @@ def test_half_precision_keeps_the_pattern(tmp_path: Path, dtype: str) -> None:
     assert found["weights"]["num_converted"] > len(program.sparse)
     types = {v.dtype for v in artifact.graphs[0].inputs if v.name.startswith("past")}
     assert types == {dtype}
-    if dtype == "bfloat16":
-        assert "bfloat16" in found["outputs"]["not_run"]
+    assert found["outputs"]["cases"], "a bfloat16 file is run, too: as a copy in float32"
+    assert found["outputs"]["not_run"] is None
     inverse = ir.load(tmp_path / FILE).graph.initializers["model.rotary_emb.inv_freq"]
     assert inverse.dtype == ir.DataType.FLOAT  # positions lose precision otherwise
 
@@ -248,6 +249,36 @@ def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
         model.lm_head.weight[0, 0] = 1e6
     with pytest.raises(SparsepassError, match=r"lm_head.weight holds values up to 1e\+06.*use bfloat16 or float32"):
         lower_onnx(capture(model), tmp_path, dtype="float16")
+
+
+def test_activations_that_overflow_in_float16_are_told(tmp_path: Path) -> None:
+    """onnxruntime's CPU kernels compute in float32, where nothing overflows."""
+    model = one_layer()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e3)
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e5).clamp_(-6e4, 6e4)
+    program = capture(model)
+    found = verify_onnx(program, tmp_path, lower_onnx(program, tmp_path, dtype="float16"))
+    assert not found["holds"]
+    (case,) = [case for case in found["outputs"]["cases"] if not case["holds"]]
+    assert case["case"] == "float16 arithmetic: logits"
+    assert case["reason"].startswith("activations overflow in float16")
+
+
+def test_a_damaged_bfloat16_file_does_not_hold(tmp_path: Path) -> None:
+    model = one_layer()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(100)
+    program = capture(model)
+    artifact = lower_onnx(program, tmp_path, dtype="bfloat16")
+    graph = onnx.load(tmp_path / FILE)
+    for node in graph.graph.node:
+        if node.op_type == "Sigmoid":
+            node.op_type = "Neg"
+    onnx.save(graph, tmp_path / FILE)
+    found = verify_onnx(program, tmp_path, artifact)
+    assert not found["weights"]["differing"]
+    assert not found["holds"]
 
 
 class WithEig(nn.Module):

@@ -147,7 +147,7 @@ def written(out: Path, *sm: int) -> Any:
 
 def test_engines_for_other_gpus_are_neither_run_nor_timed(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found, outputs, notes = written(tmp_path / "out", 120)
-    assert (outputs["held"], found.held) == (None, True)
+    assert (outputs["held"], found.state) == (None, "not_checked")
     assert outputs["summary"] == "not run: built for other GPUs than RTX A5000 (SM86)"
     assert found.report["sparsity"]["measured"] is None
     assert "not timed" not in notes
@@ -167,7 +167,7 @@ def test_a_gpu_with_too_little_memory_proves_nothing(ampere: pytest.MonkeyPatch,
     ampere.setattr(tensorrt, "engine_files", full)
     ampere.setattr(tensorrt_verify, "engine_files", full)
     found, outputs, notes = written(tmp_path / "out", 86)
-    assert (outputs["held"], found.held) == (None, True)
+    assert (outputs["held"], found.state) == (None, "not_checked")
     assert outputs["summary"] == "not run: RTX A5000 has too little free memory (CUDA out of memory)"
     assert "were not timed: CUDA out of memory" in notes
 

@@ -1,0 +1,112 @@
+"""Which models may be captured, and how they are taken out of what others have put around them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
+from sparsepass.graph.program import Program
+from sparsepass.graph.support import CaptureError
+
+_NO_TOKEN = -1
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of `torch.compile`, DataParallel or DistributedDataParallel; the model itself if there is none around.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(net)) is net
+        True
+    """
+    while True:
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:  # naming the class imports triton
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def named_outputs(model: object) -> Iterator[None]:
+    """Run a model for a block as if no configuration in it asked for tuples (``return_dict=False``, which old ones do)."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    configs: list[Any] = [c for module in modules if (c := getattr(module, "config", None)) is not None]
+    changed = [config for config in configs if getattr(config, "return_dict", True) is False]
+    for config in changed:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.return_dict = False
+
+
+@contextlib.contextmanager
+def plain_settings(model: nn.Module) -> Iterator[None]:
+    """Run a model plainly for a block: without a cache, with named outputs, its modules not compiled.
+
+    Encoder-decoders hold a configuration for each half. Classifiers without a padding token get one that no text has. The
+    caller puts back what is changed: see `untouched`.
+    """
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = unwrapped(child)
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
+    configs: list[Any] = [c for module in model.modules() if (c := getattr(module, "config", None)) is not None]
+    for config in configs:
+        for name, value in (("use_cache", False), ("return_dict", True)):
+            if hasattr(config, name) and getattr(config, name) is not value:
+                setattr(config, name, value)
+        if _needs_padding(model, config):
+            config.pad_token_id = _NO_TOKEN
+    yield
+
+
+def _needs_padding(model: nn.Module, config: Any) -> bool:
+    """Whether a classifier takes one row at a time because its padding token is not known: it reads the last token then."""
+    return type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", 0) is None
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be captured, in words.
+
+    Raises:
+        CaptureError: If it is no plain model of floating-point tensors on one device.
+    """
+    if isinstance(model, Program):
+        raise CaptureError("this is a program already; pass it on as it is")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected an nn.Module, got {type(model).__name__}; load the checkpoint first")
+    kinds = {type(m).__module__.split(".")[0] for m in model.modules()}
+    if "peft" in kinds:
+        raise CaptureError(
+            "the model is wrapped by PEFT: merge the adapter first (model = model.merge_and_unload()), then prune the "
+            "result; merged after pruning, an adapter would destroy the pattern"
+        )
+    if any(is_packed_module(module) for module in model.modules()):
+        raise CaptureError(FOR_INFERENCE)
+    if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
+        raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise CaptureError(f"{name} has no shape yet: run the model once on an example, then capture it")
+        if type(tensor) not in (Tensor, nn.Parameter) and "Parameter" not in type(tensor).__name__:
+            raise CaptureError(
+                f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
+                "sharded; prune the original floating-point checkpoint"
+            )
+        if tensor.layout != torch.strided:
+            raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
+    devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        raise CaptureError(
+            f"parts of the model are on different devices ({', '.join(sorted(devices))}); move it to one device first "
+            "(model.to('cpu')), or load it without device_map"
+        )

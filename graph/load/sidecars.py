@@ -1,0 +1,61 @@
+"""Files beside a model that decide how it is used, or may be used: they go with it wherever it goes."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+SIDECARS: Final = (
+    # What may be done with it.
+    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
+    # How sentence-transformers makes a vector of its outputs; the folders that modules.json names belong to it.
+    "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "router_config.json",
+    # How its inputs are made, and its outputs generated.
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json",
+    "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+"""Patterns of file names. What a target writes itself stands before them."""
+MODULES: Final = "modules.json"
+_OF_MODULES: Final = (".json", ".safetensors", ".txt", ".model")
+
+
+def module_folders(folder: Path) -> tuple[str, ...]:
+    """The folders that the modules.json of a sentence-transformers model names; none that lie elsewhere."""
+    try:
+        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        names = [str(module["path"]) for module in modules if module.get("path")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ()
+    return tuple(name for name in names if Path(name).name == name and not name.startswith("."))
+
+
+def copy_sidecars(source: Path, folder: Path) -> tuple[str, ...]:
+    """Copy the files that go with a model into a folder, but for those that are there already.
+
+    Args:
+        source: Folder of the model.
+        folder: Where to.
+
+    Returns:
+        What was copied, as paths in the folder.
+    """
+    copied = []
+    for path in _found(source):
+        name = path.relative_to(source)
+        target = folder / name
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        copied.append(str(name))
+    return tuple(copied)
+
+
+def _found(source: Path) -> Iterator[Path]:
+    for pattern in SIDECARS:
+        yield from sorted(path for path in source.glob(pattern) if path.is_file())
+    for name in module_folders(source):
+        # Pickled weights are read by nobody here, and code is none of ours.
+        files = (path for path in (source / name).rglob("*") if path.is_file() and path.suffix in _OF_MODULES)
+        yield from sorted(files)

@@ -1,0 +1,169 @@
+"""Texts as people have them: a file, or rows with a column of texts or of chats; and the first tokens of one.
+
+Only as much of a text is read and tokenized as is asked for.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sparsepass.graph.rows import path_kind, records
+from sparsepass.graph.support import SparsepassError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_COLUMN: Final = "text"
+"""The column of texts, where none is named."""
+_CHAT_COLUMN: Final = "messages"
+_FORMS: Final = "a .txt, .jsonl or .parquet file"
+_PIECE: Final = 1 << 16
+_MARGIN_TOKENS: Final = 64
+"""Tokens beyond those wanted, so that where the text was cut does not change them."""
+
+
+def find_text_column(columns: Collection[str], wanted: str | None, what: str) -> str:
+    """The column of rows that holds their text: the one that is named, or ``text``, or the chats in ``messages``.
+
+    Args:
+        columns: Of the rows.
+        wanted: What the user named; None if nothing.
+        what: What the rows are, for messages.
+
+    Raises:
+        SparsepassError: If there is no such column.
+
+    Example:
+        >>> find_text_column(["id", "messages"], None, "calibration")
+        'messages'
+    """
+    names = [wanted] if wanted is not None else [TEXT_COLUMN, _CHAT_COLUMN]
+    found = next((name for name in names if name in columns), None)
+    if found is None:
+        known = " or ".join(map(repr, names))
+        raise SparsepassError(
+            f"{what} has the columns {', '.join(map(str, columns)) or 'none'} and no text column {known}; "
+            "name the one that holds the text with text_column"
+        )
+    return found
+
+
+def row_text(value: object, tokenizer: "PreTrainedTokenizerBase | None", where: str) -> str:
+    """The text of a row: the value itself; a chat (a list of messages) goes through the tokenizer's chat template.
+
+    Args:
+        value: Of the text column; None counts as an empty text.
+        tokenizer: Knows the chat template.
+        where: The row and its column, for messages.
+
+    Raises:
+        SparsepassError: If it is neither a text nor a chat, or the tokenizer has no chat template.
+
+    Example:
+        >>> row_text("words", None, "row 0"), row_text(None, None, "row 1")
+        ('words', '')
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not (isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value)):
+        raise SparsepassError(
+            f"{where} holds {type(value).__name__}, not text (nor a chat, a list of messages); "
+            "name the one that holds the text with text_column"
+        )
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise SparsepassError(f"{where} holds a chat, and the tokenizer has no chat template; give the chats as text")
+    try:
+        return str(tokenizer.apply_chat_template(value, tokenize=False))
+    except Exception as error:  # of a template, a program that comes with the model
+        raise SparsepassError(f"{where}: the chat template does not take this chat: {first_line(error)}") from error
+
+
+def check_text_file(path: Path, what: str, *, column: str | None = None) -> None:
+    """Raise unless a file is one of text, or of rows with a text column.
+
+    Raises:
+        SparsepassError: If it is missing, empty, of another kind, or lacks the column.
+    """
+    if path_kind(path, str(path), what=what, forms=_FORMS) == "folder":
+        raise SparsepassError(f"{what} {path} is a folder; expected {_FORMS}")
+    if path.suffix in (".jsonl", ".parquet"):
+        first = next(records(path, what=what), None)
+        if first is None:
+            raise SparsepassError(f"{what} file {path} has no rows")
+        find_text_column(first, column, f"{what} file {path}")
+
+
+def first_ids(
+    text: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    num_tokens: int | None,
+    *,
+    what: str,
+    column: str | None = None,
+) -> list[int]:
+    """The first tokens of a text, without special tokens; no more of it is read than they need.
+
+    Args:
+        text: The text itself, or a file of text or rows. Texts of rows are joined with a blank line between them.
+        tokenizer: Makes the tokens.
+        num_tokens: At most so many; None for all.
+        what: What the text is, for messages.
+        column: The column of texts, if the file has rows.
+
+    Raises:
+        SparsepassError: If the file cannot be read, or holds no text.
+    """
+    held, size, is_whole = "", 8 * (num_tokens or 0) + 4096, False
+    chunks = iter([text]) if isinstance(text, str) else _chunks(text, tokenizer, what, column)
+    while True:
+        parts = [held]
+        total = len(held)
+        while num_tokens is None or total <= size:
+            if (chunk := next(chunks, None)) is None:
+                is_whole = True
+                break
+            parts.append(chunk)
+            total += len(chunk)
+        held = "".join(parts)
+        begin = held if num_tokens is None or (is_whole and len(held) <= size) else held[: last_cut(held[:size]) or size]
+        # verbose=False: a text longer than the model's context is meant here.
+        ids = list(tokenizer(begin, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(begin) == len(held) and is_whole:
+            if not held.strip():
+                raise SparsepassError(f"{what} is empty; give some text of at least two tokens")
+            return ids[:num_tokens]
+        if num_tokens is not None and len(ids) >= num_tokens + _MARGIN_TOKENS:
+            return ids[:num_tokens]
+        size *= 2
+
+
+def last_cut(text: str) -> int | None:
+    r"""Where a text can be cut so that its tokens stay the same: behind the last line break between two words.
+
+    The tokenizers of GPT-2, Llama and their kin never make a token across such a place.
+
+    Example:
+        >>> last_cut("one\ntwo"), last_cut("one two")
+        (4, None)
+    """
+    at = len(text) - 1
+    while (at := text.rfind("\n", 1, at)) > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+    return None
+
+
+def _chunks(path: Path, tokenizer: Any, what: str, column: str | None) -> Iterator[str]:
+    check_text_file(path, what, column=column)
+    if path.suffix in (".jsonl", ".parquet"):
+        name = None
+        for index, row in enumerate(records(path, what=what)):
+            name = name or find_text_column(row, column, f"{what} file {path}")
+            yield row_text(row.get(name), tokenizer, f"{what} file {path}, row {index}: column {name!r}") + "\n\n"
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparsepassError(f"{what} cannot be read: {error}; it has to be a UTF-8 text file") from error

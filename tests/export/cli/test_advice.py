@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.export.cli.commands import run
+from tests.export.tiny import save_tiny_llama
+
+from sparsepass.export.cli.advice import as_options
+
+FLAGS = {
+    "force": "--force",
+    "text_column": "--text-column",
+    "evaluation.text_column": "--eval-text-column",
+    "evaluation.max_tokens": "--max-tokens",
+    "gguf_file": "--gguf-file",
+    "bos": "--eval-bos",
+    "memory": "--no-memory",
+    "context": "--context",
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("pass force=True to replace it", "pass --force to replace it"),
+        ("choose one with gguf_file", "choose one with --gguf-file"),
+        ("name it with text_column", "name it with --text-column"),
+        ("evaluation text has no such column; name it with text_column", "--eval-text-column"),
+        ("a training run needs max_steps or max_tokens", "needs max_steps or max_tokens"),
+        ("use bos=False", "use --no-eval-bos"),
+        ("times alone (memory=False)", "times alone (--no-memory)"),
+        ("a context of 5, by force", "a context of 5, by force"),
+        ("choose context=512.", "choose --context 512."),
+        ("pass tokenizer=..., or ids", "The command line has no option for tokenizer: Python has"),
+        ("the file my_text_column.txt, 'text_column' and {force=True}", "my_text_column.txt, 'text_column' and {force=True}"),
+    ],
+)
+def test_parameters_are_said_as_options(said: str, wanted: str) -> None:
+    assert wanted in as_options(said, FLAGS)
+
+
+def test_a_column_is_named_by_the_option_that_there_is(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "m")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"content": "a fox " * 99}) + "\n")
+    common = ["prune", str(model), "-o", str(tmp_path / "o"), "--calibration", str(tmp_path / "c.jsonl"), "--context", "16"]
+    refused = run(*common)
+    assert refused.exit_code == 2
+    assert "--text-column" in refused.stderr
+    assert run(*common, "--text-column", "content").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["prune", "M", "-o", "O", "--eval-context", "64", "--eval-stride", "8"], "--eval-context, --eval-stride would change"),
+        (["prune", "M", "-o", "O", "--no-eval-bos"], "--eval-bos would change nothing, because --eval-text was not given"),
+        (["export", "M", "-t", "hf", "-o", "O", "--max-tokens", "9"], "--max-tokens would change nothing"),
+        (["retrain", "M", "-o", "O", "--eval-context", "64"], "--eval-text was not given"),
+        (["prune", "M", "-o", "O", "--num-sequences", "9"], "--num-sequences would change nothing, because --calibration was"),
+        (["eval", "M", "--context", "64"], "--context would change nothing, because --text was not given"),
+        (["eval", "M", "--text", "python-docs", "--limit", "3"], "--limit would change nothing, because --tasks was not given"),
+        (["compare", "A", "B", "--tokens", "3"], "--tokens would change nothing, because --text was not given"),
+    ],
+)
+def test_settings_of_what_is_not_given_are_refused(arguments: list[str], said: str) -> None:
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    model = save_tiny_llama(tmp_path / "m")
+    monkeypatch.setattr("sparsepass.export.stages.settings.ModelSource.load", load)
+    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "file").write_text("")
+    out, text = tmp_path / "o", str(tmp_path / "rows.csv")
+    export = ["export", model, "-o", out, "-t"]
+    for arguments, said in (
+        ([*export, "onnx", "--dtype", "float64"], "float64 is not supported by the onnx target"),
+        ([*export, "onnx", "--opset", "3"], "opset 3 is not supported"),
+        ([*export, "onnx", "--task", "poetry"], "'poetry' is not known to the onnx target"),
+        ([*export, "tensorrt", "--runtime", "torch-tensorrt"], "torch-tensorrt is not installed"),
+        ([*export, "torch", "--timings", tmp_path / "no.json"], "no.json"),
+        (["prune", model, "-o", out, "--calibration", text], "suffix '.csv'"),
+        (["prune", model, "-o", out, "--calibration", tmp_path / "no.txt"], "no.txt does not exist"),
+        (["prune", model, "-o", out, "--eval-text", text], "suffix '.csv'"),
+        (["prune", model, "-o", tmp_path / "file/o"], "is no folder"),
+        (["criteria", model, "--calibration", text, "--eval-text", "python-docs"], "suffix '.csv'"),
+        (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path], "is a folder"),
+        (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
+        (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
+        (["retrain", model, "-o", out, "--data", tmp_path / "no.txt", "--set", "train.max_tokens=9"], "no.txt does not exist"),
+    ):
+        refused = run(*arguments)
+        assert refused.exit_code == 2, arguments
+        assert said in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_a_recipe_whose_model_is_missing_is_refused(words: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {tmp_path}/missing\nout: {tmp_path}/out\nprune: {{passes: nm_sparsify}}\n")
+    refused = run("run", recipe, *words)
+    assert refused.exit_code == 2
+    assert "missing does not exist" in refused.stderr

@@ -1,0 +1,102 @@
+"""Checkpoints whose weights are not what a plain class would take them for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsepass.graph import SparsepassError
+from sparsepass.graph.load import load_model
+from sparsepass.passes import apply_passes
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewritten(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> Path:
+    """The checkpoint with each tensor replaced by others."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({a: b for key, value in tensors.items() for a, b in change(key, value).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def of_layers(change: Callable[[str, Tensor], dict[str, Tensor]]) -> Callable[[str, Tensor], dict[str, Tensor]]:
+    return lambda key, value: change(key, value) if key.endswith("proj.weight") else {key: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda k, v: {k: (v * 448).to(FP8), f"{k}_scale": torch.ones(())}, "is quantized: .* is F8_E4M3, and .*weight_scale"),
+        (lambda k, v: {k: v.to(FP8), f"{k}_scale_inv": torch.ones(1, 1)}, "is quantized: .*weight_scale_inv beside it"),
+        (lambda k, v: {k: torch.zeros(v.shape[0], 4, dtype=torch.int32)}, r"is quantized or compressed.*is I32 \[32, 4\]"),
+        (lambda k, v: {k: v.to(torch.int8), k.replace("weight", "SCB"): torch.ones(32)}, "q?k?_proj.weight is I8"),
+        (lambda k, v: {k.replace("weight", "qweight"): torch.zeros(4, 32, dtype=torch.int32)}, "qweight is I32"),
+        (lambda k, v: {k + ".compressed": v.flatten()}, "compressed is F32"),
+        (
+            lambda k, v: {k: v, f"{k}_scale": torch.full((), 3.0)},
+            "which LlamaForCausalLM does not read: a part of",
+        ),
+        (lambda k, v: {k: v, k.replace("weight", "bias"): torch.ones(len(v))}, "does not read: a part of the layer"),
+        (lambda k, v: {k: v, k.replace("weight", "lora_A.weight"): torch.ones(2, 2)}, "an adapter that is not merged"),
+    ],
+)
+def test_what_is_not_plain_is_refused_in_words(folder: Path, change: Any, said: str) -> None:
+    with pytest.raises(SparsepassError, match=said):
+        load_model(rewritten(folder, of_layers(change)))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model._orig_mod."])
+def test_weights_saved_out_of_a_wrapper_say_so(folder: Path, prefix: str) -> None:
+    with pytest.raises(SparsepassError, match=f"out of a wrapper: its weights have names such as {prefix}"):
+        load_model(rewritten(folder, lambda key, value: {prefix + key: value}))
+
+
+def test_sparse_weights_that_llm_compressor_stored_plainly_load(folder: Path, tmp_path: Path) -> None:
+    model: Any = apply_passes(load_model(folder).model, ["nm_sparsify"], progress=False).to_model()
+    model.save_pretrained(folder)
+    document = json.loads((folder / "config.json").read_text())
+    sparsity = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}
+    method = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "sparsity_config": sparsity}
+    (folder / "config.json").write_text(json.dumps(document | {"quantization_config": method}))
+    loaded = load_model(folder).model
+    assert loaded.config.to_dict().get("quantization_config") is None  # type: ignore[union-attr, operator]
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    method["sparsity_config"] = sparsity | {"format": "sparse-24-bitmask"}
+    (folder / "config.json").write_text(json.dumps(document | {"quantization_config": method}))
+    with pytest.raises(SparsepassError, match="already quantized or compressed"):
+        load_model(folder)
+
+
+def test_gguf_files_beside_a_configuration_are_found(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model-Q8_0.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(SparsepassError, match=r"model-Q8_0\.gguf: the file may be truncated"):
+        load_model(folder)
+    (folder / "model-Q4_0.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(SparsepassError, match=r"several GGUF files .*choose one with gguf_file"):
+        load_model(folder)
+
+
+def test_a_tokenizer_of_another_version_is_named(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"BPE"', '"BPE2"'))
+    with pytest.raises(SparsepassError, match=r"no tokenizer can be made of tokenizer\.json.*This is transformers"):
+        load_model(folder)

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.export.tiny import save_tiny_llama
+
+from sparsepass.export.stages import Calibration, export, prepare, write_program
+from sparsepass.graph.load.sidecars import copy_sidecars, module_folders
+
+FILES = (
+    "LICENSE",
+    "NOTICE.txt",
+    "modules.json",
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",
+    "generation_config.json",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = save_tiny_llama(tmp_path / "model")
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../elsewhere"}, {"path": ".hidden"}]
+    (place / "modules.json").write_text(json.dumps(modules))
+    for name in (
+        *FILES[:2],
+        *FILES[3:5],
+        "2_Dense/pytorch_model.bin",
+        "1_Pooling/own_code.py",
+        ".hidden/a.json",
+        "other/a.json",
+    ):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(name)
+    return place
+
+
+def test_what_decides_use_and_licence_is_copied(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "generation_config.json").write_text("own")
+    assert copy_sidecars(folder, out) == FILES[:-1]
+    assert (out / "generation_config.json").read_text() == "own"
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"path": 3}]', '[{"path": "a/b"}]', "null"])
+def test_modules_that_cannot_be_read_name_no_folder(text: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(text)
+    assert module_folders(tmp_path) in ((), ("3",))
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "packed"])
+def test_they_go_from_the_model_through_a_program_into_the_export(target: str, folder: Path, tmp_path: Path) -> None:
+    write_program(prepare(folder, passes="nm_sparsify{criterion=magnitude}", calibration=Calibration()), tmp_path / "program")
+    export(tmp_path / "program", target, tmp_path / "out", verify=False)
+    for place in (tmp_path / "program", tmp_path / "out"):
+        assert not [name for name in FILES if not (place / name).is_file()]
+    if target == "onnx":
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert (config["model_type"], config["architectures"], config["dtype"]) == ("llama", ["LlamaForCausalLM"], "float32")

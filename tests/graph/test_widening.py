@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from tests.families import BY_NAME
+
+from sparsepass.graph import Program, SparsepassError, capture
+from sparsepass.graph.load import load_model
+from sparsepass.graph.widening import widened
+from sparsepass.passes import apply_passes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_computes_what_the_model_does_in_the_wider_type(name: str, dtype: torch.dtype) -> None:
+    model = BY_NAME[name].model().to(dtype)
+    program = apply_passes(model, "nm_sparsify,slorb{k=16}")
+    wanted = program.to_model().float()
+    found = widened(program, torch.float32)
+    assert {p.dtype for p in found.graph_module.parameters()} == {torch.float32}
+    with torch.no_grad():
+        expected = wanted(**found.example_inputs).logits
+        torch.testing.assert_close(found(**found.example_inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    assert found.to_model().dtype == torch.float32
+
+
+def test_a_saved_program_is_read_in_float32_and_saved_so(tmp_path: Path) -> None:
+    model = BY_NAME["llama"].model().bfloat16()
+    apply_passes(model, "nm_sparsify").save(tmp_path / "half")
+    loaded = load_model(tmp_path / "half", dtype="float32").program
+    assert loaded is not None
+    loaded.save(tmp_path / "whole")
+    again = Program.load(tmp_path / "whole")
+    assert again.origin.config is not None
+    assert again.origin.config["dtype"] == "float32"
+    inputs = loaded.example_inputs
+    assert torch.equal(again(**inputs).logits, loaded(**inputs).logits)
+    assert again.report().num_sparse == loaded.report().num_sparse
+
+
+def test_only_wider_types_are_taken() -> None:
+    program = capture(
+        hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    )
+    assert widened(program, torch.float32) is program
+    with pytest.raises(SparsepassError, match="wider one, and torch\\.bfloat16 was asked for"):
+        widened(program, torch.bfloat16)
