@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsepass.graph.lengths import broken, holds, is_firm, is_range
+from sparsepass.graph.lengths import broken, holds, is_firm, is_range, simplified
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError, first_line
@@ -178,7 +178,8 @@ def _say_simply(program: Program, shapes: _Shapes) -> None:
     """Drop the limits that ranges imply, and call an axis fixed along which one size is left."""
     ranges = [limit for limit in program.limits if is_range(limit)]
     within = [sizes for sizes in shapes.all() if broken(ranges, sizes) is None]
-    program.limits = tuple(limit for limit in program.limits if limit in ranges or is_firm(limit) or _breaks(limit, within))
+    needed = [limit for limit in program.limits if limit in ranges or is_firm(limit) or _breaks(limit, within)]
+    program.limits = simplified(needed)
     for axis in shapes.largest:
         others = [sizes for sizes in shapes.along(axis) if sizes != shapes.example]
         if not any(broken(program.limits, sizes) is None for sizes in others):

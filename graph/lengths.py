@@ -123,6 +123,28 @@ def broken(limits: Sequence[str], sizes: Sizes) -> str | None:
     return next((limit for limit in limits if not holds(limit, sizes)), None)
 
 
+def simplified(limits: Iterable[str]) -> tuple[str, ...]:
+    """The limits without the ranges that another range says as well or more exactly.
+
+    Example:
+        >>> simplified(["x[1] <= 8", "x[1] == y[1]", "x[1] <= 64", "x[1] < 9", "3 < x[1]"])
+        ('x[1] <= 8', 'x[1] == y[1]', '3 < x[1]')
+    """
+    tightest: dict[tuple[str, bool], tuple[int, str]] = {}
+    for limit in limits:
+        if is_range(limit):
+            left, sign, right = limit.split()
+            number = right if right.isdigit() else left
+            is_end = sign.startswith("<") is (number == right)
+            bound = int(number) - (len(sign) == 1 if is_end else -(len(sign) == 1))
+            key = (left if number == right else right, is_end)
+            known = tightest.get(key)
+            if known is None or (bound < known[0] if is_end else bound > known[0]):
+                tightest[key] = (bound, limit)
+    kept = {limit for _, limit in tightest.values()}
+    return tuple(limit for limit in dict.fromkeys(limits) if limit in kept or not is_range(limit))
+
+
 def is_range(limit: str) -> bool:
     """Whether a limit compares one size with a number.
 
