@@ -21,6 +21,7 @@ from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION
 from sparsepass.graph.fill import capture_without_weights
 from sparsepass.graph.limits import position_limit
+from sparsepass.graph.model import configuration_of
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.saved import PROGRAM_FILE
 
@@ -231,10 +232,7 @@ def _kind(program: Program) -> Kind:
 
 def _text_config(program: Program) -> Any:
     """The configuration object of the model, of its text part if it has several; None for a plain module."""
-    found = _model_class(program)
-    if found is None or program.origin.config is None:
-        return None
-    config = found.config_class.from_dict(dict(program.origin.config))
+    config = configuration_of(program)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
