@@ -105,8 +105,26 @@ def check_model(model: nn.Module) -> None:
         if tensor.layout != torch.strided:
             raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
     devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1 and "meta" in devices:
+        check_has_values(model)
     if len(devices) > 1:
         raise CaptureError(
             f"parts of the model are on different devices ({', '.join(sorted(devices))}); move it to one device first "
             "(model.to('cpu')), or load it without device_map"
+        )
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model or program whose weights, or some of them, are on the meta device.
+
+    Raises:
+        CaptureError: It names one of them, and says how they get values.
+    """
+    named = model.tensors().items() if isinstance(model, Program) else [*model.named_parameters(), *model.named_buffers()]
+    if empty := [name for name, tensor in named if tensor.is_meta]:
+        how = "fill it from its checkpoint (sparsepass.graph.fill)"
+        if not isinstance(model, Program):
+            how = "load it with its weights, all of them in memory (from_pretrained without device_map and disk offload)"
+        raise CaptureError(
+            f"{type(model).__name__} has {len(empty)} tensors without values: {empty[0]} is on the meta device; {how}"
         )

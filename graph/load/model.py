@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.load.checkpoint import (
     TASKS,
     check_complete,
@@ -277,6 +278,7 @@ def _from_memory(model: nn.Module) -> LoadedModel:
         )
     config = getattr(model, "config", None)
     check_not_quantized(getattr(config, "quantization_config", None), name)
+    check_has_values(model)
     return LoadedModel(model=model, source=name, kind="program" if isinstance(model, Program) else "memory")
 
 
