@@ -181,20 +181,19 @@ def refusal(limits: Sequence[str], limit: str, sizes: Sizes) -> str:
         return f"the program's input {given}, and the graph holds only for sizes with {limit}"
     name, axis = places[0]
     size = sizes[name][axis]
-    allowed = []
-    for other in range(1, max(256, 2 * size)):
-        shape = [other if index == axis else old for index, old in enumerate(sizes[name])]
-        if all(holds(each, {**sizes, name: shape}) for each in limits if _about(each, name, axis)):
-            allowed.append(other)
-    return (
-        f"the program's input {name!r} has size {size} along axis {axis}, and the graph holds for {_ranges(allowed)} there "
-        f"({limit})"
-    )
+    words = _ranges(allowed(limits, name, axis, range(1, max(256, 2 * size))))
+    return f"the program's input {name!r} has size {size} along axis {axis}, and the graph holds for {words} there ({limit})"
 
 
-def _about(limit: str, name: str, axis: int) -> bool:
-    """Whether a limit is about that one size alone."""
-    return _places(limit) == {(name, axis)}
+def allowed(limits: Sequence[str], name: str, axis: int, sizes: Iterable[int]) -> list[int]:
+    """Those of several sizes along one axis of an input that are within the limits about that size alone.
+
+    Example:
+        >>> allowed(["x[1] <= 8", "x[1] % 4 == 0", "x[1] == y[1]"], "x", 1, range(1, 20))
+        [4, 8]
+    """
+    own = [limit for limit in limits if _places(limit) == {(name, axis)}]
+    return [size for size in sizes if all(holds(limit, {name: (*(1,) * axis, size)}) for limit in own)]
 
 
 def end_before(limits: Sequence[str], examples: Mapping[str, Tensor], length: int) -> bool:
