@@ -69,7 +69,10 @@ MADE: dict[str, tuple[Callable[[], Any], set[str]]] = {
         lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**TEXT, pad_token_id=None)),
         {"input_ids", "attention_mask"},
     ),
-    "gpt2, classes": (lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**GPT2)), {"input_ids", "attention_mask"}),
+    "gpt2, no padding": (
+        lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**GPT2)),
+        {"input_ids", "attention_mask"},
+    ),
 }
 
 
@@ -84,6 +87,8 @@ def test_every_argument_that_a_model_asks_for_is_made(name: str) -> None:
         torch.equal(tensor, other) for tensor, other in zip(inputs.values(), example_inputs_for(model).values(), strict=True)
     )
     program = capture(model)
+    alone = name.endswith("no padding")  # the model itself takes one row at a time
+    inputs = {key: tensor[: 1 if alone else None] for key, tensor in inputs.items()}
     with torch.no_grad():
         expected, found = model(**inputs, return_dict=True), program(**inputs)
     key = next(key for key in ("logits", "logits_per_image", "image_embeds") if key in expected)

@@ -8,7 +8,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     config = origin.config or {}
     if told := unusual(program.limits, position_limit(config)):
         raise CacheUnsupportedError(
-            f"the model asks how long its input is ({', '.join(told)}), so one with a cache would hold for some lengths only"
+            f"the model asks how long its input is ({_in_short(told)}), so one with a cache would hold for some lengths only"
         )
     inputs = {name: tensor.clone() for name, tensor in program.example_inputs.items()}
     if config.get("is_encoder_decoder"):
@@ -387,8 +387,14 @@ def _guarded(model: ir.Model, program: Program) -> tuple[str, ...]:
         (wrong, "it gives wrong results at other sizes, without a word"),
     )
     return tuple(
-        f"the graph holds only for inputs with {', '.join(some)} (sizes, by axis); {then}" for some, then in notes if some
+        f"the graph holds only for inputs with {_in_short(some)} (sizes, by axis); {then}" for some, then in notes if some
     )
+
+
+def _in_short(limits: Sequence[str]) -> str:
+    """The shortest of several limits: a loop that was traced leaves dozens."""
+    shown = sorted(limits, key=len)[:4]
+    return ", ".join(shown) + (f" and {len(limits) - len(shown)} more conditions" if len(limits) > len(shown) else "")
 
 
 def _changes_outputs(program: Program, weight: str) -> bool:
