@@ -27,6 +27,7 @@ BART: dict[str, Any] = {
 BART |= {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 4), ("ffn_dim", 64))}
 GPT2: dict[str, Any] = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
 WHISPER: dict[str, Any] = {**BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
 def clip() -> Any:
