@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -301,7 +302,7 @@ def _open(
         own = {site.weight: site.nm_axis for site in layers}
         return "program in memory", tensor_candidates(weights, own | dict(axes), source.origin.config)
     if isinstance(source, nn.Module):
-        config = getattr(source, "config", None)
+        config: Any = getattr(source, "config", None)
         facts = config.to_dict() if hasattr(config, "to_dict") else None
         return f"{type(source).__name__} in memory", tensor_candidates(source.state_dict(), axes, facts)
     if isinstance(source, Mapping):

@@ -214,7 +214,7 @@ def _axes_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
     ``[E, 2 I, H]`` with ``[E, H, I]`` reduce their last axis, ``[E, H, 2 I]`` with ``[E, I, H]`` the one before.
     """
-    found = {}
+    found: dict[str, int] = {}
     for name, shape in shapes.items():
         beside = name.replace("gate_up_proj", "down_proj")
         if beside != name and len(shape) == 3 and len(down := shapes.get(beside, ())) == 3:

@@ -35,7 +35,8 @@ def clip() -> Any:
 
 
 def trocr() -> Any:
-    decoder = hf.GPT2Config(**GPT2, is_decoder=True, add_cross_attention=True)
+    as_decoder: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True}
+    decoder = hf.GPT2Config(**GPT2, **as_decoder)
     return hf.VisionEncoderDecoderModel(encoder=hf.ViTModel(hf.ViTConfig(**IMAGE)), decoder=hf.GPT2LMHeadModel(decoder))
 
 
@@ -125,8 +126,9 @@ def test_an_argument_that_is_not_known_is_named() -> None:
 
 def llava() -> Any:
     parts: dict[str, Any] = {"vision_config": hf.CLIPVisionConfig(**IMAGE), "text_config": hf.LlamaConfig(**TEXT)}
+    parts["image_token_id"] = 63
     torch.manual_seed(0)
-    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts, image_token_id=63)).eval()
+    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts)).eval()
 
 
 def test_layers_that_the_graph_never_runs_are_told() -> None:

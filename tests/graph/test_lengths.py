@@ -160,7 +160,7 @@ class Chunks(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.layer(x) + (0 if (x.shape[1] + 63) // 64 == 1 else 1)
 
 

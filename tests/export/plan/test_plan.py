@@ -327,7 +327,14 @@ def test_a_saved_program_is_planned_as_it_is(tmp_path: Path) -> None:
 
 def test_configurations_with_numbers_that_json_lacks_are_planned(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1, "num_heads": 8, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_hidden_layers": 1,
+        "num_heads": 8,
+        "head_dim": 8,
+    }
     program = capture(hf.Mamba2ForCausalLM(hf.Mamba2Config(**sizes, n_groups=2, chunk_size=8)))  # time_step_limit is (0, inf)
     program.save(tmp_path / "program")
     program.to_model().save_pretrained(tmp_path / "model")  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +50,7 @@ def test_a_graph_with_guards_runs_where_the_limits_hold_and_nowhere_else(limits:
     session = open_session(tmp_path / "guarded.onnx")
     for batch in (1, 2):
         for length in range(1, 13):
-            given = {"x": np.ones((batch, length), np.float32), "mask": np.ones((batch, 6), np.bool_)}
+            given: dict[str, Any] = {"x": np.ones((batch, length), np.float32), "mask": np.ones((batch, 6), np.bool_)}
             sizes: Mapping[str, Sequence[int]] = {name: array.shape for name, array in given.items()}
             if all(holds(limit, sizes) for limit in limits):
                 assert np.array_equal(run_session(session, given)["output_0"], -given["x"])
@@ -72,7 +73,7 @@ class Branching(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.layer(x) * 2 if x.shape[1] > 8 else self.layer(x)
 
 
