@@ -12,6 +12,8 @@ from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError
 
 _NO_TOKEN = -1
+_CAN_BE_UNPACKED = {"gguf", "mxfp4", "fp8"}
+_QUANTIZERS = {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum", "hqq", "eetq", "aqlm", "vptq", "fp_quant"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -92,7 +94,7 @@ def check_model(model: nn.Module) -> None:
         )
     if any(is_packed_module(module) for module in model.modules()):
         raise CaptureError(FOR_INFERENCE)
-    if getattr(model, "is_quantized", False) or kinds & {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum"}:
+    if kinds & _QUANTIZERS or (getattr(model, "is_quantized", False) and not is_dequantized(model)):
         raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):
@@ -105,8 +107,40 @@ def check_model(model: nn.Module) -> None:
         if tensor.layout != torch.strided:
             raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
     devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1 and "meta" in devices:
+        check_has_values(model)
     if len(devices) > 1:
         raise CaptureError(
             f"parts of the model are on different devices ({', '.join(sorted(devices))}); move it to one device first "
             "(model.to('cpu')), or load it without device_map"
+        )
+
+
+def is_dequantized(model: nn.Module) -> bool:
+    """Whether transformers has unpacked the weights while loading them: plain floats throughout.
+
+    The model's configuration goes on to say that they are quantized.
+    """
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if getattr(method, "value", method) not in _CAN_BE_UNPACKED:
+        return False
+    if any(type(module).__module__.startswith("transformers.integrations.") for module in model.modules()):
+        return False  # a layer that unpacks its weights when it runs
+    return all(p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model or program whose weights, or some of them, are on the meta device.
+
+    Raises:
+        CaptureError: It names one of them, and says how they get values.
+    """
+    named = model.tensors().items() if isinstance(model, Program) else [*model.named_parameters(), *model.named_buffers()]
+    if empty := [name for name, tensor in named if tensor.is_meta]:
+        how = "fill it from its checkpoint (sparsepass.graph.fill)"
+        if not isinstance(model, Program):
+            how = "load it with its weights, all of them in memory (from_pretrained without device_map and disk offload)"
+        raise CaptureError(
+            f"{type(model).__name__} has {len(empty)} tensors without values: {empty[0]} is on the meta device; {how}"
         )

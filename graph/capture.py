@@ -354,12 +354,19 @@ def _origin(model: Any) -> Origin:
     generation = getattr(model, "generation_config", None)
     return Origin(
         model_class=f"transformers.{kind.__name__}" if known else None,
-        config=json.loads(model.config.to_json_string(use_diff=False)),  # to_dict() has keys that JSON turns into others
+        config=_written(model.config),
         generation_config=json.loads(generation.to_json_string(use_diff=False)) if generation is not None else None,
         output_heads=tuple(heads),
         signature=signature,
         versions=versions,
     )
+
+
+def _written(config: Any) -> dict[str, Any]:
+    """A configuration as JSON; it describes plain weights, so that what it said of quantized ones before goes."""
+    facts: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))  # to_dict() has keys that JSON turns into others
+    facts.pop("quantization_config", None)
+    return facts
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsepass.graph.lengths import broken, holds, is_firm, is_range
+from sparsepass.graph.lengths import broken, holds, is_firm, is_range, simplified
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError, first_line
@@ -83,7 +83,8 @@ class _OtherShapes:
             for axis in axes:
                 self.largest[axis] = max(self.largest.get(axis, 0), self.example[name][axis])
         limit = position_limit(program.origin.config)
-        self.longest = min(max(_LONGEST, self.largest.get(1, 0) + 16), limit or 2**31)
+        self.longest = max(_LONGEST, self.largest.get(1, 0) + 16)
+        self.positions = min(self.longest, limit or 2**31)
 
     def at(self, sizes: Mapping[int, int]) -> _Sizes:
         """The example's sizes with others along some axes: for the largest there, and the rest change by as much."""
@@ -128,7 +129,7 @@ def _settle_axes(model: nn.Module, program: Program, shapes: _OtherShapes) -> No
             candidates = [shapes.at({0: size + more}) for more in (1, 2)]
         elif axis == 1:
             lengths = [size + more for more in (5, 8, -3, 1, -1)]
-            candidates = [shapes.at({1: length}) for length in lengths if 1 < length <= shapes.longest]
+            candidates = [shapes.at({1: length}) for length in lengths if 1 < length <= shapes.positions]
         else:
             candidates = [shapes.at({2: 2 * size, 3: 2 * size})]
         within = [sizes for sizes in candidates if broken(program.limits, sizes) is None]
@@ -165,10 +166,11 @@ def _settle_limits(model: nn.Module, program: Program, shapes: _OtherShapes) -> 
         sizes = max(choices, key=lambda each: sum(not holds(limit, each) for limit in open_limits))
         tried.append(sizes)
         agrees = _agree(model, program, sizes)
+        is_moot = agrees is None and max([shape[1] for shape in sizes.values() if len(shape) > 1], default=0) > shapes.positions
         for limit in doubtful:
-            if not holds(limit, sizes):
-                equal[limit] += agrees is True
-                kept |= {limit} if agrees is not True else set()
+            if not holds(limit, sizes):  # beyond its positions, a model that fails there needs no limit
+                equal[limit] += agrees is True or is_moot
+                kept |= {limit} if agrees is not True and not is_moot else set()
     program.limits = tuple(
         limit for limit in program.limits if limit in firm or limit in kept or equal[limit] < min(2, len(beyond[limit]))
     )
@@ -178,7 +180,8 @@ def _say_simply(program: Program, shapes: _OtherShapes) -> None:
     """Drop the limits that ranges imply, and call an axis fixed along which one size is left."""
     ranges = [limit for limit in program.limits if is_range(limit)]
     within = [sizes for sizes in shapes.all() if broken(ranges, sizes) is None]
-    program.limits = tuple(limit for limit in program.limits if limit in ranges or is_firm(limit) or _breaks(limit, within))
+    needed = [limit for limit in program.limits if limit in ranges or is_firm(limit) or _breaks(limit, within)]
+    program.limits = simplified(needed)
     for axis in shapes.largest:
         others = [sizes for sizes in shapes.along(axis) if sizes != shapes.example]
         if not any(broken(program.limits, sizes) is None for sizes in others):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.load import LOADING_ERRORS
+from sparsepass.graph.load import LOADING_ERRORS, check_all_used, check_fits, check_plain, check_plain_state
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
@@ -115,13 +115,15 @@ def fill(program: Program, source: str | Path | Mapping[str, Tensor], *, device:
         The same program, ready to run.
 
     Raises:
-        SparsepassError: If a weight is missing or has another shape, or a file is truncated; the program is then as before.
+        SparsepassError: If a weight is missing or has another shape, is not plain (see `load_model`) or too large for its type,
+            or a file is truncated; the program is then as before.
 
     Exactness: bitwise the program that capturing the loaded model gives.
     """
     target = torch.device(device)
     wanted = {name: t for name, t in program.tensors().items() if t.is_meta}
     named = dict(wanted) | {alias: wanted[name] for alias, name in program.aliases.items() if name in wanted}
+    held = _check_contents(source)
     found: dict[str, Tensor] = {}
     for name, tensor in _tensors(source, named.keys()):
         expected = named[name]
@@ -130,6 +132,7 @@ def fill(program: Program, source: str | Path | Mapping[str, Tensor], *, device:
                 f"{name} has shape {tuple(tensor.shape)} in {_say(source)}, but the program expects {tuple(expected.shape)}; "
                 "the checkpoint belongs to another configuration"
             )
+        check_fits({name: tensor}, expected.dtype)
         found[program.aliases.get(name, name)] = tensor.to(device=target, dtype=expected.dtype)
     missing = wanted.keys() - found.keys()
     if missing:
@@ -139,6 +142,8 @@ def fill(program: Program, source: str | Path | Mapping[str, Tensor], *, device:
             f"{_say(source)} lacks {len(missing)} tensors, {sorted(missing)[0]} the first; if its names differ from the "
             "model's (experts stored one by one, another prefix), load it with transformers and capture the model"
         )
+    if program.origin.model_class is not None and (unread := held - program.tensors().keys() - program.aliases.keys()):
+        check_all_used(skeleton(program), {"unexpected_keys": unread}, _say(source))
     for name, tensor in found.items():
         program.set_tensor(name, tensor)
     program.example_inputs = {
@@ -147,6 +152,27 @@ def fill(program: Program, source: str | Path | Mapping[str, Tensor], *, device:
     }
     retarget_device(program.graph_module, torch.device("meta"), target)
     return program
+
+
+def _check_contents(source: str | Path | Mapping[str, Tensor]) -> set[str]:
+    """Refuse weights that are quantized or were saved out of a wrapper, though their names and shapes fit.
+
+    Returns:
+        The names of all tensors in the source.
+    """
+    name = _say(source)
+    if isinstance(source, Mapping):
+        check_plain_state(source, name)
+        return set(source)
+    held: set[str] = set()
+    for file in _files(Path(source)):
+        try:
+            check_plain(file.parent, [file.name], name)
+            with safetensors.safe_open(file, framework="pt") as handle:
+                held |= set(handle.keys())
+        except (safetensors.SafetensorError, OSError) as error:
+            raise SparsepassError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+    return held
 
 
 def _computed_buffers(program: Program, names: set[str], device: torch.device) -> dict[str, Tensor]:

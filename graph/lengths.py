@@ -123,6 +123,28 @@ def broken(limits: Sequence[str], sizes: Sizes) -> str | None:
     return next((limit for limit in limits if not holds(limit, sizes)), None)
 
 
+def simplified(limits: Iterable[str]) -> tuple[str, ...]:
+    """The limits without the ranges that another range says as well or more exactly.
+
+    Example:
+        >>> simplified(["x[1] <= 8", "x[1] == y[1]", "x[1] <= 64", "x[1] < 9", "3 < x[1]"])
+        ('x[1] <= 8', 'x[1] == y[1]', '3 < x[1]')
+    """
+    tightest: dict[tuple[str, bool], tuple[int, str]] = {}
+    for limit in limits:
+        if is_range(limit):
+            left, sign, right = limit.split()
+            number = right if right.isdigit() else left
+            is_end = sign.startswith("<") is (number == right)
+            bound = int(number) - (len(sign) == 1 if is_end else -(len(sign) == 1))
+            key = (left if number == right else right, is_end)
+            known = tightest.get(key)
+            if known is None or (bound < known[0] if is_end else bound > known[0]):
+                tightest[key] = (bound, limit)
+    kept = {limit for _, limit in tightest.values()}
+    return tuple(limit for limit in dict.fromkeys(limits) if limit in kept or not is_range(limit))
+
+
 def is_range(limit: str) -> bool:
     """Whether a limit compares one size with a number.
 
@@ -159,20 +181,19 @@ def refusal(limits: Sequence[str], limit: str, sizes: Sizes) -> str:
         return f"the program's input {given}, and the graph holds only for sizes with {limit}"
     name, axis = places[0]
     size = sizes[name][axis]
-    allowed = []
-    for other in range(1, max(256, 2 * size)):
-        shape = [other if index == axis else old for index, old in enumerate(sizes[name])]
-        if all(holds(each, {**sizes, name: shape}) for each in limits if _about(each, name, axis)):
-            allowed.append(other)
-    return (
-        f"the program's input {name!r} has size {size} along axis {axis}, and the graph holds for {_ranges(allowed)} there "
-        f"({limit})"
-    )
+    words = _ranges(allowed(limits, name, axis, range(1, max(256, 2 * size))))
+    return f"the program's input {name!r} has size {size} along axis {axis}, and the graph holds for {words} there ({limit})"
 
 
-def _about(limit: str, name: str, axis: int) -> bool:
-    """Whether a limit is about that one size alone."""
-    return _places(limit) == {(name, axis)}
+def allowed(limits: Sequence[str], name: str, axis: int, sizes: Iterable[int]) -> list[int]:
+    """Those of several sizes along one axis of an input that are within the limits about that size alone.
+
+    Example:
+        >>> allowed(["x[1] <= 8", "x[1] % 4 == 0", "x[1] == y[1]"], "x", 1, range(1, 20))
+        [4, 8]
+    """
+    own = [limit for limit in limits if _places(limit) == {(name, axis)}]
+    return [size for size in sizes if all(holds(limit, {name: (*(1,) * axis, size)}) for limit in own)]
 
 
 def end_before(limits: Sequence[str], examples: Mapping[str, Tensor], length: int) -> bool:

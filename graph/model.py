@@ -111,14 +111,13 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     import accelerate
     import transformers
 
-    origin = program.origin
-    if origin.model_class is None or origin.config is None:
+    origin, config = program.origin, configuration_of(program)
+    if origin.model_class is None or config is None:
         raise CaptureError(
             "this program was captured from a plain nn.Module (or from code outside transformers), so the class cannot be "
             "built again; use program.hierarchy() for modules, or call the program itself"
         )
     kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
-    config = _configuration(kind.config_class, origin.config)
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
     with warnings.catch_warnings(), default_dtype(dtype), empty:
@@ -129,9 +128,18 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     return model
 
 
-def _configuration(kind: Any, written: Mapping[str, Any]) -> Any:
-    """Build a configuration from what its own JSON says: numbers that JSON lacks, and outputs that sdpa cannot return."""
-    facts = _numbers(written)
+def configuration_of(program: Program) -> Any:
+    """The configuration of a program's model, an object of transformers; None where its class is not known to transformers.
+
+    Numbers that JSON lacks (infinity) are as they were, and so are outputs that not every implementation of attention has.
+    """
+    import transformers
+
+    origin = program.origin
+    if origin.model_class is None or origin.config is None:
+        return None
+    kind = getattr(transformers, origin.model_class.removeprefix("transformers.")).config_class
+    facts = _numbers(origin.config)
     attentions = facts.pop("output_attentions", False)
     config = kind.from_dict(facts)
     if attentions:

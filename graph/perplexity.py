@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # its name everywhere
 from torch import Tensor, nn
 
-from sparsepass.graph.admission import named_outputs
+from sparsepass.graph.admission import check_has_values, named_outputs
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
@@ -146,6 +146,8 @@ def perplexity(
         (8.0, 6)
     """
     started = time.perf_counter()
+    if isinstance(model, nn.Module):
+        check_has_values(model)
     config = _config(model)
     _check_settings(config, context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     if config.get("is_encoder_decoder"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph import PassError, Program, SparsepassError, capture
+from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
 from sparsepass.graph.program import with_sparse
@@ -101,6 +102,7 @@ def apply_passes(
             f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
             "or choose criterion=magnitude and init=mean"
         )
+    check_has_values(model)
     if isinstance(model, Program):
         program = model if inplace else copy.deepcopy(model)
     else:

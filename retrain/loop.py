@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.support import give_back_freed_memory
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
@@ -87,6 +88,7 @@ def retrain(
 
     Exactness: a run that was interrupted and resumed is bit-equal to one that was not, on the same number of processes.
     """
+    check_has_values(program)
     program = program if inplace else copy.deepcopy(program)
     training = Training(program, teacher, data, config, None if run_folder is None else Path(run_folder))
     notes = training.resume(resume)

@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsepass.export.pattern.bits import GroupCount, count_groups, is_conforming
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns, Use
@@ -28,6 +29,7 @@ from sparsepass.export.pattern.cause import Cause, likely_cause, wrong_axis
 from sparsepass.export.pattern.checkpoints import safetensors_candidates, safetensors_files, tensor_candidates
 from sparsepass.export.pattern.onnx import onnx_candidates, onnx_files, read_onnx
 from sparsepass.export.pattern.report import PatternEntry, PatternReport, Verdict
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes.maths import NMPattern
 
@@ -37,7 +39,7 @@ _NUM_LOOKED_AT = 12
 
 
 def check_pattern(
-    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto | Mapping[str, Tensor],
+    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto | Mapping[str, Tensor] | nn.Module,
     pattern: str | NMPattern = "2:4",
     *,
     ignore: Collection[str] = (),
@@ -52,7 +54,8 @@ def check_pattern(
     Args:
         source: An .onnx file (with or without external data), an onnx_ir model, a ModelProto, a .safetensors file, or a
             folder with model.safetensors (or its shards and their index) or ONNX files (here or in `onnx/`); all found
-            are checked. Or tensors by name, such as a state dict, which are taken as a checkpoint's.
+            are checked. Or a model or program in memory. Or tensors by name, such as a state dict, which are taken as a
+            checkpoint's.
         pattern: The pattern asked for: at most N nonzeros in M consecutive entries along K.
         ignore: Weights to leave out, by name of weight, module or node: exact, with globs, or a regular expression
             of the whole name after "re:".
@@ -290,9 +293,18 @@ def _as_names(argument: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _open(
-    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto | Mapping[str, Tensor], axes: Mapping[str, int]
+    source: str | os.PathLike[str] | ir.Model | onnx.ModelProto | Mapping[str, Tensor] | nn.Module, axes: Mapping[str, int]
 ) -> tuple[str, Iterable[Candidate]]:
     """Name the source and find its candidates."""
+    if isinstance(source, Program):
+        weights = {name: masked_weight(source, name) for name, t in source.tensors().items() if isinstance(t, nn.Parameter)}
+        layers = [site for site in source.sites() if site.weight in weights and site.layout not in ("embedding", "computed")]
+        own = {site.weight: site.nm_axis for site in layers}
+        return "program in memory", tensor_candidates(weights, own | dict(axes), source.origin.config)
+    if isinstance(source, nn.Module):
+        config: Any = getattr(source, "config", None)
+        facts = config.to_dict() if hasattr(config, "to_dict") else None
+        return f"{type(source).__name__} in memory", tensor_candidates(source.state_dict(), axes, facts)
     if isinstance(source, Mapping):
         return "tensors in memory", tensor_candidates(source, axes)
     if isinstance(source, ir.Model | onnx.ModelProto):

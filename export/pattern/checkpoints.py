@@ -6,7 +6,8 @@ reduced, is convention:
 1. A matrix named `weight` is `[out, in]`: axis 1. In the families that use GPT-2's Conv1D (told by `config.json`) the
    matrices of its modules are `[in, out]`: axis 0.
 2. Experts, rank 3 and named `*_proj`, `*_linear.weight` or below `experts`, are `[expert, out, in]`: the last axis, but the
-   second in families that store them transposed. So are other stacks of matrices in families that are known for them.
+   second where they are stored transposed. The shapes of `gate_up_proj` and `down_proj` beside it tell, or else the family. So
+   are other stacks of matrices in families that are known for them.
 3. Another tensor of rank 3 to 5 named `weight` is a convolution `[out, in / group, ...]`: axis 1. Of rank 3, only if its name
    says so or its last axis is as short as a kernel's; else it may be a stack of matrices, and is not checkable.
 4. Embeddings, small matrices of other names, vectors and masks are listed and not judged, or are no weights.
@@ -149,12 +150,15 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
     yield from _candidates(found, _families(paths[0].parent), axes)
 
 
-def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int]) -> Iterator[Candidate]:
+def tensor_candidates(
+    tensors: Mapping[str, torch.Tensor], axes: Mapping[str, int], config: Mapping[str, Any] | None = None
+) -> Iterator[Candidate]:
     """Find the weights among tensors in memory, such as a state dict, by the same conventions.
 
     Args:
         tensors: Tensors by name.
         axes: The axis of K by name of weight, over the conventions.
+        config: The configuration of the model that they are of, where it is known.
 
     Yields:
         One candidate for each tensor of rank 2 or more that can be a weight.
@@ -176,7 +180,7 @@ def tensor_candidates(tensors: Mapping[str, torch.Tensor], axes: Mapping[str, in
         )
         for name, tensor in tensors.items()
     ]
-    yield from _candidates(found, set(), axes)
+    yield from _candidates(found, _named_families(config or {}), axes)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -197,15 +201,37 @@ class _Stored:
 
 def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
     all_names = {each.name for each in stored}
+    by_shape = _axes_by_shape({each.name: each.shape for each in stored})
     patterns = NamePatterns(axes)
     for each in stored:
-        candidate = _candidate(each, all_names, families, axes, patterns)
+        candidate = _candidate(each, all_names, families, axes, patterns, by_shape.get(each.name))
         if candidate is not None:
             yield candidate
 
 
+def _axes_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The axis of K of stacked experts whose two matrices fit together in one way: gate and up in one, and down.
+
+    ``[E, 2 I, H]`` with ``[E, H, I]`` reduce their last axis, ``[E, H, 2 I]`` with ``[E, I, H]`` the one before.
+    """
+    found: dict[str, int] = {}
+    for name, shape in shapes.items():
+        beside = name.replace("gate_up_proj", "down_proj")
+        if beside != name and len(shape) == 3 and len(down := shapes.get(beside, ())) == 3:
+            if shape[1:] == (2 * down[2], down[1]):
+                found |= {name: 2, beside: 2}
+            elif shape[1:] == (down[2], 2 * down[1]):
+                found |= {name: 1, beside: 1}
+    return found
+
+
 def _candidate(
-    stored: _Stored, all_names: Collection[str], families: set[str], axes: Mapping[str, int], patterns: NamePatterns
+    stored: _Stored,
+    all_names: Collection[str],
+    families: set[str],
+    axes: Mapping[str, int],
+    patterns: NamePatterns,
+    by_shape: int | None,
 ) -> Candidate | None:
     """Judge one tensor by its name, shape and type; None for what cannot be a weight."""
     name, shape, dtype = stored.name, stored.shape, stored.dtype
@@ -226,7 +252,7 @@ def _candidate(
         problem = "one long vector, perhaps of several weights; save the model with save_pretrained"
     elif f"{name}_zero_point" in all_names:
         problem = "quantized with zero points, which are not read from checkpoints; check its ONNX export"
-    axis = None if problem else _axis(name, shape, families)
+    axis = None if problem else by_shape or _axis(name, shape, families)
     if axis is None and given is None and not problem:
         problem = "a convolution or a stack of matrices, which its name does not tell; give its axis to have it judged"
     if given is not None and not problem:
@@ -289,7 +315,11 @@ def _families(folder: Path) -> set[str]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return set()
-    parts = [config, *(config.values() if isinstance(config, dict) else ())]
+    return _named_families(config) if isinstance(config, dict) else set()
+
+
+def _named_families(config: Mapping[str, Any]) -> set[str]:
+    parts = [config, *config.values()]
     return {str(part["model_type"]) for part in parts if isinstance(part, dict) and "model_type" in part}
 
 

@@ -9,7 +9,6 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +20,8 @@ from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION
 from sparsepass.graph.fill import capture_without_weights
 from sparsepass.graph.limits import position_limit
+from sparsepass.graph.load import check_gguf, split_parts
+from sparsepass.graph.model import configuration_of
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.saved import PROGRAM_FILE
 
@@ -231,10 +232,7 @@ def _kind(program: Program) -> Kind:
 
 def _text_config(program: Program) -> Any:
     """The configuration object of the model, of its text part if it has several; None for a plain module."""
-    found = _model_class(program)
-    if found is None or program.origin.config is None:
-        return None
-    config = found.config_class.from_dict(dict(program.origin.config))
+    config = configuration_of(program)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -356,6 +354,8 @@ def _gguf(folder: Path, name: str | None) -> Path:
     found = sorted(folder.glob(name or "*.gguf"))
     if len(found) == 1:
         return found[0]
+    if found and split_parts(path.name for path in found):
+        check_gguf(found[0], str(folder))
     if found:
         raise SparsepassError(
             f"{folder} holds several GGUF files ({', '.join(p.name for p in found)}); choose one with gguf_file"
@@ -373,11 +373,7 @@ def _from_gguf(path: Path) -> Program:
 
     if not path.is_file():
         raise SparsepassError(f"model {path} does not exist; check the path")
-    if util.find_spec("gguf") is None:
-        raise SparsepassError(f'{path} is a GGUF file, and the package gguf is missing: pip install "sparsepass[gguf]"')
-    with path.open("rb") as file:
-        if (magic := file.read(4)) != b"GGUF":
-            raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
+    check_gguf(path, str(path))
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, IndexError) as error:

@@ -1,8 +1,23 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
 from sparsepass.graph.load.checkpoint import LOADING_ERRORS
+from sparsepass.graph.load.contents import check_all_used, check_plain, check_plain_state
 from sparsepass.graph.load.dtypes import check_fits, parse_dtype
+from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.model import LoadedModel, check_model, load_model
 from sparsepass.graph.load.sidecars import copy_sidecars
 
-__all__ = ["LOADING_ERRORS", "LoadedModel", "check_fits", "check_model", "copy_sidecars", "load_model", "parse_dtype"]
+__all__ = [
+    "LOADING_ERRORS",
+    "LoadedModel",
+    "check_all_used",
+    "check_fits",
+    "check_gguf",
+    "check_model",
+    "check_plain",
+    "check_plain_state",
+    "copy_sidecars",
+    "load_model",
+    "parse_dtype",
+    "split_parts",
+]

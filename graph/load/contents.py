@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparsepass.graph.support import SparsepassError
 
@@ -40,6 +41,22 @@ def check_plain(folder: Path, shards: Iterable[str], name: str) -> None:
             for key in file.keys():  # noqa: SIM118  # not a dict
                 piece = file.get_slice(key)
                 found[key] = (str(piece.get_dtype()), list(piece.get_shape()))
+    _check(found, name)
+
+
+def check_plain_state(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Do as `check_plain` for a state dict."""
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+    def kind(tensor: Tensor) -> str:
+        small = "F8" if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else ""
+        return kinds.get(tensor.dtype) or small or str(tensor.dtype).removeprefix("torch.").upper()
+
+    _check({key: (kind(tensor), list(tensor.shape)) for key, tensor in tensors.items()}, name)
+
+
+def _check(found: Mapping[str, tuple[str, list[int]]], name: str) -> None:
+    """Look through names, types and shapes for what is not plain."""
     for key, (dtype, shape) in found.items():
         if wrapper := next((part for part in key.split(".")[:-1] if part.startswith("_") and part in _WRAPPERS), None):
             raise _wrapped(name, key, wrapper)

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from sparsepass.graph.admission import check_has_values, is_dequantized
 from sparsepass.graph.load.checkpoint import (
     TASKS,
     check_complete,
@@ -23,6 +24,7 @@ from sparsepass.graph.load.checkpoint import (
 )
 from sparsepass.graph.load.contents import check_all_used
 from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
+from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.sidecars import SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
@@ -184,6 +186,7 @@ def check_model(
         _download(asked, only=["config.json"])
     elif folder.is_file():
         _check_is_gguf(folder, name)
+        check_gguf(folder, name)
     elif not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
         read_config(folder, name, trust_remote_code=trust_remote_code)
         check_weights(folder, name)
@@ -276,7 +279,9 @@ def _from_memory(model: nn.Module) -> LoadedModel:
             "model (model.get_base_model())"
         )
     config = getattr(model, "config", None)
-    check_not_quantized(getattr(config, "quantization_config", None), name)
+    if not is_dequantized(model):
+        check_not_quantized(getattr(config, "quantization_config", None), name)
+    check_has_values(model)
     return LoadedModel(model=model, source=name, kind="program" if isinstance(model, Program) else "memory")
 
 
@@ -328,24 +333,22 @@ def _packed_notes(model: nn.Module) -> list[str]:
 
 def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, object]) -> LoadedModel:
     """Load a GGUF file; its weights are dequantized."""
+    import transformers
     from transformers import AutoConfig, AutoTokenizer
 
     name, path = wanted.name, folder / file
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
         raise SparsepassError(f"model {name} has no GGUF file {file}; the .gguf files there: {there}")
-    if util.find_spec("gguf") is None:
-        raise SparsepassError(f'model {name} is a GGUF file, and the package gguf is missing: pip install "sparsepass[gguf]"')
-    with path.open("rb") as opened:
-        magic = opened.read(4)
-    if magic != b"GGUF":
-        raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
+    check_gguf(path, name)
     doubt = f"{path}: the file may be truncated, or of an architecture transformers cannot read"
     with quiet_loading(), explained(name, doubt):
         config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
         model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
-        dtype = wanted.dtype or torch.float32
-        model, notes = _built(model_class, folder, name, config=config, gguf_file=file, dtype=dtype)
+        options: dict[str, Any] = {"gguf_file": file, "dtype": wanted.dtype or torch.float32}
+        if (settings := getattr(transformers, "GgufConfig", None)) is not None:  # older versions always unpack the blocks
+            options["quantization_config"] = settings(dequantize=True)
+        model, notes = _built(model_class, folder, name, config=config, **options)
         with tokenizer_explained(name, [file]):
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
@@ -368,6 +371,8 @@ def _lone_gguf(folder: Path, name: str) -> str | None:
     if (folder / "config.json").is_file() and any(path for kind in _WEIGHTS for path in folder.glob(kind)):
         return None
     found = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(found) > 1 and split_parts(found):
+        check_gguf(folder / found[0], name)
     if len(found) > 1:
         raise SparsepassError(f"model {name} holds several GGUF files ({', '.join(found)}); choose one with gguf_file")
     return found[0] if found else None

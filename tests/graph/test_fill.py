@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from tests.families import BY_NAME, captured, tensors_of
 from torch import Tensor
 
@@ -254,3 +255,36 @@ def test_code_beside_a_configuration_never_runs(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(CaptureError, match="code of its own"):
         capture_without_weights(described(tmp_path, model_type="x", auto_map={"AutoConfig": "configuration_x.X"}))
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda k, v: {k: v.to(torch.float8_e4m3fn), f"{k}_scale": torch.ones(())}, "is quantized: .*weight_scale beside it"),
+        (lambda k, v: {k: v.to(torch.int8)}, "is quantized or compressed.*I(NT)?8"),
+        (lambda k, v: {k: v, k.replace("weight", "bias"): torch.ones(len(v))}, "does not read: a part of the layer"),
+        (lambda k, v: {k: v, k.replace("weight", "lora_A.weight"): torch.ones(2, 2)}, "an adapter that is not merged"),
+        (lambda k, v: {k: v, f"_orig_mod.{k}": v.clone()}, r"saved out of a wrapper.*torch\.compile"),
+    ],
+)
+@pytest.mark.parametrize("stored", [False, True], ids=["state dict", "file"])
+def test_weights_that_are_not_plain_are_refused(
+    change: Callable[[str, Tensor], dict[str, Tensor]], said: str, stored: bool, empty: Program, tmp_path: Path
+) -> None:
+    program = copy.deepcopy(empty)
+    state = BY_NAME["llama"].model().state_dict()
+    layers = [(key, value) for key, value in state.items() if key.endswith("q_proj.weight")]
+    state |= {name: tensor for key, value in layers for name, tensor in change(key, value).items()}
+    if stored:
+        save_file({key: value.clone() for key, value in state.items()}, tmp_path / "model.safetensors")
+    before = snapshot(program)
+    with pytest.raises(SparsepassError, match=said):
+        fill(program, tmp_path if stored else state)
+    assert snapshot(program) == before
+
+
+def test_weights_that_the_programs_type_cannot_hold_are_refused(checkpoints: dict[str, Path]) -> None:
+    program = capture_without_weights(checkpoints["llama"], dtype=torch.float16)
+    state = BY_NAME["llama"].model().state_dict()
+    with pytest.raises(SparsepassError, match=r"norm.weight holds values up to 1e\+05, which float16 cannot hold"):
+        fill(program, state | {"model.norm.weight": torch.full_like(state["model.norm.weight"], 1e5)})

@@ -151,3 +151,25 @@ def test_limits_are_read_and_never_executed(text: str) -> None:
 def test_a_graph_of_fixed_sizes_has_none() -> None:
     exported = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert limits_of(node for node in exported.graph.nodes if node.op == "placeholder") == ()
+
+
+class Chunks(nn.Module):
+    """Adds another number where there is more than one chunk of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x) + (0 if (x.shape[1] + 63) // 64 == 1 else 1)
+
+
+def test_what_changes_beyond_the_positions_of_a_model_is_noticed_if_it_runs_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sparsepass.graph.faithful.position_limit", lambda config: 64)
+    model = Chunks().eval()
+    program = capture(model, torch.randn(2, 8, 4))
+    assert torch.equal(program(x := torch.randn(2, 64, 4)), model(x))
+    with pytest.raises(ValueError, match="the graph holds for 1 to 64"):
+        program(torch.randn(2, 65, 4))

@@ -135,12 +135,17 @@ def decoder_piece(model: nn.Module, example_ids: Tensor) -> Piece:
     with torch.no_grad(), _probing():
         output = model(input_ids=ids, use_cache=True)
         pairs = _cache_pairs(output.past_key_values)
-        counts_from_zero = _counts_from_zero(model, ids, output.logits)
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        if takes_positions and not _counts_from_zero(model, ids, output.logits):
+            raise CacheUnsupportedError(
+                "its positions begin behind its padding token's number and leave out padding, which a graph that sees the last "
+                "tokens alone cannot count"
+            )
     inputs = {"input_ids": ids[:, :_EXAMPLE_STEP]}
     axes: dict[str, Axes] = {"input_ids": ("batch", "sequence")}
     inputs["attention_mask"] = torch.ones(batch, _EXAMPLE_PAST + _EXAMPLE_STEP, dtype=torch.long)
     axes["attention_mask"] = ("batch", "total_sequence")
-    if counts_from_zero:
+    if takes_positions:
         positions = torch.arange(_EXAMPLE_PAST, _EXAMPLE_PAST + _EXAMPLE_STEP)
         inputs["position_ids"] = positions[None].repeat(batch, 1)
         axes["position_ids"] = ("batch", "sequence")
@@ -157,12 +162,7 @@ def decoder_piece(model: nn.Module, example_ids: Tensor) -> Piece:
 
 
 def _counts_from_zero(model: nn.Module, ids: Tensor, logits: Tensor) -> bool:
-    """Whether a model takes positions that count from 0, as users of a graph give them.
-
-    RoBERTa's begin behind the padding token's number. Such a model makes its positions itself, from the tokens.
-    """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
+    """Whether the positions that a model takes count from 0, as users of a graph give them. RoBERTa's do not."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None].expand_as(ids)
     again = model(input_ids=ids, position_ids=positions, use_cache=True).logits
     return bool(torch.allclose(again.float(), logits.float(), rtol=1e-2, atol=1e-3 * float(logits.abs().max())))

@@ -8,7 +8,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sparsepass.export.targets.onnx.capture import (
     to_ir,
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
+from sparsepass.export.targets.onnx.guards import add_guards
 from sparsepass.graph import capture
 from sparsepass.graph.lengths import unusual
 from sparsepass.graph.limits import position_limit
@@ -198,11 +199,6 @@ def _pieces(program: Program, wanted: torch.dtype, past: bool | None) -> tuple[K
                 said = f"a graph with a cache cannot be written: {error}; leave with_past out for a plain one"
                 raise SparsepassError(said) from error
             notes = (f"one plain graph without a cache was written: {error}",)
-    if told := unusual(program.limits, position_limit(program.origin.config)):
-        notes = (
-            *notes,
-            f"the graph holds only for inputs with {', '.join(told)} (sizes, by axis); other sizes give wrong results",
-        )
     return "forward", (_plain(program, wanted),), notes
 
 
@@ -213,7 +209,7 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     config = origin.config or {}
     if told := unusual(program.limits, position_limit(config)):
         raise CacheUnsupportedError(
-            f"the model asks how long its input is ({', '.join(told)}), so one with a cache would hold for some lengths only"
+            f"the model asks how long its input is ({_in_short(told)}), so one with a cache would hold for some lengths only"
         )
     inputs = {name: tensor.clone() for name, tensor in program.example_inputs.items()}
     if config.get("is_encoder_decoder"):
@@ -344,6 +340,8 @@ def _write(
         model = to_ir(piece, opset)
         views = tidy(model, weight_names=weight_name, axis_names=piece.axes)
         _stamp(model, program)
+        if kind == "forward":
+            notes = (*notes, *_guarded(model, program))
         expected[file] = {}
         for name, stored in stored_weights(model, views, file):
             weights[name] = (*weights.get(name, ()), stored)
@@ -351,11 +349,14 @@ def _write(
                 expected[file][stored.initializer] = program.sparse[name].pattern
         graphs.append(describe(model, file, piece.role))
         models[file] = model
-    if lost := [name for name in program.sparse if not any(s.initializer in expected[s.file] for s in weights.get(name, ()))]:
+    lost = [name for name in program.sparse if not any(s.initializer in expected[s.file] for s in weights.get(name, ()))]
+    if read := [name for name in lost if _changes_outputs(program, name)]:
         raise SparsepassError(
-            f"{', '.join(lost)}: no MatMul, Gemm or Conv of the exported graph reads this sparse weight; export with "
+            f"{', '.join(read)}: no MatMul, Gemm or Conv of the exported graph reads this sparse weight; export with "
             "with_past=False, or report this model"
         )
+    if lost:
+        notes = (*notes, f"not in the graph, because no output depends on their values: {', '.join(lost)}")
     for file, model in models.items():
         _save(model, out / file)
     twice = [name for name, found in weights.items() if len({s.file for s in found}) > 1]
@@ -374,6 +375,38 @@ def _write(
         expected_sparse=expected,
         notes=notes,
     )
+
+
+def _guarded(model: ir.Model, program: Program) -> tuple[str, ...]:
+    """Make a plain graph refuse the sizes that its program refuses; returns what to tell of them."""
+    unwatched = add_guards(model, unusual(program.limits, None))
+    told = unusual(program.limits, position_limit(program.origin.config))
+    refused, wrong = [each for each in told if each not in unwatched], [each for each in told if each in unwatched]
+    notes = (
+        (refused, "it fails at other sizes, and the error names the condition"),
+        (wrong, "it gives wrong results at other sizes, without a word"),
+    )
+    return tuple(
+        f"the graph holds only for inputs with {_in_short(some)} (sizes, by axis); {then}" for some, then in notes if some
+    )
+
+
+def _in_short(limits: Sequence[str]) -> str:
+    """The shortest of several limits: a loop that was traced leaves dozens."""
+    shown = sorted(limits, key=len)[:4]
+    return ", ".join(shown) + (f" and {len(limits) - len(shown)} more conditions" if len(limits) > len(shown) else "")
+
+
+def _changes_outputs(program: Program, weight: str) -> bool:
+    """Whether an output of the program depends on the values of a weight."""
+    given = tuple(program.example_inputs[name] for name in program.input_names)
+    other = {weight: 1 - program.tensor(weight)}
+    results = []
+    for replaced in ({}, other):
+        with torch.no_grad(), torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            results.append(torch.func.functional_call(program.graph_module, replaced, given))
+    return any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
 
 
 def _stamp(model: ir.Model, program: Program) -> None:

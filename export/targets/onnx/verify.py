@@ -14,6 +14,7 @@ from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
 from sparsepass.export.targets.onnx.lower import converted
 from sparsepass.export.targets.onnx.session import Array, DecoderSession, open_widened, run_session, to_numpy
+from sparsepass.export.targets.onnx.ties import picks, tie_in
 from sparsepass.graph.lengths import broken
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, first_line
@@ -128,9 +129,25 @@ def _compare_outputs(program: Program, place: Path, artifact: OnnxArtifact, limi
                 found["cases"] += _float16_cases(program)
             if artifact.dtype == "float32" and not all(case["holds"] for case in found["cases"]):
                 _weigh_by_rounding(mine, list(_exact_cases(program, place, kind)), found["cases"])
+            _explain_by_ties(program, found["cases"])
     except SparsepassError as error:
         found["not_run"], found["cases"] = str(error), []
     return found
+
+
+def _explain_by_ties(program: Program, judged: list[dict[str, Any]]) -> None:
+    """Give outputs that are too far off their reason, where the model itself leaves to chance what it computes."""
+    failed = [case for case in judged if not case["holds"] and "reason" not in case]
+    inputs = {name: program.example_inputs[name] for name in program.input_names}
+    said = next((said for each in (inputs, _repeating(inputs)) if (said := tie_in(program, each))), None) if failed else None
+    for case in failed if said else ():
+        case["reason"] = said
+
+
+def _repeating(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with tokens that come twice in each row, as they do in texts."""
+    ids = {name: tensor for name, tensor in inputs.items() if name.endswith("input_ids") and tensor.dim() == 2}
+    return {**inputs, **{name: t[:, torch.arange(t.shape[1]) // 2] for name, t in ids.items()}}
 
 
 def _float16_cases(program: Program) -> list[dict[str, Any]]:
@@ -264,6 +281,8 @@ def _plain_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     tokens = {n for n, t in example.items() if t.dim() == 2 and 1 in program.dynamic_axes.get(n, ()) and t.shape[1] > 2}
     if tokens:
         variants["shorter"] = {n: t[:, :-1] if n in tokens else t for n, t in example.items()}
+    if picks(program):
+        variants["tokens that come twice"] = _repeating(example)
     for variant, inputs in variants.items():
         if broken(program.limits, {name: tuple(tensor.shape) for name, tensor in inputs.items()}) is not None:
             continue  # the graph does not hold for it: the artifact's notes say so

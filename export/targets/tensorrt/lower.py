@@ -141,7 +141,7 @@ def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) 
     task = _plain_task(options.task) if installed.runtime.name == "torch-tensorrt" else options.task
     artifact = lower_onnx(program, out, dtype=options.dtype, opset=options.opset, task=task)
     examples = {name: tuple(tensor.shape) for name, tensor in program.example_inputs.items()}
-    plans = plan_engines(artifact, options, config=program.origin.config, examples=examples)
+    plans = plan_engines(artifact, options, config=program.origin.config, examples=examples, limits=program.limits)
     engines: list[Engine] = []
     layers: list[LayerEvidence] = []
     notes = [*artifact.notes, *_notes(installed, artifact, here)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx import OnnxArtifact, OnnxGraph
 from sparsepass.export.targets.tensorrt.options import EngineTarget, Range
+from sparsepass.graph.lengths import allowed
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.support import SparsepassError
 
@@ -86,6 +87,7 @@ def plan_engines(
     *,
     config: Mapping[str, Any] | None = None,
     examples: Mapping[str, tuple[int, ...]] | None = None,
+    limits: Sequence[str] = (),
 ) -> tuple[EnginePlan, ...]:
     """Say which engines are built from the graphs of an export.
 
@@ -94,9 +96,10 @@ def plan_engines(
         options: Lengths that the user gave, and whether prefill and decode share an engine.
         config: The model's configuration, for the number of tokens that it can take.
         examples: Input -> shape of the program's example, for axes that nothing else bounds.
+        limits: Of the program: a plain graph holds for no other sizes.
 
     Raises:
-        SparsepassError: If a length is given for an engine or an axis that is not there.
+        SparsepassError: If a length is given for an engine or an axis that is not there, or is beyond the limits.
     """
     limit = token_limit(config or {})
     plans: list[EnginePlan] = []
@@ -105,6 +108,8 @@ def plan_engines(
         profiles = tuple(
             Profile(name=name, ranges=_ranges(graph, name, options.ranges, limit, examples or {})) for name in names
         )
+        if artifact.kind == "forward":
+            profiles = tuple(_within(graph, profile, options.ranges, limits) for profile in profiles)
         if options.one_engine or len(profiles) == 1:
             plans.append(EnginePlan(name=graph.role if len(profiles) > 1 else profiles[0].name, graph=graph, profiles=profiles))
         else:
@@ -249,6 +254,26 @@ def _ranges(
         axis: said[axis] if axis in said else _default(graph, profile, axis, holder, limit, examples)
         for axis, holder in _free_axes(graph).items()
     }
+
+
+def _within(graph: OnnxGraph, profile: Profile, given: Mapping[str, Mapping[str, Range]], limits: Sequence[str]) -> Profile:
+    """A profile whose lengths begin and end where the program holds."""
+    ranges = dict(profile.ranges)
+    for value in graph.inputs:
+        for place, axis in enumerate(value.axes):
+            if not isinstance(axis, str) or axis not in ranges:
+                continue
+            low, wanted, high = ranges[axis]
+            held = allowed(limits, value.name, place, range(low, high + 1))
+            is_given = axis in given.get("", {}) or axis in given.get(profile.name, {})
+            if not held or (is_given and not {low, wanted, high} <= set(held)):
+                here = [limit for limit in limits if f"{value.name}[{place}]" in limit]
+                raise SparsepassError(
+                    f"the lengths {low}:{wanted}:{high} of the axis {axis!r} are beyond those for which the graph holds "
+                    f"({', '.join(here)}); give --profile {axis}=MIN:COMMON:MAX within them"
+                )
+            ranges[axis] = held[0], min(held, key=lambda length: abs(length - wanted)), held[-1]
+    return Profile(name=profile.name, ranges=ranges)
 
 
 def _default(

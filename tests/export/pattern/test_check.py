@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers as hf
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from sparsepass.export.pattern.check import check_pattern
 from sparsepass.graph.support.errors import SparsepassError
+from sparsepass.passes import apply_passes
 from sparsepass.passes.maths.pattern import NMPattern
 
 
@@ -370,3 +372,36 @@ def test_many_names_cost_no_time() -> None:
     assert time.process_time() - begin < 5
     assert report.conforms
     assert len(report.entries) == len(names)
+
+
+def test_the_shapes_of_experts_tell_how_they_are_stored() -> None:
+    """GPT-OSS and Llama 4 store [expert, in, out], Mixtral [expert, out, in]; a state dict has no configuration that tells."""
+    up, down = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
+    straight = check_pattern({up: sparse(3, 24, 8), down: sparse(3, 8, 12)})
+    transposed = check_pattern({up: sparse(3, 8, 24, axis=1), down: sparse(3, 12, 8, axis=1)})
+    assert [e.axis for e in straight.entries] == [2, 2]
+    assert [e.axis for e in transposed.entries] == [1, 1]
+    assert straight.conforms
+    assert transposed.conforms
+    wrong = check_pattern({up: sparse(3, 8, 24), down: sparse(3, 12, 8)})
+    assert not wrong.conforms
+    assert [e.conforming_axes for e in wrong.entries] == [(2,), (2,)]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt2", "mixtral"])
+def test_models_and_programs_in_memory_are_checked_along_their_own_axes(name: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts: dict[str, Any] = {"num_local_experts": 4, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    kinds: dict[str, Any] = {
+        "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **experts)),
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)),
+        "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, **experts)),
+    }
+    model = kinds[name]().eval()
+    assert not check_pattern(model).conforms
+    program = apply_passes(model, ["nm_sparsify{criterion=magnitude}"], validate=False)
+    for source in (program, program.to_model()):
+        report = check_pattern(source, expected_sparse=list(program.sparse))
+        assert report.conforms, report.summary()
+        assert {e.weight: e.axis for e in report.entries if e.verdict == "conforms"}.keys() >= program.sparse.keys()

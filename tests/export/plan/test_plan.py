@@ -325,6 +325,26 @@ def test_a_saved_program_is_planned_as_it_is(tmp_path: Path) -> None:
     assert found.shape.num_parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_configurations_with_numbers_that_json_lacks_are_planned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_hidden_layers": 1,
+        "num_heads": 8,
+        "head_dim": 8,
+    }
+    program = capture(hf.Mamba2ForCausalLM(hf.Mamba2Config(**sizes, n_groups=2, chunk_size=8)))  # time_step_limit is (0, inf)
+    program.save(tmp_path / "program")
+    program.to_model().save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    for source in (program, tmp_path / "program", tmp_path / "model"):
+        found = plan(source, gpu="a100", runtime="ideal", min_gain=1.0)
+        assert {item.layer.site.name for item in found.layers} >= {
+            f"backbone.layers.0.mixer.{side}_proj" for side in ("in", "out")
+        }
+
+
 @pytest.mark.parametrize(("pattern", "runs"), [("1:4", True), ("2:8", True), ("4:8", False)])
 def test_only_patterns_that_are_2_4_too_run_on_hardware(pattern: str, runs: bool) -> None:
     sparse = apply_passes(capture(Stack(), torch.randn(2, 64)), f"nm_sparsify{{pattern={pattern}}}")

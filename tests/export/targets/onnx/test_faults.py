@@ -308,3 +308,24 @@ def test_what_is_no_graph_cannot_be_opened(tmp_path: Path) -> None:
         generate_greedy(tmp_path, torch.ones(1, 2), 1, attention_mask=torch.tensor([[1, 0]]))
     with pytest.raises(SparsepassError, match="no record of an ONNX export"):
         OnnxArtifact.from_dict({"kind": "forward"})
+
+
+class Watching(nn.Module):
+    """A layer whose values reach no output: nothing reads them, or their shape alone is read."""
+
+    def __init__(self, watch: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.seen, self.used, self.watch = nn.Linear(16, 16), nn.Linear(16, 8), watch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.watch(torch.relu(self.used(x)), self.seen(x))
+
+
+@pytest.mark.parametrize("watch", [lambda used, _: used, lambda used, seen: used * seen.new_ones(8)], ids=["dead", "shape"])
+def test_a_sparse_weight_that_reaches_no_output_is_told(watch: Callable[[Tensor, Tensor], Tensor], tmp_path: Path) -> None:
+    program = apply_passes(Watching(watch), ["nm_sparsify{criterion=magnitude}"], example_inputs=torch.randn(2, 16))
+    artifact = lower_onnx(program, tmp_path)
+    assert artifact.notes == ("not in the graph, because no output depends on their values: seen.weight",)
+    assert set(artifact.weights) & {"seen.weight", "used.weight"} == {"used.weight"}
+    assert verify_onnx(program, tmp_path, artifact)["holds"]

@@ -36,7 +36,7 @@ def mamba() -> Any:
     [
         (bart, "decoder-with-past"),  # no position_ids: padding on the left counts
         (marian, "decoder-with-past"),
-        (lambda: hf.RobertaForCausalLM(hf.RobertaConfig(**TOKENS, **BERT)), "decoder-with-past"),  # positions begin at 2
+        (lambda: hf.RobertaForCausalLM(hf.RobertaConfig(**TOKENS, **BERT)), "forward"),  # positions begin at 2, without padding
         (lambda: hf.BertLMHeadModel(hf.BertConfig(**TOKENS, **BERT)), "decoder-with-past"),
         (lambda: bart(encoder_layers=1), "forward"),  # transformers makes too small a cache, and fails
         (mamba, "forward"),  # its state is no keys and values, and its last operation a cast

@@ -144,3 +144,18 @@ def test_the_command_line_sets_what_was_given() -> None:
     assert chosen_target("tensorrt", nothing) == TensorRT()
     found = chosen_target("tensorrt{one_engine=true}", nothing | {"sm": "86", "timing_cache": "cache", "sparse": True})
     assert found == TensorRT(sm=(86,), timing_cache=Path("cache"), one_engine=True, sparse=False)
+
+
+def test_profiles_end_where_the_program_does() -> None:
+    limits = ("input_ids[1] <= 30", "input_ids[1] % 4 == 0", "input_ids[0] >= 2", "input_ids[1] == mask[1]")
+    (plan,) = plan_engines(ENCODER, TensorRT(), config=CONFIG, limits=limits)
+    assert dict(plan.profiles[0].ranges) == {"batch": (2, 2, 8), "sequence": (4, 28, 28)}
+    (plan,) = plan_engines(ENCODER, TensorRT(profiles=("sequence=4:8:16",)), config=CONFIG, limits=limits)
+    assert plan.profiles[0].ranges["sequence"] == (4, 8, 16)
+    said = r"lengths 1:32:64 of the axis 'sequence' are beyond .* \(input_ids\[1\] <= 30, input_ids\[1\] % 4 == 0"
+    with pytest.raises(SparsepassError, match=said):
+        plan_engines(ENCODER, TensorRT(profiles=("sequence=1:32:64",)), config=CONFIG, limits=limits)
+    with pytest.raises(SparsepassError, match="beyond those for which the graph holds"):
+        plan_engines(ENCODER, TensorRT(), config=CONFIG, limits=("input_ids[1] >= 300",))
+    # The limits of a plain program are not those of a graph with a cache.
+    assert plan_engines(DECODER, TensorRT(), config=CONFIG, limits=limits) == plan_engines(DECODER, TensorRT(), config=CONFIG)
