@@ -128,6 +128,12 @@ def test_all_entries_cached_equal_the_teacher_in_memory(tmp_path: Path, temperat
     assert (found_gradient - gradient).norm() / gradient.norm() < 2e-3
 
 
+def test_a_cache_is_written_under_autocast(tmp_path: Path) -> None:
+    """As on a processor that is fast in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert write_teacher_cache(tmp_path, online(), sequences(), k=3).complete
+
+
 def test_fewer_entries_are_a_lower_bound_that_grows(tmp_path: Path) -> None:
     teacher, data = online(), sequences()
     found = []
