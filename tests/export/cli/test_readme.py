@@ -100,6 +100,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (place / "MODEL/model.safetensors.index.json").is_file()
     for name in ("text", "train", "general", "code", "held-out"):
         (place / f"{name}.txt").write_text(f"{name}: {WORDS}\n" * 2000, encoding="utf-8")
+    (place / "rows.jsonl").write_text(f'{{"text": "{WORDS}"}}\n' * 500, encoding="utf-8")
     prune = "{passes: nm_sparsify, calibration: text.txt, num_sequences: 4, context: 64}"
     recipe = f"model: MODEL\nout: recipe\nprune: {prune}\neval: {{text: held-out.txt}}\nexport: {{target: hf}}\n"
     (place / "recipe.yaml").write_text(recipe, encoding="utf-8")

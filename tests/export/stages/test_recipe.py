@@ -158,6 +158,10 @@ def test_the_example_is_a_recipe() -> None:
         ({"prune": {"passes": "nm_sparsfy"}}, "prune.passes: "),
         ({"prune": {"passes": "nm_sparsify{pattern=0:4}"}}, "0:4"),
         ({"prune": {"calibration": "nowhere.txt"}}, "prune.calibration file nowhere.txt does not exist"),
+        (
+            {"prune": {"calibration": ["python-docs.txt", "nowhere.txt"]}},
+            "prune.calibration file python-docs.txt does not exist",
+        ),
         ({"prune": {"num_sequences": "many"}}, "num_sequences"),
         ({"retrain": {"trian": {}}}, "did you mean 'train'"),
         ({"retrain": {"train": {"max_steps": 1, "lrr": 1}, "data": {"source": "python-docs"}}}, "did you mean 'lr'"),
