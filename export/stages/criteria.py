@@ -26,7 +26,7 @@ from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSour
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.support import nearest, write_text
 from sparsepass.passes import apply_passes
-from sparsepass.passes.criteria import CRITERIA
+from sparsepass.passes.criteria import criteria_table as criteria_table_of_passes
 from sparsepass.passes.data import PYTHON_DOCS
 from sparsepass.passes.maths import NMPattern
 from sparsepass.passes.table import parse_pipeline, pipeline_to_text
@@ -98,7 +98,7 @@ def jobs_of(
     """The rows of a table: one for each criterion, each again with reconstruction, and one for each further pipeline.
 
     Args:
-        criteria: Names from the table of criteria; all of them if empty.
+        criteria: Names from the table of criteria, those of other packages included; all of them if empty.
         pattern: N:M.
         reconstruct: Whether each criterion has a second row with block-wise reconstruction after it.
         pipelines: Further rows, as pipeline text.
@@ -112,9 +112,10 @@ def jobs_of(
     """
     NMPattern.parse(pattern)
     jobs = []
-    for name in criteria or list(CRITERIA):
-        if name not in CRITERIA:
-            raise SparsepassError(f"unknown criterion {name!r}{nearest(name, list(CRITERIA))}")
+    known = criteria_table_of_passes()
+    for name in criteria or list(known):
+        if name not in known:
+            raise SparsepassError(f"unknown criterion {name!r}{nearest(name, list(known))}")
         passes = f"nm_sparsify{{pattern={pattern},criterion={name}}}"
         jobs.append(Job(name=name, passes=passes))
         if reconstruct:

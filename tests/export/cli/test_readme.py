@@ -6,6 +6,7 @@ A page finds what README.md's first commands leave: MODEL (a sharded bfloat16 Ll
 import re
 import shlex
 import shutil
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def run_example(example: Example, names: dict[str, Any]) -> None:
     elif example.language == "yaml":
         title, _, content = text.partition("\n")
         Path(title.removeprefix("# ")).write_text(content, encoding="utf-8")
+    elif example.language == "toml":
+        tomllib.loads(text)
     else:
         assert example.language == "", f"nobody runs {example.language}"
         run_command(text)
