@@ -167,6 +167,11 @@ def test_the_example_is_a_recipe() -> None:
         ({"retrain": {"train": {"max_steps": 1, "lrr": 1}, "data": {"source": "python-docs"}}}, "did you mean 'lr'"),
         ({"retrain": {"train": {"max_steps": 1}, "data": {"sorce": "python-docs"}}}, "did you mean 'source'"),
         ({"retrain": {"train": {"max_steps": 1}, "data": {}}}, "there is no source"),
+        (
+            {"retrain": {"train": {"learning_rate": 1}, "data": {}}},
+            "as transformers' Trainer calls it; here it is lr",
+        ),
+        ({"retrain": {"train": {"warmup_ratio": 0.1}, "data": {}}}, "here it is warmup"),
         ({"retrain": {"train": {"max_steps": 1}, "data": {"source": "a.txt"}}}, "file a.txt does not exist"),
         ({"retrain": {"train": {}, "data": {"source": "python-docs"}}}, "give max_steps or max_tokens"),
         (sampling(num_tokns=64), "did you mean 'num_tokens'"),
