@@ -42,7 +42,7 @@ def check_against(model: nn.Module, program: Program) -> None:
 
     Exactness: relative error of all outputs together: 1e-4, 2e-2 in float16, 4e-2 in bfloat16.
     """
-    shapes = _Shapes(program)
+    shapes = _OtherShapes(program)
     everywhere = shapes.all()
     program.limits = tuple(limit for limit in program.limits if is_firm(limit) or _breaks(limit, everywhere))
     if any(tensor.is_meta for tensor in [*program.tensors().values(), *program.example_inputs.values()]):
@@ -72,7 +72,7 @@ class _ModelError(Exception):
     """What the model itself says to inputs."""
 
 
-class _Shapes:
+class _OtherShapes:
     """Other shapes of the example inputs: all batches vary as one, all lengths (axis 1), all heights, all widths."""
 
     def __init__(self, program: Program) -> None:
@@ -121,7 +121,7 @@ def _breaks(limit: str, shapes: Sequence[_Sizes]) -> bool:
     return any(not holds(limit, sizes) for sizes in shapes)
 
 
-def _settle_axes(model: nn.Module, program: Program, shapes: _Shapes) -> None:
+def _settle_axes(model: nn.Module, program: Program, shapes: _OtherShapes) -> None:
     """Compare one other shape for each kind of axis; an axis along which the two differ is fixed."""
     for axis, size in shapes.largest.items():
         if axis == 0:
@@ -148,7 +148,7 @@ def _fix(program: Program, axis: int) -> None:
     program.dynamic_axes = {name: tuple(a for a in axes if a != axis) for name, axes in program.dynamic_axes.items()}
 
 
-def _settle_limits(model: nn.Module, program: Program, shapes: _Shapes) -> None:
+def _settle_limits(model: nn.Module, program: Program, shapes: _OtherShapes) -> None:
     """Drop the conditions beyond which the program still gives the model's result."""
     firm = [limit for limit in program.limits if is_firm(limit)]
     doubtful = [limit for limit in program.limits if not is_firm(limit)]
@@ -174,7 +174,7 @@ def _settle_limits(model: nn.Module, program: Program, shapes: _Shapes) -> None:
     )
 
 
-def _say_simply(program: Program, shapes: _Shapes) -> None:
+def _say_simply(program: Program, shapes: _OtherShapes) -> None:
     """Drop the limits that ranges imply, and call an axis fixed along which one size is left."""
     ranges = [limit for limit in program.limits if is_range(limit)]
     within = [sizes for sizes in shapes.all() if broken(ranges, sizes) is None]

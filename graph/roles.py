@@ -29,6 +29,7 @@ _MASKING = {"masked_fill", "where"}
 _PICKING = {"topk", "sort", "argsort", "argmax", "kthvalue", "multinomial"}
 _COMPARING = {"gt", "ge", "lt", "le", "eq", "greater", "greater_equal", "less", "less_equal"}
 _WEIGHING = {"mul", "matmul", "bmm", "mm", "baddbmm", "einsum", "linear", "sum"}
+_MEETING = {"matmul", "bmm", "baddbmm", "einsum"}
 _SMALL = 4  # a gate has a few outputs: at most one for this many inputs
 
 
@@ -36,7 +37,8 @@ def role_of(node: fx.Node, in_features: int, out_features: int) -> Role | None:
     """What the result of a matmul is used for.
 
     1. ``head``: it is an output of the graph, but for its shape, dtype, order and rows, a constant scale or shift, and
-       functions such as softmax, sigmoid and tanh (tanh not where it has as many outputs as inputs).
+       functions such as softmax, sigmoid and tanh (tanh not where it has as many outputs as inputs). Values that attention
+       reads are none, though a key-value cache is an output.
     2. ``router``: something is picked by it: top-k, sort, argmax, the place of a maximum, a comparison.
     3. ``gate``: a few numbers a token that weigh other results through a softmax or sigmoid: a router that takes all
        experts, a shared expert's gate.
@@ -48,7 +50,7 @@ def role_of(node: fx.Node, in_features: int, out_features: int) -> Role | None:
     """
     # A square layer before tanh, as BERT's pooler, makes hidden features of hidden features.
     follows = _scaled if in_features != out_features else _scaled_without_tanh
-    if _reaches(node, follows, lambda user, _: user.op == "output"):
+    if _reaches(node, follows, lambda user, _: user.op == "output") and not _is_attended(node):
         return "head"
     if _reaches(node, _mixed, lambda user, _: op_name(user) in _PICKING) or _reaches(node, _scaled, _compared):
         return "router"
@@ -68,6 +70,13 @@ def _reaches(node: fx.Node, follows: Callable[[fx.Node, fx.Node], bool], found: 
             seen.add(user)
             stack.extend((later, user) for later in user.users)
     return False
+
+
+def _is_attended(node: fx.Node) -> bool:
+    """Whether the result, up to its shape, meets other results in a product, as keys and values do."""
+    users = _users_through(node, _shaped)
+    meeting = (user for user in users if op_name(user) in _MEETING or "attention" in op_name(user))
+    return any(sum(not _is_constant(source) for source in user.all_input_nodes) > 1 for user in meeting)
 
 
 def _users_through(node: fx.Node, follows: Callable[[fx.Node, fx.Node], bool]) -> list[fx.Node]:

@@ -32,7 +32,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         >>> hasattr(model, "left")
         False
     """
-    kept = _Kept()
+    kept = _Remembered()
     for module in model.modules():
         kept.keep(module)
     try:
@@ -41,7 +41,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         kept.put_back()
 
 
-class _Kept:
+class _Remembered:
     """Contents of containers and objects, and values of tensors, as they were."""
 
     def __init__(self) -> None:

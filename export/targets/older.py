@@ -40,10 +40,10 @@ def add_older_keys(folder: Path) -> bool:
     if changed == document:
         return True
     with quiet_loading():
-        before = AutoConfig.from_pretrained(folder).to_dict()
+        before = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
         path.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         try:
-            after = AutoConfig.from_pretrained(folder).to_dict()
+            after = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
         except (ValueError, TypeError, LookupError):
             after = None
     if after != before:

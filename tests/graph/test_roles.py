@@ -57,6 +57,7 @@ GATES: dict[str, Any] = {
 OTHERS: dict[str, Any] = {
     "residual": lambda net, h, y: h + y.sum(-1, keepdim=True),
     "gated by an input": lambda net, h, y: y * h[..., :8],
+    "values in a cache": lambda net, h, y: ((h @ h.mT).softmax(-1) @ y, y.transpose(1, 2)),
     "pooled": lambda net, h, y: (y.relu() + 1).max(1).values,
 }
 

@@ -142,7 +142,9 @@ def test_an_interruption_is_told_in_one_line(folder: Path, tmp_path: Path) -> No
         "32",
     ]
     command = [sys.executable, "-m", "sparsepass", *words, "--work", str(tmp_path / "work")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # A test run that was started in the background ignores this signal, and so would its children.
+    heeds: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds) as process:
         assert process.stderr is not None
         assert "row 1 of" in process.stderr.readline()
         time.sleep(2)  # the child is there by now; a terminal sends the signal to both

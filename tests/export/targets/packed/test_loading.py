@@ -192,7 +192,10 @@ def test_saved_again_the_files_are_the_same_bit_for_bit(name: str, options: dict
     one, two = (safetensors.torch.load_file(tmp_path / place / "model.safetensors") for place in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(one[key].dtype == two[key].dtype and torch.equal(one[key], two[key]) for key in one)
-    assert json.loads((tmp_path / "one/config.json").read_text()) == json.loads((tmp_path / "two/config.json").read_text())
+    # Keys of transformers 4 stand in what was exported alone.
+    first, second = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("one", "two"))
+    assert {key: first.get(key) for key in second} == second
+    assert first.keys() - second.keys() <= {"rope_theta"}
     again = getattr(transformers, artifact.auto_class).from_pretrained(tmp_path / "two")
     assert repr(again) == repr(model)
 
