@@ -93,7 +93,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a page finds."""
     place = tmp_path_factory.mktemp("examples")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = hf.LlamaConfig(vocab_size=320, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, **sizes)
     config.max_position_embeddings = 8192
     hf.LlamaForCausalLM(config).bfloat16().save_pretrained(place / "MODEL", max_shard_size="20KB")

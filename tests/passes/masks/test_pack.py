@@ -137,7 +137,7 @@ def test_the_same_values_in_another_type_are_the_same_model(made_in: torch.dtype
     assert all(torch.equal(known.words, program_mask.words) for known, program_mask in _pairs(MaskPack.load(path), program))
     other = copy.deepcopy(narrow).to(used_in)
     with torch.no_grad():
-        other.get_submodule("model.norm").weight[0] += 0.5
+        other.get_parameter("model.norm.weight")[0] += 0.5
     with pytest.raises(SparsepassError, match="other values of parameters beside"):
         apply_passes(other, f'nm_sparsify{{masks="{path}"}}')
 
