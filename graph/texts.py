@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 TEXT_COLUMN: Final = "text"
 """The column of texts, where none is named."""
-_CHAT_COLUMN: Final = "messages"
+CHAT_COLUMN: Final = "messages"
+"""The column of chats, where there is no such column of texts."""
 _FORMS: Final = "a .txt, .jsonl or .parquet file"
 _PIECE: Final = 1 << 16
 _MARGIN_TOKENS: Final = 64
@@ -37,7 +38,7 @@ def find_text_column(columns: Collection[str], wanted: str | None, what: str) ->
         >>> find_text_column(["id", "messages"], None, "calibration")
         'messages'
     """
-    names = [wanted] if wanted is not None else [TEXT_COLUMN, _CHAT_COLUMN]
+    names = [wanted] if wanted is not None else [TEXT_COLUMN, CHAT_COLUMN]
     found = next((name for name in names if name in columns), None)
     if found is None:
         known = " or ".join(map(repr, names))

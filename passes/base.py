@@ -64,8 +64,9 @@ class Pass(ABC):
 
     Args:
         targets: Rewrite only the sites that one of these patterns matches. A pattern is a module path or weight name, a
-            glob (``*.mlp.*``), ``re:`` and a regular expression that must match the whole path, or the class name of a
-            module (``Linear``). What is left alone by default (output heads, routers) is taken only by its exact name.
+            glob (``*.mlp.*``), ``re:`` and a regular expression that must match the whole path, the last parts of a path
+            (``q_proj``), or the class name of a module (``Linear``). What is left alone by default (output heads, routers)
+            is taken only by its exact name.
         ignore: Leave these sites alone. Same patterns; ignore wins over targets.
     """
 
@@ -195,6 +196,11 @@ def not_sparse(site: Site) -> str:
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """Whether a pattern means a site, by its path, weight name or tied names (see `name_matches`), or by its module class."""
+    """Whether a pattern means a site.
+
+    It may be what `name_matches` takes for its path, weight name or tied names; the last parts of its path (``q_proj``,
+    ``mlp.up_proj``), unless they are a number alone; or the class of its module.
+    """
     names = [site.name, site.weight, *site.ties, *(tie.removesuffix(".weight") for tie in site.ties)]
-    return pattern == site.module_type or name_matches(pattern, names)
+    is_end_of_path = not pattern.isdigit() and site.name.endswith(f".{pattern}")
+    return is_end_of_path or pattern == site.module_type or name_matches(pattern, names)

@@ -17,7 +17,16 @@ from sparsepass.graph.rewrite import attach_mask
 from sparsepass.graph.support import nearest
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass
 from sparsepass.passes.conditions import Condition
-from sparsepass.passes.criteria import CRITERIA, Criterion, CriterionOptions, Pruned, check_weight, keep_masked, refine
+from sparsepass.passes.criteria import (
+    CRITERIA,
+    Criterion,
+    CriterionOptions,
+    Pruned,
+    check_weight,
+    criteria_table,
+    keep_masked,
+    refine,
+)
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.masks import MaskPack, PackedMask
 from sparsepass.passes.maths import InputStatistics, NMPattern, relative_error
@@ -78,8 +87,8 @@ class NMSparsify(Pass):
         super().__post_init__()
         NMPattern.parse(self.pattern)
         _ = self._options  # complains of values out of range
-        if self.criterion is not None and self.criterion not in CRITERIA:
-            raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(CRITERIA))}")
+        if self.criterion is not None and self.criterion not in CRITERIA and self.criterion not in (known := criteria_table()):
+            raise SparsepassError(f"unknown criterion {self.criterion!r}{nearest(self.criterion, list(known))}")
         if self.masks is not None and self.criterion is not None:
             raise SparsepassError(f"masks come from {self.masks} or from the criterion {self.criterion}; give one of the two")
         if self.refine is not None and self.refine < 0:
@@ -125,7 +134,7 @@ class NMSparsify(Pass):
     @property
     def _criterion(self) -> Criterion:
         assert self.criterion is not None, "resolve() runs before anything else"
-        return CRITERIA[self.criterion]
+        return CRITERIA.get(self.criterion) or criteria_table()[self.criterion]
 
     @property
     def _options(self) -> CriterionOptions:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Final, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -312,6 +312,33 @@ def annealed_decay(step: int, *, decay: float, decay_steps: int) -> float:
     return decay * min(1.0, step / decay_steps) if decay_steps else decay
 
 
+_OF_TRAINER: Final = {
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "micro_batch_size (batch_size is that of all processes)",
+    "gradient_accumulation_steps": "batch_size and micro_batch_size",
+    "num_train_epochs": "max_tokens or max_steps",
+    "max_grad_norm": "clip_grad_norm",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "lr_shape",
+    "optim": "optimizer",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+    "logging_steps": "log_every",
+    "eval_steps": "validate_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "gradient_checkpointing": "activation_checkpointing",
+    "torch_compile": "compile",
+    "report_to": "trackers",
+    "bf16": "dtype",
+    "max_length": "context",
+    "dataset_text_field": "text_column",
+}
+"""Names of transformers' Trainer and trl's SFTTrainer -> what the setting is called here, its name first."""
+
+
 def read_settings(kind: type[Settings], settings: Mapping[str, Any], *, where: str) -> Settings:
     """Make a dataclass of plain fields from the values of a file, with errors that a user can act on.
 
@@ -323,6 +350,10 @@ def read_settings(kind: type[Settings], settings: Mapping[str, Any], *, where: s
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in settings:
         if name not in names:
+            if (ours := _OF_TRAINER.get(name)) and ours.split()[0] in names:
+                raise SparsepassError(
+                    f"{where}: there is no setting {name!r}, as transformers' Trainer calls it; here it is {ours}"
+                )
             near = closest(name, names)
             raise SparsepassError(
                 f"{where}: there is no setting {name!r}" + (f"; did you mean {near!r}?" if near else f" (there are {names})")

@@ -23,7 +23,6 @@ app = typer.Typer(
     name="sparsepass",
     help="N:M (2:4) sparsity for transformers: prune, retrain, export, and check what was kept.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

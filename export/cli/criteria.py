@@ -15,7 +15,13 @@ def criteria_command(
     *,
     calibration: Annotated[
         Calibration,
-        Fields(flags={"data": "--calibration"}, left_out=("batch_size",), defaults={"data": ...}, help=support.DATA),
+        Fields(
+            flags={"data": "--calibration"},
+            left_out=("batch_size",),
+            defaults={"data": ...},
+            help=support.DATA,
+            repeated=("data",),
+        ),
     ],
     evaluation: Annotated[
         Evaluation,

@@ -30,17 +30,19 @@ class Fields:
         left_out: Fields that the command does not take.
         defaults: Field -> the command's own default; ``...`` if it has to be given.
         help: Field -> the command's own help.
+        repeated: Fields whose option may be given several times: one value stands alone, several are a tuple.
     """
 
     flags: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     help: Mapping[str, str] = field(default_factory=dict)
+    repeated: tuple[str, ...] = ()
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each field of its settings, and call it with the settings that were given."""
-    groups: dict[str, tuple[type, dict[str, Parameter], bool]] = {}
+    groups: dict[str, tuple[type, dict[str, Parameter], bool, Fields]] = {}
     own: list[Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         found = _settings_of(parameter.annotation)
@@ -49,13 +51,14 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             continue
         kind, marks, is_optional = found
         made = settings_options(kind, marks, is_needed=not is_optional)
-        groups[parameter.name] = (kind, made, is_optional)
+        groups[parameter.name] = (kind, made, is_optional, marks)
         own += made.values()
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        for name, (kind, made, is_optional) in groups.items():
+        for name, (kind, made, is_optional, marks) in groups.items():
             typed = {field: given.pop(each.name) for field, each in made.items()}
+            typed |= {field: _one_or_several(typed[field]) for field in marks.repeated}
             _check_not_in_vain(made, typed)
             values = read_back(kind, typed)
             is_left_out = is_optional and next(iter(values.values())) is None
@@ -66,6 +69,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         [each.replace(kind=Parameter.KEYWORD_ONLY) for each in own]
     )
     return run
+
+
+def _one_or_several(values: list[str] | None) -> Any:
+    """None for no value, one by itself, several as a tuple."""
+    return None if not values else values[0] if len(values) == 1 else tuple(values)
 
 
 def _check_not_in_vain(made: Mapping[str, Parameter], typed: Mapping[str, Any]) -> None:
@@ -112,7 +120,7 @@ def settings_options(kind: type, marks: Fields, *, is_needed: bool) -> dict[str,
             default = ... if each.default is MISSING and is_needed else None if each.default is MISSING else each.default
             found[each.name] = option(
                 f"{kind.__name__.lower()}_{each.name}",
-                hints[each.name],
+                tuple[str, ...] if each.name in marks.repeated else hints[each.name],
                 flag=marks.flags.get(each.name) or f"--{each.name.replace('_', '-')}",
                 help=marks.help.get(each.name) or docs.get(each.name, ""),
                 default=marks.defaults.get(each.name, default),

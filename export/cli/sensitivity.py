@@ -22,6 +22,7 @@ def sensitivity_command(
             left_out=("batch_size",),
             defaults={"data": ..., "num_sequences": 32},
             help=support.DATA,
+            repeated=("data",),
         ),
     ],
     budget: Annotated[

@@ -44,9 +44,19 @@ DenseModel = Annotated[
     ModelSource,
     Fields(flags={"source": "MODEL"}, left_out=("task",), help={"source": "Folder, hub id or .gguf file of a dense model."}),
 ]
-DATA: Final = {"data": "Text file (.txt, .jsonl, .parquet), data set folder or hub data set name, or 'python-docs'."}
+DATA: Final = {
+    "data": "Text file (.txt, .jsonl, .parquet), data set folder or hub data set name (name:config:split), or 'python-docs' "
+    "for text that is always there. May be repeated, for several files."
+}
 """Help of calibration data that has to be given."""
-CalibrationOptions = Annotated[Calibration, Fields(flags={"data": "--calibration"})]
+CalibrationOptions = Annotated[
+    Calibration,
+    Fields(
+        flags={"data": "--calibration"},
+        help={"data": f"{DATA['data']} nm_sparsify prunes by SparseGPT with it, by magnitude without."},
+        repeated=("data",),
+    ),
+]
 EvaluationOptions = Annotated[
     Evaluation | None,
     Fields(

@@ -26,7 +26,7 @@ from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSour
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.support import nearest, write_text
 from sparsepass.passes import apply_passes
-from sparsepass.passes.criteria import CRITERIA
+from sparsepass.passes.criteria import criteria_table as criteria_table_of_passes
 from sparsepass.passes.data import PYTHON_DOCS
 from sparsepass.passes.maths import NMPattern
 from sparsepass.passes.table import parse_pipeline, pipeline_to_text
@@ -57,12 +57,13 @@ class CriteriaSettings:
     @classmethod
     def of(cls, plain: dict[str, dict[str, Any]]) -> "CriteriaSettings":
         """The settings that `dataclasses.asdict` made plain values of."""
-        model, calibration, evaluation = (
-            ModelSource(**plain["model"]),
-            Calibration(**plain["calibration"]),
-            Evaluation(**plain["evaluation"]),
+        data = plain["calibration"]["data"]
+        several = {"data": tuple(data)} if isinstance(data, list) else {}  # as JSON gives them
+        return cls(
+            model=ModelSource(**plain["model"]),
+            calibration=Calibration(**plain["calibration"] | several),
+            evaluation=Evaluation(**plain["evaluation"]),
         )
-        return cls(model=model, calibration=calibration, evaluation=evaluation)
 
     def to_dict(self) -> dict[str, Any]:
         """All that a row depends on, as JSON."""
@@ -72,7 +73,9 @@ class CriteriaSettings:
         # Where none is named, rows are those of the time before there were any to name.
         columns = {"text_column": self.calibration.text_column, "eval_text_column": self.evaluation.text_column}
         found |= {name: column for name, column in columns.items() if column is not None}
-        named = {"model": self.model.source, "calibration": self.calibration.data, "eval_text": self.evaluation.text}
+        data = self.calibration.data
+        data = list(data) if isinstance(data, tuple) else data
+        named = {"model": self.model.source, "calibration": data, "eval_text": self.evaluation.text}
         return named | {"eval_context": self.evaluation.context} | found
 
 
@@ -95,7 +98,7 @@ def jobs_of(
     """The rows of a table: one for each criterion, each again with reconstruction, and one for each further pipeline.
 
     Args:
-        criteria: Names from the table of criteria; all of them if empty.
+        criteria: Names from the table of criteria, those of other packages included; all of them if empty.
         pattern: N:M.
         reconstruct: Whether each criterion has a second row with block-wise reconstruction after it.
         pipelines: Further rows, as pipeline text.
@@ -109,9 +112,10 @@ def jobs_of(
     """
     NMPattern.parse(pattern)
     jobs = []
-    for name in criteria or list(CRITERIA):
-        if name not in CRITERIA:
-            raise SparsepassError(f"unknown criterion {name!r}{nearest(name, list(CRITERIA))}")
+    known = criteria_table_of_passes()
+    for name in criteria or list(known):
+        if name not in known:
+            raise SparsepassError(f"unknown criterion {name!r}{nearest(name, list(known))}")
         passes = f"nm_sparsify{{pattern={pattern},criterion={name}}}"
         jobs.append(Job(name=name, passes=passes))
         if reconstruct:
@@ -252,14 +256,24 @@ def _digests(settings: CriteriaSettings) -> dict[str, str]:
     """Digests of the texts that are files."""
     found = {}
     for which in ("calibration", "eval_text"):
-        path = Path(settings.to_dict()[which])
-        if path.is_file():
-            with path.open("rb") as file:
-                found[which] = hashlib.file_digest(file, "sha256").hexdigest()
+        named = settings.to_dict()[which]
+        digests = [_digest(Path(name)) for name in (named if isinstance(named, list) else [named])]
+        if any(digests):
+            found[which] = " ".join(digests)
     return found
 
 
-def _name(text: str) -> str:
+def _digest(path: Path) -> str:
+    """Of a file; nothing for what is none, such as the name of a data set."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(text: str | list[str]) -> str:
+    if isinstance(text, list):
+        return ", ".join(map(_name, text))
     return "Python's documentation topics" if text == PYTHON_DOCS else Path(text).name
 
 

@@ -235,6 +235,8 @@ def _prune_section(settings: Any, where: str) -> PruneSection:
     refuse_unknown(_mapping(settings, where), known, where)
     own = {name: value for name, value in settings.items() if name in ("passes", "validate")}
     calibration = {"data" if name == "calibration" else name: settings[name] for name in settings if name not in own}
+    if isinstance(calibration.get("data"), list):
+        calibration["data"] = calibration["data"][0] if len(calibration["data"]) == 1 else tuple(map(str, calibration["data"]))
     return read_settings(
         PruneSection, {**own, "calibration": read_settings(Calibration, calibration, where=where)}, where=where
     )

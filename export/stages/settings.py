@@ -4,7 +4,7 @@ Nothing heavy is imported up here: the command line makes its options of these c
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,7 +58,8 @@ class Calibration:
 
     Attributes:
         data: Text file (.txt, .jsonl, .parquet), data set folder or hub data set name (name:config:split), or 'python-docs'
-            for text that is always there. nm_sparsify prunes by SparseGPT with it, by magnitude without.
+            for text that is always there. nm_sparsify prunes by SparseGPT with it, by magnitude without. A tuple of names is
+            several files, which give as many sequences each.
         num_sequences: Calibration sequences to use at most.
         context: Tokens in a calibration sequence; by default 2048 or the model's limit.
         batch_size: Calibration sequences at once: memory and speed only.
@@ -92,6 +93,10 @@ class Calibration:
         from sparsepass.graph.rows import path_kind
         from sparsepass.passes.data import LONGEST_NAME, locate
 
+        if isinstance(self.data, tuple):
+            for name in self.data:
+                replace(self, data=Path(name)).check(what)
+            return
         text = str(self.data) if isinstance(self.data, Path) else self.data
         if not isinstance(text, str) or self.is_python_docs or "\n" in text or len(text) > LONGEST_NAME:
             return
@@ -105,6 +110,8 @@ class Calibration:
         from sparsepass.passes.data import default_text
 
         data = default_text("calibration") if self.is_python_docs else self.data
+        if isinstance(data, tuple):
+            data = [Path(name) for name in data]
         return {"calibration": data, **{name: value for name, value in vars(self).items() if name != "data"}}
 
 

@@ -2,7 +2,7 @@
 
 from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, keep_masked
 from sparsepass.passes.criteria.refinement import refine
-from sparsepass.passes.criteria.table import CRITERIA
+from sparsepass.passes.criteria.table import CRITERIA, criteria_table
 
 __all__ = [
     "CRITERIA",
@@ -10,6 +10,7 @@ __all__ = [
     "CriterionOptions",
     "Pruned",
     "check_weight",
+    "criteria_table",
     "keep_masked",
     "refine",
 ]

@@ -1,10 +1,11 @@
-"""The one table of criteria. A new criterion is one file beside this one and one line here.
+"""The one table of criteria. A new criterion is one file beside this one and one line here; other packages add theirs.
 
 `wanda` is the example of a score, `sparsegpt` of a criterion that changes the weights it keeps.
 """
 
 from typing import Final
 
+from sparsepass._plugins import extended_by_rows
 from sparsepass.passes.criteria.alps import alps
 from sparsepass.passes.criteria.criterion import Criterion, CriterionFunction, CriterionOptions, Pruned
 from sparsepass.passes.criteria.magnitude import magnitude
@@ -25,3 +26,15 @@ _ROWS: Final = (
 )
 
 CRITERIA: Final[dict[str, Criterion]] = {row.name: row for row in _ROWS}
+
+
+def criteria_table() -> dict[str, Criterion]:
+    """The table with the criteria that other packages add through the entry point ``sparsepass.criteria``.
+
+    Raises:
+        SparsepassError: If an entry point is no `Criterion`, or takes a name that is taken.
+
+    >>> "wanda" in criteria_table()
+    True
+    """
+    return extended_by_rows(CRITERIA, "sparsepass.criteria", Criterion)

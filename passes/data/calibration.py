@@ -7,7 +7,7 @@ import itertools
 import mmap
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 LONGEST_NAME: Final = 4096
 _KNOWN_FORMS = (
     "a tensor, a dict of tensors, an iterable or DataLoader of either, a list of texts, a datasets.Dataset, the path "
-    "of a .txt, .jsonl or .parquet file, or the name of a hub data set ('name', 'name:config' or 'name:config:split')"
+    "of a .txt, .jsonl or .parquet file, several of them, or the name of a hub data set ('name', 'name:config' or "
+    "'name:config:split')"
 )
 
 
@@ -178,8 +179,9 @@ def calibration_batches(
     Args:
         calibration: A tensor, a dict of tensors, an iterable (list, generator, DataLoader) of either, texts (a list of
             strings, or one string that has a line break in it or is longer than any path), a ``datasets.Dataset`` or
-            ``IterableDataset`` with tokenized columns or a text column, the path of a .txt, .jsonl or .parquet file or of a
-            data set's folder, or the name of a hub data set: ``name``, ``name:config`` or ``name:config:split``
+            ``IterableDataset`` with tokenized columns or a text column, the path of a .txt, .jsonl or .parquet file, a list
+            of such ``Path`` objects (of each file as many sequences), the path of a data set's folder, or the name of a hub
+            data set: ``name``, ``name:config`` or ``name:config:split``
             (``name::split`` leaves the config out; the split is "train" if not said).
         input_names: The program's input names.
         tokenizer: Needed for text.
@@ -255,6 +257,8 @@ class _Reader:
             check_one_split(calibration, "calibration")
             if isinstance(calibration, datasets.Dataset | datasets.IterableDataset):
                 return self._from_dataset(calibration, type(calibration).__name__)
+        if isinstance(calibration, (list, tuple)) and calibration and all(isinstance(each, Path) for each in calibration):
+            return self._from_files(calibration)
         if isinstance(calibration, Mapping):
             return _Given(name=", ".join(map(str, calibration)), kind="dict", rows=lambda: self.inputs.rows([calibration]))
         if isinstance(calibration, torch.utils.data.Dataset) and not isinstance(calibration, Iterable):
@@ -284,6 +288,27 @@ class _Reader:
         return self._from_records(
             lambda: records(path, what="calibration", seed=self.seed), name, f".{kind} file", "rows spread evenly"
         )
+
+    def _from_files(self, paths: Sequence[Path]) -> _Given:
+        """Several files, of any kinds: an equal share of the sequences from each."""
+        number, count = self.num_sequences, len(paths)
+        if number is not None and number < count:
+            raise SparsepassError(
+                f"num_sequences is {number}, and there are {count} calibration files; give at least one to each"
+            )
+        shares = [None if number is None else (index + 1) * number // count - index * number // count for index in range(count)]
+        parts = [
+            replace(self, num_sequences=share)._from_path(path.expanduser(), str(path))
+            for path, share in zip(paths, shares, strict=True)
+        ]
+
+        def rows() -> Iterator[Row]:
+            for part, share in zip(parts, shares, strict=True):
+                yield from itertools.islice(part.rows(), share)
+
+        shared = {key: value for key, value in parts[0].facts.items() if all(part.facts.get(key) == value for part in parts)}
+        facts = shared | {"files": [part.facts | {"source": part.name, "kind": part.kind} for part in parts]}
+        return _Given(name=", ".join(part.name for part in parts), kind=f"{count} files", rows=rows, facts=facts)
 
     def _from_hub(self, text: str) -> _Given:
         return self._from_dataset(load_data_set(text, what="calibration", streaming=True), text)

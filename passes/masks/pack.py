@@ -6,7 +6,7 @@ the base C(M, N), of 64-bit words. Of 2:4 a word holds 24 groups, which makes 2.
 Rules:
 1. A pack belongs to the values it was made with: the kept entries of every sparse weight, and every other parameter. Applied to
    a model with the same values it gives the program it came from, bit for bit. Any other model is refused, unless the caller
-   asks for the masks alone.
+   asks for the masks alone. The same values in another type are the same: training in float32 widens a bfloat16 model.
 2. A pack stands in for a program only if no weight was changed: masks by magnitude or Wanda, or learned ones. What SparseGPT
    compensates or training changes is not in a pack.
 
@@ -38,6 +38,7 @@ _WORD_BITS: Final = 63  # of a signed 64-bit word
 _LARGEST_M: Final = 16
 _HEADER: Final = "sparsepass"
 _FACTS: Final = ("dense_digest", "recipe", "model_class", "about")
+_TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @final
@@ -180,10 +181,9 @@ class MaskPack:
         wrong = [
             name
             for name, known in self.masks.items()
-            if kept_digest(sites[name].to_matrix(program.tensor(name).detach()), known.mask()) != known.digest
+            if not _is_digest_of(sites[name].to_matrix(program.tensor(name).detach())[known.mask()], known.digest)
         ]
-        dense = _dense_digest(program, self.masks)
-        if not wrong and dense == self.dense_digest:
+        if not wrong and any(_dense_digest(program, self.masks, dtype) == self.dense_digest for dtype in (None, *_TYPES)):
             return
         what = f"{len(wrong)} of its {len(self.masks)} weights" if wrong else "parameters beside the masked weights"
         first = f" (the first is {wrong[0]})" if wrong else ""
@@ -228,7 +228,7 @@ def pack_program(program: Program, *, about: str = "") -> MaskPack:
         masks[name] = PackedMask(pattern=state.pattern, shape=tuple(mask_OI.shape), words=words_W, digest=digest)
     return MaskPack(
         masks=masks,
-        dense_digest=_dense_digest(program, masks),
+        dense_digest=_dense_digest(program, masks) or "",
         recipe=program.recipe,
         model_class=program.origin.model_class or "model",
         about=about,
@@ -351,14 +351,31 @@ def kept_digest(weight_OI: Tensor, mask_OI: Tensor) -> str:
     return _digest(weight_OI[mask_OI])
 
 
-def _dense_digest(program: Program, masked: Iterable[str]) -> str:
+def _is_digest_of(tensor: Tensor, digest: str) -> bool:
+    """Whether a digest is that of these values, in their own type or in one that holds the same values."""
+    return any(_digest(as_held) == digest for dtype in (tensor.dtype, *_TYPES) if (as_held := _held(tensor, dtype)) is not None)
+
+
+def _held(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The same values in another type; None if it does not hold them."""
+    converted = tensor.to(dtype)
+    return converted if torch.equal(converted.to(tensor.dtype), tensor) else None
+
+
+def _dense_digest(program: Program, masked: Iterable[str], dtype: torch.dtype | None = None) -> str | None:
+    """SHA-256 of the parameters that have no mask, in a type; None for their own. None if the type does not hold them."""
     branches = [state.branch for state in program.sparse.values() if state.branch is not None]
     left_out = {*masked, *(branch.weight for branch in branches), *(branch.projection or "" for branch in branches)}
     left_out |= {state.learned.logits for state in program.sparse.values() if state.learned is not None}
     names = sorted(name for name in dict(program.graph_module.named_parameters()) if name not in left_out)
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name} {_digest(program.tensor(name).detach())}\n".encode())
+        values = program.tensor(name).detach()
+        if dtype is not None and values.is_floating_point():
+            if (held := _held(values, dtype)) is None:
+                return None
+            values = held
+        digest.update(f"{name} {_digest(values)}\n".encode())
     return digest.hexdigest()
 
 

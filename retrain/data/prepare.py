@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.texts import CHAT_COLUMN, TEXT_COLUMN
 from sparsepass.passes.data import text_pieces
 from sparsepass.retrain.data.sequences import Shape
 from sparsepass.retrain.data.sources import DataConfig, Source
@@ -132,12 +133,21 @@ class _Preparation:
             raise SparsepassError(
                 f"{self.what} is text, and there is no tokenizer to turn it into ids; pass tokenizer=..., or rows with {IDS}"
             )
-        if not self.source.texts and self.config.text_column not in self.columns:
+        if not self.source.texts:
+            _ = self.text_column  # complains of columns without one
+        return Encoder(tokenizer=self.tokenizer, framed=not self.config.packing, what=self.what)
+
+    @cached_property
+    def text_column(self) -> str:
+        """The column of texts or chats: the one that is named, or the chats in ``messages``."""
+        names = [self.config.text_column, *([CHAT_COLUMN] if self.config.text_column == TEXT_COLUMN else [])]
+        found = next((name for name in names if name in self.columns), None)
+        if found is None:
             raise SparsepassError(
                 f"{self.what} has the columns {', '.join(self.columns)}: neither {IDS} nor the text column "
-                f"{self.config.text_column!r}; name it with text_column"
+                f"{' or '.join(map(repr, names))}; name it with text_column"
             )
-        return Encoder(tokenizer=self.tokenizer, framed=not self.config.packing, what=self.what)
+        return found
 
     @cached_property
     def shape(self) -> Shape:
@@ -228,20 +238,22 @@ class _Preparation:
             return part_of_rows({name: [row.get(name) for row in rows] for name in names}, self.what)
         if self.source.texts:
             return part_of_rows({IDS: self.encoder.encode_pieces(rows)}, self.what)
-        return part_of_rows({IDS: self.encoder.encode([row.get(self.config.text_column) for row in rows])}, self.what)
+        return part_of_rows({IDS: self.encoder.encode([row.get(self.text_column) for row in rows])}, self.what)
 
     def _tokenized(self, data: Any, encoder: Encoder) -> Any:
         """Tokenize a data set's texts, once: the result lies in its cache, if it has one."""
         import datasets
         from datasets.fingerprint import Hasher
 
-        column = self.config.text_column
+        column = self.text_column
 
         def encode(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
             return {IDS: encoder.encode(rows[column], first_row=indices[0])}
 
         # datasets would hash the tokenizer as it is pickled, which changes as it is used.
-        facts = (data._fingerprint, encoder.fingerprint, column, self.config.packing, "sparsepass tokens 1")
+        facts = [data._fingerprint, encoder.fingerprint, column, self.config.packing, "sparsepass tokens 1"]
+        if not isinstance(data.features[column], datasets.Value):
+            facts.append(encoder.tokenizer.chat_template)
         return data.select_columns([column]).map(
             encode,
             with_indices=True,
@@ -249,7 +261,7 @@ class _Preparation:
             batch_size=_ROWS,
             remove_columns=[column],
             features=datasets.Features({IDS: datasets.Sequence(datasets.Value("int32"))}),
-            new_fingerprint=Hasher.hash(facts),
+            new_fingerprint=Hasher.hash(tuple(facts)),
             desc="Tokenizing",
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsepass.graph.rows import TEXT_SUFFIXES, RecordError, arrow_schema, path_kind, records
 from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.graph.texts import CHAT_COLUMN, TEXT_COLUMN
 from sparsepass.passes.data import PYTHON_DOCS, check_one_split, data_set_name, load_data_set, locate
 from sparsepass.retrain.data.tokens import IDS, LABELS, MASK
 
@@ -36,7 +37,8 @@ class DataConfig:
             number of sequences; or None.
         validation_limit: At most so many validation sequences, spread evenly, unless their number was given. None means
             no limit.
-        text_column: The column that holds text, unless the data has ``input_ids``.
+        text_column: The column that holds text or chats, unless the data has ``input_ids``; where there is no column text,
+            chats in ``messages``. Chats go through the tokenizer's chat template.
         context: Tokens of a sequence.
         packing: Join rows and cut them into full sequences. False keeps every row apart: padded to ``context``, longer
             ones cut (the report says how many); ``labels`` and ``attention_mask`` are kept either way.
@@ -241,7 +243,10 @@ def _rows_of_files(files: list[str], config: DataConfig) -> Any:
     for file, row in zip(files, found, strict=True):
         if row is None:
             continue
-        here = tuple(name for name in row if name in wanted) or tuple(row)
+        here = tuple(name for name in row if name in wanted)
+        if not here and config.text_column == TEXT_COLUMN and CHAT_COLUMN in row:
+            here = (CHAT_COLUMN,)
+        here = here or tuple(row)
         columns = columns or here
         if set(here) != set(columns):
             raise RecordError(f"file {file} has the columns {', '.join(here)}, and files before it {', '.join(columns)}")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.texts import row_text
 from sparsepass.passes.data import special_frame
 
 if TYPE_CHECKING:
@@ -152,23 +153,22 @@ class Encoder:
         return hashlib.blake2b(repr((facts, self.before, self.eos)).encode(), digest_size=16).hexdigest()
 
     def encode(self, texts: Sequence[object], *, first_row: int = 0) -> list[Array]:
-        """Return the ids of each document; None counts as an empty text.
+        """Return the ids of each document; None counts as an empty text, and a chat goes through the chat template.
 
         Args:
             texts: The documents.
             first_row: The number of the first, for messages.
 
         Raises:
-            SparsepassError: If a text is not a string.
+            SparsepassError: If a document is neither text nor a chat, or the tokenizer has no chat template.
         """
-        for index, text in enumerate(texts):
-            if text is not None and not isinstance(text, str):
-                raise SparsepassError(
-                    f"{self.what}, row {first_row + index}: the text column holds {type(text).__name__}, not text; name "
-                    "the column of texts with text_column"
-                )
         begin = self.before if self.framed else []
-        encoded = self._ids([text or "" for text in texts])  # type: ignore[misc]  # checked above
+        encoded = self._ids(
+            [
+                row_text(text, self.tokenizer, f"{self.what}, row {first_row + index}: the text column")
+                for index, text in enumerate(texts)
+            ]
+        )
         return [_array([*begin, *ids, *self.eos] if ids else []) for ids in encoded]
 
     def encode_pieces(self, rows: Sequence[Mapping[str, Any]]) -> list[Array]:

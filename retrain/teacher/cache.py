@@ -19,7 +19,7 @@ from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.loss import CHUNK_TOKENS, log_probabilities
 from sparsepass.retrain.run import make_accelerator
-from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CachedTeacher, CacheManifest, Shards, sequence_hash
+from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CachedTeacher, CacheManifest, Shards, joined, sequence_hash
 from sparsepass.retrain.teacher.online import OnlineTeacher, online_teacher
 
 _UINT16_TOKENS = 1 << 16
@@ -225,7 +225,7 @@ class _Writer:
         targets = self._teacher.targets(ids_BT.to(self._teacher.device))
         chunks = torch.arange(ids_BT.numel(), device=self._teacher.device).split(CHUNK_TOKENS)
         pieces = [self._chunk(targets.logits(rows_N), context) for rows_N in chunks]
-        found = {name: torch.cat([piece[name] for piece in pieces]).unflatten(0, ids_BT.shape) for name in pieces[0]}
+        found = {name: tensor.unflatten(0, ids_BT.shape) for name, tensor in joined(torch.cat, pieces).items()}
         found["hash"] = torch.tensor([sequence_hash(ids_T) for ids_T in ids_BT])
         self._waiting += [{name: t[i] for name, t in found.items()} for i in range(len(ids_BT))]
         while len(self._waiting) >= self._shard_sequences:
@@ -267,7 +267,7 @@ class _Writer:
     def _flush(self) -> None:
         assert self._manifest is not None
         batch, self._waiting = self._waiting[: self._shard_sequences], self._waiting[self._shard_sequences :]
-        tensors = {name: torch.stack([found[name] for found in batch]) for name in batch[0]}
+        tensors = joined(torch.stack, batch)
         path = self._folder / f"shard-{len(self._manifest.shards):05d}.safetensors"
         with replaced_file(path) as beside:
             safetensors.torch.save_file(tensors, beside)

@@ -9,7 +9,7 @@ Tensor shape legend: B batch, T tokens, N rows, X flattened positions, V vocabul
 
 import bisect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import accumulate
@@ -147,9 +147,16 @@ class CachedTeacher(Teacher):
                     f"sequence {index} has other tokens than the one cached under this index in {self._folder}; the cache "
                     "is of other data, another tokenizer or another order: write it anew with this run's data settings"
                 )
-            rows.append(found)
-        index_XK, value_XK, tail_X = (torch.cat([row[name] for row in rows]).to(input_ids_BT.device) for name in names)
+            rows.append({name: found[name] for name in names})
+        together = joined(torch.cat, rows)
+        index_XK, value_XK, tail_X = (together[name].to(input_ids_BT.device) for name in names)
         return CachedTargets(index_XK, value_XK, tail_X, vocab_size=self.manifest.vocab_size, temperature=self._temperature)
+
+
+def joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join tensors of one name; without autocast, which on a processor knows no float16, as which the values are kept."""
+    with torch.autocast("cpu", enabled=False):
+        return {name: join([part[name] for part in parts]) for name in parts[0]}
 
 
 @final

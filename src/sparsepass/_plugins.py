@@ -1,8 +1,8 @@
-"""Classes that other packages add to a table of this one, through an entry point."""
+"""What other packages add to a table of this one, through an entry point: classes, or rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Kind = TypeVar("Kind")
 
@@ -20,18 +20,35 @@ def extended(own: Mapping[str, type[Kind]], group: str, base: type[Kind]) -> dic
     Raises:
         SparsepassError: If an entry point cannot be loaded, is no such class, or takes a name that is taken.
     """
+    return _extended(own, group, lambda found: isinstance(found, type) and issubclass(found, base), f"{base.__name__} class")
+
+
+def extended_by_rows(own: Mapping[str, Kind], group: str, base: type[Kind]) -> dict[str, Kind]:
+    """A table (name -> row) with the rows that other packages add to it: objects of a class that have a ``name``.
+
+    Args:
+        own: The table without them.
+        group: Name of the entry point.
+        base: Class of the rows.
+
+    Raises:
+        SparsepassError: If an entry point cannot be loaded, is no such row, or takes a name that is taken.
+    """
+    return _extended(own, group, lambda found: isinstance(found, base), base.__name__)
+
+
+def _extended(own: Mapping[str, Any], group: str, is_fit: Callable[[Any], bool], what: str) -> dict[str, Any]:
     table = dict(own)
     for entry in entry_points(group=group):
         try:
-            kind = entry.load()
+            found = entry.load()
         except (ImportError, AttributeError) as error:
             raise _refusal(f"the entry point {entry.name} ({entry.value}) cannot be loaded ({error})") from error
-        if not (isinstance(kind, type) and issubclass(kind, base)):
-            raise _refusal(f"the entry point {entry.name} ({entry.value}) is no {base.__name__} class")
-        name: str = kind.name  # type: ignore[attr-defined]
-        if name in table:
-            raise _refusal(f"the entry point {entry.value} takes the name {name!r}, which is taken")
-        table[name] = kind
+        if not is_fit(found):
+            raise _refusal(f"the entry point {entry.name} ({entry.value}) is no {what}")
+        if found.name in table:
+            raise _refusal(f"the entry point {entry.value} takes the name {found.name!r}, which is taken")
+        table[found.name] = found
     return table
 
 

@@ -27,6 +27,7 @@ from sparsepass.passes import (
     parse_pipeline,
     pipeline_to_text,
 )
+from sparsepass.passes.base import matches
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
@@ -205,6 +206,16 @@ def test_targets_and_ignore(targets: tuple[str, ...], ignore: tuple[str, ...], s
     program = apply_passes(captured("llama"), [NMSparsify(targets=targets, ignore=ignore)])
     assert program.report().num_sparse == sparse
     assert len(program.report().skipped()) == len(program.sites()) - sparse
+
+
+@pytest.mark.parametrize(("pattern", "number"), [("q_proj", 2), ("mlp.up_proj", 2), ("proj", 0), ("0", 0)])
+def test_the_last_parts_of_a_path_are_a_name(pattern: str, number: int) -> None:
+    program = apply_passes(captured("llama"), NMSparsify(ignore=("*.v_proj",)))
+    assert sum(matches(pattern, site) for site in program.sites()) == number
+    if number:
+        left = apply_passes(captured("llama"), NMSparsify(ignore=(pattern,)))
+        assert len(left.sparse) == 14 - number
+        assert len(apply_passes(captured("llama"), NMSparsify(targets=(pattern,))).sparse) == number
 
 
 def test_two_runs_with_targets_of_their_own() -> None:

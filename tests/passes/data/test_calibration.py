@@ -175,6 +175,27 @@ def test_text_data_sets_are_packed_and_streamed() -> None:
     assert int(found.max()) > 3600
 
 
+def test_several_files_give_as_many_sequences_each(tmp_path: Path) -> None:
+    """Of any kinds; a list of strings is texts, so files are paths."""
+    text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text(words(4, 400))
+    rows.write_text("".join(json.dumps({"text": words(n, n + 50)}) + "\n" for n in range(1000, 1400, 50)))
+
+    def firsts(number: int) -> list[int]:
+        data = calibration_batches(
+            [text, rows], input_names=["input_ids"], tokenizer=make_tokenizer(), num_sequences=number, context=10
+        )
+        found = [int(ids[0]) for batch in data for ids in batch["input_ids"]]
+        assert data.describe()["kind"] == "2 files"
+        return found
+
+    assert [value < 1000 for value in firsts(5)] == [True, True, False, False, False]
+    with pytest.raises(SparsepassError, match="num_sequences is 1, and there are 2 calibration files"):
+        firsts(1)
+    with pytest.raises(SparsepassError, match=r"missing.txt does not exist"):
+        calibration_batches([text, Path("missing.txt")], input_names=["input_ids"], tokenizer=make_tokenizer())
+
+
 def test_other_text_column(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"body": words(4, 30)}) + "\n\n" for _ in range(3)))

@@ -1,5 +1,6 @@
 """Mask packs: bits, round trips, the right model and no other, domains on one set of weights."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.families import BY_NAME, captured
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
-from sparsepass.passes.masks.pack import MaskPack, compare_masks, num_words, pack_mask, pack_program, unpack_mask
+from sparsepass.passes.masks.pack import MaskPack, PackedMask, compare_masks, num_words, pack_mask, pack_program, unpack_mask
 from sparsepass.passes.maths.pattern import NMPattern
 
 
@@ -124,6 +125,27 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         apply_passes(captured("gpt2"), text.replace("}", ",any_model=true}"))
     with pytest.raises(SparsepassError, match="other values"):
         apply_passes(BY_NAME["llama"].model().to(torch.bfloat16), text)
+
+
+@pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16])
+def test_the_same_values_in_another_type_are_the_same_model(made_in: torch.dtype, tmp_path: Path) -> None:
+    """Training in float32 widens a bfloat16 model; its masks are for that model, too."""
+    narrow = BY_NAME["llama"].model().to(torch.bfloat16)
+    path = packed(apply_passes(copy.deepcopy(narrow).to(made_in), "nm_sparsify"), tmp_path / "m.safetensors")
+    used_in = torch.bfloat16 if made_in == torch.float32 else torch.float32
+    program = apply_passes(copy.deepcopy(narrow).to(used_in), f'nm_sparsify{{masks="{path}"}}')
+    assert all(torch.equal(known.words, program_mask.words) for known, program_mask in _pairs(MaskPack.load(path), program))
+    other = copy.deepcopy(narrow).to(used_in)
+    with torch.no_grad():
+        other.get_parameter("model.norm.weight")[0] += 0.5
+    with pytest.raises(SparsepassError, match="other values of parameters beside"):
+        apply_passes(other, f'nm_sparsify{{masks="{path}"}}')
+
+
+def _pairs(pack: MaskPack, program: Program) -> list[tuple[PackedMask, PackedMask]]:
+    found = pack_program(program).masks
+    assert found.keys() == pack.masks.keys()
+    return [(pack.masks[name], found[name]) for name in found]
 
 
 def test_compensated_weights_are_not_in_a_pack(tmp_path: Path) -> None:

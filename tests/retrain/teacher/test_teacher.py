@@ -128,6 +128,15 @@ def test_all_entries_cached_equal_the_teacher_in_memory(tmp_path: Path, temperat
     assert (found_gradient - gradient).norm() / gradient.norm() < 2e-3
 
 
+def test_a_cache_is_written_under_autocast(tmp_path: Path) -> None:
+    """And read: as on a processor that is fast in bfloat16."""
+    data = sequences()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert write_teacher_cache(tmp_path, online(), data, k=3).complete
+        targets = cached(tmp_path).targets(data[:2], torch.ones(2, T), torch.arange(2))
+        assert loss_and_gradient(targets, data[:2])[0] > 0
+
+
 def test_fewer_entries_are_a_lower_bound_that_grows(tmp_path: Path) -> None:
     teacher, data = online(), sequences()
     found = []
