@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
 
     Example:
-        >>> RMSNorm(nn.Parameter(torch.ones(2)), 0.0)(torch.tensor([3.0, 4.0]))
+        >>> RMSNorm(nn.Parameter(torch.ones(2), requires_grad=False), 0.0)(torch.tensor([3.0, 4.0]))
         tensor([0.8485, 1.1314])
     """
 
@@ -43,10 +43,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised rows."""
-        weight, library = self._parameters["weight"], kernels()
+        weight = self._parameters["weight"]
         assert weight is not None
-        is_plain = x.dtype == weight.dtype and x.shape[-1:] == weight.shape and x.is_cpu and weight.is_cpu
-        if library is None or not is_plain or x.dtype not in TYPES or is_seen(x) or _needs_gradient(x, weight):
+        if is_seen(x) or not _fits(x, weight) or _needs_gradient(x, weight) or (library := kernels()) is None:
             return _by_torch(x, weight, self.eps)
         x = x.contiguous()
         y, columns = torch.empty_like(x), weight.numel()
@@ -85,6 +84,10 @@ def fused_norm(module: nn.Module) -> RMSNorm | None:
         except (TypeError, ValueError, RuntimeError):  # it takes something else
             return None
     return RMSNorm(weight, eps).train(module.training) if is_same else None
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype in TYPES and x.shape[-1:] == weight.shape and x.is_cpu and weight.is_cpu
 
 
 def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
