@@ -139,16 +139,16 @@ SPARSEPASS_AVX2 void packed_words(const Product& p, const Layout& layout, const 
     };
     const uint8_t* x_at = p.x + panel.begin * 256;
     for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
-      const __m256i codes = load(at + 256), first_four = _mm256_shuffle_epi8(codes, early), last_four = _mm256_shuffle_epi8(codes, late);
+      const __m256i codes = load(at), first_four = _mm256_shuffle_epi8(codes, early), last_four = _mm256_shuffle_epi8(codes, late);
       if (fetches) fetch(at, 288);
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; k++) step(k, k < 4 ? first_four : last_four, at, x_at);
+      for (int k = 0; k < 8; k++) step(k, k < 4 ? first_four : last_four, at + Layout::kStep, x_at);
     }
     if (panel.left) {
-      const __m256i codes = load(at + panel.left * 32);
+      const __m256i codes = load(at);
 #pragma GCC unroll 7
       for (int k = 0; k < 7; k++)
-        if (k < panel.left) step(k, _mm256_shuffle_epi8(codes, k < 4 ? early : late), at, x_at);
+        if (k < panel.left) step(k, _mm256_shuffle_epi8(codes, k < 4 ? early : late), at + Layout::kStep, x_at);
     }
     if (p.sums != nullptr && panel.begin == 0) {
       each_of_branch(p, row, [&](const uint8_t* at_sums, __m256i values) SPARSEPASS_AVX2 {
@@ -282,17 +282,18 @@ SPARSEPASS_AVX2 void packed_bytes(const Product& p, const Layout& layout, const 
     __m256 sums[T];
     for (int t = 0; t < T; t++) sums[t] = _mm256_setzero_ps();
     for (int64_t block = panel.begin; block < panel.end; block++, at += layout.block_bytes) {
-      __m256i codes = load(at + layout.values_bytes), words[T];
+      const uint8_t* values_at = at + Layout::kStep;
+      __m256i codes = load(at), words[T];
       if (fetches) fetch(at, layout.block_bytes);
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
         __m256i values, magnitudes;
         if constexpr (kNibbles) {
-          const __m256i pair = load(at + k % 2 * 32);
+          const __m256i pair = load(values_at + k % 2 * 32);
           values = _mm256_and_si256(k < 2 ? pair : _mm256_srli_epi16(pair, 4), four_bits);
           if constexpr (T > 1) values = _mm256_sub_epi8(values, eight);
         } else {
-          values = load(at + k * 32);
+          values = load(values_at + k * 32);
         }
         if constexpr (!kNibbles || T > 1) magnitudes = _mm256_abs_epi8(values);
         const __m256i lanes = _mm256_or_si256(_mm256_and_si256(codes, two_bits), start);
@@ -415,11 +416,11 @@ SPARSEPASS_AVX2 void unpack(const Layout& layout, const uint8_t* data, int64_t r
     const uint8_t* at = data + layout.at(row, panel);
     for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
       const bool is_left = block == layout.full;
-      const __m256i all = load(at + (is_left ? layout.left * 32 : layout.values_bytes));
+      const __m256i all = load(at);
       const int64_t count = is_left ? layout.left : layout.per_block;
       for (int64_t k = 0; k < count; k++, to++) {
         const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(all, _mm_cvtsi64_si128(2 * k)), two_bits);
-        __m256i values = load(at + (nibbles ? k % 2 : k) * 32);
+        __m256i values = load(at + Layout::kStep + (nibbles ? k % 2 : k) * 32);
         if (nibbles) values = _mm256_sub_epi8(_mm256_and_si256(k < 2 ? values : _mm256_srli_epi16(values, 4), four_bits), eight);
         _mm256_storeu_si256(to, places.spread<kWords>(values, codes));
       }

@@ -101,17 +101,17 @@ SPARSEPASS_WORDS void pairs_of_words(const Product& p, const Layout& layout, con
   const uint8_t* x_at = p.x + panel.begin * 256;
   for (int64_t block = panel.begin; block < panel.end; block++, at += 288, x_at += 256) {
     for (int r = 0; r < P; r++) {
-      codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes + 256));
+      codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes));
       if (p.fetches_ahead) avx2::fetch(at + r * panel.pair_bytes, 288);
     }
 #pragma GCC unroll 4
-    for (int number = 0; number < 4; number++) two_steps(number, codes, at + number * 64, x_at + number * 64);
+    for (int number = 0; number < 4; number++) two_steps(number, codes, at + Layout::kStep + number * 64, x_at + number * 64);
   }
   if (panel.left) {
-    for (int r = 0; r < P; r++) codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes + panel.left * 32));
+    for (int r = 0; r < P; r++) codes[r] = _mm512_broadcast_i64x4(avx2::load(at + r * panel.pair_bytes));
 #pragma GCC unroll 3
     for (int number = 0; number < 3; number++)
-      if (number * 2 < panel.left) two_steps(number, codes, at + number * 64, x_at + number * 64);
+      if (number * 2 < panel.left) two_steps(number, codes, at + Layout::kStep + number * 64, x_at + number * 64);
   }
   if (p.sums != nullptr && panel.begin == 0) {
     const int64_t count = p.weight->columns / p.weight->k;
@@ -160,24 +160,24 @@ SPARSEPASS_WORDS void rows_for_one_token(const Product& p, const Layout& layout,
     for (int turn = 0; turn < kTurns; turn++) sums[turn] = _mm256_setzero_ps();
     const uint8_t* x_at = x;
     for (int64_t block = 0; block < blocks; block++, at += 288, x_at += 256) {
-      const __m256i codes = avx2::load(at + 256);
+      const __m256i codes = avx2::load(at);
       if (fetches) avx2::fetch(at, 288);
 #pragma GCC unroll 8
       for (int k = 0; k < 8; k++) {
         const __m256i lanes = _mm256_ternarylogic_epi64(_mm256_srli_epi16(codes, 2 * k), two_bits, start, 0xEA);
         const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
-        sums[k] = multiply_add_half<kIsFp16>(sums[k], met, avx2::load(at + k * 32));
+        sums[k] = multiply_add_half<kIsFp16>(sums[k], met, avx2::load(at + Layout::kStep + k * 32));
       }
     }
     const __m256 low = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
     __m256 sum = _mm256_add_ps(low, _mm256_add_ps(_mm256_add_ps(sums[4], sums[5]), _mm256_add_ps(sums[6], sums[7])));
     if constexpr (kHasRest) {
       if (panel.left) {
-        __m256i codes = avx2::load(at + panel.left * 32);
+        __m256i codes = avx2::load(at);
         for (int64_t k = 0; k < panel.left; k++, codes = _mm256_srli_epi16(codes, 2)) {
           const __m256i lanes = _mm256_ternarylogic_epi64(codes, two_bits, start, 0xEA);
           const __m256i met = _mm256_permutexvar_epi16(lanes, avx2::load(x_at + k * 32));
-          sum = multiply_add_half<kIsFp16>(sum, met, avx2::load(at + k * 32));
+          sum = multiply_add_half<kIsFp16>(sum, met, avx2::load(at + Layout::kStep + k * 32));
         }
         at += (panel.left + 1) * Layout::kStep;
       }
@@ -282,11 +282,11 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const
     __m512 sums[T];
     for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();
     for (int64_t block = panel.begin; block < panel.end; block++, at += layout.block_bytes) {
-      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at + layout.values_bytes));
+      const __m512i codes = _mm512_broadcast_i64x4(avx2::load(at));
       if (fetches) avx2::fetch(at, layout.block_bytes);
       __m512i excess = _mm512_setzero_si512(), products[T];
       for (int t = 0; t < T; t++) products[t] = _mm512_setzero_si512();
-      const __m512i pair = in_register(_mm512_loadu_si512(at));
+      const __m512i pair = in_register(_mm512_loadu_si512(at + Layout::kStep));
 #pragma GCC unroll 2
       for (int number = 0; number < 2; number++) {
         __m512i values;
@@ -294,7 +294,7 @@ SPARSEPASS_BYTES void packed_bytes(const Product& p, const Layout& layout, const
           values = _mm512_and_si512(number ? _mm512_srli_epi16(pair, 4) : pair, four_bits);
           if constexpr (!kSigned) values = _mm512_sub_epi8(values, eight);
         } else {
-          values = number ? _mm512_loadu_si512(at + 64) : pair;
+          values = number ? _mm512_loadu_si512(at + Layout::kStep + 64) : pair;
         }
         const __m512i lanes = _mm512_ternarylogic_epi64(_mm512_srlv_epi16(codes, shifts[number]), two_bits, start, 0xEA);
         if constexpr (!kSigned) excess = _mm512_dpbusd_epi32(excess, offset, values);
@@ -399,13 +399,13 @@ SPARSEPASS_WORDS void to_words(const SparsepassWeight& w, const Layout& from, in
             scale = _mm512_mask_blend_ps(0xf0f0, a, b);
             until += size, group++;
           }
-          __m128i values = half(at + (kNibbles ? k / 2 % 2 : k / 2) * 32 + k % 2 * 16);
+          __m128i values = half(at + Layout::kStep + (kNibbles ? k / 2 % 2 : k / 2) * 32 + k % 2 * 16);
           if (kNibbles) values = _mm_sub_epi8(_mm_and_si128(k < 4 ? values : _mm_srli_epi16(values, 4), four_bits), eight);
           const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(values, order)));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_at + k * 32), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(numbers, scale)));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_at + (k + 1) * 32), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(numbers, scale)));
         }
-        const __m256i codes = _mm256_or_si256(spread(half(at + from.values_bytes)), _mm256_slli_epi16(spread(half(at + from.values_bytes + 16)), 2));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_at + steps * 32), codes);
+        const __m256i codes = _mm256_or_si256(spread(half(at)), _mm256_slli_epi16(spread(half(at + 16)), 2));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_at), codes);
       }
     }
   }
@@ -426,11 +426,11 @@ SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t 
     const uint8_t* at = data + layout.at(row, panel);
     for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
       const bool is_left = block == layout.full;
-      const __m512i all = _mm512_broadcast_i64x4(avx2::load(at + (is_left ? panel.left * 32 : layout.values_bytes)));
+      const __m512i all = _mm512_broadcast_i64x4(avx2::load(at));
       const int64_t count = (is_left ? panel.left : layout.per_block) / 2;
       for (int64_t k = 0; k < count; k++, out += 64) {
         const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
-        __m512i values = _mm512_loadu_si512(at + (nibbles ? 0 : k) * 64);
+        __m512i values = _mm512_loadu_si512(at + Layout::kStep + (nibbles ? 0 : k) * 64);
         if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
         const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
         const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);

@@ -4,9 +4,10 @@
 //
 // Otherwise rows lie in pairs. A *step* is half a register of AVX512 or one of AVX2, 32 bytes, and holds the kept values of 16 columns
 // (words) or 32 (bytes) of two rows: each 16 bytes of it have those of the even row and then those of the odd one, for the columns
-// that one vpshufb reaches. A *block* is up to 8 steps of words, an even number of them, or 4 of bytes, and then 32 bytes of their
-// codes, two bits a step in each lane: those of step k are at 2k. int4 has the nibbles of steps 0 and 2 in the low and high halves of
-// its first 32 bytes, and those of 1 and 3 in the next. Columns are filled up with values of zero; a last row may stand alone.
+// that one vpshufb reaches. A *block* is 32 bytes of codes, two bits a step in each lane, those of step k at 2k, and then up to 8 steps of
+// words, an even number of them, or 4 of bytes. int4 has the nibbles of steps 0 and 2 in the low and high halves of 32 bytes, and those of
+// 1 and 3 in the next. Columns are filled up with values of zero; a last row may stand alone. Codes come first because they are needed first:
+// bytes that are read in ascending order come faster (AMD Zen 4: by 4% from memory that gives 33 GB/s, by 10% from 45 on).
 //
 // A block is 128 columns. Where a row has so many that x would not stay in the first cache while the weight streams through it, they are
 // cut into *panels*: 32 rows lie together, the first panel of all of them, then the second one, and so on. A kernel reads on and on,
@@ -107,12 +108,11 @@ struct Layout {
       for (int64_t i = 0; i < (part.end - part.begin) * per_block + part.left; i++) {
         const int64_t block = i / per_block, k = i % per_block, shift = 2 * k;
         const int64_t at_block = start + block * block_bytes;
-        const int64_t at_values = at_block + (kind == kInt4 ? k % 2 : k) * kStep;
-        const int64_t at_codes = at_block + (part.begin + block == full ? left * kStep : values_bytes);
+        const int64_t at_values = at_block + ((kind == kInt4 ? k % 2 : k) + 1) * kStep;
         for (int64_t j = 0; j < lanes; j++) {
           const int64_t lane = j / run * 2 * run + row % 2 * run + j % run;
-          const int64_t code = lane * lane_bytes + (shift >= 8 ? 1 : 0);
-          put(at_values + lane * lane_bytes, kind == kInt4 ? k / 2 : 0, at_codes + code, shift % 8);
+          const int64_t code = at_block + lane * lane_bytes + (shift >= 8 ? 1 : 0);
+          put(at_values + lane * lane_bytes, kind == kInt4 ? k / 2 : 0, code, shift % 8);
         }
       }
     }
