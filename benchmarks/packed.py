@@ -319,7 +319,8 @@ def page(report: dict[str, Any]) -> str:
         "# Packed 2:4 weights on a processor",
         "",
         f"Medians of {report['repeats']} runs or more (hundreds of short ones), all ways of a row taking turns, {THREADS} "
-        f"threads, weights rotated (at least {ROTATED_BYTES / 1e6:.0f} MB of dense weights). Ratio: time of the fastest other way by time of our fastest one.",
+        f"threads, weights rotated (at least {ROTATED_BYTES / 1e6:.0f} MB of dense weights). Ratio: time of the fastest "
+        "other way by time of our fastest one.",
         f"Machine: {report['processor']}; {report['machine']}. Commit {report['commit']}, {report['date']}.",
         "",
     ]
