@@ -25,7 +25,7 @@ from sparsepass.export.report import (
 )
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import Program, capture
-from sparsepass.graph.load import LoadedModel, copy_sidecars, load_model
+from sparsepass.graph.load import LoadedModel, load_model, save_companions
 from sparsepass.graph.rewrite import without_branches
 from sparsepass.graph.support import replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
@@ -51,7 +51,8 @@ class Prepared:
 
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
-        save_companions(self.loaded, folder)
+        loaded = self.loaded
+        save_companions(folder, tokenizer=loaded.tokenizer, processor=loaded.processor, source=loaded.folder)
 
 
 def prepare(
@@ -134,15 +135,6 @@ def prepare(
         measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
         document["accuracy"] = plain_json(AccuracySection(text=evaluation.name, measurements=measured))
     return Prepared(program=program, loaded=loaded, document=document, started=started)
-
-
-def save_companions(loaded: LoadedModel, folder: Path) -> None:
-    """Write what came beside a model into a folder: tokenizer, processor, and the files that go with it."""
-    for companion in (loaded.processor, loaded.tokenizer):
-        if companion is not None:
-            companion.save_pretrained(folder)
-    if loaded.folder is not None:
-        copy_sidecars(loaded.folder, folder)
 
 
 def load(source: "ModelSource | str | Path | nn.Module | LoadedModel") -> LoadedModel:

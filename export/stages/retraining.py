@@ -27,12 +27,12 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.export.stages.preparing import save_companions, stage_name
+from sparsepass.export.stages.preparing import stage_name
 from sparsepass.export.stages.recipe import RetrainSection, check_retrain
 from sparsepass.export.stages.settings import Evaluation, ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
-from sparsepass.graph.load import LoadedModel
+from sparsepass.graph.load import LoadedModel, save_companions
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, check_writable, path_named, replaced_folder, write_text
@@ -156,7 +156,7 @@ def retrain_program(
     _LOG.info("writing %s", out)
     with replaced_folder(out, force=force) as staging:
         trained.save_into(staging)
-        save_companions(loaded, staging)
+        save_companions(staging, tokenizer=loaded.tokenizer, processor=loaded.processor, source=loaded.folder)
         record = run_record("retrain", command=command, seconds=time.perf_counter() - started)
         document["runs"] = [*document["runs"], record]
         return write_report(staging, document)

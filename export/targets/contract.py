@@ -36,16 +36,10 @@ class LoweringContext:
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
         from sparsepass.export.targets.older import add_older_tokenizer_keys
-        from sparsepass.graph.load import copy_sidecars
-        from sparsepass.graph.support import quiet_loading
+        from sparsepass.graph.load import save_companions
 
-        with quiet_loading():
-            for companion in (self.processor, self.tokenizer):
-                if companion is not None:
-                    companion.save_pretrained(folder)
+        save_companions(folder, tokenizer=self.tokenizer, processor=self.processor, source=self.source)
         add_older_tokenizer_keys(folder)
-        if self.source is not None:
-            copy_sidecars(self.source, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

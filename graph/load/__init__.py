@@ -5,7 +5,7 @@ from sparsepass.graph.load.contents import check_all_used, check_plain, check_pl
 from sparsepass.graph.load.dtypes import check_fits, parse_dtype
 from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.model import LoadedModel, check_model, load_model
-from sparsepass.graph.load.sidecars import copy_sidecars
+from sparsepass.graph.load.sidecars import save_companions
 
 __all__ = [
     "LOADING_ERRORS",
@@ -16,8 +16,8 @@ __all__ = [
     "check_model",
     "check_plain",
     "check_plain_state",
-    "copy_sidecars",
     "load_model",
     "parse_dtype",
+    "save_companions",
     "split_parts",
 ]

@@ -25,7 +25,7 @@ from sparsepass.graph.load.checkpoint import (
 from sparsepass.graph.load.contents import check_all_used
 from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
 from sparsepass.graph.load.gguf import check_gguf, split_parts
-from sparsepass.graph.load.sidecars import SIDECARS, module_folders
+from sparsepass.graph.load.sidecars import OF_MODULES, SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
@@ -254,7 +254,7 @@ def _download(wanted: _Wanted, only: list[str] | None = None) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(name, **asked, allow_patterns=only or patterns, ignore_patterns=["*/*"])
         if only is None and (modules := module_folders(Path(folder))):
-            files = [f"{module}/*{suffix}" for module in modules for suffix in (".json", ".safetensors", ".txt")]
+            files = [f"{module}/*{suffix}" for module in modules for suffix in OF_MODULES]
             huggingface_hub.snapshot_download(name, **asked, allow_patterns=files)
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else "the hub cannot be reached"

@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from sparsepass.graph.support import quiet_loading
 
 SIDECARS: Final = (
     # What may be done with it.
@@ -17,7 +19,8 @@ SIDECARS: Final = (
 )  # fmt: skip
 """Patterns of file names. What a target writes itself stands before them."""
 MODULES: Final = "modules.json"
-_OF_MODULES: Final = (".json", ".safetensors", ".txt", ".model")
+OF_MODULES: Final = (".json", ".safetensors", ".txt", ".model")
+"""Suffixes of the files of a module. Pickled weights are read by nobody here, and code is none of ours."""
 
 
 def module_folders(folder: Path) -> tuple[str, ...]:
@@ -52,10 +55,25 @@ def copy_sidecars(source: Path, folder: Path) -> tuple[str, ...]:
     return tuple(copied)
 
 
+def save_companions(folder: Path, *, tokenizer: Any, processor: Any, source: Path | None) -> None:
+    """Write what goes with a model into a folder.
+
+    Args:
+        folder: Where to.
+        tokenizer: The model's tokenizer, if it has one.
+        processor: Its processor, if it has one. What both write, the tokenizer has written last.
+        source: The folder that the model came from, if it came from one; see `copy_sidecars`.
+    """
+    with quiet_loading():
+        for companion in (processor, tokenizer):
+            if companion is not None:
+                companion.save_pretrained(folder)
+    if source is not None:
+        copy_sidecars(source, folder)
+
+
 def _found(source: Path) -> Iterator[Path]:
     for pattern in SIDECARS:
         yield from sorted(path for path in source.glob(pattern) if path.is_file())
     for name in module_folders(source):
-        # Pickled weights are read by nobody here, and code is none of ours.
-        files = (path for path in (source / name).rglob("*") if path.is_file() and path.suffix in _OF_MODULES)
-        yield from sorted(files)
+        yield from sorted(path for path in (source / name).rglob("*") if path.is_file() and path.suffix in OF_MODULES)
