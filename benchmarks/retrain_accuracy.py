@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,14 @@ class Row:
         passes: What is applied before AST; None for that of the recipe.
         one_shot: What of it is one-shot pruning, where that is not all; the gap is measured from there.
         settings: What it changes of the recipe.
+        recipe: Whose settings they are changes of.
     """
 
     title: str
     passes: str | None = SPARSEGPT
     one_shot: str | None = None
     settings: tuple[str, ...] = field(default=())
+    recipe: str = RECIPE
 
 
 BASE = "SparseGPT, AST; given text alone"
@@ -122,19 +124,16 @@ class Bench(TrainingBench):
             self.pruned(passes).save(folder)
         return folder, self.remember(name, lambda: self.perplexity(self.loaded(folder)))
 
-    def row(self, name: str) -> dict[str, Any]:
-        """Train one row, or read what is known of it."""
-        return dict(self.remember(f"row-{name}", lambda: self._train(name)))
+    def row(self, name: str, row: Row, more: Sequence[str] = ()) -> dict[str, Any]:
+        """Train one row, with more settings that all rows share, or read what is known of it."""
+        return dict(self.remember(f"row-{name}", lambda: self._train(name, row, more)))
 
-    def _train(self, name: str) -> dict[str, Any]:
-        row = ROWS[name]
-        changes = [*row.settings, *self.args.set]
-        if self.args.max_tokens is not None:
-            changes.append(f"train.max_tokens={self.args.max_tokens}")
+    def _train(self, name: str, row: Row, more: Sequence[str]) -> dict[str, Any]:
+        changes = [*row.settings, *more]
         passes = row.passes or recipe_passes()
         _, before = self.start(row.one_shot or passes)
         folder, start = self.start(passes)
-        trained, about = self.trained(name, self.loaded(folder), RECIPE, changes)
+        trained, about = self.trained(name, self.loaded(folder), row.recipe, changes)
         for weight, state in trained.sparse.items():
             assert state.mask is not None
             matrix = next(site for site in trained.sites() if site.weight == weight).to_matrix(trained.tensor(state.mask))
@@ -219,11 +218,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="train.lr=1e-4", help="another setting, for every row")
     args = parser.parse_args()
     bench = Bench(args)
+    more = [*args.set, *([] if args.max_tokens is None else [f"train.max_tokens={args.max_tokens}"])]
     rows: list[dict[str, Any]] = []
     for name in ROWS:
         if name not in args.only and not (args.work / f"row-{name}.json").is_file():
             continue
-        rows.append(bench.row(name))
+        rows.append(bench.row(name, ROWS[name], more))
         pictures = {
             f"retrain_accuracy_{key}.svg": drawn
             for key, drawn in training_pictures(TrainingEntry.model_validate(rows[0]["run"])).items()
