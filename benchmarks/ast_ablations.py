@@ -36,6 +36,8 @@ PAPER_LOSS = ("train.kd_weight=0", "train.hidden_weight=0")
 MASKS_OF_SPARSEGPT = "nm_sparsify{criterion=sparsegpt,compensate=false}"
 MASKLLM = "smollm2-maskllm-cpu"
 CAST = ("train.method=cast", "train.behind=original", "train.frozen=[]")
+MOST_SEEDS = 8
+"""So many seeds are looked for in the work folder."""
 ROWS = {
     "ast": Row(title="AST from SparseGPT (masks move, zeros behind them)"),
     "fixed": Row(title="the same; mask fixed", settings=("train.method=fixed",)),
@@ -134,16 +136,17 @@ def main() -> None:
     """Run what is asked for and not there yet, and write the table of all that is there."""
     parser = training_options(__doc__, ".ast_ablations")
     parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each row")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each row that is asked for")
     parser.add_argument("--max-tokens", type=int, default=100_000, help="of each run")
     args = parser.parse_args()
     bench = Bench(args, {"commit": commit(), "max_tokens": args.max_tokens})
     more = [*ALL, f"train.max_tokens={args.max_tokens}"]
     runs: dict[str, list[dict[str, Any]]] = {}
     for name, row in ROWS.items():
-        for seed in range(args.seeds):
+        for seed in range(max(args.seeds, MOST_SEEDS)):
             title = f"{name}-seed{seed}"
-            if name not in args.only and not (args.work / f"row-{title}.json").is_file():
+            asked = name in args.only and seed < args.seeds
+            if not asked and not (args.work / f"row-{title}.json").is_file():
                 continue
             seeds = [f"train.seed={seed}", f"data.seed={seed}"]
             runs.setdefault(name, []).append(bench.row(title, row, [*more, *seeds]))
