@@ -18,7 +18,8 @@ from sparsepass.graph.support.files import (
     path_named,
     replaced_file,
     replaced_folder,
-    weights_index,
+    weights_entry,
+    weights_files,
     write_text,
 )
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
@@ -56,6 +57,7 @@ __all__ = [
     "replaced_file",
     "replaced_folder",
     "shows_progress",
-    "weights_index",
+    "weights_entry",
+    "weights_files",
     "write_text",
 ]
