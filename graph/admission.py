@@ -108,7 +108,8 @@ def check_model(model: nn.Module) -> None:
         )
     if any(is_packed_module(module) for module in model.modules()):
         raise CaptureError(FOR_INFERENCE)
-    if kinds & _QUANTIZERS or (getattr(model, "is_quantized", False) and not is_dequantized(model)):
+    quantized_by_torch = any(type(m).__module__.startswith(("torch.ao.nn.", "torchao.")) for m in model.modules())
+    if kinds & _QUANTIZERS or quantized_by_torch or (getattr(model, "is_quantized", False) and not is_dequantized(model)):
         raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):
