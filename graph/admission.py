@@ -119,6 +119,10 @@ def check_model(model: nn.Module) -> None:
                 f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
                 "sharded; prune the original floating-point checkpoint"
             )
+        if tensor.is_inference():
+            raise CaptureError(
+                f"{name} was made in torch.inference_mode(), which torch cannot trace; load the model outside of it"
+            )
         if tensor.layout != torch.strided:
             raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")
     devices = {str(t.device) for t in [*model.parameters(), *model.buffers()]}

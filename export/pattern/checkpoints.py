@@ -282,7 +282,7 @@ def _has_zero_points(name: str, all_names: Collection[str]) -> bool:
     """Whether zeros of a weight are stored as another number: ``weight_zero_point``, or ``zero_point`` of its module."""
     module = name.rpartition(".")[0]
     own = {f"{name}{mark}{word}" for mark in "_." for word in _ZERO_POINTS}
-    return not all_names.isdisjoint(own | {f"{module}.{word}" for word in _ZERO_POINTS})
+    return any(each in all_names for each in own | {f"{module}.{word}" for word in _ZERO_POINTS})
 
 
 def _is_buffer(name: str, shape: tuple[int, ...], dtype: str) -> bool:

@@ -12,9 +12,10 @@ import transformers
 from tests.graph.load.packages import package_folder
 
 from sparsepass.export.stages.exporting import export
+from sparsepass.export.stages.preparing import prepare
+from sparsepass.export.stages.settings import Calibration
 from sparsepass.graph.load import LoadedModel, load_model
 from sparsepass.graph.program import Program
-from sparsepass.passes import apply_passes
 
 PROMPT = "The capital of France is"
 NUM_TOKENS = 6
@@ -28,9 +29,14 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def program(loaded: LoadedModel) -> Program:
     """Calibrated on 16 passages of 128 tokens."""
-    settings: dict[str, Any] = {"tokenizer": loaded.tokenizer, "num_sequences": 16, "context": 128, "progress": False}
-    passes = ["nm_sparsify{criterion=sparsegpt}"]
-    return apply_passes(loaded.model, passes, calibration="python-docs", validate=False, **settings)
+    prepared = prepare(
+        loaded,
+        passes="nm_sparsify{criterion=sparsegpt}",
+        calibration=Calibration(data="python-docs", num_sequences=16, context=128),
+        validate=False,
+        progress=False,
+    )
+    return prepared.program
 
 
 @pytest.fixture(scope="module")
