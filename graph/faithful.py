@@ -58,6 +58,12 @@ def check_against(model: nn.Module, program: Program) -> None:
     if found is None:
         return
     if found > _allowed(program):
+        weights = {name: t for name, t in program.tensors().items() if isinstance(t, nn.Parameter)}
+        if odd := next((name for name, t in weights.items() if not t.isfinite().all()), None):
+            raise CaptureError(
+                f"{odd} holds NaN or infinity, and so does what {type(model).__name__} computes: the checkpoint is broken, or it "
+                "overflowed when its type was converted; take its weights from the source again"
+            )
         raise CaptureError(
             f"the captured graph differs from {type(model).__name__} on its own example inputs (relative error {found:.3g}): "
             "the model behaves otherwise when it is traced. Inputs that it would fill in by itself are the usual cause: give "

@@ -95,6 +95,15 @@ def test_a_model_made_in_inference_mode_is_refused_as_what_it_is() -> None:
         capture(model)
 
 
+def test_a_bias_that_is_not_finite_is_named() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_attention_heads=2, attention_bias=True))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.bias[0] = float("inf")
+    with pytest.raises(CaptureError, match=r"q_proj.bias holds NaN or infinity"):
+        capture(model)
+
+
 def test_what_has_values_is_let_through() -> None:
     check_has_values(nn.Linear(2, 2))
     check_has_values(capture(nn.Linear(2, 2), torch.ones(2, 2)))
