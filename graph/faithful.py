@@ -61,8 +61,8 @@ def check_against(model: nn.Module, program: Program) -> None:
         weights = {name: t for name, t in program.tensors().items() if isinstance(t, nn.Parameter)}
         if odd := next((name for name, t in weights.items() if not t.isfinite().all()), None):
             raise CaptureError(
-                f"{odd} holds NaN or infinity, and so does what {type(model).__name__} computes: the checkpoint is broken, or it "
-                "overflowed when its type was converted; take its weights from the source again"
+                f"{odd} holds NaN or infinity, and so does what {type(model).__name__} computes: the checkpoint is broken, "
+                "or overflowed when its type was converted; take its weights from the source again"
             )
         raise CaptureError(
             f"the captured graph differs from {type(model).__name__} on its own example inputs (relative error {found:.3g}): "
