@@ -32,7 +32,7 @@ def check_gguf(path: Path, name: str) -> None:
             raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")
         try:
             facts = _facts(file)
-        except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        except (struct.error, KeyError, ValueError, OSError, OverflowError, MemoryError) as error:
             raise SparsepassError(f"{path}: the file may be truncated, its header cannot be read; download it again") from error
     count, number = facts.get("split.count", 0), facts.get("split.no", 0)
     if count > 1 or ("split.tensors.count" in facts and "general.architecture" not in facts):

@@ -1,5 +1,6 @@
 """GGUF files: parts of one that was split, and what transformers makes of one."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,13 @@ def test_what_is_quantized_still_is_refused(method: str, dtype: torch.dtype, tak
             capture(model)
         with pytest.raises(SparsepassError, match="already quantized"):
             load_model(model)
+
+
+@pytest.mark.parametrize("length", [2**62, 2**63, 2**64 - 1])
+def test_a_header_that_points_beyond_any_file_is_refused_in_words(length: int, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    array = struct.pack("<IIQ", 9, 0, length)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + struct.pack("<Q", 1) + b"x" + array)
+    with pytest.raises(SparsepassError, match="its header cannot be read"):
+        check_gguf(path, "m")
