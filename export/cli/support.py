@@ -72,7 +72,7 @@ EvaluationOptions = Annotated[
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty, if sparsepass wrote it.")]
 AllowUnchecked = Annotated[
     bool,
     typer.Option("--allow-unchecked", help="Exit with 0, not 3, where a part could not be checked on this machine."),

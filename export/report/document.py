@@ -15,10 +15,14 @@ from pydantic import BaseModel
 from sparsepass.export.report.pages import drawn_figures, render_html, render_markdown
 from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry, ReportDocument, RunEntry, check_report
 from sparsepass.export.report.sections import MeasurementEntry
+from sparsepass.export.report.training import FOLDER as FIGURES
 from sparsepass.export.report.view import report_view
-from sparsepass.graph.support import SparsepassError, package_version, replaced_file
+from sparsepass.graph.support import SparsepassError, check_place, checksums_follow, package_version, replaced_file
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
+
+PAGES: Final = (PAGE_FILE, HTML_FILE, FIGURES)
+"""What is rendered from report.json: files, and the folder of the pictures."""
 
 _PACKAGES: Final = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy", "tensorrt",
@@ -100,9 +104,14 @@ def write_pages(folder: Path, document: Mapping[str, Any]) -> None:
     Args:
         folder: An existing folder.
         document: From `read_report` or `check_report`.
+
+    Raises:
+        SparsepassError: If pages of another kind stand there.
     """
     view = report_view(ReportDocument.parse(document))
     texts = {**drawn_figures(view), PAGE_FILE: render_markdown(view), HTML_FILE: render_html(view)}
+    for name in (PAGE_FILE, HTML_FILE):
+        check_place(folder / name, is_ours=_is_page)
     for name, text in texts.items():
         _replace_text(folder / name, text)
 
@@ -135,8 +144,11 @@ def add_to_report(
                 f"{place} is not empty and holds no report; name a folder that sparsepass wrote, or a new one"
             )
         document = new_report()
-    run = run_record(stage, command=command, seconds=seconds)
-    return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
+    place.mkdir(parents=True, exist_ok=True)
+    with checksums_follow(place, (*PAGES, REPORT_FILE)):
+        document = find_report(place) or document  # another process may have added to it meanwhile
+        run = run_record(stage, command=command, seconds=seconds)
+        return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
 
 
 def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:
@@ -188,6 +200,14 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"a report holds plain values, got {type(value).__name__} ({value!r})")
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a page was rendered by this library."""
+    try:
+        return "sparsepass" in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def _json_of(path: Path) -> Any:

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsepass.export.stages.benching import bench as bench, measure_speed as measure_speed
     from sparsepass.export.stages.criteria import (
+        CRITERIA_TITLE as CRITERIA_TITLE,
         CriteriaSettings as CriteriaSettings,
         Job as Job,
         criteria_page as criteria_page,
         criteria_table as criteria_table,
+        is_criteria_file as is_criteria_file,
         jobs_of as jobs_of,
     )
     from sparsepass.export.stages.exporting import (
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         Calibration as Calibration,
         Evaluation as Evaluation,
         ModelSource as ModelSource,
+        inputs_of as inputs_of,
     )
     from sparsepass.export.stages.yaml_settings import (
         example_text as example_text,

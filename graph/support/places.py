@@ -85,7 +85,7 @@ def check_place(
         raise SparsepassError(f"output {target} is a folder, and a file is to be written; name a file in it")
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise SparsepassError(
-            f"output {target} is a link, a pipe or a device, and is not replaced by a file; choose another name"
+            f"output {target} is a link, a pipe or a device, and no file takes its place; choose another name"
         )
     if not force and target.exists():
         raise SparsepassError(f"{file} exists; choose another name, or pass force=True to replace it")
@@ -140,9 +140,7 @@ def check_apart(out: str | Path, inputs: Inputs) -> None:
         elif (own := _identity(place)) is not None and own in {_identity(p) for path in (found, named) for p in path.parents}:
             relation = "holds"
         if relation is not None:
-            raise SparsepassError(
-                f"output {target} {relation} the input {given}; choose another place, apart from what is read"
-            )
+            raise SparsepassError(f"output {target} {relation} the input {given}; choose a place apart from what is read")
 
 
 def stays(target: Path) -> bool:

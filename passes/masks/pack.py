@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.support import replaced_file
+from sparsepass.graph.support import check_place, replaced_file
 from sparsepass.passes.maths import NMPattern
 
 FORMAT: Final = "sparsepass-masks"
@@ -39,6 +39,16 @@ _LARGEST_M: Final = 16
 _HEADER: Final = "sparsepass"
 _FACTS: Final = ("dense_digest", "recipe", "model_class", "about")
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_mask_pack(path: Path) -> bool:
+    """Whether a file is a mask pack, as far as its header tells."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+    return isinstance(header, Mapping) and header.get("format") == FORMAT
 
 
 @final
@@ -96,10 +106,10 @@ class MaskPack:
         return sum(64 * known.words.numel() for known in self.masks.values()) / max(1, self.num_weights)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; beside it first, and then moved into place.
+        """Write a safetensors file; beside it first, and then moved into place. An earlier pack is replaced.
 
         Raises:
-            SparsepassError: If it cannot be written.
+            SparsepassError: If it cannot be written, or another file stands there.
         """
         header = {
             "format": FORMAT,
@@ -114,6 +124,7 @@ class MaskPack:
         words = {name: known.words.contiguous() for name, known in self.masks.items()}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            check_place(target, is_ours=is_mask_pack)
             with replaced_file(target) as beside:
                 safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
         except (OSError, safetensors.SafetensorError) as error:

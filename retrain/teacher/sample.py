@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import SparsepassError, check_place, item_progress
+from sparsepass.graph.support import Inputs, SparsepassError, check_place, item_progress
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
+_LONGEST_ROW: Final = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +173,13 @@ def sample_to_file(
     return path
 
 
-def check_file(out: str | Path, *, force: bool = False) -> Path:
+def check_file(out: str | Path, *, force: bool = False, inputs: Inputs = ()) -> Path:
     """Make sure that a file can be written, before anything is computed.
+
+    Args:
+        out: The file.
+        force: Whether a file of sampled text that stands there is replaced.
+        inputs: See `check_free`.
 
     Raises:
         SparsepassError: If its name does not end in .jsonl, its folder is not there, or it is there and not to be replaced.
@@ -183,8 +189,18 @@ def check_file(out: str | Path, *, force: bool = False) -> Path:
         raise SparsepassError(
             f"sampled text is written as rows of token ids and text: name a file that ends in .jsonl, not {path}"
         )
-    check_place(path, force=force)
+    check_place(path, force=force, inputs=inputs, is_ours=_is_sampled)
     return path
+
+
+def _is_sampled(path: Path) -> bool:
+    """Whether a file begins as one that was written here: with a row of token ids and text, and nothing else."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline(_LONGEST_ROW))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() == {"input_ids", "text"}
 
 
 def _prompt(tokenizer: Any, start: str | None) -> list[int]:
