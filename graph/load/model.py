@@ -1,6 +1,7 @@
 """Loading what a user names: a folder, a hub id, a GGUF file, a saved program, or a model in memory."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -28,8 +29,16 @@ from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.sidecars import OF_MODULES, SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
-from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, closest, first_line, path_named, quiet_loading
+from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
+from sparsepass.graph.support import (
+    ChecksumWarning,
+    SparsepassError,
+    changed_files,
+    closest,
+    first_line,
+    path_named,
+    quiet_loading,
+)
 from sparsepass.graph.widening import widened
 
 if TYPE_CHECKING:
@@ -140,6 +149,7 @@ def load_model(
             token=token,
         )
         loaded = _from_name(asked, is_path=isinstance(source, Path))
+        _warn_of_changes(loaded)
     model = loaded.model
     if wanted is not None:
         if loaded.kind not in ("memory", "program"):
@@ -268,6 +278,19 @@ def _download(wanted: _Wanted, only: list[str] | None = None) -> Path:
             f"{first_line(error)}. Check the spelling, the revision and, for gated models, the token"
         ) from error
     return Path(folder)
+
+
+def _warn_of_changes(loaded: LoadedModel) -> None:
+    """Warn of files that are not as they were written. Those of a program itself are refused where they are read."""
+    if loaded.folder is None or loaded.kind == "gguf":
+        return
+    changes = changed_files(loaded.folder, but=(PROGRAM_FILE, TENSORS_FILE) if loaded.kind == "program" else ())
+    if changes := tuple(change for change in changes if change.kind != "missing"):  # the hub gives a part of a folder
+        warnings.warn(
+            f"{loaded.source}: {'; '.join(map(str, changes))}; if you know why: `sparsepass verify --renew {loaded.folder}`",
+            ChecksumWarning,
+            stacklevel=3,
+        )
 
 
 def _from_memory(model: nn.Module) -> LoadedModel:

@@ -2,6 +2,7 @@
 
 from sparsepass.graph.support.checksums import (
     CHECKSUMS_FILE,
+    ChecksumWarning,
     FileChange,
     changed_files,
     checksums_follow,
@@ -28,7 +29,7 @@ from sparsepass.graph.support.files import (
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
-from sparsepass.graph.support.temporaries import lock_now, waiting_for
+from sparsepass.graph.support.temporaries import lock_now, sweep, waiting_for
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "WEIGHTS_INDEX",
     "CaptureError",
+    "ChecksumWarning",
     "EquivalenceError",
     "FileChange",
     "Inputs",
@@ -70,6 +72,7 @@ __all__ = [
     "replaced_file",
     "replaced_folder",
     "shows_progress",
+    "sweep",
     "waiting_for",
     "weights_index",
     "write_checksums",

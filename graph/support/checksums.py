@@ -49,6 +49,12 @@ class FileChange:
         return f"{self.file} {said[self.kind]}"
 
 
+class ChecksumWarning(UserWarning):
+    """A file that was read is not as it was written."""
+
+    __module__ = "sparsepass"
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits.
 
@@ -98,12 +104,13 @@ def read_checksums(folder: Path) -> dict[str, Entry] | None:
         raise SparsepassError(f"{path} is damaged ({error!r}); write the folder again") from error
 
 
-def changed_files(folder: Path, names: Collection[str] | None = None) -> tuple[FileChange, ...]:
+def changed_files(folder: Path, names: Collection[str] | None = None, *, but: Collection[str] = ()) -> tuple[FileChange, ...]:
     """The files of a folder that are not as they were written; none if it has no checksums.
 
     Args:
         folder: The folder.
         names: Look at these only, and at those of them only that are there.
+        but: Do not look at these.
 
     Raises:
         SparsepassError: If the checksums cannot be read.
@@ -111,10 +118,11 @@ def changed_files(folder: Path, names: Collection[str] | None = None) -> tuple[F
     known = read_checksums(folder)
     if known is None:
         return ()
-    there = _files(folder)
+    there = [name for name in _files(folder) if name not in but]
     asked = there if names is None else [name for name in there if name in names]
     found = _entries(folder, asked, known)
-    changes = [FileChange(file=name, kind="missing") for name in known if name not in there] if names is None else []
+    gone = set(known).difference(there, but) if names is None else ()
+    changes = [FileChange(file=name, kind="missing") for name in gone]
     changes += [
         FileChange(file=name, kind="changed" if name in known else "added") for name in asked if found[name] != known.get(name)
     ]
