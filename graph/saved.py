@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside
 
 FORMAT_VERSION = 2
 """Version of the folder format. A reader refuses a newer one."""
@@ -72,6 +72,7 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         ProgramFormatError: If they are not there, truncated, or of a newer format.
     """
+    check_inside(place)
     if not (place / PROGRAM_FILE).is_file():
         raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
     try:

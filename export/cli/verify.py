@@ -179,9 +179,12 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
     from sparsepass.export.targets.packed import check_packed_folder, is_packed_folder
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.saved import PROGRAM_FILE
+    from sparsepass.graph.support import check_inside
 
     if not path.exists():
         raise SparsepassError(f"{path} does not exist; name a folder, an .onnx file or a .safetensors file")
+    if path.is_dir():
+        check_inside(path)
     if path.is_dir() and (path / PROGRAM_FILE).is_file():
         return (_check_program(path, pattern, ignore),)
     folder = path if path.is_dir() else path.parent

@@ -17,7 +17,7 @@ from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry
 from sparsepass.export.report.sections import MeasurementEntry
 from sparsepass.export.report.training import FOLDER as FIGURES
 from sparsepass.export.report.view import report_view
-from sparsepass.graph.support import SparsepassError, check_place, checksums_follow, package_version, replaced_file
+from sparsepass.graph.support import SparsepassError, check_place, checksums_follow, file_inside, package_version, replaced_file
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
 
@@ -64,7 +64,7 @@ def read_report(place: str | Path) -> dict[str, Any]:
         SparsepassError: If there is none, or it is damaged, invalid or of a newer schema.
     """
     path = Path(place)
-    path = path / REPORT_FILE if path.is_dir() else path
+    path = file_inside(path, REPORT_FILE, str(path)) if path.is_dir() else path
     return check_report(_json_of(path), str(path))
 
 
@@ -74,7 +74,7 @@ def find_report(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         SparsepassError: If it is ours, and damaged or of a newer schema.
     """
-    path = Path(folder) / REPORT_FILE
+    path = file_inside(Path(folder), REPORT_FILE, str(folder))
     if not path.is_file():
         return None
     document = _json_of(path)

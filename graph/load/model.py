@@ -34,6 +34,7 @@ from sparsepass.graph.support import (
     ChecksumWarning,
     SparsepassError,
     changed_files,
+    check_inside,
     closest,
     first_line,
     path_named,
@@ -194,10 +195,13 @@ def check_model(
         )
         _check_is_hub_id(name, is_path=isinstance(source, Path))
         _download(asked, only=["config.json"])
-    elif folder.is_file():
+        return
+    if folder.is_file():
         _check_is_gguf(folder, name)
         check_gguf(folder, name)
-    elif not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
+        return
+    check_inside(folder)
+    if not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
         read_config(folder, name, trust_remote_code=trust_remote_code)
         check_weights(folder, name)
 
@@ -226,12 +230,14 @@ def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
         _check_is_gguf(path, name)
         folder, wanted = path.parent, replace(wanted, gguf_file=path.name)
     elif path.is_dir():
+        check_inside(path)
         if (path / PROGRAM_FILE).is_file():
             return _from_program(path, name)
         folder = path
     else:
         _check_is_hub_id(name, is_path=is_path)
         folder, kind = _download(wanted), "hub"
+        check_inside(folder)
         facts = {"revision": wanted.revision, "commit": folder.name}
     gguf_file = wanted.gguf_file or _lone_gguf(folder, name)
     if gguf_file is not None:

@@ -26,6 +26,7 @@ from sparsepass.graph.support.files import (
     weights_index,
     write_text,
 )
+from sparsepass.graph.support.inside import check_inside, file_inside
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
@@ -48,6 +49,7 @@ __all__ = [
     "changed_files",
     "check_apart",
     "check_free",
+    "check_inside",
     "check_place",
     "check_writable",
     "checksums_follow",
@@ -55,6 +57,7 @@ __all__ = [
     "default_dtype",
     "evaluating",
     "fast_low_precision",
+    "file_inside",
     "file_sha256",
     "first_line",
     "give_back_freed_memory",
