@@ -63,13 +63,15 @@ def verify_command(
 
     Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input.
     """
+    from sparsepass.export.stages import folder_contradictions
     from sparsepass.graph.support import write_checksums
 
     started = time.perf_counter()
     changes = _changes(path, renew=renew)
     reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
     record = _record(path)
-    conforms = all(each.conforms for each in reports)
+    contradictions = folder_contradictions(path)
+    conforms = all(each.conforms for each in reports) and not contradictions
     is_renewed = renew and conforms
     if is_renewed:
         write_checksums(path)
@@ -78,6 +80,7 @@ def verify_command(
 
         document = {"conforms": conforms, "reports": [r.to_dict() for r in reports]}
         document["files"] = {"changed": {change.file: change.kind for change in changes}, "renewed": is_renewed}
+        document["contradictions"] = list(contradictions)
         if record is not None:
             document["torch_semi_structured"] = record.to_dict()
         typer.echo(json.dumps(plain_json(document), indent=1, default=str))
@@ -86,6 +89,8 @@ def verify_command(
             _show(each, show_all=show_all)
         if record is not None:
             support.stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
+        for line in contradictions:
+            support.complain(f"{path}: {line}")
         _show_changes(path, changes, is_renewed=is_renewed)
     unused = set.intersection(*({*each.unused} for each in reports))
     for name in sorted(unused):

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
         refuse_option as refuse_option,
     )
     from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
+    from sparsepass.export.stages.integrity import (
+        Side as Side,
+        companion_differences as companion_differences,
+        folder_contradictions as folder_contradictions,
+    )
     from sparsepass.export.stages.news import listen as listen
     from sparsepass.export.stages.preparing import prepare as prepare, stage_name as stage_name, write_program as write_program
     from sparsepass.export.stages.recipe import (

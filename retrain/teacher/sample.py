@@ -204,8 +204,8 @@ def _kept_apart(path: Path, *, force: bool) -> Iterator[Path]:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                         raise
                     raise SparsepassError(
-                        f"there is no room for {path}; its rows so far are kept in {beside}: free some space, and start it again "
-                        "with the same settings to go on"
+                        f"there is no room for {path}; its rows so far are kept in {beside}: free some space, and start it "
+                        "again with the same settings to go on"
                     ) from error
                 finally:
                     if beside.exists() and beside.stat().st_size == 0:
