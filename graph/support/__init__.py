@@ -30,7 +30,7 @@ from sparsepass.graph.support.inside import check_inside, file_inside
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
-from sparsepass.graph.support.temporaries import lock_now, sweep, waiting_for
+from sparsepass.graph.support.temporaries import alone_in, lock_now, sweep, waiting_for
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "PassError",
     "ProgramFormatError",
     "SparsepassError",
+    "alone_in",
     "build",
     "changed_files",
     "check_apart",

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from sparsepass.graph.support.errors import SparsepassError
+
 PARTIAL: Final = ".partial"
 OLD: Final = ".old"
 
@@ -102,6 +104,31 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Keep a folder to ourselves, and refuse to begin while another process does. Where the file system knows no locks, all go.
+
+    Args:
+        folder: The folder, which is made if need be; None for none.
+
+    Raises:
+        SparsepassError: If another one is at work there.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock: int | None = None
+    with suppress(OSError):
+        lock = lock_now(folder.resolve())
+        if lock is None:
+            raise SparsepassError(f"another process is at work in {folder}; wait until it has ended, or choose another folder")
+    try:
+        yield
+    finally:
+        _close(lock)
 
 
 def _made(target: Path, room: Path, suffix: str, *, is_folder: bool) -> tuple[Path, int | None]:
