@@ -211,6 +211,8 @@ def _is_page(path: Path) -> bool:
 
 
 def _json_of(path: Path) -> Any:
+    if path.exists() and not path.is_file():
+        raise SparsepassError(f"{path} is no file; name a report.json, or a folder that sparsepass wrote")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -126,6 +126,7 @@ class MaskPack:
             target.parent.mkdir(parents=True, exist_ok=True)
             check_place(target, is_ours=is_mask_pack)
             with replaced_file(target) as beside:
+                header["sha256"] = _pack_digest(header, words)
                 safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
         except (OSError, safetensors.SafetensorError) as error:
             raise SparsepassError(
@@ -162,6 +163,8 @@ class MaskPack:
             if known.words.shape != (expected,) or known.words.dtype != torch.int64:
                 raise SparsepassError(f"{place} is damaged: the mask of {name} does not have {expected} words; copy it again")
             masks[name] = known
+        if header.get("sha256", digest := _pack_digest(header, words)) != digest:  # earlier versions wrote none
+            raise SparsepassError(f"{place} is not as it was written (its SHA-256 differs); get it anew, or pack again")
         return MaskPack(masks=masks, **{name: header[name] for name in _FACTS})
 
     def check_model(self, program: Program, *, values: bool = True) -> None:
@@ -203,6 +206,15 @@ class MaskPack:
             f"precision, or to weights that its passes ({self.recipe or 'unknown'}) changed, which a pack does not hold. Give "
             "it the model it was made from, or apply the masks alone with any_model=true"
         )
+
+
+def _pack_digest(header: Mapping[str, Any], words: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a pack: of what its header says, and of its masks."""
+    facts = {name: value for name, value in header.items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(words):
+        found.update(words[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def pack_program(program: Program, *, about: str = "") -> MaskPack:
