@@ -54,9 +54,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"intermediate|ffn|_ff$|feed_forward|d_inner|mlp_dim", HIDDEN),
     (r"_size$|_dim$|_width$|_channels$|num_centroids", HIDDEN),
 )  # fmt: skip
-_NOT_SMALLER = re.compile(
-    r"kernel|stride|pad_|_token|_id$|_idx$|num_channels|in_channels|chunk_size_feed_forward|type_vocab"
-)
+_NOT_SMALLER = re.compile(r"kernel|stride|pad_|_token|_id$|_idx$|num_channels|in_channels|chunk_size_feed_forward|type_vocab")
 _TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "sep_token_id": 2}
 _COUNTS_OF_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _STANDARD_DEVIATION = 0.08  # of weights: large enough that attention and masks matter

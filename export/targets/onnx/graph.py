@@ -4,7 +4,8 @@
    that every MatMul and Gemm reads its weight as it is stored. TensorRT looks for 2:4 there, and nowhere else.
 2. A weight with uses in two layouts (an output head tied to the embedding) stays as it is: it would be stored twice.
 3. Initializers carry the program's weight names; one that was transposed keeps its name, parts get a number behind it.
-4. Weights take no part in constant folding and de-duplication, which would rename and merge them.
+4. Weights take no part in constant folding and de-duplication, which would rename and merge them. Neither do numbers that
+   are nearly 0 or 1: the optimizer takes them for that, and drops the epsilon of a norm.
 5. A Reshape that keeps its leading axes says so with zeros, instead of computing its shape from theirs.
 6. Equal computations are shared (the segment sum of SLoRB siblings), constants are folded, unused nodes go.
 7. Traces of the machine that exported (file names in metadata) are removed.
@@ -234,16 +235,24 @@ def _same(axis: ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
 
 
 def _optimize(model: ir.Model, weights: set[str]) -> None:
-    """Fold, share and drop, with the weights' values out of reach (the optimizer would rename and merge small ones)."""
+    """Fold, share and drop, with values out of reach that the optimizer would rename, merge or take for others."""
     hidden = {}
-    for name in weights & set(model.graph.initializers):
-        value = model.graph.initializers[name]
-        hidden[value], value.const_value = value.const_value, None
+    for name, value in model.graph.initializers.items():
+        if name in weights or _is_nearly_neutral(value.const_value):
+            hidden[value], value.const_value = value.const_value, None
     with _linear_rules():
         optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
     for value, tensor in hidden.items():
         value.const_value = tensor
     ir_passes.RemoveUnusedNodesPass()(model)
+
+
+def _is_nearly_neutral(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether a number is so near to 0 or 1 that onnxscript (0.7) takes ``x + 1e-8`` and ``x * 1.000001`` for x alone."""
+    if tensor is None or tensor.size != 1 or not tensor.dtype.is_floating_point():
+        return False
+    number = float(tensor.numpy().item())
+    return number not in (0.0, 1.0) and (abs(number) < 1e-7 or abs(number - 1) < 1e-4)
 
 
 @contextlib.contextmanager

@@ -329,3 +329,32 @@ def test_a_sparse_weight_that_reaches_no_output_is_told(watch: Callable[[Tensor,
     assert artifact.notes == ("not in the graph, because no output depends on their values: seen.weight",)
     assert set(artifact.weights) & {"seen.weight", "used.weight"} == {"used.weight"}
     assert verify_onnx(program, tmp_path, artifact)["holds"]
+
+
+class Normed(nn.Module):
+    """A layer, and a norm of its results: of nothing but zeros, too."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(8, 8, bias=False), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y * self.norm(y)  # type: ignore[no-any-return]
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "root, 1e-8": lambda y: torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-8),
+    "root, 1e-12": lambda y: torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-12),
+    "sum, 1e-20": lambda y: 1.0 / (y.abs().sum(-1, keepdim=True) + 1e-20),
+    "difference, 1e-9": lambda y: 1.0 / (-y.abs().sum(-1, keepdim=True) - 1e-9),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_small_epsilon_is_no_zero(name: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8)
+    x[1, 0] = 0.0
+    program = capture(Normed(NORMS[name]), x)
+    assert verify_onnx(program, tmp_path, lower_onnx(program, tmp_path))["holds"]
