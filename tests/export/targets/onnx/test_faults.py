@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsepass.export.targets.onnx.lower as target
 from sparsepass.export.targets.onnx import OnnxArtifact, generate_greedy, lower_onnx, open_session, verify_onnx
+from sparsepass.export.targets.onnx.session import run_session
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
 
@@ -358,3 +359,18 @@ def test_a_small_epsilon_is_no_zero(name: str, tmp_path: Path) -> None:
     x[1, 0] = 0.0
     program = capture(Normed(NORMS[name]), x)
     assert verify_onnx(program, tmp_path, lower_onnx(program, tmp_path))["holds"]
+
+
+class Splitting(nn.Module):
+    """Splits what is three times as long as its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.cat([x, 2 * x, x.square()], 1).split(x.shape[1], 1)
+        return first * third + second
+
+
+def test_parts_of_a_computed_size(tmp_path: Path) -> None:
+    program = capture(Splitting(), torch.randn(2, 5, 8))
+    assert verify_onnx(program, tmp_path, lower_onnx(program, tmp_path))["holds"]
+    session, x = open_session(tmp_path / FILE), torch.randn(3, 9, 8)
+    assert np.allclose(run_session(session, {"x": x.numpy()})["output"], Splitting()(x).numpy(), atol=1e-6)
