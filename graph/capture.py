@@ -27,7 +27,7 @@ from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Program
 from sparsepass.graph.records import Origin
 from sparsepass.graph.saved import OF_ZEROS
-from sparsepass.graph.support import CaptureError, evaluating, first_line, quiet_export
+from sparsepass.graph.support import CaptureError, evaluating, first_line, one_at_a_time, quiet_export
 from sparsepass.graph.untouched import untouched
 
 # Tokens of the examples made here: few, or as many as it takes for a model that asks whether there are few. Primes are
@@ -37,6 +37,7 @@ _SOUND = ("input_values", "inputs")
 _LOG = logging.getLogger(__name__)
 
 
+@one_at_a_time
 def capture(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | tuple[Tensor, ...] | Tensor | None = None,

@@ -11,7 +11,16 @@ from torch import Tensor
 _COST_OF_ENTRY = 20  # reading or writing one, in operations of a matmul
 _SECOND_OPERAND = {"addmm", "baddbmm", "addbmm", "addmv"}  # the first one is added
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "mv", "dot", "inner", "_grouped_mm", "grouped_mm_fallback", *_SECOND_OPERAND}
-_POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d", "im2col"}
+_POOLS = {
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool2d_with_indices",
+    "max_pool3d",
+    "im2col",
+}
 _CUTS = {"split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"}
 
 
@@ -73,7 +82,10 @@ def needed_bytes(target: torch._ops.OpOverload, args: tuple[Any, ...], results: 
         needed = results[0].numel() * (_summed(args) if len(given) > 2 else 1)
     elif name.startswith("conv") and given[0].dim() > 2:
         padding = args[4] if len(args) > 4 and isinstance(args[4], list | tuple) else [0]
-        wide = [size + 2 * max(0, pad) for size, pad in zip(given[0].shape[2:], [*padding, *[max(padding, default=0)] * 3], strict=False)]
+        wide = [
+            size + 2 * max(0, pad)
+            for size, pad in zip(given[0].shape[2:], [*padding, *[max(padding, default=0)] * 3], strict=False)
+        ]
         needed = math.prod(given[0].shape[:2]) * math.prod(wide)
     return max(made, needed * itemsize)
 

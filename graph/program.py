@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -126,8 +127,22 @@ class Program(nn.Module):
         Raises:
             SparsepassError: If an argument is missing, or was not part of the capture.
         """
-        leaves = list(self.graph_module(*self.flat_inputs(*args, **kwargs).values()))
-        return structure.build(self.output_structure, leaves)
+        return structure.build(self.output_structure, self.run(self.flat_inputs(*args, **kwargs)))
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the graph on inputs as `flat_inputs` gives them. Returns the tensors `output_names`.
+
+        Raises:
+            SparsepassError: If the program was read from a file, and fails.
+        """
+        with self.checked(inputs):
+            return list(self.graph_module(*inputs.values()))
+
+    def checked(self, inputs: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Around whatever runs the graph: nothing, unless the program was read from a file. See `Guard.checked`."""
+        if self.guard is None:
+            return nullcontext()
+        return self.guard.checked(self.graph_module.graph, self.tensors(), inputs)
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Bind arguments as the model's forward would: input name -> tensor, in the graph's order.
@@ -160,8 +175,6 @@ class Program(nn.Module):
         is_traced = not all(type(size) is int for _, shape in shapes for size in shape)
         if not is_traced and (words := refused(self.limits, shapes)):
             raise SparsepassError(f"{words}; capture the model again with example_inputs of such sizes")
-        if self.guard is not None and not is_traced:
-            self.guard.check(self.graph_module.graph, self.tensors(), bound)
         return bound
 
     def _check_input(self, name: str, value: Any) -> None:

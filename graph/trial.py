@@ -5,8 +5,9 @@ inputs while a program is loaded, and again for every new shape of its inputs be
 sizes depend on sizes in any way.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from sparsepass.graph.costs import needed_bytes, num_pieces, operations, tensors_in
 from sparsepass.graph.saved import DTYPES, arguments_fit, is_number, names_fit
-from sparsepass.graph.support import ProgramFormatError, first_line
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, first_line
 
 _SMALL_BYTES = 256 * 2**20
 """A value of this size is let through in any program."""
@@ -93,6 +94,21 @@ class Guard:
         if _key(inputs) not in self.seen and _is_plain(inputs):
             _trial(graph, tensors, inputs, self)
             self.seen.add(_key(inputs))
+
+    @contextlib.contextmanager
+    def checked(self, graph: fx.Graph, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Check inputs, and say what fails while the block runs the graph on them.
+
+        Raises:
+            SparsepassError: If the inputs are refused, or an operator fails: an index that is out of range, for one.
+        """
+        self.check(graph, tensors, inputs)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ArithmeticError) as error:
+            raise SparsepassError(f"the program fails when it is run: {first_line(error)[:300]}") from error
 
     def limits(self, inputs: Mapping[str, Tensor]) -> "_Limits":
         """What may be taken for inputs of these shapes.
