@@ -100,8 +100,8 @@ def to_model(program: Program) -> nn.Module:
     for name, tensor in model.state_dict().items():
         if tensor.shape != state[name].shape:
             raise CaptureError(
-                f"{name} has shape {list(state[name].shape)} in the program, and by its configuration {list(tensor.shape)}; the "
-                "program and its configuration do not belong together"
+                f"{name} has shape {list(state[name].shape)} in the program, and by its configuration {list(tensor.shape)}; "
+                "they do not belong together"
             )
     model.load_state_dict(state, assign=True)
     _share_ties(model, program)

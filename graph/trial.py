@@ -105,9 +105,9 @@ class Guard:
         self.check(graph, tensors, inputs)
         try:
             yield
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, SparsepassError):
             raise
-        except (RuntimeError, IndexError, ArithmeticError) as error:
+        except (RuntimeError, LookupError, ArithmeticError, ValueError, TypeError) as error:
             raise SparsepassError(f"the program fails when it is run: {first_line(error)[:300]}") from error
 
     def limits(self, inputs: Mapping[str, Tensor]) -> "_Limits":

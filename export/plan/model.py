@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION
+from sparsepass.graph.configuration import class_of, configuration_of
 from sparsepass.graph.fill import capture_without_weights
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_gguf, split_parts
-from sparsepass.graph.configuration import class_of, configuration_of
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.saved import PROGRAM_FILE
 

@@ -1,9 +1,9 @@
 """The operators that a saved program may call, by name and overload, and what arguments each of them takes.
 
 The list was made from what torch.export (2.13) writes for the models of transformers (5.24) and from the functional part of
-ATen's core. It leaves out whatever could reach memory that is not its own or not yet written (``as_strided`` but for one checked
-form, ``_reshape_alias``, ``set_``, ``resize_``, ``empty``), files, random numbers, sparse and quantized layouts, operators whose
-results have sizes that their values decide, and private ones that check nothing.
+ATen's core. It leaves out whatever could reach memory that is not its own or not yet written (``_reshape_alias``, ``set_``,
+``resize_``, ``empty``; ``as_strided`` is checked in a trial), files, random numbers, sparse and quantized layouts, operators
+whose values decide the sizes of results, and private ones that check nothing.
 """
 
 import functools
@@ -51,8 +51,9 @@ __xor__.Scalar __xor__.Tensor __lshift__.Scalar __lshift__.Tensor __rshift__.Sca
 """
 
 _REDUCTIONS = """
-all.default all.dim all.dims amax.default amin.default aminmax.default any.default any.dim any.dims argmax.default argmin.default
-argsort.default argsort.stable cummax.default cummin.default cumprod.default cumsum.default diff.default histc.default
+all.default all.dim all.dims amax.default amin.default aminmax.default any.default any.dim any.dims argmax.default
+argmin.default argsort.default argsort.stable
+cummax.default cummin.default cumprod.default cumsum.default diff.default histc.default
 log_softmax.int _log_softmax.default logcumsumexp.default logsumexp.default max.default max.dim mean.default mean.dim
 median.default median.dim min.default min.dim norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype prod.default
 prod.dim_int softmax.int _softmax.default sort.default sort.stable std.correction std.default std.dim sum.default
@@ -157,7 +158,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 DTYPES = {
     name: getattr(torch, name)
     for name in (
-        "float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32", "int64",
+        "float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool", "uint8", "int8", "int16",
+        "int32", "int64",
     )
 }  # fmt: skip
 _WORD = 2**63
