@@ -268,14 +268,14 @@ class _Run:
                 return "it would change an input or a tensor of the file"
         if (pieces := num_pieces(target, args)) > _MOST_PIECES:
             return f"it would give {pieces:,} tensors"
-        return _beyond(args[0], *args[1:3]) if target._opname == "as_strided" else None
+        return _beyond(*args) if target._opname == "as_strided" else None
 
 
-def _beyond(tensor: Tensor, size: list[int], stride: list[int], *_: Any) -> str | None:
+def _beyond(tensor: Tensor, size: list[int], stride: list[int], offset: int | None = None) -> str | None:
     """Why a view of its own sizes and strides is not within a tensor's entries; None if it is."""
-    if not tensor.is_contiguous() or tensor.storage_offset() or len(size) != len(stride) or min([*size, *stride, 0]) < 0:
+    if not tensor.is_contiguous() or tensor.storage_offset() or offset or min([*size, *stride, 0]) < 0:
         return "such a view of this tensor could leave its memory"
-    last = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    last = sum((length - 1) * step for length, step in zip(size, stride, strict=False))
     return None if last < tensor.numel() else f"it reads entry {last:,} of {tensor.numel():,}"
 
 

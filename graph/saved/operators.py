@@ -58,7 +58,7 @@ log_softmax.int _log_softmax.default logcumsumexp.default logsumexp.default max.
 median.default median.dim min.default min.dim norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype prod.default
 prod.dim_int softmax.int _softmax.default sort.default sort.stable std.correction std.default std.dim sum.default
 sum.dim_IntList topk.default var.correction var.default var.dim var_mean.correction var_mean.dim linalg_vector_norm.default
-linalg_norm.default nansum.default count_nonzero.default count_nonzero.dim_IntList
+linalg_norm.default count_nonzero.default count_nonzero.dim_IntList
 """
 
 _SHAPES = """
