@@ -19,6 +19,8 @@ InputName = Annotated[str, AfterValidator(check_input_name)]
 Keyword = Annotated[str, AfterValidator(check_keyword)]
 NodeName = Annotated[str, AfterValidator(check_node_name)]
 _MOST_AXES = 64
+_NODES, _NODES_OF_TENSOR = 2000, 200
+"""Nodes of a graph at most: a language model has ten for each of its tensors."""
 
 
 class _Part(BaseModel):
@@ -144,6 +146,8 @@ def _check_references(document: _Document, tensors: Collection[str]) -> None:
         if alias in tensors or alias in folders or name not in tensors:
             raise ProgramFormatError(f"aliases: {alias} cannot be another name of {name}")
     names = [node.name for node in document.graph.nodes]
+    if len(names) > (most := _NODES + _NODES_OF_TENSOR * len(tensors)):
+        raise ProgramFormatError(f"graph.nodes: {len(names):,} nodes over {len(tensors):,} tensors, and {most:,} are the most")
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

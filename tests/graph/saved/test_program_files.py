@@ -153,6 +153,10 @@ FIELDS: dict[str, tuple[Callable[[JSON], object], str]] = {
         put("output_structure", value={"kind": "dict", "keys": [[1]], "items": ["tensor"]}),
         "whose keys do not fit",
     ),
+    "more nodes than its tensors explain": (
+        calls(*(call("aten.relu.default", X, name=f"n{number}") for number in range(9000))),
+        "nodes over",
+    ),
     "no output": (lambda d: d["graph"]["nodes"].pop(), "ends with its output"),
     "an output that is a number": (put("graph", "nodes", -1, "args", value=[5]), "the output of a saved program is one list"),
 }
