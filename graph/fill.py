@@ -19,8 +19,10 @@ from sparsepass.graph.support import (
     WEIGHTS_INDEX,
     CaptureError,
     SparsepassError,
+    check_inside,
     default_dtype,
     first_line,
+    one_at_a_time,
     weights_entry,
     weights_files,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _COMPUTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@one_at_a_time
 def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
     """Capture a transformers model from its configuration alone: the structure is there, the weights take no memory.
 
@@ -78,6 +81,8 @@ def _config(source: str | Path) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
+    if Path(source).is_dir():
+        check_inside(source)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except LOADING_ERRORS as error:
