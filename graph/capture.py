@@ -178,7 +178,7 @@ def _named_inputs(model: nn.Module, given: Any) -> dict[str, Tensor]:
 
 
 def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Batch always; the second axis of [B, T] and [B, T, D]; height and width of images; the samples of sound.
+    """Batch always; the second axis of [B, T] and [B, T, D]; choices and tokens; height and width of images; samples of sound.
 
     Mel spectrograms are fixed.
     """
@@ -188,6 +188,8 @@ def _default_axes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         found = by_rank.get(tensor.dim(), (0,))
         if tensor.dim() == 2 and tensor.is_floating_point() and name not in _SOUND:
             found = (0,)
+        if tensor.dim() == 3 and not tensor.is_floating_point():
+            found = (0, 1, 2)
         if name == "input_features":
             found = (0,)
         axes[name] = tuple(axis for axis in found if tensor.shape[axis] > 1)

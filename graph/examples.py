@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsepass.graph.support import CaptureError
 
 # Exporting inputs of size 0 or 1 bakes that size in, so examples have at least two of everything.
-_EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS = 2, 8, 224
+_EXAMPLE_BATCH, _EXAMPLE_TOKENS, _EXAMPLE_PIXELS, _EXAMPLE_CHOICES = 2, 8, 224, 3
 # A configuration with one of these takes images where its text has that token, and runs on text alone too.
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_token")
 
@@ -90,7 +90,9 @@ class _Maker:
 
     def _ids(self, text: Any) -> Tensor:
         vocabulary = int(getattr(text, "vocab_size", None) or self.config.get_text_config().vocab_size)
-        ids = torch.randint(min(3, vocabulary - 1), vocabulary, (_EXAMPLE_BATCH, self.tokens), generator=self.generator)
+        is_choice = type(self.model).__name__.endswith("ForMultipleChoice")  # reads [B, choices, T]
+        shape = (_EXAMPLE_BATCH, *((_EXAMPLE_CHOICES,) if is_choice else ()), self.tokens)
+        ids = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=self.generator)
         end = getattr(self.config, "eos_token_id", None)
         if type(self.model).__name__.endswith("ForSequenceClassification") and isinstance(end, int) and end < vocabulary:
             ids = torch.where(ids == end, min(3, vocabulary - 1), ids)

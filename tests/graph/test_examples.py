@@ -149,3 +149,12 @@ def test_with_an_image_they_are_run() -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32)}
     program = capture(model, inputs)
     assert not [name for name in program.report().idle if name.endswith(("fc1", "fc2", "q_proj", "linear_1"))]
+
+
+def test_choices_are_an_axis_of_their_own() -> None:
+    model = hf.BertForMultipleChoice(hf.BertConfig(**TEXT)).eval()
+    program = capture(model)
+    assert program.dynamic_axes == {"input_ids": (0, 1, 2), "attention_mask": (0, 1, 2)}
+    ids = torch.randint(3, 64, (3, 4, 11))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(program(**given).logits, model(**given).logits)
