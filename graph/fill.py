@@ -20,7 +20,9 @@ from sparsepass.graph.support import (
     WEIGHTS_INDEX,
     CaptureError,
     SparsepassError,
+    check_inside,
     default_dtype,
+    file_inside,
     first_line,
     weights_index,
 )
@@ -77,6 +79,8 @@ def _config(source: str | Path) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
+    if Path(source).is_dir():
+        check_inside(source)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except LOADING_ERRORS as error:
@@ -204,7 +208,7 @@ def _files(source: Path) -> list[Path]:
     if weights_index(source) is not None:
         try:
             names = set(json.loads((source / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            return [source / name for name in sorted(names)]
+            return [file_inside(source, name, WEIGHTS_INDEX) for name in sorted(names)]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise SparsepassError(
                 f"{source / WEIGHTS_INDEX} is truncated or damaged ({error!r}); copy or download it again"

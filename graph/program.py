@@ -26,6 +26,7 @@ from sparsepass.graph.records import (
 from sparsepass.graph.saved import (
     FORMAT_VERSION,
     PROGRAM_FILE,
+    check_as_written,
     check_tensor_name,
     graph_from_json,
     graph_to_json,
@@ -304,15 +305,13 @@ class Program(nn.Module):
 
         Args:
             folder: Where to write. Nothing half-written is left there, whatever happens.
-            force: Whether a folder that is not empty is replaced.
+            force: Whether a folder that is not empty is replaced, if this library wrote it.
 
         Raises:
-            SparsepassError: If the folder is not empty, the program has no weights yet, or the graph calls something that a
-                saved program may not call.
+            SparsepassError: If the folder is not free, the program has no weights yet, or it calls what none may that is saved.
         """
-        document, tensors = self._state()
         with replaced_folder(folder, force=force) as staging:
-            write_state(staging, document, tensors)
+            self.save_into(staging)
 
     def save_into(self, folder: Path) -> None:
         """Write the program's two files into a folder that the caller fills and moves into place."""
@@ -324,14 +323,17 @@ class Program(nn.Module):
 
         Args:
             folder: What `save` wrote.
-            check_patterns: Whether masks that are not N:M are refused. The pattern checker reads them, to tell where.
+            check_patterns: Whether masks that are not N:M, and edited files, are refused; the checker tells where.
 
         Raises:
-            ProgramFormatError: If the folder holds no program, a truncated one, or one of a newer format.
+            ProgramFormatError: If the folder holds no program, a truncated or edited one, or one of a newer format.
         """
         document, tensors = read_state(Path(folder))
         try:
-            return _from_state(document, tensors, check_patterns=check_patterns)
+            program = _from_state(document, tensors, check_patterns=check_patterns)
+            if check_patterns:
+                check_as_written(Path(folder))
+            return program
         except ProgramFormatError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:

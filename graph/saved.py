@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.support import ProgramFormatError, SparsepassError
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside
 
 FORMAT_VERSION = 2
 """Version of the folder format. A reader refuses a newer one."""
@@ -72,6 +72,7 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         ProgramFormatError: If they are not there, truncated, or of a newer format.
     """
+    check_inside(place)
     if not (place / PROGRAM_FILE).is_file():
         raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
     try:
@@ -90,6 +91,19 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
             f"{place / TENSORS_FILE} is missing, truncated or damaged ({error}); copy the folder again"
         ) from error
     return document, tensors
+
+
+def check_as_written(place: Path) -> None:
+    """Refuse a program whose files are not those that were written, as far as the checksums in its folder tell.
+
+    Raises:
+        ProgramFormatError: If one is another.
+    """
+    if changes := changed_files(place, (PROGRAM_FILE, TENSORS_FILE)):
+        raise ProgramFormatError(
+            f"{place}: {'; '.join(map(str, changes))}; get the folder anew or, if you know why it changed, run "
+            f"`sparsepass verify --renew {place}`"
+        )
 
 
 def graph_to_json(graph: fx.Graph) -> JSON:

@@ -30,7 +30,7 @@ import torch
 
 from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
-from sparsepass.graph.support import WEIGHTS_FILE, WEIGHTS_INDEX, SparsepassError, weights_index
+from sparsepass.graph.support import WEIGHTS_FILE, WEIGHTS_INDEX, SparsepassError, file_inside, weights_index
 
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _CONV1D_MODULES = re.compile(r"(c_attn|c_proj|c_fc|q_attn)$")
@@ -94,7 +94,7 @@ def safetensors_files(folder: Path) -> list[Path]:
             f"{folder} is incomplete: {', '.join(i.name for i in indices)} names {len(names)} files, and "
             f"{', '.join(absent)} is not there. Copy what is missing."
         )
-    return [folder / name for name in names]
+    return [file_inside(folder, name, "its index") for name in names]
 
 
 def _read_index(index: Path) -> dict[str, str]:

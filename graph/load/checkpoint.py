@@ -16,6 +16,7 @@ from sparsepass.graph.support import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     SparsepassError,
+    file_inside,
     first_line,
     package_version,
     quiet_loading,
@@ -137,7 +138,7 @@ def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -
     """
     if weights_index(folder) is not None:
         shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        missing = [shard for shard in shards if not file_inside(folder, shard, WEIGHTS_INDEX).is_file()]
         if missing or not shards:
             raise SparsepassError(
                 f"model {name}: {WEIGHTS_INDEX} names {len(shards)} files, and {', '.join(missing) or 'all'} are missing; "

@@ -68,7 +68,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
         'bfloat16'
     """
     source = Path(folder)
-    with stored_folder(source) as stored, replaced_folder(out, force=force) as staging:
+    with stored_folder(source) as stored, replaced_folder(out, force=force, inputs=[source]) as staging:
         document = json.loads((source / "config.json").read_text(encoding="utf-8"))
         dtype = parse_dtype(document.get("dtype") or document.get("torch_dtype") or "bfloat16")
         names: dict[str, str] = {}

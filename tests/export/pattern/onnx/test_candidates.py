@@ -582,12 +582,13 @@ def test_external_data(dtype: Any, tmp_path: Path) -> None:
 
 def test_external_data_may_be_linked_as_in_the_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
     path = save_external(model([node("MatMul", ["x", "w"])], w=sparse(8, 12, axis=0)), tmp_path / "blobs")
     for name in (path.name, "model.data"):
-        os.symlink(tmp_path / "blobs" / name, tmp_path / "snapshot" / name)
-    assert check_pattern(tmp_path / "snapshot" / "model.onnx").conforms
-    assert check_pattern(tmp_path / "snapshot").conforms
+        os.symlink(tmp_path / "blobs" / name, snapshot / name)
+    assert check_pattern(snapshot / "model.onnx").conforms
+    assert check_pattern(snapshot).conforms
 
 
 def test_graphs_that_share_a_data_file_are_both_checked(tmp_path: Path) -> None:
