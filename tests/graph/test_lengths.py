@@ -1,6 +1,7 @@
 """Limits of input sizes: found in a trace, kept as text, refused in words, and dropped where the model agrees beyond them."""
 
 import copy
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def test_one_chunk_is_a_range() -> None:
 
 
 def test_of_a_model_that_works_in_chunks_the_shortest_example_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsepass.graph.capture.example_inputs_for", lambda model, tokens: torch.randn(2, tokens, 4))
+    module = importlib.import_module("sparsepass.graph.capture")  # the room's face has a function of that name
+    monkeypatch.setattr(module, "example_inputs_for", lambda model, tokens: torch.randn(2, tokens, 4))
     program = capture(FilledChunks())
     assert (program.example_inputs["x"].shape, program.limits) == ((2, 8, 4), ("x[1] <= 16",))
