@@ -2,7 +2,7 @@
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
 # make quick  the tests that take little time: what to run between edits
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
-# make docs   what is made from the code: tables of options, reference of the report, picture of the rooms
+# make docs   what is made: tables of options, reference of the report, list of architectures, picture of the rooms
 # make clean  remove what the above made
 #
 # Both set up .venv by themselves. Needed: Python 3.11 or later with pip, and make.
@@ -55,6 +55,7 @@ wheel: $(VENV)/.test
 docs: $(VENV)/.test
 	$(VENV)/bin/python -m tests.export.cli.documentation
 	$(VENV)/bin/python -m tests.export.report.documentation
+	$(VENV)/bin/python -m tests.architectures.documentation
 	$(VENV)/bin/python docs/draw_architecture.py
 
 # A Python without ensurepip (Debian splits it off) makes the environment without pip, and its own pip fills it.

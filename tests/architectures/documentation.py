@@ -91,8 +91,7 @@ def _row(kind: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
-    capture = row["capture"]
-    said = [capture.get("said", ""), capture.get("refusal", "")]
+    said = [row["capture"].get("said", "")]
     for name in ("hf", "onnx"):
         part = row.get(name, {})
         said += [part["said"]] if part.get("said") else []
