@@ -13,6 +13,7 @@ from sparsepass.graph.support.contexts import (
     default_dtype,
     evaluating,
     item_progress,
+    one_at_a_time,
     quiet_export,
     quiet_loading,
     shows_progress,
@@ -23,7 +24,8 @@ from sparsepass.graph.support.files import (
     WEIGHTS_INDEX,
     replaced_file,
     replaced_folder,
-    weights_index,
+    weights_entry,
+    weights_files,
     write_text,
 )
 from sparsepass.graph.support.inside import check_inside, file_inside
@@ -68,6 +70,7 @@ __all__ = [
     "lock_now",
     "name_matches",
     "nearest",
+    "one_at_a_time",
     "package_version",
     "parse_items",
     "path_named",
@@ -78,7 +81,8 @@ __all__ = [
     "shows_progress",
     "sweep",
     "waiting_for",
-    "weights_index",
+    "weights_entry",
+    "weights_files",
     "write_checksums",
     "write_text",
 ]

@@ -313,7 +313,7 @@ def _can_vary(program: Program, name: str, axis: int) -> bool:
     inputs[name] = torch.cat([inputs[name]] * 2, axis)
     try:
         with torch.no_grad():
-            program.graph_module(*inputs.values())
+            program.run(inputs)
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True

@@ -222,7 +222,7 @@ class _Forward:
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """All outputs of the program, in its order."""
-        return list(self.program.graph_module(*inputs.values()))
+        return self.program.run(inputs)
 
     def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
         """Logits of (decoder) tokens; no token is padding."""
@@ -235,7 +235,7 @@ class _Forward:
             given["position_ids"] = positions[None].repeat(ids.shape[0], 1)
         if "attention_mask" in program.input_names and main == "input_ids":
             given["attention_mask"] = torch.ones_like(given[main])
-        flat = program.graph_module(*program.flat_inputs(**given).values())
+        flat = program.run(program.flat_inputs(**given))
         logits = flat[program.output_names.index("logits")]
         assert isinstance(logits, Tensor)
         return logits
