@@ -3,7 +3,7 @@
 # make test-lowest  a part of the tests with the lowest torch and transformers that pyproject.toml allows, in .venv-lowest
 # make quick  the tests that take little time: what to run between edits
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
-# make docs   what is made from the code: tables of options, reference of the report, picture of the rooms
+# make docs   what is made: tables of options, reference of the report, list of architectures, picture of the rooms
 # make clean  remove what the above made
 #
 # Both set up .venv by themselves. Needed: Python 3.11 or later with pip, and make.
@@ -66,6 +66,7 @@ wheel: $(VENV)/.test
 docs: $(VENV)/.test
 	$(VENV)/bin/python -m tests.export.cli.documentation
 	$(VENV)/bin/python -m tests.export.report.documentation
+	$(VENV)/bin/python -m tests.architectures.documentation
 	$(VENV)/bin/python docs/draw_architecture.py
 
 $(LOWEST_VENV)/.test: pyproject.toml $(NATIVE)

@@ -81,6 +81,15 @@ def plain_settings(model: nn.Module) -> Iterator[None]:
     yield
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """Turn a model into float64, its experts run one by one: kernels for groups of them know no float64."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return model.double()
+
+
 def _needs_padding(model: nn.Module, config: Any) -> bool:
     """Whether a classifier takes one row at a time because its padding token is not known: it reads the last token then."""
     return type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "pad_token_id", 0) is None

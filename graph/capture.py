@@ -33,6 +33,7 @@ from sparsepass.graph.untouched import untouched
 # Tokens of the examples made here: few, or as many as it takes for a model that asks whether there are few. Primes are
 # multiples of nothing that a model could ask for.
 _TOKENS = (8, 37, 149, 521)
+_FAR = 4 * _TOKENS[-1]
 _SOUND = ("input_values", "inputs")
 _LOG = logging.getLogger(__name__)
 
@@ -83,23 +84,31 @@ def capture(
     return program
 
 
-def _captured(
-    model: nn.Module, example_inputs: Any, dynamic_axes: Mapping[str, tuple[int, ...]] | None, tokens: Sequence[int] = _TOKENS
-) -> Program:
-    """The program around the model's own tensors. Where longer examples than ours would have no limit, they are longer."""
-    given = example_inputs_for(model, tokens[0]) if example_inputs is None else example_inputs
+def _captured(model: nn.Module, example_inputs: Any, dynamic_axes: Mapping[str, tuple[int, ...]] | None) -> Program:
+    """The program around the model's own tensors. Of our own examples a longer one is taken where that rids it of its end.
+
+    A model that works in chunks, one by one, has an end whatever the example: it keeps the shortest.
+    """
+    if example_inputs is not None:
+        return _traced(model, example_inputs, dynamic_axes)
+    program = _traced(model, example_inputs_for(model, _TOKENS[0]), dynamic_axes)
+    most = position_limit(getattr(model, "config", None))
+    for tokens in _TOKENS[1:]:
+        if tokens <= (most or tokens) and end_before(program.limits, program.example_inputs, tokens):
+            with contextlib.suppress(CaptureError):
+                other = _traced(model, example_inputs_for(model, tokens), dynamic_axes)
+                if not end_before(other.limits, other.example_inputs, min(most or _FAR, _FAR)):
+                    return other
+    return program
+
+
+def _traced(model: nn.Module, given: Any, dynamic_axes: Mapping[str, tuple[int, ...]] | None) -> Program:
     named = _named_inputs(model, given)
     asked = dynamic_axes if dynamic_axes is not None else _default_axes(named)
     axes = {name: tuple(found) for name, found in asked.items()}
     if unknown := sorted(set(axes) - set(named)):
         raise CaptureError(f"dynamic_axes names {unknown}, but the inputs are {sorted(named)}")
-    program = _to_program(model, _export(model, named, axes), named)
-    most = position_limit(getattr(model, "config", None)) or tokens[-1]
-    longer = [n for n in tokens[1:] if n <= most and end_before(program.limits, program.example_inputs, n)]
-    if example_inputs is None and longer:
-        with contextlib.suppress(CaptureError):
-            return _captured(model, None, dynamic_axes, longer)
-    return program
+    return _to_program(model, _export(model, named, axes), named)
 
 
 def program_from_graph_module(graph_module: fx.GraphModule, example_inputs: Mapping[str, Tensor]) -> Program:

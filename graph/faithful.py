@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsepass.graph.lengths import broken, holds, is_firm, is_range, simplified
+from sparsepass.graph.lengths import as_ranges, broken, holds, is_firm, is_range, simplified
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError, first_line
@@ -183,11 +183,11 @@ def _settle_limits(model: nn.Module, program: Program, shapes: _OtherShapes) -> 
 
 
 def _say_simply(program: Program, shapes: _OtherShapes) -> None:
-    """Drop the limits that ranges imply, and call an axis fixed along which one size is left."""
+    """Say limits as ranges, drop those that ranges imply, and call an axis fixed along which one size is left."""
     ranges = [limit for limit in program.limits if is_range(limit)]
     within = [sizes for sizes in shapes.all() if broken(ranges, sizes) is None]
     needed = [limit for limit in program.limits if limit in ranges or is_firm(limit) or _breaks(limit, within)]
-    program.limits = simplified(needed)
+    program.limits = simplified(as_ranges(needed))
     for axis in shapes.largest:
         others = [sizes for sizes in shapes.along(axis) if sizes != shapes.example]
         if not any(broken(program.limits, sizes) is None for sizes in others):

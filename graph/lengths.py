@@ -30,6 +30,7 @@ _SIZE = r"\w+\[\d+\]"
 _FIRM = re.compile(rf"{_SIZE} (<=|<|==) (\d+|{_SIZE})|\d+ (>=|>|==) {_SIZE}|{_SIZE} (>=|>) {_SIZE}")
 _RANGE = re.compile(rf"{_SIZE} (<=|<|>=|>) \d+|\d+ (<=|<|>=|>) {_SIZE}")
 _EQUAL = re.compile(rf"{_SIZE} == {_SIZE}")
+_LARGEST = 1024
 _SHOWN = 4  # ranges of allowed sizes that a message names
 
 
@@ -143,6 +144,27 @@ def simplified(limits: Iterable[str]) -> tuple[str, ...]:
                 tightest[key] = (bound, limit)
     kept = {limit for _, limit in tightest.values()}
     return tuple(limit for limit in dict.fromkeys(limits) if limit in kept or not is_range(limit))
+
+
+def as_ranges(limits: Sequence[str]) -> tuple[str, ...]:
+    """The limits, with those about one size alone as its range, where the sizes that they allow are one run and end.
+
+    Sizes above 1024 that other limits than ranges would allow again are given up.
+
+    Example:
+        >>> as_ranges(["(x[1] + 63) // 64 == 1", "x[1] == y[1]"]), as_ranges(["x[1] % 2 == 0"])
+        (('x[1] == y[1]', 'x[1] <= 64'), ('x[1] % 2 == 0',))
+    """
+    found = list(limits)
+    for place in dict.fromkeys(_places(limit) for limit in limits if not is_range(limit)):
+        if len(place) != 1:
+            continue
+        ((name, axis),) = place
+        sizes = allowed(limits, name, axis, range(1, _LARGEST + 1))
+        if sizes and sizes[-1] < _LARGEST and len(sizes) == sizes[-1] - sizes[0] + 1:
+            ends = [f"{name}[{axis}] >= {sizes[0]}"] * (sizes[0] > 1) + [f"{name}[{axis}] <= {sizes[-1]}"]
+            found = [limit for limit in found if _places(limit) != place] + ends
+    return tuple(found)
 
 
 def is_range(limit: str) -> bool:

@@ -48,14 +48,21 @@ def rows() -> dict[str, Any]:
 def page() -> str:
     """The page as it should be."""
     found = rows()
-    tried = {kind: row for kind, row in found.items() if row["capture"]["state"] != "unbuilt"}
+    tried = {kind: row for kind, row in found.items() if row["capture"]["state"] not in ("unbuilt", "not_run")}
     table = markdown_table(_HEADINGS, [_row(kind, row) for kind, row in tried.items()])
-    untried = [f"- `{n}` ({row['class']}): {_plain(row['capture']['said'])}" for n, row in found.items() if n not in tried]
+    untried = [
+        f"- `{n}` ({row['class']}): {_plain(row['capture']['said'])}"
+        for n, row in found.items()
+        if n not in tried and row["capture"]["said"]
+    ]
+    later = [f"`{n}`" for n, row in found.items() if row["capture"]["state"] == "not_run"]
     others = ["\nNot tried, because the class cannot be built small, or not run on text alone:\n", *untried] if untried else []
+    others += [f"\nNot run yet: {', '.join(later)}."] if later else []
     return "\n".join([_introduction(found, tried), table, *others]) + "\n"
 
 
 def _introduction(found: Mapping[str, Any], tried: Mapping[str, Any]) -> str:
+    found = {kind: row for kind, row in found.items() if "commit" in row}
     versions = {f"{name} {version}" for row in found.values() for name, version in row["versions"].items()}
     commits = Counter(f"{row['commit']} ({row['date']})" for row in found.values())
     return _INTRODUCTION.format(
@@ -91,8 +98,7 @@ def _row(kind: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
-    capture = row["capture"]
-    said = [capture.get("said", ""), capture.get("refusal", "")]
+    said = [row["capture"].get("said", "")]
     for name in ("hf", "onnx"):
         part = row.get(name, {})
         said += [part["said"]] if part.get("said") else []

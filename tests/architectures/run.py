@@ -52,7 +52,8 @@ def main() -> None:
     for kind in wanted:
         rows = json.loads(options.results.read_text()) if options.results.is_file() else {}
         old = rows.get(kind, {})
-        if not options.only and all(part in old for part in parts if old.get("capture", {}).get("state") == "held"):
+        state = old.get("capture", {}).get("state", "not_run")
+        if not options.only and state != "not_run" and all(part in old for part in parts if state == "held"):
             continue
         row = _in_a_process(kind, parts, options.seconds)
         kept = {part: old[part] for part in PARTS if part in old and part not in row and row["capture"]["state"] == "held"}

@@ -133,7 +133,7 @@ def tiny_model(kind: str) -> nn.Module:
     return model
 
 
-def text(model: nn.Module, batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
+def text(model: Any, batch: int, length: int, padding: int = 0) -> dict[str, Tensor]:
     """Ids, and a mask where the model takes one; the first row begins with padding."""
     books = getattr(model.config, "num_codebooks", 0) if "musicgen" in model.config.model_type else 0
     generator = torch.Generator().manual_seed(1000 * batch + length)

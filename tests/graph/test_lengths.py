@@ -1,6 +1,7 @@
 """Limits of input sizes: found in a trace, kept as text, refused in words, and dropped where the model agrees beyond them."""
 
 import copy
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,33 @@ def test_what_changes_beyond_the_positions_of_a_model_is_noticed_if_it_runs_ther
     assert torch.equal(program(x := torch.randn(2, 64, 4)), model(x))
     with pytest.raises(ValueError, match="the graph holds for 1 to 64"):
         program(torch.randn(2, 65, 4))
+
+
+class FilledChunks(nn.Module):
+    """Works on chunks of 16 tokens one after the other, the last of which is filled up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = nn.functional.pad(x, (0, 0, 0, (16 - x.shape[1] % 16) % 16))
+        state, found = torch.zeros_like(x[:, 0]), []
+        for chunk in range(filled.shape[1] // 16):
+            state = state + self.linear(filled[:, 16 * chunk : 16 * chunk + 16]).sum(1)
+            found.append(state[:, None].expand(-1, 16, -1))
+        return torch.cat(found, 1)[:, : x.shape[1]]
+
+
+def test_one_chunk_is_a_range() -> None:
+    program = capture(FilledChunks(), torch.randn(2, 8, 4))
+    assert program.limits == ("x[1] <= 16",)
+    with pytest.raises(SparsepassError, match=r"holds for 1 to 16 there \(x\[1\] <= 16\)"):
+        program(torch.randn(2, 17, 4))
+
+
+def test_of_a_model_that_works_in_chunks_the_shortest_example_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("sparsepass.graph.capture")  # the room's face has a function of that name
+    monkeypatch.setattr(module, "example_inputs_for", lambda model, tokens: torch.randn(2, tokens, 4))
+    program = capture(FilledChunks())
+    assert (program.example_inputs["x"].shape, program.limits) == ((2, 8, 4), ("x[1] <= 16",))

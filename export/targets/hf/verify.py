@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
 from sparsepass.export.targets.hf.lower import auto_class, stored_weights
-from sparsepass.graph.admission import plain_settings
+from sparsepass.graph.admission import in_float64, plain_settings
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import package_version, quiet_loading
@@ -144,7 +144,8 @@ def check_outputs(program: Program, runs: nn.Module, inputs: Mapping[str, Tensor
         holds, said = False, f"{said}, but {measured.unknown}"
     elif not holds:
         wide = _WIDER.get(dtype, torch.float64)
-        exact = _flat_outputs(program, runs.to(wide)(**_cast(inputs, wide)))
+        wider = in_float64(runs) if wide is torch.float64 else runs.to(wide)
+        exact = _flat_outputs(program, wider(**_cast(inputs, wide)))
         theirs, ours = (difference(exact, each).relative_error for each in (found, expected))
         rounding = {"computed_in": str(wide).removeprefix("torch."), "checkpoint": theirs, "program": ours}
         largest = _LARGEST_ROUNDING.get(dtype, _LARGEST_ROUNDING_OTHERWISE)

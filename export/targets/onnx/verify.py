@@ -15,7 +15,7 @@ from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, 
 from sparsepass.export.targets.onnx.lower import converted
 from sparsepass.export.targets.onnx.session import Array, DecoderSession, open_widened, run_session, to_numpy
 from sparsepass.export.targets.onnx.ties import picks, repeating, tie_in, without_ties
-from sparsepass.graph.admission import plain_settings
+from sparsepass.graph.admission import in_float64, plain_settings
 from sparsepass.graph.lengths import broken
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, first_line
@@ -258,7 +258,7 @@ class _ExactForward(_Forward):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self.model = _plainly(program.to_model().cpu().double())
+        self.model = _plainly(in_float64(program.to_model().cpu()))
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         found = self.model(**{n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()})
