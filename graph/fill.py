@@ -24,6 +24,7 @@ from sparsepass.graph.support import (
     default_dtype,
     file_inside,
     first_line,
+    one_at_a_time,
     weights_index,
 )
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _COMPUTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@one_at_a_time
 def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
     """Capture a transformers model from its configuration alone: the structure is there, the weights take no memory.
 

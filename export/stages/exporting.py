@@ -39,7 +39,7 @@ from sparsepass.export.targets import (
 )
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel
-from sparsepass.graph.support import check_free, replaced_folder
+from sparsepass.graph.support import check_free, one_at_a_time, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
 
 _LOG = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ OLD_GROUPS: Final = {"engine": TensorRT.name, "semi_structured": SemiStructured.
 """Old name of the options of one target -> the target. Recipes may use it, too."""
 
 
+@one_at_a_time
 def export(
     model: "Program | nn.Module | LoadedModel | ModelSource | str | Path",
     target: str | Target,
@@ -280,7 +281,7 @@ def write_samples(program: Program, path: Path) -> SamplesSection:
         Names, shapes and types, for the report.
     """
     inputs = program.flat_inputs(**program.example_inputs)
-    outputs = dict(zip(program.output_names, program.graph_module(*inputs.values()), strict=True))
+    outputs = dict(zip(program.output_names, program.run(inputs), strict=True))
     plain = {
         kind: {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if isinstance(t, Tensor)}
         for kind, tensors in (("inputs", inputs), ("outputs", outputs))
