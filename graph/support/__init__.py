@@ -24,7 +24,8 @@ from sparsepass.graph.support.files import (
     WEIGHTS_INDEX,
     replaced_file,
     replaced_folder,
-    weights_index,
+    weights_entry,
+    weights_files,
     write_text,
 )
 from sparsepass.graph.support.inside import check_inside, file_inside
@@ -80,7 +81,8 @@ __all__ = [
     "replaced_folder",
     "shows_progress",
     "waiting_for",
-    "weights_index",
+    "weights_entry",
+    "weights_files",
     "write_checksums",
     "write_text",
 ]

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Final
 
 from sparsepass.graph.support.checksums import write_checksums
 from sparsepass.graph.support.errors import SparsepassError
+from sparsepass.graph.support.inside import file_inside
 from sparsepass.graph.support.places import LOST_AND_FOUND, Inputs, check_free, stays
 from sparsepass.graph.support.temporaries import OLD, sweep, temporary_file, temporary_folder, umask
 
@@ -190,14 +192,72 @@ WEIGHTS_FILE: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 
 
-def weights_index(folder: Path) -> Path | None:
-    """The index by which `from_pretrained` finds the weights of a folder: model.safetensors wins over an index beside it.
+def weights_entry(folder: Path) -> Path | None:
+    """The file by which `from_pretrained` finds the weights of a folder: the one file, or the index of several.
+
+    The file that config.json names (``transformers_weights``) wins over model.safetensors, and that over an index beside it.
 
     Args:
         folder: The folder.
 
     Returns:
-        The index; None if the one file stands there, or neither.
+        A .safetensors file or a .safetensors.index.json; None if there is neither.
+
+    Raises:
+        SparsepassError: If the file that config.json names is not there, or is not in the folder; or if the weights are the
+            parts of a distributed run.
     """
-    index = folder / WEIGHTS_INDEX
-    return index if index.is_file() and not (folder / WEIGHTS_FILE).is_file() else None
+    if parts := sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors")):
+        raise SparsepassError(
+            f"{folder} holds the parts of a distributed checkpoint ({parts[0]}), which transformers reads in place of other "
+            "weights there, and sparsepass does not read; load it with transformers and save it with save_pretrained"
+        )
+    if named := _named_weights(folder):
+        path = folder / named
+        if not named.endswith((".safetensors", ".safetensors.index.json")) or not path.is_file() or ".." in path.parts:
+            raise SparsepassError(
+                f"{folder / 'config.json'} says that the weights lie in {named} (transformers_weights): expected a safetensors "
+                "file, or the index of several, that is in the folder; copy it there, or take that line out"
+            )
+        return path
+    return next((path for path in (folder / WEIGHTS_FILE, folder / WEIGHTS_INDEX) if path.is_file()), None)
+
+
+def _named_weights(folder: Path) -> str | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def weights_files(entry: Path) -> dict[Path, list[str]]:
+    """The weights files that an entry stands for, each with the tensors that the index puts into it (none without an index).
+
+    Args:
+        entry: What `weights_entry` found.
+
+    Raises:
+        SparsepassError: If an index cannot be read, or names files that are not there.
+    """
+    if entry.suffix != ".json":
+        return {entry: []}
+    try:
+        weight_map = json.loads(entry.read_text(encoding="utf-8"))["weight_map"]
+        found: dict[Path, list[str]] = {}
+        for name, file in sorted(weight_map.items(), key=lambda pair: pair[1]):
+            found.setdefault(file_inside(entry.parent, file, entry.name), []).append(str(name))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SparsepassError(
+            f"{entry} is truncated or damaged and cannot be read ({type(error).__name__}: {error}): expected JSON with a "
+            "weight_map from weight to file; copy or download it again"
+        ) from error
+    missing = [str(path.relative_to(entry.parent)) for path in found if not path.is_file()]
+    if missing or not found:
+        raise SparsepassError(
+            f"{entry.parent} is incomplete: {entry.name} names {len(found)} files, and {', '.join(missing) or 'all'} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; "
+            "copy or download the model again"
+        )
+    return found
