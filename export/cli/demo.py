@@ -79,7 +79,7 @@ def demo(
     from sparsepass.export.report import layer_sparsity
     from sparsepass.export.stages import accuracy, export, listen, prepare, retrain_and_report, stage_name
     from sparsepass.graph import capture
-    from sparsepass.graph.support import check_free
+    from sparsepass.graph.support import check_free, write_checksums
     from sparsepass.passes.data import PYTHON_DOCS
     from sparsepass.retrain.config import RetrainConfig
     from sparsepass.retrain.data import DataConfig, open_data
@@ -134,6 +134,7 @@ def demo(
             packed = pack_and_measure(
                 program, dense.model, place, tokenizer=dense.tokenizer, document=document, command=_COMMAND
             )
+            write_checksums(out)  # the packed folder is part of it now
     tell("done")
     console.print()
     console.print(summary(result.report, str(out)))

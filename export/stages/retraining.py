@@ -42,7 +42,7 @@ from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.masks import check_method
 from sparsepass.retrain.restart import program_of_checkpoint
 from sparsepass.retrain.run import CHECKPOINTS, METRICS, Checkpoints, is_first_process, leave_processes, read_metrics
-from sparsepass.retrain.teacher import SAMPLED, Teacher, offline_teacher, sample_to_file
+from sparsepass.retrain.teacher import Teacher, offline_teacher, sample_to_file
 
 ORIGIN_FILE: Final = "origin.json"
 """In a run folder: the program and the teacher that its checkpoints belong to."""
@@ -256,11 +256,12 @@ def default_run_folder(out: str | Path) -> Path:
 
 def clear_run_folder(run_folder: Path) -> None:
     """Remove what a training left in its run folder, but not the text that was sampled for it, which a new one may take."""
-    for found in run_folder.glob("*") if run_folder.is_dir() else ():
-        if found.is_dir():
+    for name in (CHECKPOINTS, METRICS, ORIGIN_FILE):
+        found = run_folder / name
+        if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found)
-        elif not found.match(SAMPLED.format("*")):
-            found.unlink()
+        else:
+            found.unlink(missing_ok=True)
 
 
 def accuracy(

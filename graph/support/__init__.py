@@ -32,7 +32,7 @@ from sparsepass.graph.support.inside import check_inside, file_inside
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
-from sparsepass.graph.support.temporaries import alone_in, lock_now, sweep, waiting_for
+from sparsepass.graph.support.temporaries import alone_in, lock_now, remove_if_dead, waiting_for
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
@@ -76,10 +76,10 @@ __all__ = [
     "path_named",
     "quiet_export",
     "quiet_loading",
+    "remove_if_dead",
     "replaced_file",
     "replaced_folder",
     "shows_progress",
-    "sweep",
     "waiting_for",
     "weights_entry",
     "weights_files",

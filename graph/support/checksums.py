@@ -1,7 +1,7 @@
 """Checksums of the files in a folder that was written: what tells it from a stranger's, and an edited file from ours.
 
 1. A folder's checksums lie in it, in `CHECKSUMS_FILE`: a table of every file below it, with size and SHA-256.
-2. A folder below with checksums of its own is left to those.
+2. A folder below with checksums of its own is one entry, whose name ends in a slash; its files are left to those.
 3. They protect from accidents and from edits that nobody told of. Who edits a file can write its checksum anew.
 """
 
@@ -160,7 +160,7 @@ def _below(folder: Path, parts: Collection[str]) -> list[str]:
 
 
 def _files(folder: Path, *, hidden: bool = False) -> list[str]:
-    """Files below a folder, as paths in it, but for its checksums and for folders that have some of their own.
+    """Files below a folder, as paths in it, but for its checksums; a folder with some of its own stands for its files.
 
     A link counts as what it leads to: folders of the hub's cache consist of links.
     """
@@ -168,6 +168,7 @@ def _files(folder: Path, *, hidden: bool = False) -> list[str]:
     for place, folders, files in os.walk(folder):
         if Path(place) != folder and CHECKSUMS_FILE in files:
             folders.clear()
+            found.append(f"{Path(place).relative_to(folder).as_posix()}/")
             continue
         folders[:] = sorted(name for name in folders if hidden or not name.startswith("."))
         names = [name for name in sorted(files) if hidden or not name.startswith(".")]
@@ -182,6 +183,8 @@ def _entries(folder: Path, names: Collection[str], expected: Mapping[str, Entry]
 
     def entry(name: str) -> Entry:
         path = folder / name
+        if name.endswith("/"):
+            return 0, "folder"
         if not path.is_file():  # no fifo is opened
             return 0, "no file"
         size = path.stat().st_size
@@ -204,6 +207,6 @@ def _write(folder: Path, entries: Mapping[str, Entry]) -> None:
 def _inside(name: str) -> str:
     """The path of a file in the folder, as it was read."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name:
+    if path.is_absolute() or ".." in path.parts or str(path) != name.removesuffix("/"):
         raise ValueError(f"{name!r} is no path in the folder")
     return name

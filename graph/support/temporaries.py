@@ -60,7 +60,7 @@ def sweep(target: Path) -> None:
         except OSError:  # not there, or not to be read
             continue
         for entry in found:
-            _remove_if_dead(Path(entry.path), target)
+            remove_if_dead(Path(entry.path), target)
 
 
 def lock_now(path: Path | int) -> int | None:
@@ -162,7 +162,13 @@ def _is_still(path: Path, lock: int) -> bool:
         return False
 
 
-def _remove_if_dead(path: Path, target: Path) -> None:
+def remove_if_dead(path: Path, target: Path | None = None) -> None:
+    """Remove a hidden file or folder unless a run that lives writes it.
+
+    Args:
+        path: The file or folder.
+        target: Its place, where an old result is put back to.
+    """
     try:
         lock = lock_now(path)
     except OSError:
@@ -170,7 +176,7 @@ def _remove_if_dead(path: Path, target: Path) -> None:
     if lock is None:
         return
     try:
-        if path.name.endswith(OLD):
+        if target is not None and path.name.endswith(OLD):
             _put_back(path, target)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -21,7 +21,7 @@ from typing import Any, Literal, final
 import safetensors.torch
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError, replaced_folder, sweep
+from sparsepass.graph.support import SparsepassError, remove_if_dead, replaced_folder
 from sparsepass.retrain.run.manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -136,7 +136,7 @@ class Checkpoints:
                 if rank:
                     return ""
                 for left in self._folder.glob(".step-*.partial"):
-                    sweep(left.with_name(left.name[1:].partition(".")[0]))
+                    remove_if_dead(left)
                 return str(stack.enter_context(replaced_folder(target, force=True, checksums=False)))
 
             staging = Path(together(begin)[0])

@@ -20,7 +20,7 @@ from sparsepass.export.cli import app as cli, support as cli_support
 from sparsepass.export.report.document import read_report
 from sparsepass.export.targets import Check, HuggingFace
 from sparsepass.graph import Program
-from sparsepass.graph.support import CHECKSUMS_FILE
+from sparsepass.graph.support import CHECKSUMS_FILE, write_checksums
 
 TASKS = Path(__file__).parents[2] / "data"
 
@@ -106,7 +106,8 @@ def test_what_could_not_be_checked_gives_exit_code_3(place: Path, tmp_path: Path
     [
         (["export", "{}/nowhere", "-t", "onnx", "-o", "{}/x"], "does not exist"),
         (["export", "{}/tiny", "-t", "onxx", "-o", "{}/x"], "did you mean 'onnx'"),
-        (["export", "{}/tiny", "-t", "onnx", "-o", "{}/tiny"], "not empty"),
+        (["export", "{}/tiny", "-t", "onnx", "-o", "{}/tiny"], "is the input"),
+        (["export", "{}/tiny", "-t", "onnx", "-o", "{}/pruned"], "not empty"),
         (["export", "{}/tiny", "-t", "onnx", "-o", "{}/x", "--passes", "nm_sparsfy"], "nm_sparsify"),
         (["export", "{}/tiny", "-t", "hf", "-o", "{}/x", "--task", "image-classification"], "has no option task"),
         (["prune", "{}/tiny", "-o", "{}/x", "--passes", "nm_sparsify{pattern=0:4}"], "0:4"),
@@ -295,6 +296,7 @@ def test_ctrl_c_leaves_the_old_output_and_exits_with_130(place: Path, tmp_path: 
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    write_checksums(out)
     code = (
         "import signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are born without it

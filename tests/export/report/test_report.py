@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from sparsepass.export.report.document import (
     PAGE_FILE,
     RECIPE_FILE,
     REPORT_FILE,
+    add_to_report,
     find_report,
     new_report,
     plain_json,
     read_report,
+    write_pages,
     write_report,
 )
 from sparsepass.export.report.pages import render_html, render_markdown
@@ -168,3 +171,25 @@ def test_a_section_is_a_model_a_field_and_a_view(monkeypatch: pytest.MonkeyPatch
     assert "<p><code>nm_sparsify{pattern=2:4}</code> runs at 9.5 tokens a second.</p>" in render_html(found)
     with pytest.raises(SparsepassError, match="latency: field 'tokens_per_second' is 'many', expected number"):
         extended.parse(full_report() | {"latency": {"tokens_per_second": "many"}})
+
+
+def test_what_two_add_at_once_is_all_there(tmp_path: Path) -> None:
+    place = tmp_path / "report"
+
+    def add(name: str) -> None:
+        for _ in range(5):
+            add_to_report(place, {}, stage=name, command=None, seconds=0.0)
+
+    add_to_report(place, {}, stage="first", command=None, seconds=0.0)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(add, ("plan", "verify")))
+    stages = [run["stage"] for run in read_report(place)["runs"]]
+    assert sorted(stages) == ["first", *["plan"] * 5, *["verify"] * 5]
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_pages_of_another_are_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SparsepassError, match="did not write"):
+        write_pages(tmp_path, new_report())
+    assert (tmp_path / name).read_text() == "mine"

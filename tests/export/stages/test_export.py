@@ -313,6 +313,7 @@ def test_an_earlier_report_is_carried_on(folder: Path, tmp_path: Path) -> None:
     assert report["model"]["source"] == str(folder)
     newer = json.loads((pruned / REPORT_FILE).read_text()) | {"schema_version": 99}
     (pruned / REPORT_FILE).write_text(json.dumps(newer))
+    write_checksums(pruned)
     with pytest.raises(SparsepassError, match="upgrade sparsepass"):
         export(pruned, "hf", tmp_path / "again")
 

@@ -81,7 +81,10 @@ def test_only_what_was_written_here_is_replaced(tmp_path: Path) -> None:
     (out / "linked").unlink()
     (out / "inner").mkdir()
     (out / "inner" / "b").write_text("b")
-    write_checksums(out / "inner")  # a result of its own, such as the demo's second one
+    write_checksums(out / "inner")
+    with pytest.raises(SparsepassError, match="holds inner/, which"):
+        check_free(out, force=True)
+    write_checksums(out)  # a result of its own that is part of this one, such as the demo's second
     check_free(out, force=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsepass.graph.support.checksums import CHECKSUMS_FILE, changed_files, checksums_follow
+from sparsepass.graph.support.checksums import CHECKSUMS_FILE, changed_files, checksums_follow, write_checksums
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.graph.support.files import replaced_file, replaced_folder
 from sparsepass.graph.support.places import check_free, check_place
@@ -209,3 +209,16 @@ def test_each_kind_of_change_is_named(tmp_path: Path) -> None:
         ("sub/d", "added"),
     ]
     assert [change.file for change in changed_files(out, ["a", "b", "same"])] == ["a"]
+
+
+def test_a_folder_with_checksums_of_its_own_is_one_entry(tmp_path: Path) -> None:
+    for place in (tmp_path / "out", tmp_path / "out" / "inner"):
+        with replaced_folder(place) as staging:
+            (staging / "a").write_text("1")
+    assert [str(change) for change in changed_files(tmp_path / "out")] == [
+        f"inner/ was added ({CHECKSUMS_FILE} does not list it)"
+    ]
+    write_checksums(tmp_path / "out")
+    (tmp_path / "out" / "inner" / "a").write_text("2")
+    assert changed_files(tmp_path / "out") == ()
+    assert [change.file for change in changed_files(tmp_path / "out" / "inner")] == ["a"]

@@ -1,7 +1,10 @@
 """Text that a model writes itself: from its own distribution, to a file that training takes, and not lost when interrupted."""
 
 import copy
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,43 @@ def test_bad_input_is_refused(model: nn.Module, tokenizer: Any, tmp_path: Path) 
         with pytest.raises(SparsepassError, match="to be above the prompt"):
             sample(model, torch.ones(1, 1, dtype=torch.int64), length, temperature=temperature)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_two_runs_do_not_write_one_file(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    target, config = tmp_path / "rows.jsonl", SampleConfig(num_tokens=32, length=16, batch_size=2)
+    beside = tmp_path / "rows.jsonl.partial"
+    with beside.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SparsepassError, match="another run writes"):
+            sample_to_file(model, tokenizer, target, config)
+    assert beside.exists()
+    assert not target.exists()
+    sample_to_file(model, tokenizer, target, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_rows_so_far_are_kept_where_there_is_no_room(
+    model: nn.Module, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, config = tmp_path / "rows.jsonl", SampleConfig(num_tokens=64, length=16, batch_size=2)
+    sample = module.sample
+
+    def full(*args: Any, **kwargs: Any) -> Tensor:
+        if (tmp_path / "rows.jsonl.partial").stat().st_size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(module, "sample", full)
+    with pytest.raises(SparsepassError, match=r"rows so far are kept in .*rows\.jsonl\.partial"):
+        sample_to_file(model, tokenizer, target, config)
+    monkeypatch.undo()
+    sample_to_file(model, tokenizer, target, config)
+    assert len(rows(target)) == 4
+
+
+def test_rows_are_not_written_through_another_name(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    os.link(tmp_path / "precious", tmp_path / "rows.jsonl.partial")
+    with pytest.raises(SparsepassError, match="has another name too"):
+        sample_to_file(model, tokenizer, tmp_path / "rows.jsonl", SampleConfig(num_tokens=32, length=16), force=True)
+    assert (tmp_path / "precious").read_text() == "mine"
