@@ -1,6 +1,7 @@
 # make demo   prune, export and verify SmolLM2-135M, and run it packed: the main job, in at most ten minutes on two cores
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
 # make quick  the tests that take little time: what to run between edits
+# make fuzz   damaged files of every kind for 30 minutes on two cores (MINUTES=5); what fails goes to tests/fuzz/corpus
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
 # make docs   what is made from the code: tables of options, reference of the report, picture of the rooms
 # make clean  remove what the above made
@@ -22,10 +23,10 @@ FEWER_INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_EN
 # The kernels for packed weights are compiled when the package is installed.
 NATIVE := setup.py $(wildcard graph/native/*.cpp graph/native/*.h)
 
-.PHONY: demo test test-isa quick lint wheel docs clean help
+.PHONY: demo test test-isa quick fuzz lint wheel docs clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sparsepass.export.cli.demo --out demo-out
@@ -39,6 +40,10 @@ test-isa: $(VENV)/.test
 
 quick: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests $(PYTEST)
+
+MINUTES ?= 30
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check

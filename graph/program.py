@@ -21,6 +21,7 @@ from sparsepass.graph.records import (
     Report,
     SparseState,
     changes_told_by_history,
+    from_json,
     pass_record_from_json,
     sparse_state_from_json,
     to_json,
@@ -400,7 +401,7 @@ def _from_state(
         origin=Origin(**(origin | lists)),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
         history=tuple(pass_record_from_json(record) for record in document["history"]),
-        retraining=tuple(document.get("retraining", ())),
+        retraining=tuple(from_json(list(document.get("retraining", ())))),
     )
     for name, tensor in own.items():
         program.set_tensor(name, tensor)

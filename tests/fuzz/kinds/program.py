@@ -60,7 +60,15 @@ def _words(document: Any) -> Sequence[Any]:
 
 def _arguments() -> Sequence[Any]:
     sizes = [[2**40], [10**6, 10**6], [-1], [0], [2, 2, 2], [4096, 4096]]
-    return [*sizes, {"device": "cpu"}, {"device": "cuda"}, {"dtype": "int64"}, {"tuple": []}, {"slice": [None, None, -1]}, 10**9]
+    return [
+        *sizes,
+        {"device": "cpu"},
+        {"device": "cuda"},
+        {"dtype": "int64"},
+        {"tuple": []},
+        {"slice": [None, None, -1]},
+        10**9,
+    ]
 
 
 def read(place: Path) -> object:
