@@ -203,7 +203,9 @@ class _Run:
     def step(self, node: fx.Node) -> tuple[int, int]:
         """Run a node. Returns the bytes and the operations that it takes."""
         self._order[node] = len(self._order)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)  # type: ignore[assignment]
         if node.op == "output":
             for value in args[0]:
                 if not isinstance(value, Tensor):
@@ -304,4 +306,4 @@ def _check_tensor(tensor: Tensor) -> None:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -77,8 +77,9 @@ def read_once(name: str, files: Files) -> str:
         try:
             all_kinds()[name].read(place)
         except SparsepassError as error:
-            assert str(error), "a refusal without words"
-            assert "\n" not in str(error), f"a refusal of several lines: {error}"
+            words = str(error)
+            if not words or "\n" in words:
+                raise RuntimeError(f"a refusal is one line of words: {words!r}") from error
             return "refused"
     return "read"
 
