@@ -57,7 +57,7 @@ def operations(target: torch._ops.OpOverload, args: tuple[Any, ...], results: Se
         return entries + 2 * made * _summed(args)
     if name in _POOLS and len(args) > 1:
         kernel = args[1] if isinstance(args[1], list | tuple) else [args[1]] * 3
-        return entries + _COST_OF_ENTRY * made * math.prod(max(1, size) for size in kernel)
+        return entries + _COST_OF_ENTRY * made * int(math.prod(max(1, size) for size in kernel))
     return entries
 
 

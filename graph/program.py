@@ -143,7 +143,7 @@ class Program(nn.Module):
         """Around whatever runs the graph: nothing, unless the program was read from a file. See `Guard.checked`."""
         if self.guard is None:
             return nullcontext()
-        return self.guard.checked(self.graph_module.graph, self.tensors(), inputs)
+        return self.guard.checked(self.graph_module.graph, self.tensors, inputs)
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Bind arguments as the model's forward would: input name -> tensor, in the graph's order.
