@@ -30,6 +30,7 @@ from sparsepass.graph.saved import (
     EXAMPLE_PREFIX,
     FORMAT_VERSION,
     PROGRAM_FILE,
+    check_as_written,
     graph_from_json,
     graph_to_json,
     read_state,
@@ -131,11 +132,7 @@ class Program(nn.Module):
         return structure.build(self.output_structure, self.run(self.flat_inputs(*args, **kwargs)))
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the graph on inputs as `flat_inputs` gives them. Returns the tensors `output_names`.
-
-        Raises:
-            SparsepassError: If the program was read from a file, and fails.
-        """
+        """The tensors `output_names` for inputs as `flat_inputs` gives them. What fails in a program that was read is told."""
         with self.checked(inputs):
             return list(self.graph_module(*inputs.values()))
 
@@ -302,15 +299,13 @@ class Program(nn.Module):
 
         Args:
             folder: Where to write. Nothing half-written is left there, whatever happens.
-            force: Whether a folder that is not empty is replaced.
+            force: Whether a folder that is not empty is replaced, if this library wrote it.
 
         Raises:
-            SparsepassError: If the folder is not empty, the program has no weights yet, or the graph calls something that a
-                saved program may not call.
+            SparsepassError: If the folder is not free, the program has no weights yet, or it calls what none may that is saved.
         """
-        document, tensors = self._state()
         with replaced_folder(folder, force=force) as staging:
-            write_state(staging, document, tensors)
+            self.save_into(staging)
 
     def save_into(self, folder: Path) -> None:
         """Write the program's two files into a folder that the caller fills and moves into place."""
@@ -322,20 +317,22 @@ class Program(nn.Module):
 
         Args:
             folder: What `save` wrote.
-            check_patterns: Whether masks that are not N:M are refused. The pattern checker reads them, to tell where.
+            check_patterns: Whether masks that are not N:M, and edited files, are refused; the checker tells where.
 
         Raises:
-            ProgramFormatError: If the folder holds no program, a truncated one, or one of a newer format.
+            ProgramFormatError: If the folder holds no program, a truncated or edited one, or one of a newer format.
         """
         document, tensors = read_state(Path(folder))
         try:
             program = _from_state(document, tensors, check_patterns=check_patterns)
             program.guard = Guard.of(program.graph_module.graph, program.tensors(), program.example_inputs)
-            return program
         except ProgramFormatError as error:
             raise ProgramFormatError(f"{Path(folder) / PROGRAM_FILE} is no sound program: {error}") from error
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise ProgramFormatError(f"{Path(folder) / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
+        if check_patterns:
+            check_as_written(Path(folder))
+        return program
 
     def sharing(self, **changes: Any) -> "Program":
         """A program with the same tensors and facts, but for the fields given, such as ``sparse``."""

@@ -24,6 +24,7 @@ from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_gguf, split_parts
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.saved import PROGRAM_FILE
+from sparsepass.graph.support import check_inside
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 _Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -322,6 +323,7 @@ def load_for_plan(source: str | Path, *, gguf_file: str | None = None) -> Progra
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        check_inside(path)
         if (path / PROGRAM_FILE).is_file():
             return Program.load(path)
         if gguf_file is None and (path / "config.json").is_file():

@@ -26,7 +26,7 @@ from sparsepass.export.report import (
 )
 from sparsepass.export.stages.news import listen
 from sparsepass.export.stages.preparing import Prepared, prepare
-from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource, inputs_of
 from sparsepass.export.targets import (
     LoweringContext,
     SemiStructured,
@@ -135,7 +135,7 @@ def export(
         tokenizer: Goes into the folder, and turns calibration and evaluation text into tokens; by default the
             model's own.
         example_inputs: What to capture a model with that is no transformers model.
-        force: Whether a folder that is not empty is replaced.
+        force: Whether a folder that is not empty is replaced, if this library wrote it.
         verify: Whether to verify what was written.
         validate: Whether each pass is validated; see `apply_passes`.
         progress: Whether to show progress; by default where standard error is a terminal.
@@ -176,10 +176,11 @@ def export(
             stacklevel=2,
         )
     pipeline = parse_pipeline(passes) if passes else None
-    check_free(out, force=force)
-    chosen.check_here()
     if isinstance(model, str | Path):
         model = ModelSource(source=str(model))
+    calibration = calibration if isinstance(calibration, Calibration) else Calibration(data=calibration)
+    check_free(out, force=force, inputs=inputs_of(model, calibration, evaluation, pipeline, chosen))
+    chosen.check_here()
     if isinstance(model, ModelSource):
         model = replace(
             model,
@@ -192,7 +193,7 @@ def export(
         prepared = prepare(
             model,
             passes=pipeline,
-            calibration=calibration if isinstance(calibration, Calibration) else Calibration(data=calibration),
+            calibration=calibration,
             evaluation=evaluation,
             tokenizer=tokenizer,
             example_inputs=example_inputs,
@@ -243,7 +244,7 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
     context = LoweringContext(
         tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor, source=prepared.loaded.folder
     )
-    with replaced_folder(out, force=force) as staging:
+    with replaced_folder(out, force=force, inputs=(*prepared.inputs, *inputs_of(target))) as staging:
         _LOG.info("writing %s", target.name)
         lowered = target.lower(program, staging, context)
         files = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}

@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sparsepass.graph.saved.schema import FORMAT_VERSION, check_document
-from sparsepass.graph.support import ProgramFormatError, SparsepassError
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside
 
 PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
 _DEEPEST = 64
@@ -43,6 +43,7 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         ProgramFormatError: If they are not there, truncated, of a newer format, or hold what no program holds.
     """
+    check_inside(place)
     file = place / PROGRAM_FILE
     if not file.is_file():
         raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
@@ -60,6 +61,19 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
         ) from error
     check_document(document, tensors.keys(), f"{file} is no saved program")
     return document, tensors
+
+
+def check_as_written(place: Path) -> None:
+    """Refuse a program whose files are not those that were written, as far as the checksums in its folder tell.
+
+    Raises:
+        ProgramFormatError: If one is another.
+    """
+    if changes := changed_files(place, (PROGRAM_FILE, TENSORS_FILE)):
+        raise ProgramFormatError(
+            f"{place}: {'; '.join(map(str, changes))}; get the folder anew or, if you know why it changed, run "
+            f"`sparsepass verify --renew {place}`"
+        )
 
 
 def _parsed(file: Path) -> Any:

@@ -165,6 +165,7 @@ def unpacked(files: dict[str, str | None]) -> Files:
 def keep(name: str, words: str, files: Files) -> Path:
     """Write a failure into the corpus, which the tests read again."""
     text = json.dumps({"kind": name, "words": words.strip().splitlines()[-1][:300], "files": packed(files)}, indent=1)
+    CORPUS.mkdir(exist_ok=True)
     place = CORPUS / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     place.write_text(text + "\n")
     return place

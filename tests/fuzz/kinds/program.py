@@ -15,6 +15,7 @@ from torch import nn
 from sparsepass import NMSparsify, Program, SLoRB, apply_passes
 from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
 from sparsepass.graph.saved.operators import FUNCTIONS, OPERATORS
+from sparsepass.graph.support import CHECKSUMS_FILE
 from sparsepass.passes import LearnMasks
 
 
@@ -48,7 +49,7 @@ def damaged(place: Path) -> SearchStrategy[Files]:
     others = damaged_json(text, [*HOSTILE, *_words(json.loads(text)), *_arguments()])
     files: SearchStrategy[Files] = others.map(lambda found: {PROGRAM_FILE: found})
     rest: SearchStrategy[Files] = damaged_safetensors(tensors).map(lambda found: {TENSORS_FILE: found})
-    return st.one_of(files, files, files, rest)
+    return st.one_of(files, files, files, rest).map(lambda found: {**found, CHECKSUMS_FILE: None})
 
 
 def _words(document: Any) -> Sequence[Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from sparsepass import Program, apply_passes
 from sparsepass.graph import ProgramFormatError, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
+from sparsepass.graph.support import CHECKSUMS_FILE
 
 JSON = Any
 X, MADE = {"node": "input_1"}, {"node": "made"}
@@ -43,6 +44,7 @@ def sound() -> tuple[Path, JSON]:
 def with_document(folder: Path, text: str | bytes | JSON, tensors: dict[str, torch.Tensor] | None = None) -> Path:
     place = folder / "program"
     shutil.copytree(sound()[0], place)
+    (place / CHECKSUMS_FILE).unlink()
     found = text if isinstance(text, str | bytes) else json.dumps(text)
     (place / PROGRAM_FILE).write_bytes(found if isinstance(found, bytes) else found.encode())
     if tensors is not None:
