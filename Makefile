@@ -2,6 +2,7 @@
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
 # make test-lowest  a part of the tests with the lowest torch and transformers that pyproject.toml allows, in .venv-lowest
 # make quick  the tests that take little time: what to run between edits
+# make fuzz   damaged files of every kind for 30 minutes on two cores (MINUTES=5); what fails goes to tests/fuzz/corpus
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
 # make docs   what is made: tables of options, reference of the report, list of architectures, picture of the rooms
 # make clean  remove what the above made
@@ -30,10 +31,10 @@ LOWEST_TESTS := tests/graph/test_capture.py tests/graph/test_program.py tests/gr
 # The kernels for packed weights are compiled when the package is installed.
 NATIVE := setup.py $(wildcard graph/native/*.cpp graph/native/*.h)
 
-.PHONY: demo test test-isa test-lowest quick lint wheel docs clean help
+.PHONY: demo test test-isa test-lowest quick fuzz lint wheel docs clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sparsepass.export.cli.demo --out demo-out
@@ -50,6 +51,10 @@ test-lowest: $(LOWEST_VENV)/.test
 
 quick: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests $(PYTEST)
+
+MINUTES ?= 30
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check

@@ -4,6 +4,7 @@ from sparsepass.graph.capture import capture
 from sparsepass.graph.equivalence import Comparison, Difference, assert_equivalent, compare
 from sparsepass.graph.fill import capture_without_weights, fill
 from sparsepass.graph.program import Program
+from sparsepass.graph.saved import Operators
 from sparsepass.graph.sites import Site
 from sparsepass.graph.support import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 
@@ -12,6 +13,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "EquivalenceError",
+    "Operators",
     "PassError",
     "Program",
     "ProgramFormatError",

@@ -323,7 +323,7 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
                 "rewrite yet; capture it outside of torch.autocast, or without that control flow"
             )
         copies[node] = flat.node_copy(node, lambda n: copies[n])
-        copies[node].target = OF_ZEROS.get(node.target, node.target)  # type: ignore[call-overload]
+        copies[node].target = OF_ZEROS.get(node.target, node.target)
         if node.op == "get_attr":
             copies[node].target = aliases.get(str(node.target), str(node.target))
     flat.lint()

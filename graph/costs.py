@@ -47,17 +47,17 @@ def operations(target: torch._ops.OpOverload, args: tuple[Any, ...], results: Se
     entries = _COST_OF_ENTRY * (made + sum(t.numel() for t in given))
     if name in _PRODUCTS and len(given) > (name in _SECOND_OPERAND):
         operand = given[int(name in _SECOND_OPERAND)]
-        return entries + 2 * made * (operand.shape[-1] if operand.dim() else 1)
+        return entries + 2 * made * (int(operand.shape[-1]) if operand.dim() else 1)
     if name.startswith("conv") and len(given) > 1:
         each = given[1].numel() // max(1, given[1].shape[0])
         return entries + 2 * each * max(made, given[0].numel())
     if name == "scaled_dot_product_attention" and len(given) > 1 and given[1].dim() > 1:
-        return entries + 4 * given[0].numel() * given[1].shape[-2]
+        return entries + 4 * given[0].numel() * int(given[1].shape[-2])
     if name == "einsum":
         return entries + 2 * made * _summed(args)
     if name in _POOLS and len(args) > 1:
         kernel = args[1] if isinstance(args[1], list | tuple) else [args[1]] * 3
-        return entries + _COST_OF_ENTRY * made * math.prod(max(1, size) for size in kernel)
+        return entries + _COST_OF_ENTRY * made * int(math.prod(max(1, size) for size in kernel))
     return entries
 
 

@@ -21,6 +21,7 @@ from sparsepass.graph.records import (
     Report,
     SparseState,
     changes_told_by_history,
+    from_json,
     pass_record_from_json,
     sparse_state_from_json,
     to_json,
@@ -131,11 +132,7 @@ class Program(nn.Module):
         return structure.build(self.output_structure, self.run(self.flat_inputs(*args, **kwargs)))
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the graph on inputs as `flat_inputs` gives them. Returns the tensors `output_names`.
-
-        Raises:
-            SparsepassError: If the program was read from a file, and fails.
-        """
+        """The tensors `output_names` for inputs as `flat_inputs` gives them. What fails in a program that was read is told."""
         with self.checked(inputs):
             return list(self.graph_module(*inputs.values()))
 
@@ -143,7 +140,7 @@ class Program(nn.Module):
         """Around whatever runs the graph: nothing, unless the program was read from a file. See `Guard.checked`."""
         if self.guard is None:
             return nullcontext()
-        return self.guard.checked(self.graph_module.graph, self.tensors(), inputs)
+        return self.guard.checked(self.graph_module.graph, self.tensors, inputs)
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Bind arguments as the model's forward would: input name -> tensor, in the graph's order.
@@ -401,7 +398,7 @@ def _from_state(
         origin=Origin(**(origin | lists)),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
         history=tuple(pass_record_from_json(record) for record in document["history"]),
-        retraining=tuple(document.get("retraining", ())),
+        retraining=tuple(from_json(list(document.get("retraining", ())))),
     )
     for name, tensor in own.items():
         program.set_tensor(name, tensor)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -141,14 +142,25 @@ class Origin:
 
 
 def to_json(record: Any) -> JSON:
-    """Turn a record, or a mapping of records, into JSON."""
+    """Turn a record, or a mapping of records, into JSON. Numbers that JSON lacks become ``{"float": "nan"}``."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
     if isinstance(record, Mapping):
         return {key: to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
         return [to_json(item) for item in record]
+    if isinstance(record, float) and not math.isfinite(record):
+        return {"float": str(float(record))}
     return record
+
+
+def from_json(document: JSON) -> JSON:
+    """Undo what `to_json` does to numbers."""
+    if isinstance(document, Mapping):
+        if document.keys() == {"float"} and document["float"] in ("nan", "inf", "-inf"):
+            return float(document["float"])
+        return {key: from_json(value) for key, value in document.items()}
+    return [from_json(item) for item in document] if isinstance(document, list) else document
 
 
 def sparse_state_from_json(document: JSON) -> SparseState:
@@ -192,8 +204,9 @@ def changes_told_by_history(history: Iterable[PassRecord], retraining: Iterable[
 
 def pass_record_from_json(document: JSON) -> PassRecord:
     """Undo `to_json` for a `PassRecord`."""
-    outcomes = tuple(SiteOutcome(**{**o, "shape": tuple(o["shape"])}) for o in document["outcomes"])
-    return PassRecord(**{**document, "outcomes": outcomes})
+    found = from_json(document)
+    outcomes = tuple(SiteOutcome(**{**o, "shape": tuple(o["shape"])}) for o in found["outcomes"])
+    return PassRecord(**{**found, "outcomes": outcomes})
 
 
 @dataclass(frozen=True, kw_only=True)

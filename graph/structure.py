@@ -59,7 +59,8 @@ def check(structure: JSON, depth: int = 0) -> None:
         return
     if not isinstance(structure, dict) or not isinstance(structure.get("items"), list) or depth > _DEEPEST:
         raise ProgramFormatError(f"a saved program has an output that cannot be read: {structure!r:.200}")
-    kind, keys = structure.get("kind"), structure.get("keys")
+    kind: JSON = structure.get("kind")
+    keys: JSON = structure.get("keys")
     if kind in ("tuple", "list"):
         is_sound = structure.keys() == {"kind", "items"}
     else:

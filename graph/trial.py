@@ -7,7 +7,7 @@ sizes depend on sizes in any way.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -85,18 +85,20 @@ class Guard:
         guard.seen.add(_key(inputs))
         return guard
 
-    def check(self, graph: fx.Graph, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    def check(self, graph: fx.Graph, tensors: Callable[[], Mapping[str, Tensor]], inputs: Mapping[str, Tensor]) -> None:
         """Refuse inputs on which the graph fails, or takes more than their larger size explains. Once for each shape.
 
         Raises:
             ProgramFormatError: It names the node.
         """
         if _key(inputs) not in self.seen and _is_plain(inputs):
-            _trial(graph, tensors, inputs, self)
+            _trial(graph, tensors(), inputs, self)
             self.seen.add(_key(inputs))
 
     @contextlib.contextmanager
-    def checked(self, graph: fx.Graph, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    def checked(
+        self, graph: fx.Graph, tensors: Callable[[], Mapping[str, Tensor]], inputs: Mapping[str, Tensor]
+    ) -> Iterator[None]:
         """Check inputs, and say what fails while the block runs the graph on them.
 
         Raises:
@@ -203,7 +205,8 @@ class _Run:
     def step(self, node: fx.Node) -> tuple[int, int]:
         """Run a node. Returns the bytes and the operations that it takes."""
         self._order[node] = len(self._order)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        given: Any = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args, kwargs = given
         if node.op == "output":
             for value in args[0]:
                 if not isinstance(value, Tensor):
@@ -304,4 +307,4 @@ def _check_tensor(tensor: Tensor) -> None:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -6,7 +6,6 @@ ATen's core. It leaves out whatever could reach memory that is not its own or no
 whose values decide the sizes of results, and private ones that check nothing.
 """
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -183,7 +182,6 @@ class Operators:
     targets: tuple[str, ...]
 
 
-@functools.cache
 def _added() -> frozenset[str]:
     own: dict[str, Operators] = {}
     found = extended_by_rows(own, "sparsepass.operators", Operators)

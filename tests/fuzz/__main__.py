@@ -42,7 +42,8 @@ def main() -> int:
                 waiting.append((following, pool.submit(run_cases, following, seed, _CASES)))
     for name, found in counts.items():
         print(f"{name}: {found.total():,} cases, " + ", ".join(f"{number:,} {what}" for what, number in sorted(found.items())))
-    print(f"{sum(found.total() for found in counts.values()):,} cases of {len(names)} kinds, {failed} failures (seed {given.seed})")
+    total = sum(found.total() for found in counts.values())
+    print(f"{total:,} cases of {len(names)} kinds, {failed} failures (seed {given.seed})")
     return int(failed > 0)
 
 

@@ -17,7 +17,8 @@ HOSTILE: tuple[Any, ...] = (
 )  # fmt: skip
 """Values that stand where others belong."""
 _RAW = (
-    b"", b"null", b"[]", b"{}", b"5", b"\xff\xfe", b"\x00" * 64, b"[" * _DEEP, b'{"a":' * _DEEP, b'{"a": NaN}', b'{"a": 1, "a": 2}',
+    b"", b"null", b"[]", b"{}", b"5", b"\xff\xfe", b"\x00" * 64, b"[" * _DEEP, b'{"a":' * _DEEP, b'{"a": NaN}',
+    b'{"a": 1, "a": 2}',
     b'{"format_version": ' + b"9" * 5000 + b"}", b'"\\ud800"',
 )  # fmt: skip
 

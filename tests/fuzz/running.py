@@ -77,8 +77,9 @@ def read_once(name: str, files: Files) -> str:
         try:
             all_kinds()[name].read(place)
         except SparsepassError as error:
-            assert str(error), "a refusal without words"
-            assert "\n" not in str(error), f"a refusal of several lines: {error}"
+            words = str(error)
+            if not words or "\n" in words:
+                raise RuntimeError(f"a refusal is one line of words: {words!r}") from error
             return "refused"
     return "read"
 
@@ -164,6 +165,7 @@ def unpacked(files: dict[str, str | None]) -> Files:
 def keep(name: str, words: str, files: Files) -> Path:
     """Write a failure into the corpus, which the tests read again."""
     text = json.dumps({"kind": name, "words": words.strip().splitlines()[-1][:300], "files": packed(files)}, indent=1)
+    CORPUS.mkdir(exist_ok=True)
     place = CORPUS / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     place.write_text(text + "\n")
     return place

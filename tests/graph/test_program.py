@@ -195,7 +195,7 @@ def test_a_folder_holds_text_and_safetensors_and_nothing_else(folder: Path) -> N
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, "1", None])
 def test_another_format_is_refused(folder: Path, version: Any) -> None:
     edit(folder, lambda document: document.update(format_version=version))
-    with pytest.raises(ProgramFormatError, match=rf"program format {version}, .* reads up to {FORMAT_VERSION}; upgrade"):
+    with pytest.raises(ProgramFormatError, match=rf"program format {version!r}, .* reads up to {FORMAT_VERSION}; upgrade"):
         Program.load(folder)
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_description_is_said(folder: Path, damage: str) -> None:
 def test_tensors_of_another_program_are_said(folder: Path, tmp_path: Path) -> None:
     captured("vit").save(tmp_path / "other")
     (folder / TENSORS_FILE).write_bytes((tmp_path / "other" / TENSORS_FILE).read_bytes())
-    with pytest.raises(ProgramFormatError, match="damaged"):
+    with pytest.raises(ProgramFormatError, match="is no saved program: parameters: there is no tensor"):
         Program.load(folder)
 
 
@@ -315,7 +315,7 @@ def test_a_file_cannot_make_it_run_code(folder: Path, attack: str, monkeypatch: 
     assert not (folder.parent / "planted").exists()
 
 
-def test_the_name_of_a_node_is_only_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_the_name_of_a_node_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     edit(
         folder,
@@ -323,7 +323,8 @@ def test_the_name_of_a_node_is_only_a_name(folder: Path, monkeypatch: pytest.Mon
             0, {"op": "call_function", "name": f"a = {PLANTED} #", "target": "aten.ones.default", "args": [[2]]}
         ),
     )
-    assert_same_outputs(Program.load(folder), captured("convnet"), "convnet")
+    with pytest.raises(ProgramFormatError, match="may not have a node named"):
+        Program.load(folder)
     assert not (folder.parent / "planted").exists()
 
 

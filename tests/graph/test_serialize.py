@@ -14,6 +14,7 @@ from sparsepass.graph.records import (
     PassRecord,
     SiteOutcome,
     SparseState,
+    from_json,
     pass_record_from_json,
     sparse_state_from_json,
     to_json,
@@ -145,6 +146,12 @@ def test_pass_records_come_back() -> None:
     )
     assert pass_record_from_json(through_json(to_json(record))) == record
     assert (record.num_rewritten, record.num_skipped) == (1, 1)
+
+
+def test_numbers_that_json_lacks_come_back() -> None:
+    record = PassRecord(text="fold", promise="exact", outcomes=(), validation={"kl": math.inf, "each": [-math.inf, 1.0]})
+    assert pass_record_from_json(through_json(to_json(record))) == record
+    assert math.isnan(from_json(through_json(to_json({"loss": math.nan})))["loss"])
 
 
 STRUCTURE = {

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tests.families import captured
 
-from sparsepass.graph import SparsepassError
+from sparsepass.graph import Program, ProgramFormatError, SparsepassError, capture
 from sparsepass.graph.program import masked_weight
 from sparsepass.passes import apply_passes, parse_pipeline
 from sparsepass.passes.criteria import CRITERIA, criteria_table
@@ -60,6 +61,30 @@ def test_the_examples_of_the_page_work_by_name() -> None:
     assert {len(row.unique()) <= 2**6 for row in masked_weight(program, name)} == {True}
     assert {str(state.changed_by).partition("{")[0] for state in program.sparse.values()} == {"round_weights"}
     assert parse_pipeline(program.recipe) == parse_pipeline(program.recipe)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_program_that_calls_the_operator_of_the_page_is_saved_and_read(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    program = capture(net, torch.randn(2, 8))
+    row = importlib.import_module("two_examples.operators").ROW
+    graph = program.graph_module.graph
+    (weight,) = [node for node in graph.nodes if node.target == "0.weight"]
+    program.set_tensor("step", torch.tensor(0.5))
+    with graph.inserting_after(weight):
+        step = graph.get_attr("step")
+    with graph.inserting_after(step):
+        rounded = graph.call_function(torch.ops.two_examples.rounded.default, (weight, step))
+    weight.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+    program.graph_module.recompile()
+    assert row.targets == ("two_examples.rounded.default",)
+    program.save(tmp_path / "program")
+    x = torch.randn(3, 8)
+    assert torch.equal(Program.load(tmp_path / "program")(x), program(x))
+    for folder in tmp_path.glob("*.dist-info"):
+        shutil.rmtree(folder)
+    with pytest.raises(ProgramFormatError, match=r"may not call 'two_examples\.rounded\.default'"):
+        Program.load(tmp_path / "program")
 
 
 @pytest.mark.usefixtures("installed")

@@ -15,6 +15,7 @@ from torch import nn
 from sparsepass import NMSparsify, Program, SLoRB, apply_passes
 from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
 from sparsepass.graph.saved.operators import FUNCTIONS, OPERATORS
+from sparsepass.graph.support import CHECKSUMS_FILE
 from sparsepass.passes import LearnMasks
 
 
@@ -48,7 +49,7 @@ def damaged(place: Path) -> SearchStrategy[Files]:
     others = damaged_json(text, [*HOSTILE, *_words(json.loads(text)), *_arguments()])
     files: SearchStrategy[Files] = others.map(lambda found: {PROGRAM_FILE: found})
     rest: SearchStrategy[Files] = damaged_safetensors(tensors).map(lambda found: {TENSORS_FILE: found})
-    return st.one_of(files, files, files, rest)
+    return st.one_of(files, files, files, rest).map(lambda found: {**found, CHECKSUMS_FILE: None})
 
 
 def _words(document: Any) -> Sequence[Any]:
@@ -60,7 +61,15 @@ def _words(document: Any) -> Sequence[Any]:
 
 def _arguments() -> Sequence[Any]:
     sizes = [[2**40], [10**6, 10**6], [-1], [0], [2, 2, 2], [4096, 4096]]
-    return [*sizes, {"device": "cpu"}, {"device": "cuda"}, {"dtype": "int64"}, {"tuple": []}, {"slice": [None, None, -1]}, 10**9]
+    return [
+        *sizes,
+        {"device": "cpu"},
+        {"device": "cuda"},
+        {"dtype": "int64"},
+        {"tuple": []},
+        {"slice": [None, None, -1]},
+        10**9,
+    ]
 
 
 def read(place: Path) -> object:
