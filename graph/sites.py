@@ -128,7 +128,7 @@ def find_sites(
     uses: dict[str, list[_WeightUse]] = {}
     embeddings: set[str] = set()
     for node in graph_module.graph.nodes:
-        matched = _match(node)
+        matched = match_weight(node)
         for use in [matched] if matched is not None else _unsupported(node):
             key = use.weight or f"{module_path(node) or node.name}"
             uses.setdefault(key, []).append(use)
@@ -170,7 +170,7 @@ class _WeightUse:
     groups: int = 1
 
 
-def _match(node: fx.Node) -> _WeightUse | None:
+def match_weight(node: fx.Node) -> _WeightUse | None:
     if node.op != "call_function":
         return None
     target, args = node.target, node.args
