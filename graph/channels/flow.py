@@ -1,13 +1,13 @@
-"""Channel flow: where every channel of a program is made, who reads it, and what can be done to it without changing a result."""
+"""Channel flow: where the channels of a program are made, who reads them, and what can be done to them without any effect."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from sparsepass.graph.channels.labels import Classes, Hashes, Ints, mixed
+from sparsepass.graph.channels.labels import Classes, Ints, mixed
 from sparsepass.graph.channels.walk import Slot, Walk
 from sparsepass.graph.program import Program
 
@@ -39,8 +39,9 @@ class ChannelGroup:
 
     Attributes:
         places: Every stored tensor that has to follow.
-        order: ``free``: any permutation; ``within blocks``: so too, and there are other blocks (heads, experts) like this one, with
-            which nothing is exchanged; ``pairs``: a channel is several positions that stay together, as in rotary embeddings.
+        order: ``free``: any permutation; ``within blocks``: so too, and there are other blocks (heads, experts) like this one,
+            with which nothing is exchanged; ``pairs``: a channel is several positions that stay together, as in rotary
+            embeddings.
     """
 
     places: tuple[Place, ...]
@@ -100,7 +101,7 @@ def channel_flow(program: Program) -> ChannelFlow:
     walk.run()
     slots = list(walk.slots.values())
     places, scales = walk.places.solve(), walk.scales.solve()
-    orders = _groups(slots, places, [slot.places for slot in slots], apart=True)
+    orders = [_with_masks(found, walk.masks) for found in _groups(slots, places, [slot.places for slot in slots], apart=True)]
     factors = _groups(slots, scales, [slot.scales for slot in slots], apart=False)
     counts: dict[tuple[object, ...], int] = {}
     for found in orders:
@@ -116,6 +117,11 @@ def channel_flow(program: Program) -> ChannelFlow:
         refused=_reasons(slots, places, [slot.places for slot in slots]),
         unscaled=_reasons(slots, scales, [slot.scales for slot in slots]),
     )
+
+
+def _with_masks(found: tuple[Place, ...], masks: Mapping[str, str]) -> tuple[Place, ...]:
+    """Masks are permuted with their weights."""
+    return (*found, *(replace(place, tensor=masks[place.tensor]) for place in found if place.tensor in masks))
 
 
 def _kind(found: Sequence[Place]) -> tuple[object, ...]:
@@ -156,9 +162,7 @@ def _groups(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, 
                 continue  # a tied embedding lies there twice
             known.add((slot.tensor, slot.axes))
             ordered = positions[np.argsort(numbers[positions], kind="stable")].reshape(len(group), -1)
-            places.append(
-                Place(tensor=slot.tensor, axes=slot.axes, reads=slot.reads, offset=slot.offset, positions=ordered)
-            )
+            places.append(Place(tensor=slot.tensor, axes=slot.axes, reads=slot.reads, offset=slot.offset, positions=ordered))
         groups.append(tuple(places))
     return groups
 
@@ -206,6 +210,3 @@ def scaled(tensor: torch.Tensor, place: Place, factors: torch.Tensor) -> torch.T
     changed = rows / each if place.reads else (rows + place.offset) * each - place.offset
     flat[positions.reshape(-1)] = changed
     return flat.reshape(moved.shape).movedim(tuple(range(len(axes))), axes)
-
-
-__all__ = ["ChannelFlow", "ChannelGroup", "Hashes", "Place", "ScaleGroup", "channel_flow", "permuted", "scaled"]

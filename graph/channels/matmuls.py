@@ -1,6 +1,5 @@
 """What operations that sum over channels do to them: linear layers, convolutions, tables, attention, experts."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,9 +80,8 @@ def convolution(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         slot = walk.slot(use.weight, (1,), reads=True)
         _read(walk, slot, value if isinstance(value, Tensor) else value.each(lambda labels: labels.movedim(1, -1)))
     elif isinstance(value, Channels) and use.groups == weight.shape[0] == value.shape[1]:
-        channels = value.each(lambda labels: labels.movedim(1, -1)[:, *([0] * (len(shape) - 2))])
-        one = result.places[:, *([0] * (len(shape) - 2))]
-        walk.places.join(channels.places.numpy(), one.expand_as(channels.places).numpy())
+        places = value.places.movedim(1, -1)
+        walk.places.join(places.numpy(), np.broadcast_to(made.places, places.shape))
         walk.pin_scales(value, "a convolution of a group a channel reads it")
     else:
         return NotImplemented
@@ -101,7 +99,9 @@ def grouped(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         return NotImplemented
     reads, makes = (2, 1) if use.layout == "experts" else (1, 2)
     experts = tensor_of(walk.program.graph_module, use.weight).shape[0]
-    expert = torch.searchsorted(ends.to(torch.int64).contiguous(), torch.arange(value.shape[0]), right=True).clamp_(max=experts - 1)
+    expert = torch.searchsorted(ends.to(torch.int64).contiguous(), torch.arange(value.shape[0]), right=True).clamp_(
+        max=experts - 1
+    )
     slot = walk.slot(use.weight, (0, reads), reads=True)
     places = slot.places.reshape(experts, -1)[expert.numpy()]
     scales = slot.scales.reshape(experts, -1)[expert.numpy()]
@@ -112,6 +112,9 @@ def grouped(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     for one in (slot, made):  # no token went to these experts
         walk.places.pin(one.places.reshape(experts, -1)[unseen], "no example token goes to this expert")
         walk.scales.pin(one.scales.reshape(experts, -1)[unseen], "no example token goes to this expert")
+    for one in (slot, made):  # channels of different experts do not change places
+        each = one.places.reshape(experts, -1)
+        walk.places.tell_apart(each, np.broadcast_to(np.arange(1, experts + 1, dtype=np.uint64)[:, None], each.shape))
     return Channels(
         torch.from_numpy(made.places.reshape(experts, -1)[expert.numpy()]),
         torch.from_numpy(made.scales.reshape(experts, -1)[expert.numpy()]),
@@ -176,7 +179,7 @@ def _summed(
             labels = value.places.movedim(axis, -1)[..., :1, :]
             data = other.movedim(-2, -1) if axis == -1 else other
             shape = torch.broadcast_shapes(labels.shape, data.shape)
-            walk.places.tell_apart(*rows_met(labels.expand(shape), data.expand(shape), hash(walk.node.name) & 0xFFFF))
+            walk.places.tell_apart(*rows_met(labels.expand(shape), data.expand(shape), walk.salt))
     left, right = one.places[..., :1, :], two.places.transpose(-1, -2)[..., :1, :]
     met = walk.combine(left, right) if here and there else left if here else right
     head, overlap = walk.blocks(met, [rank - 1])
@@ -192,7 +195,7 @@ def attention(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     """Scores, softmax, and the sum of values."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     bound = dict(zip(names, args, strict=False)) | dict(kwargs)
-    query, key, value, mask = (bound.get(name) for name in names[:4])
+    query, key, value, mask = bound["query"], bound["key"], bound["value"], bound.get("attn_mask")
     if any(isinstance(one, Stored) or not isinstance(one, Channels | Tensor) for one in (query, key, value)):
         return NotImplemented
     if isinstance(mask, Stored):
@@ -217,8 +220,3 @@ def _repeated(value: Any, times: int) -> Any:
         return labels.repeat_interleave(times, -3)
 
     return value.each(repeat) if isinstance(value, Channels) else repeat(value)
-
-
-def num_elements(slot: Slot) -> int:
-    """Places of a slot."""
-    return math.prod(slot.places.shape)

@@ -38,8 +38,20 @@ def _layout(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         )
     places, scales = moved(value.places), moved(value.scales)
     if isinstance(places, Tensor):
+        walk.meet_part(places, value.places, 0)
         return Channels(places, scales)
+    for number, part in enumerate(places):
+        walk.meet_part(part, value.places, number)
     return [Channels(place, scale) for place, scale in zip(places, scales, strict=True)]
+
+
+def _wrapper(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A weight behind its mask: the mask lies along the same channels."""
+    mask = walk.node.args[1]
+    if not isinstance(args[0], Stored) or not isinstance(mask, fx.Node) or mask.op != "get_attr":
+        return NotImplemented
+    walk.masks[args[0].name] = str(mask.target)
+    return args[0]
 
 
 def _same(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -188,9 +200,7 @@ def _reduction(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     else:
         walk.pin_scales(value, f"{name} runs over channels")
         scales = torch.zeros_like(places)
-    shape = [
-        1 if axis in axes else size for axis, size in enumerate(value.places.shape)
-    ]
+    shape = [1 if axis in axes else size for axis, size in enumerate(value.places.shape)]
     places, scales = places.expand(shape), scales.expand(shape)
     if not keeps:
         for axis in sorted(axes, reverse=True):
@@ -242,7 +252,9 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         for other in taken[1:]:
             walk.scales.join(scales.numpy(), other.scales.numpy())
     found = Channels(result.places, scales)
-    statistics = Channels(torch.zeros(*value.shape[:-1], 1, dtype=torch.int64), torch.zeros(*value.shape[:-1], 1, dtype=torch.int64))
+    statistics = Channels(
+        torch.zeros(*value.shape[:-1], 1, dtype=torch.int64), torch.zeros(*value.shape[:-1], 1, dtype=torch.int64)
+    )
     return (found, statistics, statistics) if op_name(walk.node) == "native_layer_norm" else found
 
 
@@ -257,7 +269,7 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     known = [part for part in parts if isinstance(part, Channels)]
     if not known:
         return NotImplemented
-    along = any(axis in varying(part.places) for part in known) or stack and len(known) > 1
+    along = any(axis in varying(part.places) for part in known) or (stack and len(known) > 1)
     first = next((part for part in known if varying(part.places)), known[0])
     found: list[Channels] = []
     for part in parts:
@@ -311,7 +323,7 @@ def _picks(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     else:
         size = shape[axis]
     rows = math.prod(shape) // shape[axis]
-    turns = (torch.arange(rows).unsqueeze(1) * shape[axis] + torch.arange(shape[axis])) % size
+    turns = (torch.arange(rows).unsqueeze(1) + torch.arange(shape[axis])) % size
     moved = [s for place, s in enumerate(shape) if place != axis % len(shape)]
     indices = turns.reshape(*moved, shape[axis]).movedim(-1, axis)
     nothing = torch.zeros(shape, dtype=torch.int64)
@@ -333,7 +345,7 @@ def _new(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _index_put(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     base, indices, values, *rest = args
-    if rest and rest[0] or isinstance(values, Stored) or isinstance(base, Stored):
+    if (rest and rest[0]) or isinstance(values, Stored) or isinstance(base, Stored):
         return NotImplemented
     if any(isinstance(index, Channels | Stored) for index in indices):
         return NotImplemented
@@ -343,13 +355,7 @@ def _index_put(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     base = base if isinstance(base, Channels) else Channels(nothing, nothing)
     if isinstance(values, Tensor):
         return NotImplemented
-    return Channels(
-        torch.index_put(base.places, indices, values.places), torch.index_put(base.scales, indices, values.scales)
-    )
-
-
-def _compared(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return NotImplemented
+    return Channels(torch.index_put(base.places, indices, values.places), torch.index_put(base.scales, indices, values.scales))
 
 
 def _size(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -362,6 +368,7 @@ def _all(rule: Rule, names: set[str]) -> dict[str, Rule]:
 
 RULES: Final[dict[str, Rule]] = {
     **_all(_layout, ops.LAYOUT),
+    **_all(_wrapper, ops.WRAPPERS),
     **_all(_same, ops.SAME),
     **_all(_positive, ops.POSITIVE),
     **_all(_curved, ops.CURVED),

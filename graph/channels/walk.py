@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.channels import ops
 from sparsepass.graph.channels.labels import Ints, Labels
 from sparsepass.graph.channels.values import Channels, Stored, distinct, rows_met, shape_of, varying
 from sparsepass.graph.nodes import op_name, tensor_of
@@ -57,15 +56,18 @@ class Walk:
         places: What is found out about who moves with whom.
         scales: What is found out about factors.
         slots: Where channels lie in stored tensors.
+        masks: Weight -> the mask that it stands behind.
+        salt: Another number at each operation.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.places, self.scales = Labels(), Labels()
         self.slots: dict[tuple[str, tuple[int, ...], bool], Slot] = {}
+        self.masks: dict[str, str] = {}
         self.node: fx.Node
         self._lost: dict[str, str] = {}
-        self._salt = 0
+        self.salt = 0
 
     def run(self) -> None:
         """Walk the whole graph."""
@@ -74,7 +76,7 @@ class Walk:
         env: dict[fx.Node, Any] = {}
         last = {source: node for node in self.program.graph_module.graph.nodes for source in node.all_input_nodes}
         for node in self.program.graph_module.graph.nodes:
-            self.node, self._salt = node, self._salt + 1
+            self.node, self.salt = node, self.salt + 1
             if node.op == "placeholder":
                 env[node] = _standing_in(self.program.example_inputs[str(node.target)])
             elif node.op == "get_attr":
@@ -196,7 +198,14 @@ class Walk:
         shape = torch.broadcast_shapes(labels.shape, data.shape)
         labels, data = labels.expand(shape), data.expand(shape)
         if set(varying(data)) & set(varying(labels)):
-            self.places.tell_apart(*rows_met(labels, data, self._salt))
+            self.places.tell_apart(*rows_met(labels, data, self.salt))
+
+    def meet_part(self, labels: Tensor, whole: Tensor, number: int) -> None:
+        """Some elements go on by themselves: channels that are among them are told apart from those that are not."""
+        if labels.numel() < whole.numel():
+            found, times = np.unique(labels.numpy(), return_counts=True)
+            salt = np.uint64((self.salt * 1_000_003 + number) & 0xFFFFFFFF)
+            self.places.tell_apart(found, times.astype(np.uint64) * np.uint64(2_654_435_761) + salt)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
         """Labels of what is computed element by element from two values.
