@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import fx
 
 from sparsepass.graph.channels.labels import Classes, Ints, mixed
 from sparsepass.graph.channels.walk import Slot, Walk
@@ -85,6 +87,11 @@ class ChannelFlow:
     refused: Mapping[tuple[str, tuple[int, ...]], str]
     unscaled: Mapping[tuple[str, tuple[int, ...]], str]
 
+    def lines(self) -> list[str]:
+        """A line for each group: what may be done, how many channels, who makes them, and who reads them."""
+        found = [f"permute, {group.order}: {_line(group.places)}" for group in self.permutations]
+        return found + [f"scale: {_line(group.places)}" for group in self.scalings]
+
 
 def channel_flow(program: Program) -> ChannelFlow:
     """Find out where the channels of a program come from, who reads them, and what they can bear.
@@ -97,6 +104,19 @@ def channel_flow(program: Program) -> ChannelFlow:
     Returns:
         Groups of channels, and reasons where there are none.
     """
+    graph = program.graph_module.graph
+    key = hash(tuple(node.name for node in graph.nodes))
+    known = _KNOWN.get(graph)
+    if known is None or known[0] != key:
+        known = _KNOWN[graph] = key, _walked(program)
+    return known[1]
+
+
+_KNOWN: "WeakKeyDictionary[fx.Graph, tuple[int, ChannelFlow]]" = WeakKeyDictionary()
+"""Flow depends on the graph alone, not on values, so passes that ask at each layer find it again."""
+
+
+def _walked(program: Program) -> ChannelFlow:
     walk = Walk(program)
     walk.run()
     slots = list(walk.slots.values())
@@ -117,6 +137,14 @@ def channel_flow(program: Program) -> ChannelFlow:
         refused=_reasons(slots, places, [slot.places for slot in slots]),
         unscaled=_reasons(slots, scales, [slot.scales for slot in slots]),
     )
+
+
+def _line(places: Sequence[Place]) -> str:
+    def names(reads: bool) -> str:
+        chosen = [place for place in places if place.reads == reads]
+        return ", ".join(f"{place.tensor}[{','.join(map(str, place.axes))}]" for place in chosen)
+
+    return f"{len(places[0].positions)} channels of {names(False)} -> {names(True)}"
 
 
 def _with_masks(found: tuple[Place, ...], masks: Mapping[str, str]) -> tuple[Place, ...]:

@@ -1,11 +1,11 @@
 """Names of operators by what they do to channels."""
 
 LAYOUT = {
-    "view", "reshape", "_unsafe_view", "transpose", "permute", "t", "numpy_T", "mT", "movedim", "expand", "expand_as", "slice",
-    "select", "unsqueeze", "squeeze", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten", "narrow",
-    "alias",
-    "repeat", "repeat_interleave", "index", "index_select", "gather", "roll", "flip", "view_as", "reshape_as", "detach",
-    "clone", "contiguous", "lift_fresh_copy", "unfold", "tile", "swapaxes", "diagonal", "take_along_dim", "im2col",
+    "view", "reshape", "_unsafe_view", "transpose", "permute", "t", "numpy_T", "mT", "movedim", "expand", "expand_as",
+    "slice", "select", "unsqueeze", "squeeze", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten",
+    "narrow", "alias", "repeat", "repeat_interleave", "index", "index_select", "gather", "roll", "flip", "view_as",
+    "reshape_as", "detach", "clone", "contiguous", "lift_fresh_copy", "unfold", "tile", "swapaxes", "diagonal",
+    "take_along_dim", "im2col",
 }  # fmt: skip
 """Each element of the result is one of the argument."""
 
@@ -20,8 +20,9 @@ POSITIVE = {"relu", "abs", "leaky_relu", "prelu"}
 
 CURVED = {
     "pow", "rsqrt", "sqrt", "exp", "log", "silu", "gelu", "tanh", "sigmoid", "softplus", "cos", "sin", "square", "elu",
-    "hardtanh", "hardswish", "hardsigmoid", "mish", "relu6", "reciprocal", "erf", "log1p", "expm1", "clamp", "clip", "clamp_min",
-    "clamp_max", "log_sigmoid", "selu", "celu", "sign", "nan_to_num", "round", "floor", "isnan", "logical_not", "silu_backward", "threshold",
+    "hardtanh", "hardswish", "hardsigmoid", "mish", "relu6", "reciprocal", "erf", "log1p", "expm1", "clamp", "clip",
+    "clamp_min", "clamp_max", "log_sigmoid", "selu", "celu", "sign", "nan_to_num", "round", "floor", "isnan", "logical_not",
+    "silu_backward", "threshold",
 }  # fmt: skip
 """Element by element, and not linear."""
 

@@ -140,7 +140,7 @@ def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _pin_beside(walk: Walk, scales: Tensor, other: Tensor) -> None:
     """What is added to something without a factor carries none."""
-    walk.scales.pin(scales.numpy()[other.numpy() == 0], "it is added to what carries no factor")
+    walk.scales.pin(scales.numpy()[other.numpy() == 0], f"it is added to what carries no factor{walk.here}")
 
 
 def _product(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -239,6 +239,7 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     value = args[0]
     if not isinstance(value, Channels) or len(args[1]) != 1:
         return NotImplemented
+    walk.pin_scales(value, f"{op_name(walk.node)} divides it by its own size")
     result = _softmax(walk, (value, -1), {})
     if result is NotImplemented:
         return result

@@ -1,4 +1,4 @@
-"""What a value of a graph is to the walk that follows channels: data, a parameter as it is stored, or something with channels."""
+"""What a value is to the walk that follows channels: data, a parameter as it is stored, or something that has channels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

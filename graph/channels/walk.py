@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from sparsepass.graph.channels.labels import Ints, Labels
 from sparsepass.graph.channels.values import Channels, Stored, distinct, rows_met, shape_of, varying
-from sparsepass.graph.nodes import op_name, tensor_of
+from sparsepass.graph.nodes import module_path, op_name, tensor_of
 from sparsepass.graph.program import Program
 
 _aten = torch.ops.aten
@@ -122,12 +122,12 @@ class Walk:
 
     def unknown(self, args: Any, kwargs: Any) -> Any:
         """An operation that has no rule: nothing that goes in may be changed, and what comes out counts as data."""
-        reason = f"{op_name(self.node)} reads it in a way that is not understood"
+        reason = f"{op_name(self.node)}{self.here} reads it in a way that is not understood"
 
         def as_data(leaf: Any) -> Any:
             if isinstance(leaf, Channels):
                 self.places.pin(leaf.places.numpy(), reason)
-                self.pin_scales(leaf, reason)
+                self.scales.pin(leaf.scales.numpy(), reason)
             elif isinstance(leaf, Stored):
                 self.lose(leaf, reason)
             else:
@@ -165,7 +165,13 @@ class Walk:
 
     def pin_scales(self, value: Channels, reason: str) -> None:
         """What is read here carries no factor."""
-        self.scales.pin(value.scales.numpy(), reason)
+        self.scales.pin(value.scales.numpy(), reason + self.here)
+
+    @property
+    def here(self) -> str:
+        """Where the operation stands, as the end of a reason."""
+        path = module_path(self.node) if self.node.op == "call_function" else ""
+        return f" ({path})" if path else ""
 
     def born(self, shape: Sequence[int], slot: Slot) -> Channels:
         """A value whose last axis are a slot's channels."""
@@ -210,8 +216,8 @@ class Walk:
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
         """Labels of what is computed element by element from two values.
 
-        Where both have the same axes of channels, these are joined. Where the one has more, its channels move only with those of
-        the other, as the channels of a head with the head.
+        Where both have the same axes of channels, these are joined. Where the one has more, its channels move only with those
+        of the other, as the channels of a head with the head.
         """
         first, second = torch.broadcast_tensors(first, second)
         ours, theirs = set(varying(first)), set(varying(second))
@@ -241,8 +247,8 @@ class Walk:
         """What is left of labels when axes are summed up that channels run along: a label for each block, such as a head.
 
         Returns:
-            Labels with size 1 along the reduced axes, 0 where nothing is told apart any more; and whether blocks overlap, so that
-            the elements of a sum are different channels of one result, as those of several experts.
+            Labels with size 1 along the reduced axes, 0 where nothing is told apart any more; and whether blocks overlap, so
+            that the elements of a sum are different channels of one result, as those of several experts.
         """
         axes = varying(labels)
         kept = [axis for axis in axes if axis not in reduced]
