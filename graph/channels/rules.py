@@ -78,7 +78,7 @@ def _curved(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     return value.without_scales()
 
 
-def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Tensor], list[float]] | None:
+def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Tensor], list[float]]:
     """Channels, data and numbers that an operation meets element by element; parameters take the others' channels."""
     tensors = [leaf for leaf in args if is_tensor(leaf)]
     shape = torch.broadcast_shapes(*(shape_of(leaf) for leaf in tensors))
@@ -86,12 +86,12 @@ def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Ten
     for leaf in tensors:
         if isinstance(leaf, Channels):
             places = walk.combine(places, leaf.places)
+    stored = next((leaf for leaf in tensors if isinstance(leaf, Stored)), None)
+    if stored is not None and not varying(places):
+        places = walk.of_itself(stored, shape)
     channels: list[Channels] = []
     for leaf in tensors:
         if isinstance(leaf, Stored):
-            if not varying(places):
-                walk.lose(leaf, f"{op_name(walk.node)} reads it beside what has no channels")
-                return None
             channels.append(walk.adopt(leaf, places))
         elif isinstance(leaf, Channels):
             channels.append(Channels(places, leaf.scales.expand(shape)))
@@ -117,12 +117,9 @@ def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return alone
     name = op_name(walk.node)
     condition = args[0] if name == "where" else args[1] if name == "masked_fill" else None
-    found = _operands(walk, args)
-    if found is None or name in ("addcmul", "addcdiv", "lerp"):
+    if name in ("addcmul", "addcdiv", "lerp") or isinstance(condition, Channels | Stored):
         return NotImplemented
-    channels, data, numbers = found
-    if isinstance(condition, Channels):
-        return NotImplemented
+    channels, data, numbers = _operands(walk, args)
     places = channels[0].places
     fixed = any(numbers) or any(bool(leaf.any()) for leaf in data if leaf is not condition)
     scales = channels[0].scales
@@ -149,10 +146,8 @@ def _product(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
         return NotImplemented
     if (alone := _stored_alone(walk, args)) is not None:
         return alone
-    found = _operands(walk, args)
-    if found is None:
-        return NotImplemented
-    channels = [Channels(v.places, torch.from_numpy(walk.scales.unpinned(v.scales.numpy()))) for v in found[0]]
+    channels, _, _ = _operands(walk, args)
+    channels = [Channels(v.places, torch.from_numpy(walk.scales.unpinned(v.scales.numpy()))) for v in channels]
     divides = op_name(walk.node) == "div" and not isinstance(args[1], int | float | Tensor)
     chosen: Channels | None = None
     for value in channels:
@@ -236,26 +231,29 @@ def _softmax(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
 
 def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Layer norm or RMS norm as one operation: gain and bias take up factors of their own."""
-    value = args[0]
-    if not isinstance(value, Channels) or len(args[1]) != 1:
+    value, gains = args[0], [leaf for leaf in args[2:4] if leaf is not None]
+    if len(args[1]) != 1 or isinstance(value, Stored) or not all(isinstance(leaf, Stored | float) for leaf in gains):
         return NotImplemented
-    walk.pin_scales(value, f"{op_name(walk.node)} divides it by its own size")
-    result = _softmax(walk, (value, -1), {})
-    if result is NotImplemented:
-        return result
-    stored = [leaf for leaf in args[2:4] if isinstance(leaf, Stored)]
-    if any(isinstance(leaf, Tensor | Channels) for leaf in args[2:4]):
-        return NotImplemented
-    taken = [walk.adopt(leaf, result.places) for leaf in stored]
-    scales = torch.zeros_like(result.places)
-    if taken and isinstance(args[2], Stored):
+    stored = [leaf for leaf in gains if isinstance(leaf, Stored)]
+    if isinstance(value, Tensor):
+        if not stored:
+            return NotImplemented
+        places = walk.of_itself(stored[0], value.shape)
+        walk.meet_data(places, value)
+    else:
+        places = value.places
+        walk.pin_scales(value, f"{op_name(walk.node)} divides it by its own size")
+        if places.dim() - 1 in varying(places) and walk.blocks(places, [places.dim() - 1])[1]:
+            return NotImplemented
+    taken = [walk.adopt(leaf, places) for leaf in stored]
+    scales = torch.zeros_like(places)
+    if isinstance(args[2] if len(args) > 2 else None, Stored):
         scales = taken[0].scales
         for other in taken[1:]:
             walk.scales.join(scales.numpy(), other.scales.numpy())
-    found = Channels(result.places, scales)
-    statistics = Channels(
-        torch.zeros(*value.shape[:-1], 1, dtype=torch.int64), torch.zeros(*value.shape[:-1], 1, dtype=torch.int64)
-    )
+    found = Channels(places, scales)
+    nothing = torch.zeros(*places.shape[:-1], 1, dtype=torch.int64)
+    statistics = Channels(nothing, nothing)
     return (found, statistics, statistics) if op_name(walk.node) == "native_layer_norm" else found
 
 

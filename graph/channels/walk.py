@@ -199,6 +199,15 @@ class Walk:
             scales = np.zeros_like(scales)
         return Channels(like, torch.from_numpy(scales))
 
+    def of_itself(self, stored: Stored, shape: torch.Size) -> Tensor:
+        """Labels of a parameter that makes channels by itself, since what it meets has none."""
+        size = tensor_of(self.program.graph_module, stored.name).shape
+        axes = tuple(axis for axis, count in enumerate(size) if count > 1)
+        if not axes:
+            return torch.zeros(shape, dtype=torch.int64)
+        slot = self.slot(stored.name, axes, reads=False, offset=stored.offset or 0.0)
+        return torch.from_numpy(slot.places[stored.index.expand(shape).numpy()])
+
     def meet_data(self, labels: Tensor, data: Tensor) -> None:
         """Channels meet data element by element: those that meet different values are told apart."""
         shape = torch.broadcast_shapes(labels.shape, data.shape)
