@@ -1,6 +1,5 @@
 """The pass `fold_norms`: gains and biases of norms go into the layers that read them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +9,6 @@ from sparsepass.graph import Program, Site
 from sparsepass.graph.channels import Place, ScaleGroup, channel_flow, scaled
 from sparsepass.graph.program import masked_weight
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
-from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 
 
@@ -36,16 +34,15 @@ class FoldNorms(Pass):
     needs = "nothing"
     prepares = True
 
-    @property
-    def provides(self) -> Mapping[Condition, str]:
-        """Other values."""
-        return {Condition.CHANGED: ""}
-
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers whose input no norm makes, or a norm that something else reads."""
         group = _norm_before(site, program)
         if isinstance(group, str):
             return group
+        if bool((_gain(program, group) == 1).all()) and not any(
+            _vector(program, bias).any() for bias in _moving(program, group)
+        ):
+            return "the norm before it has a gain of 1 already"
         readers = {place.tensor for place in group.places if place.reads}
         for other in program.sites():
             if other.weight in readers and any(matches(pattern, other) for pattern in self.ignore):
@@ -60,8 +57,7 @@ class FoldNorms(Pass):
             norm = _norm_before(site, program)
             assert isinstance(norm, ScaleGroup)
             gain = _gain(program, norm)
-            if not bool((gain == 1).all()):
-                _fold(program, norm, gain)
+            _fold(program, norm, gain)
             found[site.name] = {"largest_gain": float(gain.abs().max()), "smallest_gain": float(gain.abs().min())}
         return found
 
@@ -94,9 +90,7 @@ def _gain(program: Program, norm: ScaleGroup) -> Tensor:
 
 def _fold(program: Program, norm: ScaleGroup, gain: Tensor) -> None:
     place, *biases = [place for place in norm.places if not place.reads]
-    readers = {site.weight: site for site in program.sites()}
-    reading = [readers.get(place.tensor) for place in norm.places if place.reads]
-    moves = [place.tensor for place in biases if all(_takes_bias(site, program) for site in reading)]
+    moves = [bias.tensor for bias in _moving(program, norm)]
     # A gain of 0 cannot be divided out of a bias that stays: such channels keep both.
     kept = torch.zeros_like(gain, dtype=torch.bool)
     for bias in biases:
@@ -106,7 +100,8 @@ def _fold(program: Program, norm: ScaleGroup, gain: Tensor) -> None:
     for bias in biases:
         values = _vector(program, bias)
         if bias.tensor in moves:
-            for site in filter(None, reading):
+            for site in _readers(program, norm):
+                assert site is not None
                 _add_to_bias(program, site, norm, values)
             values = torch.zeros_like(values)
         _write(program, bias, torch.where(factors == 0, values, values / torch.where(factors == 0, 1.0, factors)))
@@ -116,6 +111,17 @@ def _fold(program: Program, norm: ScaleGroup, gain: Tensor) -> None:
             tensor = program.tensor(one.tensor).detach()
             taken = scaled(tensor.double(), replace(one, reads=False), factors)
             program.write_tensor(one.tensor, taken.to(tensor.dtype))
+
+
+def _readers(program: Program, norm: ScaleGroup) -> list[Site | None]:
+    by_weight = {site.weight: site for site in program.sites()}
+    return [by_weight.get(place.tensor) for place in norm.places if place.reads]
+
+
+def _moving(program: Program, norm: ScaleGroup) -> list[Place]:
+    """The norm's biases that its readers can take up."""
+    _, *biases = [place for place in norm.places if not place.reads]
+    return biases if biases and all(_takes_bias(site, program) for site in _readers(program, norm)) else []
 
 
 def _takes_bias(site: Site | None, program: Program) -> bool:
