@@ -52,8 +52,9 @@ def test_the_graph_before_and_after(name: str) -> None:
     batches = [torch.randn(2, 3, 8) for _ in range(2)]
     net = nn.Sequential(_Block())
     if name == "fold_norms":
-        net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-        net[0].weight.data.fill_(2)
+        norm = nn.LayerNorm(8)
+        norm.weight.data.fill_(2)
+        net = nn.Sequential(norm, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     program = capture(net.eval(), batches[0])
     if before:
         program = apply_passes(program, before)
