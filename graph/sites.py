@@ -125,10 +125,10 @@ def find_sites(
         One site for each weight (not for each use), embeddings and matmuls with computed weights included, each with the
         reason why it is left alone, if it is.
     """
-    uses: dict[str, list[_WeightUse]] = {}
+    uses: dict[str, list[WeightUse]] = {}
     embeddings: set[str] = set()
     for node in graph_module.graph.nodes:
-        matched = _match(node)
+        matched = match_weight(node)
         for use in [matched] if matched is not None else _unsupported(node):
             key = use.weight or f"{module_path(node) or node.name}"
             uses.setdefault(key, []).append(use)
@@ -160,8 +160,17 @@ def idle_layers(graph_module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _WeightUse:
-    """One operation reading one weight."""
+class WeightUse:
+    """One operation reading one weight.
+
+    Attributes:
+        node: The operation.
+        weight: Name of the weight; None where it is computed.
+        layout: How it is stored.
+        activation: What it is multiplied by.
+        bias: What is added.
+        groups: Of a convolution.
+    """
 
     node: fx.Node
     weight: str | None
@@ -171,7 +180,8 @@ class _WeightUse:
     groups: int = 1
 
 
-def _match(node: fx.Node) -> _WeightUse | None:
+def match_weight(node: fx.Node) -> WeightUse | None:
+    """The weight that an operation multiplies by or looks up, and how it is stored; None where it does neither."""
     if node.op != "call_function":
         return None
     target, args = node.target, node.args
@@ -193,7 +203,7 @@ def _match(node: fx.Node) -> _WeightUse | None:
     return None
 
 
-def _unsupported(node: fx.Node) -> list[_WeightUse]:
+def _unsupported(node: fx.Node) -> list[WeightUse]:
     """The matrices that an operation multiplies by in a way that is not a site: listed, so that none is skipped in silence."""
     if node.op != "call_function" or op_name(node) not in _UNSUPPORTED_NAMES:
         return []
@@ -204,7 +214,7 @@ def _unsupported(node: fx.Node) -> list[_WeightUse]:
             continue  # a bias
         if stored or _comes_from_weights(source):
             weight = str(source.target) if stored else None
-            found.append(_WeightUse(node=node, weight=weight, layout="computed", activation=node.all_input_nodes[0]))
+            found.append(WeightUse(node=node, weight=weight, layout="computed", activation=node.all_input_nodes[0]))
     return found
 
 
@@ -236,7 +246,7 @@ def _weight_use(
     *,
     groups: int = 1,
     computed_counts: bool = True,
-) -> _WeightUse | None:
+) -> WeightUse | None:
     assert isinstance(weight, fx.Node)
     assert isinstance(activation, fx.Node)
     bias_node = bias if isinstance(bias, fx.Node) else None
@@ -250,12 +260,12 @@ def _weight_use(
     if source.op != "get_attr":
         if layout == "embedding" or not (computed_counts or _comes_from_weights(source)):
             return None  # a product of two activations, as in attention
-        return _WeightUse(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
+        return WeightUse(node=node, weight=None, layout="computed", activation=activation, bias=bias_node, groups=groups)
     if transposed:
         layout = {"linear": "conv1d_hf", "conv1d_hf": "linear", "experts_transposed": "experts"}.get(layout, layout)
     if _tensor_read(source).dim() == 3:
         layout = {"linear": "experts", "conv1d_hf": "experts_transposed"}.get(layout, layout)
-    return _WeightUse(
+    return WeightUse(
         node=node,
         weight=str(source.target),
         layout=layout,  # type: ignore[arg-type]
@@ -280,7 +290,7 @@ def _swaps_last_two(node: fx.Node) -> bool:
 def _site(
     graph_module: fx.GraphModule,
     key: str,
-    uses: list[_WeightUse],
+    uses: list[WeightUse],
     *,
     names: Mapping[int, list[str]],
     heads: set[str],
@@ -333,8 +343,8 @@ def _site(
 
 
 def _reason(
-    main: _WeightUse,
-    uses: list[_WeightUse],
+    main: WeightUse,
+    uses: list[WeightUse],
     ties: tuple[str, ...],
     heads: set[str],
     embeddings: set[str],

@@ -72,6 +72,8 @@ class Pass(ABC):
 
     name: ClassVar[str]
     promise: ClassVar[Literal["exact", "approximate"]]
+    prepares: ClassVar[bool] = False
+    """Whether an exact pass leaves the model's function but not its values: outputs are then equal but for rounding."""
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

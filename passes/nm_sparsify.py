@@ -21,6 +21,8 @@ from sparsepass.passes.criteria import (
     CRITERIA,
     Criterion,
     CriterionOptions,
+    DampingOf,
+    GroupOrder,
     Pruned,
     check_weight,
     criteria_table,
@@ -54,7 +56,11 @@ class NMSparsify(Pass):
         pattern: N:M, at most N nonzeros in M consecutive weights.
         criterion: A name from the table of criteria; by default refined ``sparsegpt`` with calibration and ``magnitude``
             without.
-        damping: What SparseGPT, ALPS, ProxSparse and refine add to the Gram matrix, as a fraction of its mean diagonal.
+        damping: What SparseGPT, ALPS, ProxSparse and refine add to the diagonal of the Gram matrix, as a fraction.
+        damping_of: What it is a fraction of: the ``mean`` of the diagonal, as in the papers, or each entry's ``own`` value, so
+            that columns with small inputs are damped no more than others. By default the mean.
+        order: In which order SparseGPT visits groups: as ``given``, as in its paper, or by ``energy``: first those whose
+            weights move the output most. By default as given.
         block_size: SparseGPT's columns per block. Speed only.
         compensate: Whether the kept weights may change. It has no effect on criteria that only choose.
         refine: Steps of conjugate gradients on the kept weights; needs calibration. By default 10 if the criterion is left
@@ -77,6 +83,8 @@ class NMSparsify(Pass):
     pattern: str = "2:4"
     criterion: str | None = None
     damping: float = 0.01
+    damping_of: DampingOf | None = None
+    order: GroupOrder | None = None
     block_size: int = 128
     compensate: bool = True
     refine: int | None = None
@@ -138,7 +146,12 @@ class NMSparsify(Pass):
 
     @property
     def _options(self) -> CriterionOptions:
-        return CriterionOptions(damping=self.damping, block_size=self.block_size)
+        return CriterionOptions(
+            damping=self.damping,
+            damping_of=self.damping_of or "mean",
+            order=self.order or "given",
+            block_size=self.block_size,
+        )
 
     @property
     def _pack(self) -> MaskPack:
@@ -214,7 +227,9 @@ class NMSparsify(Pass):
         pruned = self._criterion.function(weight_OI, known, NMPattern.parse(self.pattern), self._options)
         if not self.refine:
             return pruned
-        return refine(weight_OI, pruned, known, damping=self.damping, num_steps=self.refine)
+        return refine(
+            weight_OI, pruned, known, damping=self.damping, damping_of=self._options.damping_of, num_steps=self.refine
+        )
 
     def _prune_experts(self, weight_EOI: Tensor, statistics: Sequence[InputStatistics]) -> Pruned:
         """Each expert by the tokens that were routed to it; by magnitude where there were none."""

@@ -1,6 +1,14 @@
 """One-shot pruning criteria, one file each, all behind one function signature."""
 
-from sparsepass.passes.criteria.criterion import Criterion, CriterionOptions, Pruned, check_weight, keep_masked
+from sparsepass.passes.criteria.criterion import (
+    Criterion,
+    CriterionOptions,
+    DampingOf,
+    GroupOrder,
+    Pruned,
+    check_weight,
+    keep_masked,
+)
 from sparsepass.passes.criteria.refinement import refine
 from sparsepass.passes.criteria.table import CRITERIA, criteria_table
 
@@ -8,6 +16,8 @@ __all__ = [
     "CRITERIA",
     "Criterion",
     "CriterionOptions",
+    "DampingOf",
+    "GroupOrder",
     "Pruned",
     "check_weight",
     "criteria_table",

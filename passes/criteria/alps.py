@@ -63,7 +63,7 @@ def alps(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatte
     tensor([[0., 0., 4., 5.]])
     """
     known = check_matrix(weight_OI, statistics, pattern, method="ALPS")
-    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, options.damping)
+    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, options.damping, options.damping_of)
     # Features in the order: all groups' first, all groups' second, ... A plain view then has a group along its first axis.
     order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device).view(-1, pattern.m).T.reshape(-1)
     gram_II = gram_II[order_I[:, None], order_I]

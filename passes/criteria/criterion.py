@@ -6,7 +6,7 @@ Shape suffixes: O out, I in.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from sparsepass.passes.maths import InputStatistics, NMPattern, canonical_zeros,
 GRAM_EPSILON = torch.finfo(torch.float32).eps
 # Rows are taken in pieces of about this many weights: they do not depend on each other, and eight such arrays are held.
 PIECE_WEIGHTS = 1 << 22
+DampingOf = Literal["mean", "own"]
+GroupOrder = Literal["given", "energy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +27,31 @@ class CriterionOptions:
     """What a user may set of the criteria.
 
     Args:
-        damping: Added to the Hessian's diagonal, as a fraction of its mean (SparseGPT, ALPS, ProxSparse).
+        damping: Added to the Hessian's diagonal, as a fraction (SparseGPT, ALPS, ProxSparse).
+        damping_of: What it is a fraction of: the ``mean`` of the diagonal, as in the papers, or the diagonal's ``own`` entry,
+            so that columns with small inputs are damped no more than others.
+        order: In which order SparseGPT visits the groups: as ``given``, or by ``energy``, those first whose weights move the
+            output most, while all others can still make up for what is dropped.
         block_size: Columns whose updates are gathered before later columns see them (SparseGPT); for speed only.
 
     Raises:
         SparsepassError: A value is out of range.
 
-    >>> CriterionOptions(damping=0.1)
-    CriterionOptions(damping=0.1, block_size=128)
+    >>> CriterionOptions(damping=0.1).damping_of
+    'mean'
     """
 
     damping: float = 0.01
+    damping_of: DampingOf = "mean"
+    order: GroupOrder = "given"
     block_size: int = 128
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise SparsepassError(f"damping must be a finite fraction of at least 0, such as 0.01, got {self.damping}")
+        for name, choices in (("damping_of", get_args(DampingOf)), ("order", get_args(GroupOrder))):
+            if getattr(self, name) not in choices:
+                raise SparsepassError(f"{name} expects one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.block_size < 1:
             raise SparsepassError(f"block_size must be at least 1 column, got {self.block_size}")
 
@@ -196,7 +207,9 @@ def check_matrix(weight_OI: Tensor, statistics: InputStatistics | None, pattern:
     return known
 
 
-def unit_gram(statistics: InputStatistics, weight_OI: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+def unit_gram(
+    statistics: InputStatistics, weight_OI: Tensor, damping: float, damping_of: DampingOf = "mean"
+) -> tuple[Tensor, Tensor, Tensor]:
     """The damped Gram matrix in the scale in which its diagonal is one.
 
     Features that were never active ("dead") take no part in the mean that damping is a fraction of, and stand alone
@@ -207,7 +220,8 @@ def unit_gram(statistics: InputStatistics, weight_OI: Tensor, damping: float) ->
     Args:
         statistics: With a Gram matrix.
         weight_OI: The weight, on whose device the matrix is wanted, in fp32 (fp64 for a weight in fp64).
-        damping: Added to the diagonal, as a fraction of its mean.
+        damping: Added to the diagonal, as a fraction.
+        damping_of: What it is a fraction of; see `CriterionOptions`.
 
     Returns:
         The matrix; the scales, which weights are multiplied with to match; and the dead features.
@@ -228,7 +242,7 @@ def unit_gram(statistics: InputStatistics, weight_OI: Tensor, damping: float) ->
     gram_II = gram_II.to(device=weight_OI.device, dtype=dtype, copy=True)
     diag_I = gram_II.diagonal()
     dead_I = diag_I == 0
-    diag_I += damping * diag_I.sum() / (~dead_I).sum().clamp(min=1)
+    diag_I += damping * (diag_I.clone() if damping_of == "own" else diag_I.sum() / (~dead_I).sum().clamp(min=1))
     diag_I.masked_fill_(dead_I, 1)
     scale_I = diag_I.sqrt()
     gram_II /= scale_I

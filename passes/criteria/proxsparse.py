@@ -70,7 +70,7 @@ def proxsparse(weight_OI: Tensor, statistics: InputStatistics | None, pattern: N
             f"choose a pattern with M up to {_LARGEST_M}, or another criterion"
         )
     known = check_matrix(weight_OI, statistics, pattern, method="ProxSparse")
-    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, options.damping)
+    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, options.damping, options.damping_of)
     # Features in the order: all groups' first, all groups' second, ... A plain view then has a group along its first axis.
     order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device).view(-1, pattern.m).T.reshape(-1)
     restore_I = order_I.argsort()

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import GRAM_EPSILON, Pruned, check_statistics, finished, pieces, unit_gram
+from sparsepass.passes.criteria.criterion import GRAM_EPSILON, DampingOf, Pruned, check_statistics, finished, pieces, unit_gram
 from sparsepass.passes.maths import InputStatistics
 
 
 @torch.no_grad()
-def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None, *, damping: float, num_steps: int) -> Pruned:
+def refine(
+    weight_OI: Tensor,
+    pruned: Pruned,
+    statistics: InputStatistics | None,
+    *,
+    damping: float,
+    damping_of: DampingOf = "mean",
+    num_steps: int,
+) -> Pruned:
     """Move the kept weights towards those that leave the least output error, by conjugate gradients on the mask.
 
     A criterion that goes column by column (SparseGPT) cannot take back what an earlier column has settled; here all kept
@@ -32,7 +40,8 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
         weight_OI: The dense weight.
         pruned: What a criterion made of it. Its values are where the steps start from, its mask stays.
         statistics: The inputs' Gram matrix.
-        damping: Added to that matrix' diagonal, as a fraction of its mean.
+        damping: Added to that matrix' diagonal, as a fraction.
+        damping_of: What it is a fraction of; see `CriterionOptions`.
         num_steps: Steps to take.
 
     Returns:
@@ -53,7 +62,7 @@ def refine(weight_OI: Tensor, pruned: Pruned, statistics: InputStatistics | None
     if weight_OI.dim() != 2:
         raise SparsepassError(f"one [out, in] matrix is refined at a time, got shape {tuple(weight_OI.shape)}")
     known = check_statistics(weight_OI, statistics, criterion="refine", gram=True)
-    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, damping)
+    gram_II, scale_I, dead_I = unit_gram(known, weight_OI, damping, damping_of)
     refined_OI = torch.empty_like(weight_OI, memory_format=torch.contiguous_format)
     for rows in pieces(weight_OI):
         both = (w[rows].to(gram_II.dtype).masked_fill(dead_I, 0) * scale_I for w in (weight_OI, pruned.weight_OI))

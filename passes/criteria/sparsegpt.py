@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.passes.criteria.criterion import GRAM_EPSILON, CriterionOptions, Pruned, all_finite, check_matrix, finished
+from sparsepass.passes.criteria.criterion import (
+    GRAM_EPSILON,
+    CriterionOptions,
+    DampingOf,
+    Pruned,
+    all_finite,
+    check_matrix,
+    finished,
+)
 from sparsepass.passes.maths import InputStatistics, NMPattern, dampings, keep_largest
 
 _RETRY_DAMPING = 0.01
@@ -52,11 +60,15 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
     assert gram_II is not None
     in_features, m = weight_OI.shape[1], pattern.m
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    hinv_upper_II, dead_I, damping_used = inverse_cholesky(
-        gram_II.to(device=weight_OI.device, dtype=dtype), known.num_tokens, options.damping
-    )
+    gram_II = gram_II.to(device=weight_OI.device, dtype=dtype)
+    order_I = by_energy(weight_OI, gram_II, m) if options.order == "energy" else None
+    if order_I is not None:
+        gram_II = gram_II[order_I][:, order_I]
+    hinv_upper_II, dead_I, damping_used = inverse_cholesky(gram_II, known.num_tokens, options.damping, options.damping_of)
     # One column of the weight is one contiguous row here.
     weight_IO = weight_OI.to(dtype, copy=True).T.contiguous()
+    if order_I is not None:
+        weight_IO = weight_IO[order_I]
     weight_IO[dead_I] = 0
     mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     inv_diag_I1 = hinv_upper_II.diagonal().reciprocal().unsqueeze(1)
@@ -82,6 +94,9 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
         if stop < in_features:
             weight_IO[stop:].addmm_(hinv_upper_II[start:stop, stop:].T, error_BO[: stop - start], alpha=-1)
 
+    if order_I is not None:
+        back_I = order_I.argsort()
+        mask_IO, weight_IO = mask_IO[back_I], weight_IO[back_I]
     mask_OI = mask_IO.T.contiguous()
     pruned_OI = weight_IO.T.masked_fill(~mask_OI, 0).to(weight_OI.dtype).contiguous()
     pruned_OI = finished(pruned_OI, "the weights that SparseGPT compensated", damping=damping_used)
@@ -94,8 +109,37 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
     return Pruned(weight_OI=pruned_OI, mask_OI=mask_OI, note=note)
 
 
+def by_energy(weight_OI: Tensor, gram_II: Tensor, m: int) -> Tensor:
+    """The columns in an order in which whole groups come by descending energy.
+
+    The energy of a group is how much its weights move the output on their own: the sum of ``w^2 H_ii``. What comes first is
+    dropped while most columns can still make up for it. Groups stay whole, so the pattern does.
+
+    Shapes: ``[O, I]``, ``[I, I]`` to ``[I]``.
+
+    Args:
+        weight_OI: The dense weight.
+        gram_II: The inputs' Gram matrix.
+        m: Columns of a group.
+
+    Returns:
+        Indices of columns.
+
+    Source: ours; the order of GPTQ's ``act_order``, for groups.
+
+    >>> by_energy(torch.tensor([[1.0, 1.0, 2.0, 2.0]]), torch.eye(4), 2)
+    tensor([2, 3, 0, 1])
+    """
+    energy_I = weight_OI.to(gram_II.dtype).square().sum(0) * gram_II.diagonal()
+    groups_G = energy_I.unflatten(0, (-1, m)).sum(1).argsort(descending=True, stable=True)
+    order_I: Tensor = (groups_G.unsqueeze(1) * m + torch.arange(m, device=groups_G.device)).flatten()
+    return order_I
+
+
 @torch.no_grad()
-def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[Tensor, Tensor, float]:
+def inverse_cholesky(
+    gram_II: Tensor, num_tokens: int, damping: float, damping_of: DampingOf = "mean"
+) -> tuple[Tensor, Tensor, float]:
     """The upper Cholesky factor U of the inverse Hessian: ``H^-1 = U^T U``, where ``H = (2/n) X X^T`` plus damping.
 
     Features that were never active ("dead", a zero on the diagonal) get H = 1 and take no part in the mean that damping
@@ -106,8 +150,9 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
     Args:
         gram_II: Sum over tokens of ``x x^T``, fp32 or fp64, symmetric.
         num_tokens: Tokens in that sum.
-        damping: Added to the diagonal, as a fraction of its mean; raised tenfold up to 1 while the matrix is
+        damping: Added to the diagonal, as a fraction; raised tenfold up to 1 while the matrix is
             not positive definite, or is so by no more than its rounding where it is not damped.
+        damping_of: What it is a fraction of; see `CriterionOptions`.
 
     Returns:
         U; the dead features; and the damping that was used.
@@ -139,7 +184,7 @@ def inverse_cholesky(gram_II: Tensor, num_tokens: int, damping: float) -> tuple[
     undamped_I = reversed_II.diagonal().clone()
     tried = dampings(damping, retry=_RETRY_DAMPING)
     for used in tried:
-        reversed_II.diagonal().copy_(undamped_I + used * mean)
+        reversed_II.diagonal().copy_(undamped_I + used * (undamped_I if damping_of == "own" else mean))
         lower_II, info = torch.linalg.cholesky_ex(reversed_II)
         # Without damping, what is left of the diagonal may be rounding, whose sign is chance; with few tokens it is.
         is_known = used > 0 or bool(

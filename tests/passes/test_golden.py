@@ -14,6 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # What is applied before the graph is printed first, and then. reconstruct works in the same call as what makes masks.
 _TEXTS = {
+    "fold_norms": ("", "fold_norms"),
     "nm_sparsify": ("", "nm_sparsify"),
     "slorb": ("nm_sparsify", "slorb{k=4}"),
     "learn_masks": ("nm_sparsify", "learn_masks"),
@@ -49,7 +50,12 @@ def test_the_graph_before_and_after(name: str) -> None:
     before, text = _TEXTS[name]
     torch.manual_seed(0)
     batches = [torch.randn(2, 3, 8) for _ in range(2)]
-    program = capture(nn.Sequential(_Block()).eval(), batches[0])
+    net = nn.Sequential(_Block())
+    if name == "fold_norms":
+        norm = nn.LayerNorm(8)
+        norm.weight.data.fill_(2)
+        net = nn.Sequential(norm, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    program = capture(net.eval(), batches[0])
     if before:
         program = apply_passes(program, before)
     calibration = [(batch,) for batch in batches] if name == "reconstruct" else None

@@ -31,9 +31,17 @@ from sparsepass.passes.base import matches
 from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 
 # What stands before a pass so that it has something to do, and its own options for models this small.
-_BEFORE = {"nm_sparsify": "", "slorb": "nm_sparsify", "learn_masks": "nm_sparsify", "fold": "nm_sparsify", "reconstruct": ""}
+_BEFORE = {
+    "fold_norms": "",
+    "nm_sparsify": "",
+    "slorb": "nm_sparsify",
+    "learn_masks": "nm_sparsify",
+    "fold": "nm_sparsify",
+    "reconstruct": "",
+}
 _OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
 _CALIBRATED = ("reconstruct",)
+_NOTHING_TO_DO = {"fold_norms": ("bert", "convnet")}
 _NAMES = [family.name for family in FAMILIES]
 
 
@@ -45,6 +53,10 @@ def _same(a: Program, b: Program, name: str) -> bool:
 
 def _ready(name: str, pass_name: str) -> Program:
     program = captured(name)
+    if pass_name == "fold_norms":  # gains of a new model are 1
+        for tensor_name, tensor in program.tensors().items():
+            if tensor.dim() == 1 and isinstance(tensor, nn.Parameter):
+                program.write_tensor(tensor_name, tensor.detach() + 0.1 * torch.randn_like(tensor))
     return apply_passes(program, _BEFORE[pass_name], inplace=True) if _BEFORE[pass_name] else program
 
 
@@ -58,6 +70,10 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
 
     before = _ready(family, name)
     reference = copy.deepcopy(before)
+    if family in _NOTHING_TO_DO.get(name, ()):
+        with pytest.raises(PassError, match="no layer can be rewritten"):
+            apply_passes(before, text)
+        return
     program = apply_passes(before, text, calibration=calibration)
     assert _same(before, reference, family), "the given program was changed"
     assert before.history == reference.history
@@ -69,8 +85,8 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
     assert record.validation is not None
     assert parse_pipeline(record.text)[0].name == name
     if item.promise == "exact":
-        assert record.validation["max_error"] == 0
-        assert _same(program, before, family)
+        assert record.validation["relative_error"] <= (1e-5 if item.prepares else 0)
+        assert item.prepares or _same(program, before, family)
 
     # A second run rewrites nothing: it says why, and leaves the program as it was.
     again = copy.deepcopy(program)
