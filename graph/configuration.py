@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from sparsepass.graph.program import Program
 from sparsepass.graph.records import Origin
 from sparsepass.graph.support import CaptureError, SparsepassError, first_line
 
@@ -40,7 +39,7 @@ def class_of(origin: Origin) -> Any:
     return kind
 
 
-def configuration_of(program: Program) -> Any:
+def configuration_of(origin: Origin) -> Any:
     """The configuration of a program's model, an object of transformers; None where its class is not known to transformers.
 
     Numbers that JSON lacks (infinity) are as they were, and so are outputs that not every implementation of attention has.
@@ -48,12 +47,12 @@ def configuration_of(program: Program) -> Any:
     Raises:
         CaptureError: If transformers refuses it, or it names code or weights that would have to be fetched.
     """
-    kind = class_of(program.origin)
-    if kind is None or program.origin.config is None:
+    kind = class_of(origin)
+    if kind is None or origin.config is None:
         return None
-    facts = _plain(program.origin.config)
+    facts = _plain(origin.config)
     attentions = facts.pop("output_attentions", False)
-    with told_as_configuration(program.origin):
+    with told_as_configuration(origin):
         config = kind.config_class.from_dict(facts)
         if attentions:
             config._attn_implementation = "eager"  # the only implementation that a configuration allows with it

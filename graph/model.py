@@ -133,7 +133,7 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     """
     import accelerate
 
-    origin, config = program.origin, configuration_of(program)
+    origin, config = program.origin, configuration_of(program.origin)
     kind = class_of(origin)
     if kind is None or config is None:
         raise CaptureError(

@@ -226,7 +226,7 @@ def _kind(program: Program) -> Kind:
 
 def _text_config(program: Program) -> Any:
     """The configuration object of the model, of its text part if it has several; None for a plain module."""
-    config = configuration_of(program)
+    config = configuration_of(program.origin)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

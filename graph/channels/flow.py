@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparsepass.graph.channels.labels import Classes, Ints, mixed
+from sparsepass.graph.channels.rules import RULES
 from sparsepass.graph.channels.walk import Slot, Walk
 from sparsepass.graph.program import Program
 
@@ -118,7 +119,7 @@ _KNOWN: "WeakKeyDictionary[fx.Graph, tuple[int, ChannelFlow]]" = WeakKeyDictiona
 
 def _walked(program: Program) -> ChannelFlow:
     walk = Walk(program)
-    walk.run()
+    walk.run(RULES)
     slots = list(walk.slots.values())
     places, scales = walk.places.solve(), walk.scales.solve()
     orders = [_with_masks(found, walk.masks) for found in _groups(slots, places, [slot.places for slot in slots], apart=True)]

@@ -69,10 +69,8 @@ class Walk:
         self._lost: dict[str, str] = {}
         self.salt = 0
 
-    def run(self) -> None:
-        """Walk the whole graph."""
-        from sparsepass.graph.channels.rules import RULES  # the rules know the walk
-
+    def run(self, rules: Mapping[str, Callable[..., Any]]) -> None:
+        """Walk the whole graph, each operation by the rule of its name."""
         env: dict[fx.Node, Any] = {}
         last = {source: node for node in self.program.graph_module.graph.nodes for source in node.all_input_nodes}
         for node in self.program.graph_module.graph.nodes:
@@ -85,7 +83,7 @@ class Walk:
                 self._outputs(fx.node.map_arg(node.args, env.__getitem__))
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = self._call(RULES, node, args, kwargs)
+                env[node] = self._call(rules, node, args, kwargs)
                 if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
                     env[node.args[0]] = env[node]
             for source in node.all_input_nodes:
