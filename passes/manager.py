@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
+from sparsepass.graph.placement import lent, streamed
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish, without_branches
 from sparsepass.graph.spec import violations
-from sparsepass.graph.support import item_progress, shows_progress
+from sparsepass.graph.support import find_device, item_progress, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
@@ -53,6 +55,7 @@ def apply_passes(
     inplace: bool = False,
     validate: bool = True,
     progress: bool | None = None,
+    device: torch.device | str | None = None,
 ) -> Program:
     """Rewrite a model's linear layers with a list of passes.
 
@@ -74,6 +77,9 @@ def apply_passes(
             that takes the memory of one model, not of two. By default the model is never changed.
         validate: Whether to measure, after every pass, how far the outputs moved. Exact passes must not move them.
         progress: Whether to show progress with the time left; by default where standard error is a terminal.
+        device: Where to compute, see `find_device`; by default where the model is. The weights stay where they are: what is
+            worked on moves to the device and back, so that it needs room for one layer (one block with `reconstruct`) and
+            the activations at one place, not for the model.
 
     Returns:
         The rewritten program. ``print(program.report())`` tells what was rewritten, and what was skipped and why.
@@ -91,6 +97,7 @@ def apply_passes(
     pipeline = parse_pipeline(passes)
     if not pipeline:
         raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
+    place = None if device is None else find_device(device)
     asked, pipeline = pipeline, tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
     if any(_falls_back(before, after) for before, after in zip(asked, pipeline, strict=True)):
         _LOG.warning(
@@ -108,7 +115,7 @@ def apply_passes(
     else:
         program = capture(model, example_inputs, inplace=inplace)
     check_pipeline(program, pipeline)
-    run = _Run(program, pipeline, validate=validate, compute=compute, progress=shows_progress(progress))
+    run = _Run(program, pipeline, validate=validate, compute=compute, progress=shows_progress(progress), device=place)
     if any(p.needs != "nothing" for p in pipeline):
         run.calibration = calibration_batches(
             calibration,
@@ -136,11 +143,19 @@ class _Run:
     """One run of a pipeline over a program."""
 
     def __init__(
-        self, program: Program, pipeline: tuple[Pass, ...], *, validate: bool, compute: ComputeDtype, progress: bool
+        self,
+        program: Program,
+        pipeline: tuple[Pass, ...],
+        *,
+        validate: bool,
+        compute: ComputeDtype,
+        progress: bool,
+        device: torch.device | None = None,
     ) -> None:
         self.program, self.pipeline = program, pipeline
         self.calibration: CalibrationData | None = None
         self._validates, self._compute, self._progress = validate, compute, progress
+        self._device = device or program.device
         self._batches: list[CalibrationBatch] = []
 
     def all(self) -> None:
@@ -169,7 +184,8 @@ class _Run:
         facts: dict[str, Facts] = {}
         with item_progress(self._progress, item.name, len(chosen)) as advance:
             for group in site_groups(chosen):
-                facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
+                with self._lent(group):
+                    facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
                 advance(group.sites[0].name)
         _finish(self.program, item.name)
         self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
@@ -208,15 +224,18 @@ class _Run:
 
         def rewrite(group: SiteGroup, statistics: tuple[InputStatistics, ...]) -> None:
             context = GroupContext(statistics=statistics, measure=self._validates)
-            for item in by_group:
-                rewrite_by(item, group, context)
+            with self._lent(group):
+                for item in by_group:
+                    rewrite_by(item, group, context)
             if by_block:
                 originals.update(context.originals)
 
         def rewrite_block(block: Block, run: BlockRun) -> None:
             for item in by_block:
                 context = GroupContext(originals=originals, measure=self._validates, block=run)
-                rewrite_by(item, SiteGroup(sites=block.sites), context)
+                group = SiteGroup(sites=block.sites)
+                with self._lent(group, run.own_vectors()):
+                    rewrite_by(item, group, context)
             originals.clear()
 
         needs = max((item.needs for item in items), key=NEEDS_ORDER.index)
@@ -230,6 +249,7 @@ class _Run:
                 rewrite,
                 gram=needs == "gram",
                 compute=self._compute,
+                device=self._device,
                 blocks=blocks,
                 rewrite_block=rewrite_block,
                 advance=advance,
@@ -252,10 +272,18 @@ class _Run:
             return {name: t[:_VALIDATION_SEQUENCES] for name, t in first.items()}, "the first calibration sequences"
         return self.program.example_inputs, "example inputs"
 
+    def _lent(self, group: SiteGroup, more: Sequence[str] = ()) -> AbstractContextManager[None]:
+        """The weights of a group, with masks and branches that they have, on the device that is computed on."""
+        weights = [site.weight for site in group.sites]
+        beside = [name for weight in weights if weight in self.program.sparse for name in self.program.sparse[weight].names]
+        return lent(self.program, [*weights, *beside, *more], self._device)
+
     @torch.no_grad()
     def _outputs(self) -> dict[str, Tensor]:
-        bound = self.program.flat_inputs(**{n: t.to(self.program.device) for n, t in self._inputs.items()})
-        values = self.program.graph_module(*bound.values())
+        bound = self.program.flat_inputs(**{n: t.to(self._device) for n, t in self._inputs.items()})
+        is_elsewhere = self._device != self.program.device
+        with streamed(self.program, self._device) if is_elsewhere else nullcontext():
+            values = self.program.graph_module(*bound.values())
         return dict(zip(self.program.output_names, values, strict=True))
 
     def _measure(self, item: Pass) -> dict[str, Any] | None:

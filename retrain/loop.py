@@ -55,6 +55,7 @@ def retrain(
     resume: Literal["auto", "never"] = "auto",
     inplace: bool = False,
     progress: bool = True,
+    device: str | None = None,
 ) -> Program:
     """Train a sparse program against its dense teacher: its weights (AST and its relatives) or its masks (MaskLLM).
 
@@ -73,6 +74,7 @@ def retrain(
         inplace: Whether the program itself is trained. One that was interrupted is half trained: to go on, load it anew.
         progress: Whether a line shows loss, KL, flip rate, speed, memory and the time left. News stand above it; where a
             logger ``sparsepass.retrain`` is listened to at level INFO, they go there instead.
+        device: Where to train; see `trains_on_processor`. Student, teacher and optimizer have to find room there.
 
     Returns:
         The retrained program: of its checkpoints the one with the best validation, or else the last weights (without
@@ -90,7 +92,7 @@ def retrain(
     """
     check_has_values(program)
     program = program if inplace else copy.deepcopy(program)
-    training = Training(program, teacher, data, config, None if run_folder is None else Path(run_folder))
+    training = Training(program, teacher, data, config, None if run_folder is None else Path(run_folder), device)
     notes = training.resume(resume)
     with StopSignals() as stop, training.watched(progress=progress):
         for note in (*data.notes, *notes):
@@ -123,6 +125,7 @@ class Training:
         data: See `retrain`.
         config: See `retrain`.
         folder: The run folder.
+        device: See `retrain`.
     """
 
     def __init__(
@@ -132,8 +135,9 @@ class Training:
         data: TrainingData,
         config: RetrainConfig,
         folder: Path | None,
+        device: str | None = None,
     ) -> None:
-        self.accelerator = make_accelerator(config.trackers, None if folder is None else str(folder))
+        self.accelerator = make_accelerator(config.trackers, None if folder is None else str(folder), device)
         self.device = self.accelerator.device
         self.config = config = config.resolve(self.device)
         self.data, self.folder = data, folder

@@ -59,6 +59,7 @@ def prune_command(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone. Same patterns. May be repeated.")
     ] = None,
+    device: support.Device = "auto",
     force: support.Force = False,
     no_validate: support.NoValidate = False,
 ) -> None:
@@ -68,7 +69,7 @@ def prune_command(
     can be given as MODEL to `export`, `eval`, `compare` and `verify`.
     """
     from sparsepass.export.stages import prepare, write_program
-    from sparsepass.graph.support import check_free
+    from sparsepass.graph.support import check_free, find_device
     from sparsepass.passes import parse_pipeline
 
     pipeline = tuple(
@@ -76,7 +77,14 @@ def prune_command(
         for item in parse_pipeline(passes)
     )
     check_free(out, force=force)
-    prepared = prepare(model, passes=pipeline, calibration=calibration, evaluation=evaluation, validate=not no_validate)
+    prepared = prepare(
+        model,
+        passes=pipeline,
+        calibration=calibration,
+        evaluation=evaluation,
+        validate=not no_validate,
+        device=find_device(device),
+    )
     support.show_report(write_program(prepared, out, command=support.command_line(), force=force), out)
 
 

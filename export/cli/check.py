@@ -32,6 +32,7 @@ def eval_command(
     include_path: Annotated[Path | None, typer.Option("--include-path", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many documents of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
+    device: support.Device = "auto",
     as_json: support.AsJson = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, or run lm-eval tasks, or both.
@@ -40,6 +41,7 @@ def eval_command(
     """
     from sparsepass.export.stages import lm_eval_tasks
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.support import find_device
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
     of_tasks = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
@@ -49,11 +51,12 @@ def eval_command(
         raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
     if evaluation is not None:
         evaluation.check()
+    place = find_device(device)
     loaded = model.load()
     _note_adapter(model.source)
     document: dict[str, Any] = {"model": model.source}
     if evaluation is not None:
-        found = dataclasses.replace(evaluation, batch_size=batch_size).measure(loaded.model, loaded.tokenizer)
+        found = dataclasses.replace(evaluation, batch_size=batch_size).measure(loaded.model, loaded.tokenizer, place)
         document["perplexity"] = dataclasses.asdict(found) | {"text": evaluation.text}
         if not as_json:
             support.stdout().print(f"{model.source}: {found}", highlight=False)
@@ -66,6 +69,7 @@ def eval_command(
             limit=limit,
             batch_size=batch_size or 1,
             num_fewshot=num_fewshot,
+            device=place,
         )
         if not as_json:
             support.stdout().print(_task_table(document["lm_eval"]))

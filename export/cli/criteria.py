@@ -40,6 +40,7 @@ def criteria_command(
         list[str] | None, typer.Option("--passes", help="One row more: passes in order, as text. May be repeated.")
     ] = None,
     pattern: support.Pattern = "2:4",
+    device: support.Device = "auto",
     work: Annotated[
         Path | None,
         typer.Option("--work", help="Folder that keeps each finished row: a run that was interrupted goes on from there."),
@@ -64,7 +65,7 @@ def criteria_command(
             check_place(file)
     names = [name.strip() for item in criteria or () for name in item.split(",") if name.strip()]
     jobs = jobs_of(names, pattern=pattern, reconstruct=reconstruct, pipelines=passes or ())
-    settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation)
+    settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation, device=device)
     with support.news(work is not None and not sys.stderr.isatty()):
         found = criteria_table(settings, jobs, work=work)
     if json_file is not None:

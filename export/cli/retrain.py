@@ -86,6 +86,7 @@ def retrain_command(
     ] = None,
     cache_only: Annotated[bool, typer.Option("--cache-only", help="Write the teacher's logits, and do not train.")] = False,
     evaluation: support.EvaluationOptions,
+    device: support.TrainingDevice = "auto",
     force: support.Force = False,
     trust_remote_code: support.TrustRemoteCode = False,
 ) -> None:
@@ -101,7 +102,7 @@ def retrain_command(
     section = _section(config, assignments or (), teacher=teacher, data=data or (), teacher_cache=teacher_cache)
     if cache_only:
         place = run_folder or default_run_folder(out)
-        count = write_cache(program, section, place, trust_remote_code=trust_remote_code)
+        count = write_cache(program, section, place, trust_remote_code=trust_remote_code, device=device)
         support.stdout().print(f"{section.teacher_cache} holds the teacher's logits for the {count} sequences of the run.")
         return
     document = until_stopped(
@@ -116,6 +117,7 @@ def retrain_command(
             force=force,
             trust_remote_code=trust_remote_code,
             command=support.command_line(),
+            device=device,
         )
     )
     show(document, out)
@@ -141,6 +143,7 @@ def run_command(
     example: Annotated[bool, typer.Option("--example", help="Print a recipe with comments, to start from.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that come along.")] = False,
     print_recipe: Annotated[bool, typer.Option("--print", help="Print the recipe's file, to start from.")] = False,
+    device: support.TrainingDevice = "auto",
     allow_unchecked: support.AllowUnchecked = False,
     trust_remote_code: support.TrustRemoteCode = False,
 ) -> None:
@@ -174,6 +177,7 @@ def run_command(
             force=force,
             trust_remote_code=trust_remote_code,
             command=support.command_line(),
+            device=device,
         )
     )
     if not found:

@@ -33,9 +33,7 @@ def sample_command(
     temperature: Annotated[float, typer.Option("--temperature", help="1 samples what the model was trained to say.")] = 1.0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 32,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
-    device: Annotated[
-        str | None, typer.Option("--device", help="Such as cuda; by default the GPU, where there is one.", show_default=False)
-    ] = None,
+    device: support.Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that stands at --out, and begin anew.")] = False,
 ) -> None:
     """Let a model write text itself, for `retrain` to distil from: where there is no text, or none broad enough.
@@ -44,8 +42,6 @@ def sample_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import torch
-
     from sparsepass.graph import SparsepassError
     from sparsepass.retrain.teacher import SampleConfig, check_file, sample_to_file
 
@@ -53,7 +49,7 @@ def sample_command(
     config = SampleConfig(
         num_tokens=tokens, length=length, start=start, batch_size=batch_size, temperature=temperature, seed=seed
     )
-    loaded = model.load(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = model.load(device)
     if loaded.tokenizer is None:
         raise SparsepassError(f"{model.source} has no tokenizer, and what it samples is written as text; give one that has")
     sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)

@@ -43,6 +43,7 @@ def sensitivity_command(
     loss_sequences: Annotated[
         int, typer.Option("--loss-sequences", min=1, help="The first so many of them are what the divergence is measured on.")
     ] = 4,
+    device: support.Device = "auto",
     top: Annotated[int, typer.Option("--top", min=1, help="Rows of the table that are shown.")] = 20,
     as_json: support.AsJson = False,
 ) -> None:
@@ -55,8 +56,10 @@ def sensitivity_command(
     import json
 
     from sparsepass.export.stages import auto_ignore
+    from sparsepass.graph.support import find_device
 
     calibration.check()
+    place = find_device(device)
     loaded = model.load()
     keywords = calibration.keywords()
     del keywords["batch_size"]
@@ -70,6 +73,7 @@ def sensitivity_command(
         ignore=ignore or (),
         tokenizer=loaded.tokenizer,
         loss_sequences=loss_sequences,
+        device=place,
         **keywords,
     )
     if as_json:

@@ -85,6 +85,13 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run. Off unless you ask for it."),
 ]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="Where to compute, such as cuda, cuda:1 or cpu; auto is the GPU, where there is one."),
+]
+TrainingDevice = Annotated[
+    str, typer.Option("--device", help="Where to compute: cuda or cpu; auto is the GPU, where there is one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

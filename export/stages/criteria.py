@@ -24,7 +24,7 @@ import torch
 from sparsepass.export.report import markdown_table
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.support import nearest, write_text
+from sparsepass.graph.support import find_device, nearest, write_text
 from sparsepass.passes import apply_passes
 from sparsepass.passes.criteria import criteria_table as criteria_table_of_passes
 from sparsepass.passes.data import PYTHON_DOCS
@@ -48,11 +48,13 @@ class CriteriaSettings:
         model: The model.
         calibration: What is pruned on.
         evaluation: What perplexity is measured on.
+        device: Where all is computed; see `find_device`.
     """
 
     model: ModelSource
     calibration: Calibration
     evaluation: Evaluation
+    device: str = "cpu"
 
     @classmethod
     def of(cls, plain: dict[str, dict[str, Any]]) -> "CriteriaSettings":
@@ -63,6 +65,7 @@ class CriteriaSettings:
             model=ModelSource(**plain["model"]),
             calibration=Calibration(**plain["calibration"] | several),
             evaluation=Evaluation(**plain["evaluation"]),
+            device=plain["device"],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +76,8 @@ class CriteriaSettings:
         # Where none is named, rows are those of the time before there were any to name.
         columns = {"text_column": self.calibration.text_column, "eval_text_column": self.evaluation.text_column}
         found |= {name: column for name, column in columns.items() if column is not None}
+        if (place := find_device(self.device)).type != "cpu":
+            found["device"] = place.type
         data = self.calibration.data
         data = list(data) if isinstance(data, tuple) else data
         named = {"model": self.model.source, "calibration": data, "eval_text": self.evaluation.text}
@@ -152,6 +157,8 @@ def criteria_table(
     """
     settings.evaluation.check()
     settings.calibration.check()
+    settings.model.check()
+    find_device(settings.device)
     common = settings.to_dict() | {"digests": _digests(settings), "schema": SCHEMA}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sparsepass-criteria-") if work is None else nullcontext(str(work)) as folder:
@@ -295,7 +302,7 @@ def measure_to_file(request: str, out: str) -> int:
 
 def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
     """One row: the passes applied, and the perplexity of what they made."""
-    loaded = settings.model.load()
+    loaded, device = settings.model.load(), find_device(settings.device)
     model: torch.nn.Module = loaded.model
     facts: dict[str, Any] = {"passes": "", "num_sparse": 0, "relative_error": None, "kl": None, "calibration": None}
     seconds = 0.0
@@ -303,15 +310,20 @@ def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
         pipeline = parse_pipeline(job.passes)
         started = time.perf_counter()
         model = program = apply_passes(
-            loaded.model, pipeline, tokenizer=loaded.tokenizer, inplace=True, **settings.calibration.keywords()
+            loaded.model,
+            pipeline,
+            tokenizer=loaded.tokenizer,
+            inplace=True,
+            device=device,
+            **settings.calibration.keywords(),
         )
         seconds = time.perf_counter() - started
         facts |= {"passes": program.recipe, "num_sparse": program.report().num_sparse}
         facts["calibration"] = next((dict(record.calibration) for record in program.history if record.calibration), None)
         if program.history[-1].validation is not None:
             facts |= {name: program.history[-1].validation[name] for name in ("relative_error", "kl")}
-    peak_bytes = _peak_bytes()
-    found = settings.evaluation.measure(model, loaded.tokenizer)
+    peak_bytes = _peak_bytes(device)
+    found = settings.evaluation.measure(model, loaded.tokenizer, device)
     return {
         "name": job.name,
         **facts,
@@ -325,9 +337,9 @@ def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
     }
 
 
-def _peak_bytes() -> int:
-    """The most memory this process has held so far: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: of the GPU where that computes, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from sparsepass.graph.placement import fits, home_of, placed
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError, evaluating
+from sparsepass.graph.support import SparsepassError, evaluating, find_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ def lm_eval_tasks(
     batch_size: int = 1,
     num_fewshot: int | None = None,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval tasks.
 
@@ -41,6 +43,7 @@ def lm_eval_tasks(
         batch_size: Requests in a batch.
         num_fewshot: Examples before each question; None for what the task says.
         seed: Chooses the examples before a question.
+        device: Where to compute, see `find_device`; by default where the model is. It has to have room for the whole model.
 
     Returns:
         JSON-ready facts: "results" by task (lm-eval's own metric names), "versions" and "num_samples" by task, and the
@@ -76,7 +79,12 @@ def lm_eval_tasks(
             "tasks`, or name the folder of your own with include_path"
         )
     hf_model = model.to_model() if isinstance(model, Program) else model
-    with _undisturbed(hf_model):
+    place = home_of(hf_model) if device is None else find_device(device)
+    if place != home_of(hf_model) and not fits(hf_model, place):
+        raise SparsepassError(
+            f"{place} has no room for the whole model, which lm-eval tasks need (perplexity does without); give device=cpu"
+        )
+    with _undisturbed(hf_model), placed(hf_model, place):
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=hf_model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),

@@ -35,13 +35,21 @@ from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, save_companions
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import check_free, check_writable, path_named, replaced_folder, write_text
+from sparsepass.graph.support import AUTO, check_free, check_writable, path_named, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.masks import check_method
 from sparsepass.retrain.restart import program_of_checkpoint
-from sparsepass.retrain.run import CHECKPOINTS, METRICS, Checkpoints, is_first_process, leave_processes, read_metrics
+from sparsepass.retrain.run import (
+    CHECKPOINTS,
+    METRICS,
+    Checkpoints,
+    is_first_process,
+    leave_processes,
+    read_metrics,
+    trains_on_processor,
+)
 from sparsepass.retrain.teacher import SAMPLED, Teacher, offline_teacher, sample_to_file
 
 ORIGIN_FILE: Final = "origin.json"
@@ -67,6 +75,7 @@ def retrain_program(
     trust_remote_code: bool = False,
     command: str | None = None,
     progress: bool = True,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Retrain a saved program and write it with tokenizer, recipe and report.
 
@@ -86,6 +95,7 @@ def retrain_program(
         trust_remote_code: See `load_model`.
         command: The command line, for the report.
         progress: Whether to show a progress line.
+        device: Where to train and to measure; see `trains_on_processor`.
 
     Returns:
         The report, as written.
@@ -99,6 +109,7 @@ def retrain_program(
     if evaluation is not None:
         evaluation.check()
     check_retrain(section, "retrain")
+    trains_on_processor(device)
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
     check_writable(place)
     loaded = ModelSource(source=str(source), dtype="float32").load()
@@ -120,11 +131,13 @@ def retrain_program(
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
     if is_first_process():
-        _check_origin(place, Path(source), teacher_name, section, resume)
-    section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress)
+        _check_origin(place, Path(source), teacher_name, section, resume, device)
+    section = _with_sampled_text(
+        section, place, document, trust_remote_code=trust_remote_code, progress=progress, device=device
+    )
     _LOG.info("opening the data")
     data = _data(section, loaded, program)
-    teacher = _teacher(section, source_of_teacher, data)
+    teacher = _teacher(section, source_of_teacher, data, device)
     _LOG.info("training")
     trained, document = retrain_and_report(
         program,
@@ -136,6 +149,7 @@ def retrain_program(
         run_folder=place,
         resume=resume,
         progress=progress,
+        device=device,
     )
     del teacher
     leave_processes()
@@ -152,6 +166,7 @@ def retrain_program(
             evaluation,
             loaded.tokenizer,
             known=document.get("accuracy"),
+            device=device,
         )
     _LOG.info("writing %s", out)
     with replaced_folder(out, force=force) as staging:
@@ -173,6 +188,7 @@ def retrain_and_report(
     run_folder: str | Path | None = None,
     resume: Literal["auto", "never"] = "auto",
     progress: bool = True,
+    device: str | None = None,
 ) -> tuple[Program, dict[str, Any]]:
     """Retrain a program in place, and add the run to a report.
 
@@ -186,6 +202,7 @@ def retrain_and_report(
         run_folder: See `retrain`; without one the report has no curve of the loss.
         resume: See `retrain`.
         progress: See `retrain`.
+        device: See `retrain`.
 
     Returns:
         The retrained program, and the report with the run in its section ``retraining``. What it said of written files
@@ -194,7 +211,8 @@ def retrain_and_report(
     Raises:
         SparsepassError: See `retrain`.
     """
-    trained = retrain(program, teacher, data, config, run_folder=run_folder, resume=resume, inplace=True, progress=progress)
+    how: dict[str, Any] = {"run_folder": run_folder, "resume": resume, "progress": progress, "device": device}
+    trained = retrain(program, teacher, data, config, inplace=True, **how)
     found = {name: part for name, part in document.items() if name not in OF_FILES}
     record = dict(trained.retraining[-1])
     if teacher_name is not None:
@@ -210,6 +228,7 @@ def write_cache(
     run_folder: str | Path,
     *,
     trust_remote_code: bool = False,
+    device: str | None = None,
 ) -> int:
     """Write the offline teacher's logits, or what is missing of them, and do not train.
 
@@ -218,6 +237,7 @@ def write_cache(
         section: See `retrain_program`.
         run_folder: Of the training that follows; what the teacher samples for it lies there.
         trust_remote_code: See `load_model`.
+        device: See `retrain`.
 
     Returns:
         Sequences that the run takes, all of which are there now.
@@ -227,13 +247,14 @@ def write_cache(
     """
     if section.teacher_cache is None:
         raise SparsepassError("no folder is named for the teacher's logits; give teacher_cache=FOLDER")
+    trains_on_processor(device)
     loaded = ModelSource(source=str(source), dtype="float32").load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
     found = _source_of_teacher(section, document, trust_remote_code)
-    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code)
+    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code, device=device)
     data = _data(section, loaded, program)
-    _teacher(section, found, data)
+    _teacher(section, found, data, device)
     return section.train.num_steps(section.data.context) * section.train.batch_size
 
 
@@ -262,6 +283,7 @@ def accuracy(
     tokenizer: Any,
     *,
     known: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> AccuracySection:
     """Measure the perplexity of several models, for the report's section ``accuracy``.
 
@@ -270,12 +292,13 @@ def accuracy(
             in any case.
         evaluation: Text and windows.
         tokenizer: Of all of them.
+        device: Where to measure: see `perplexity`; by default the GPU, where there is one.
         known: The section of an earlier stage: what it holds of the same text and windows is not measured again.
     """
 
     def measure(name: str, model: Measured) -> MeasurementEntry:
         _LOG.info("measuring perplexity: %s", name)
-        return measurement(name, evaluation.measure(_on_device(model), tokenizer))
+        return measurement(name, evaluation.measure(_measured(model), tokenizer, device or AUTO))
 
     *earlier, last = entries
     newest = measure(*last)
@@ -287,12 +310,9 @@ def accuracy(
     return AccuracySection(text=evaluation.name, measurements=[*missing, *there, newest])
 
 
-def _on_device(model: Measured) -> nn.Module:
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if isinstance(model, Program):
-        return model.to(device)
+def _measured(model: Measured) -> nn.Module:
     # What is retrained is float32, and figures compare at one precision.
-    return dataclasses.replace(model, dtype="float32").load(device).model
+    return model if isinstance(model, Program) else dataclasses.replace(model, dtype="float32").load().model
 
 
 def _program(loaded: LoadedModel, source: str | Path) -> Program:
@@ -342,6 +362,7 @@ def _with_sampled_text(
     *,
     trust_remote_code: bool,
     progress: bool = True,
+    device: str | None = None,
 ) -> RetrainSection:
     """The section with what the dense model was asked to write as ``data.beside``; the first process writes it, if need be."""
     if section.sample is None:
@@ -354,7 +375,7 @@ def _with_sampled_text(
         loaded = dense.load()
         if loaded.tokenizer is None:
             raise SparsepassError(f"{dense.source} has no tokenizer, and sampled text is written as text too; leave sample out")
-        model = loaded.model.to(_local_device())
+        model = loaded.model.to(_local_device(device))
         run_folder.mkdir(parents=True, exist_ok=True)
         sample_to_file(model, loaded.tokenizer, path, section.sample, progress=progress)
     while not path.is_file():  # if the first process fails, the launcher ends this one
@@ -362,36 +383,43 @@ def _with_sampled_text(
     return dataclasses.replace(section, data=dataclasses.replace(section.data, beside=str(path)), sample=None)
 
 
-def _teacher(section: RetrainSection, source: ModelSource | None, data: TrainingData) -> nn.Module | Teacher | None:
+def _teacher(
+    section: RetrainSection, source: ModelSource | None, data: TrainingData, device: str | None
+) -> nn.Module | Teacher | None:
     if source is None:
         return None
 
     def model() -> nn.Module:
-        return source.load().model.to(_local_device())
+        return source.load().model.to(_local_device(device))
 
     if section.teacher_cache is None:
         return model()
     about = {"teacher": source.source, "data": json.dumps(dataclasses.asdict(section.data), sort_keys=True)}
-    return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about)
+    return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about, device=device)
 
 
-def _local_device() -> torch.device:
-    """The accelerator of this process, if there is one."""
+def _local_device(device: str | None) -> torch.device:
+    """The accelerator of this process, if there is one and it is asked for."""
     kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is None:
+    if trains_on_processor(device) or kind is None:
         return torch.device("cpu")
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _check_origin(
-    run_folder: Path, source: Path, teacher: str | None, section: RetrainSection, resume: Literal["auto", "never"]
+    run_folder: Path,
+    source: Path,
+    teacher: str | None,
+    section: RetrainSection,
+    resume: Literal["auto", "never"],
+    device: str | None,
 ) -> None:
     """Refuse to go on from checkpoints of another program (same layers, other weights) or of other settings.
 
     The file program.json tells programs apart: it holds what each pass did and measured. Settings are compared with the
     checkpoint's again when it is read; here that costs no sampled text and no loaded teacher.
     """
-    config = section.train.resolve(_local_device())
+    config = section.train.resolve(_local_device(device))
     train = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
     settings = {f"train.{name}": plain_json(value) for name, value in train.items()}
     found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher} | settings

@@ -29,7 +29,7 @@ from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import check_free, check_writable, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS
-from sparsepass.retrain.run import is_first_process
+from sparsepass.retrain.run import is_first_process, trains_on_processor
 
 STAGES_FILE: Final = "stages.json"
 """In a recipe's folder: stage -> its settings, whether it is done, and what verification came to."""
@@ -85,7 +85,12 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, *, force: bool = False, trust_remote_code: bool = False, command: str | None = None
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+    device: str | None = None,
 ) -> list[Outcome]:
     """Run a recipe's stages, or what of them is not done yet.
 
@@ -94,6 +99,7 @@ def run_recipe(
         force: Whether stages whose settings have changed, and those after them, are run anew.
         trust_remote_code: See `load_model`.
         command: The command line, for the reports.
+        device: Where stages compute; see `trains_on_processor`. It is no setting: on another one a run goes on.
 
     Returns:
         What became of each stage; empty in all processes but the first.
@@ -106,7 +112,8 @@ def run_recipe(
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> run_recipe(read_recipe("smollm2-cpu", out="out"))  # doctest: +SKIP
     """
-    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command)
+    trains_on_processor(device)
+    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command, device=device)
     if not is_first_process():
         _take_part(recipe.out, stages)
         return []
@@ -131,20 +138,23 @@ def run_recipe(
     return outcomes
 
 
-def stages_of(recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None) -> list[Stage]:
+def stages_of(
+    recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None, device: str | None = None
+) -> list[Stage]:
     """The stages of a recipe, in the order in which they run.
 
     Args:
         recipe: From `read_recipe`.
         trust_remote_code: See `load_model`.
         command: See `run_recipe`.
+        device: See `run_recipe`.
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> [stage.name for stage in stages_of(read_recipe("smollm2-cpu"))]
         ['prune', 'retrain', 'eval', 'export.onnx']
     """
-    return list(_Stages(recipe, trust_remote_code, command).all())
+    return list(_Stages(recipe, trust_remote_code, command, device).all())
 
 
 def planned(recipe: Recipe) -> list[str]:
@@ -200,8 +210,8 @@ def changes(stage: Stage, known: Mapping[str, Any]) -> list[str]:
 class _Stages:
     """Makes the stages of one recipe. Final."""
 
-    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None) -> None:
-        self._recipe, self._trust, self._command = recipe, trust_remote_code, command
+    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None, device: str | None) -> None:
+        self._recipe, self._trust, self._command, self._device = recipe, trust_remote_code, command, device
         self._model = replace(recipe.model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         self._programs = [] if recipe.prune else [Path(recipe.model.source).expanduser()]
         self._programs += [recipe.out / "pruned"] if recipe.prune else []
@@ -243,7 +253,13 @@ class _Stages:
     def _prune(self) -> None:
         section = self._recipe.prune
         assert section is not None
-        prepared = prepare(self._model, passes=section.passes, calibration=section.calibration, validate=section.validate)
+        prepared = prepare(
+            self._model,
+            passes=section.passes,
+            calibration=section.calibration,
+            validate=section.validate,
+            device=self._device,
+        )
         write_program(prepared, self._recipe.out / "pruned", command=self._command, force=True)
 
     def _retrain(self) -> None:
@@ -256,6 +272,7 @@ class _Stages:
             force=True,
             trust_remote_code=self._trust,
             command=self._command,
+            device=self._device,
         )
 
     def _eval(self) -> None:
@@ -269,7 +286,7 @@ class _Stages:
             for folder in self._programs
         ]
         document = find_report(self._programs[-1]) or new_report()
-        document["accuracy"] = accuracy(entries, section, tokenizer)
+        document["accuracy"] = accuracy(entries, section, tokenizer, device=self._device)
         record = run_record("eval", command=self._command, seconds=time.perf_counter() - started)
         document["runs"] = [*document["runs"], record]
         with replaced_folder(self._recipe.out / "eval", force=True) as staging:

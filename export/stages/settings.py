@@ -171,8 +171,13 @@ class Evaluation:
             return default_text("evaluation")
         return Path(self.text).expanduser() if isinstance(self.text, str | Path) else self.text
 
-    def measure(self, model: "nn.Module", tokenizer: Any) -> "Perplexity":
+    def measure(self, model: "nn.Module", tokenizer: Any, device: "torch.device | str | None" = None) -> "Perplexity":
         """Measure a model or program.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            device: See `perplexity`.
 
         Raises:
             SparsepassError: If the text is not there, or cannot be used.
@@ -180,7 +185,7 @@ class Evaluation:
         from sparsepass.graph.perplexity import perplexity
 
         self.check()
-        return perplexity(model, tokenizer=tokenizer, **vars(self) | {"text": self.content()})
+        return perplexity(model, tokenizer=tokenizer, device=device, **vars(self) | {"text": self.content()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from sparsepass.graph.load.sidecars import OF_MODULES, SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, closest, first_line, path_named, quiet_loading
+from sparsepass.graph.support import SparsepassError, closest, find_device, first_line, path_named, quiet_loading
 from sparsepass.graph.widening import widened
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def load_model(
         source: A Hugging Face folder, a hub id, a .gguf file, a folder with one .gguf file and no config.json, a folder
             written by ``Program.save``, or a model in memory.
         dtype: Type of the weights; None for the checkpoint's own (float32 for GGUF).
-        device: Where to put the model; None for the CPU (a model in memory stays where it is).
+        device: Where to put the model, see `find_device`; None for the CPU (a model in memory stays where it is).
         task: Such as "text-generation"; None for the class in config.json.
         gguf_file: Name of the .gguf file within the folder or hub repository.
         revision: Branch, tag or commit on the hub.
@@ -126,7 +126,7 @@ def load_model(
             f"task {task!r} is not known{f'; did you mean {near!r}?' if near else ''}; known are {', '.join(TASKS)}"
         )
     wanted = None if dtype is None else parse_dtype(dtype)
-    place = None if device is None else _device(device)
+    place = None if device is None else find_device(device)
     if isinstance(source, nn.Module):
         loaded = _from_memory(source)
     else:
@@ -399,15 +399,6 @@ def _lasting(source: str) -> str:
     """A source as it is found from any folder: the whole path of what lies here, and a hub id as it is."""
     there = path_named(source)
     return source if there is None else str(there.absolute())
-
-
-def _device(device: "torch.device | str") -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise SparsepassError(f"device {device} cannot be used here ({first_line(error)}); try device='cpu'") from error
-    return place
 
 
 def _facts(model: nn.Module) -> dict[str, object]:

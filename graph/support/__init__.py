@@ -8,6 +8,7 @@ from sparsepass.graph.support.contexts import (
     quiet_loading,
     shows_progress,
 )
+from sparsepass.graph.support.devices import AUTO, find_device, free_bytes
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 from sparsepass.graph.support.files import (
     WEIGHTS_FILE,
@@ -26,6 +27,7 @@ from sparsepass.graph.support.option_text import build, item_to_text, parse_item
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
+    "AUTO",
     "WEIGHTS_FILE",
     "WEIGHTS_INDEX",
     "CaptureError",
@@ -41,7 +43,9 @@ __all__ = [
     "default_dtype",
     "evaluating",
     "fast_low_precision",
+    "find_device",
     "first_line",
+    "free_bytes",
     "give_back_freed_memory",
     "is_open",
     "item_progress",

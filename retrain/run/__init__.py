@@ -14,6 +14,7 @@ from sparsepass.retrain.run.processes import (
     shard,
     together,
     total,
+    trains_on_processor,
     whole,
 )
 from sparsepass.retrain.run.progress import ProgressLine, memory_bytes
@@ -40,5 +41,6 @@ __all__ = [
     "together",
     "total",
     "tracking",
+    "trains_on_processor",
     "whole",
 ]
