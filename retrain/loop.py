@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.admission import check_has_values
-from sparsepass.graph.support import give_back_freed_memory
+from sparsepass.graph.support import give_back_freed_memory, shows_progress
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.learner import Learner, shares
@@ -196,7 +196,7 @@ class Training:
         first = self.accelerator.is_main_process
         resumed_at = self.state.step or None
         with contextlib.ExitStack() as stack:
-            line = ProgressLine(self.num_steps, start=self.state.step, enabled=progress and first)
+            line = ProgressLine(self.num_steps, start=self.state.step, enabled=shows_progress(progress) and first)
             self._line = stack.enter_context(line)
             trackers = tracking(self.accelerator, "retrain", asdict(self.config), resumed_at=resumed_at)
             self._track = stack.enter_context(trackers)

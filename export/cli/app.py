@@ -8,7 +8,7 @@ import typer
 from sparsepass.export.cli import support
 from sparsepass.export.cli.bench import bench_command
 from sparsepass.export.cli.check import compare_command, eval_command
-from sparsepass.export.cli.criteria import criteria_command
+from sparsepass.export.cli.criteria import OldJson, criteria_command
 from sparsepass.export.cli.export import export_command
 from sparsepass.export.cli.masks import masks_command
 from sparsepass.export.cli.plan import plan_command
@@ -62,6 +62,7 @@ def prune_command(
     device: support.Device = "auto",
     force: support.Force = False,
     no_validate: support.NoValidate = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Rewrite the linear layers of MODEL with passes, and save the program with its report.
 
@@ -85,7 +86,8 @@ def prune_command(
         validate=not no_validate,
         device=find_device(device),
     )
-    support.show_report(write_program(prepared, out, command=support.command_line(), force=force), out)
+    document = write_program(prepared, out, command=support.command_line(), force=force)
+    support.show_report("prune", document, out, as_json=as_json)
 
 
 _export_command = export_command()
@@ -101,7 +103,8 @@ app.command("compare", short_help="Do two models compute the same function?")(su
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
 app.command("unpack", short_help="Write the plain folder of a packed one.")(support.clean(unpack_command))
 app.command("masks", short_help="Write, show or compare masks apart from the weights.")(support.clean(masks_command))
-app.command("criteria", short_help="Compare pruning criteria on a model, on one calibration.")(support.clean(criteria_command))
+_CRITERIA_SHORT = "Compare pruning criteria on a model, on one calibration."
+app.command("criteria", cls=OldJson, short_help=_CRITERIA_SHORT)(support.clean(criteria_command))
 app.command("sensitivity", short_help="Which layers should stay dense?")(support.clean(sensitivity_command))
 app.command("report", short_help="Show a report, and render its pages anew.")(support.clean(report_command))
 

@@ -1,7 +1,6 @@
 """The commands that run models and change nothing: `eval` and `compare`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
+from sparsepass.export.cli.output import complain, print_json, say, show, stdout
 from sparsepass.export.stages import Evaluation
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def eval_command(
         found = dataclasses.replace(evaluation, batch_size=batch_size).measure(loaded.model, loaded.tokenizer, place)
         document["perplexity"] = dataclasses.asdict(found) | {"text": evaluation.text}
         if not as_json:
-            support.stdout().print(f"{model.source}: {found}", highlight=False)
+            stdout().print(f"{model.source}: {found}", highlight=False)
     if names:
         document["lm_eval"] = lm_eval_tasks(
             loaded.model,  # type: ignore[arg-type]
@@ -72,9 +72,9 @@ def eval_command(
             device=place,
         )
         if not as_json:
-            support.stdout().print(_task_table(document["lm_eval"]))
+            show(_task_table(document["lm_eval"]))
     if as_json:
-        _print_json(document)
+        print_json("eval", document)
 
 
 def compare_command(
@@ -126,15 +126,17 @@ def compare_command(
         sides.append((name, opened, tokenizer))
     found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
     failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
+    code = support.FAILED if failures else support.HELD
     if as_json:
-        _print_json({"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()})
+        document = {"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()}
+        print_json("compare", document, exit_code=code)
     else:
-        support.stdout().print(str(found), highlight=False, markup=False)
+        stdout().print(str(found), highlight=False, markup=False)
         for failure in failures:
-            support.complain(failure)
+            complain(failure)
         if not failures:
-            support.stdout().print("[green]Equivalent on these inputs.[/]")
-    support.finish(not failures)
+            stdout().print("[green]Equivalent on these inputs.[/]")
+    support.finish(code)
 
 
 def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":
@@ -211,7 +213,7 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
 def _note_adapter(name: str) -> None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
-        support.say(f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them.")
+        say(f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them.")
 
 
 def _task_table(found: dict[str, Any]) -> Any:
@@ -225,9 +227,3 @@ def _task_table(found: dict[str, Any]) -> Any:
             if isinstance(value, int | float) and not metric.startswith(("alias", "sample")):
                 table.add_row(name, metric, f"{value:.4f}")
     return table
-
-
-def _print_json(document: Any) -> None:
-    from sparsepass.export.report import plain_json
-
-    typer.echo(json.dumps(plain_json(document), indent=1, default=str))

@@ -171,10 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             force=given.out.is_dir() and find_report(given.out) is not None,
         )
     except SparsepassError as error:
-        support.complain(str(error))
+        complain(str(error))
         return support.UNREADABLE
     except KeyboardInterrupt:
-        support.complain("interrupted")
+        complain("interrupted")
         return support.INTERRUPTED
     return support.HELD if result.held else support.FAILED
 

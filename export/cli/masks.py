@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, show, stdout
 
 if TYPE_CHECKING:
     from sparsepass.passes.masks import MaskDifference, MaskPack
@@ -33,8 +34,6 @@ def masks_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import json
-
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.support import check_place
     from sparsepass.passes.masks import compare_masks, describe
@@ -49,20 +48,22 @@ def masks_command(
     if second is not None:
         found = compare_masks(pack, _read(second, ""))
         if as_json:
-            print(json.dumps({"layers": [_as_json(one) for one in found], "total": _as_json(_total(found))}, indent=1))
+            print_json("masks", {"layers": [_as_json(one) for one in found], "total": _as_json(_total(found))})
         else:
             _show_differences(found)
         return
     if out is not None:
         pack.save(out)
     if as_json:
-        print(json.dumps(describe(pack), indent=1))
+        print_json("masks", describe(pack))
         return
     known = describe(pack)
     held = f"{known['num_masks']} masks of {known['model_class']}, {', '.join(known['patterns'])}"
     size = f"{known['num_weights']:,} weights, {known['bits_per_weight']:.3f} bits a weight"
-    support.say(f"{held}, {size}" + (f": {pack.about}" if pack.about else ""))
-    support.say(f"Made by {pack.recipe}" + (f". Written to {out}" if out is not None else ""))
+    console = stdout()
+    console.print(f"{held}, {size}" + (f": {pack.about}" if pack.about else ""), highlight=False, markup=False)
+    written = f". Written to {out}" if out is not None else ""
+    console.print(f"Made by {pack.recipe}{written}", highlight=False, markup=False)
 
 
 def _read(name: str, about: str) -> "MaskPack":
@@ -102,4 +103,4 @@ def _show_differences(found: "list[MaskDifference]") -> None:
     table.add_column("kept by both", justify="right")
     for one in [*found, _total(found)]:
         table.add_row(escape(one.weight), f"{one.num_flipped / one.num_entries:.2%}", f"{one.overlap:.2%}")
-    support.stdout().print(table)
+    show(table)

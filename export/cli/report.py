@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, say, show
 
 AddTo = Annotated[
     Path | None,
@@ -42,6 +43,7 @@ def report_command(
         bool,
         typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of report.json instead."),
     ] = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Show a report in the terminal, and render its pages anew from report.json alone: report.html and report.md.
 
@@ -54,8 +56,11 @@ def report_command(
     folder = out or (place if place.is_dir() else place.parent)
     folder.mkdir(parents=True, exist_ok=True)
     write_pages(folder, document)
-    support.stdout().print(answers_text(document))
-    support.stdout().print(summary(document, str(folder)))
+    if as_json:
+        print_json("report", {"out": str(folder), "report": document})
+        return
+    show(answers_text(document))
+    show(summary(document, str(folder)))
 
 
 def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started: float) -> None:
@@ -64,4 +69,4 @@ def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started
 
     if folder is not None:
         add_to_report(folder, sections, stage=stage, command=support.command_line(), seconds=time.perf_counter() - started)
-        support.say(f"Added to {folder / HTML_FILE}")
+        say(f"Added to {folder / HTML_FILE}")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, print_text
 
 
 def sample_command(
@@ -35,6 +36,7 @@ def sample_command(
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     device: support.Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that stands at --out, and begin anew.")] = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Let a model write text itself, for `retrain` to distil from: where there is no text, or none broad enough.
 
@@ -53,4 +55,7 @@ def sample_command(
     if loaded.tokenizer is None:
         raise SparsepassError(f"{model.source} has no tokenizer, and what it samples is written as text; give one that has")
     sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)
-    print(f"wrote {out}: train on it with --data {out}")
+    if as_json:
+        print_json("sample", {"out": str(out), "num_tokens": tokens})
+    else:
+        print_text(f"wrote {out}: train on it with --data {out}")

@@ -6,6 +6,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
+from sparsepass.export.cli.output import print_json, show, stdout
 from sparsepass.export.stages import Calibration
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def sensitivity_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import json
-
     from sparsepass.export.stages import auto_ignore
     from sparsepass.graph.support import find_device
 
@@ -77,7 +76,7 @@ def sensitivity_command(
         **keywords,
     )
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        print_json("sensitivity", found.to_dict())
         return
     _show(found, top)
 
@@ -95,8 +94,8 @@ def _show(found: "Sensitivity", top: int) -> None:
     for row in found.rows[:top]:
         mark = "leave dense" if row.is_kept_dense else ""
         table.add_row(escape(row.name), f"{row.loss:.4g}", f"{row.saved_bytes / 1e6:.2f}", f"{row.loss_per_mb:.4g}", mark)
-    console = support.stdout()
-    console.print(table)
+    show(table)
+    console = stdout()
     if len(found.rows) > top:
         console.print(f"and {len(found.rows) - top} more; --top or --json shows them")
     dense = sum(row.is_kept_dense for row in found.rows)

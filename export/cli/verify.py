@@ -1,7 +1,6 @@
 """The command `verify`: does a file, a folder or a saved program hold the N:M pattern?"""
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, say, show, stdout
 from sparsepass.export.cli.report import AddTo, add_to
 
 if TYPE_CHECKING:
@@ -55,24 +55,23 @@ def verify_command(
     started = time.perf_counter()
     reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
     record = _record(path)
+    conforms = all(each.conforms for each in reports)
+    code = support.HELD if conforms else support.FAILED
     if as_json:
-        from sparsepass.export.report import plain_json
-
-        document = {"conforms": all(r.conforms for r in reports), "reports": [r.to_dict() for r in reports]}
+        document: dict[str, Any] = {"conforms": conforms, "reports": [each.to_dict() for each in reports]}
         if record is not None:
             document["torch_semi_structured"] = record.to_dict()
-        typer.echo(json.dumps(plain_json(document), indent=1, default=str))
+        print_json("verify", document, exit_code=code)
     else:
         for each in reports:
             _show(each, show_all=show_all)
         if record is not None:
-            support.stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
+            stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
     unused = set.intersection(*({*each.unused} for each in reports))
     for name in sorted(unused):
-        support.say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
-    conforms = all(each.conforms for each in reports)
+        say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
     add_to(report, "verify", {"pattern": {"conforms": conforms, "reports": [each.to_dict() for each in reports]}}, started)
-    support.finish(conforms)
+    support.finish(code)
 
 
 def _record(path: Path) -> "Record | None":
@@ -83,9 +82,9 @@ def _record(path: Path) -> "Record | None":
 
 
 def _show(report: "PatternReport", *, show_all: bool) -> None:
-    out = support.stdout()
+    out = stdout()
     if show_all:
-        out.print(report.table(all_entries=True))
+        show(report.table(all_entries=True))
     else:
         out.print(report.summary(), highlight=False, markup=False)
     if report.stated:
@@ -110,7 +109,7 @@ def _show_stated(report: "PatternReport") -> None:
     for entry in report.entries:
         if entry.reason.startswith(_ON_PURPOSE) and entry.label not in dense.setdefault(entry.reason, []):
             dense[entry.reason].append(entry.label)
-    out = support.stdout()
+    out = stdout()
     out.print(f"  has to be sparse: {len(required)} weights", highlight=False)
     for reason, names in dense.items():
         shown = ", ".join(names[:_NUM_SHOWN]) + (f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else "")

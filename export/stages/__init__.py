@@ -8,6 +8,7 @@ if TYPE_CHECKING:
         CriteriaSettings as CriteriaSettings,
         Job as Job,
         criteria_page as criteria_page,
+        criteria_rows as criteria_rows,
         criteria_table as criteria_table,
         jobs_of as jobs_of,
     )

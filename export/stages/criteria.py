@@ -190,6 +190,12 @@ def criteria_table(
 
 def criteria_page(document: dict[str, Any]) -> str:
     """The table as Markdown."""
+    facts, headings, cells = criteria_rows(document)
+    return "\n".join([*facts, "", markdown_table(headings, cells), ""])
+
+
+def criteria_rows(document: dict[str, Any]) -> tuple[list[str], tuple[str, ...], list[tuple[Any, ...]]]:
+    """What a page and the terminal show: sentences on how it was measured, headings, and rows."""
     settings, rows = document["settings"], document["rows"]
     context = f" of {settings['context']} tokens" if settings["context"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
@@ -200,7 +206,6 @@ def criteria_page(document: dict[str, Any]) -> str:
         f"Machine: {document['machine']}. {versions}. {document['date']}. Each row ran in a process of its own. Error: "
         "relative error of the model's outputs on the first calibration sequences. Memory: peak of the process while the "
         "passes ran, the model included. Time: the passes alone; of this run, and no claim.",
-        "",
     ]
     cells = [
         (
@@ -216,7 +221,7 @@ def criteria_page(document: dict[str, Any]) -> str:
         for row in rows
     ]
     headings = ("passes", "perplexity", "times dense", "error", "KL", "layers", "seconds", "GiB")
-    return "\n".join([*head, markdown_table(headings, cells), ""])
+    return head, headings, cells
 
 
 def _measure(settings: CriteriaSettings, job: Job, out: Path) -> None:
@@ -224,7 +229,7 @@ def _measure(settings: CriteriaSettings, job: Job, out: Path) -> None:
     request = {"settings": asdict(settings), "job": asdict(job)}
     command = [sys.executable, "-P", "-c", _CHILD, json.dumps(request), str(out)]
     quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=os.environ | quiet, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, env=os.environ | quiet, check=False)
     error = out.with_suffix(".error")
     if error.is_file():
         message = error.read_text(encoding="utf-8")

@@ -3,15 +3,22 @@
 import contextlib
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Final
 
 import torch
+
+from sparsepass import _progress
+
+_LINE_SECONDS: Final = 10.0
 
 
 @contextlib.contextmanager
 def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Show a bar on standard error while a block runs.
+    """Show a bar on standard error while a block runs, or lines of the log now and then, where the command line asks for them.
 
     Args:
         shown: Whether anything is shown at all.
@@ -26,8 +33,12 @@ def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) 
         >>> with item_progress(False, "count", 2) as advance:
         ...     advance("one")
     """
-    if not shown:
+    how = _progress.shown()
+    if not shown or how == "nothing":
         yield lambda _: None
+        return
+    if how == "lines":
+        yield _Lines(title, total, done).advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -42,13 +53,38 @@ def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) 
 
 
 def shows_progress(progress: bool | None) -> bool:
-    """What was asked for; if nothing was, whether standard error is a terminal.
+    """What was asked for; if nothing was, whether standard error is a terminal, or the command line says so.
 
     Example:
         >>> shows_progress(True)
         True
     """
-    return sys.stderr.isatty() if progress is None else progress
+    how = _progress.shown()
+    if how == "nothing":
+        return False
+    return (how is not None or sys.stderr.isatty()) if progress is None else progress
+
+
+class _Lines:
+    """Says in the log, now and then, how far something is. Final."""
+
+    def __init__(self, title: str, total: int | None, done: int) -> None:
+        self._title, self._total, self._done, self._new = title, total, done, 0
+        self._began = self._said = time.monotonic()
+
+    def advance(self, item: str) -> None:
+        """One more item is done."""
+        self._new += 1
+        now = time.monotonic()
+        if now - self._said < _LINE_SECONDS:
+            return
+        self._said = now
+        count = self._done + self._new
+        left = "" if self._total is None else f"/{self._total}"
+        if self._total is not None:
+            seconds = (now - self._began) / self._new * (self._total - count)
+            left += f", about {timedelta(seconds=round(seconds))} left"
+        logging.getLogger(_progress.LOG).info("%s: %d%s%s", self._title, count, left, f" ({item})" if item else "")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import SparsepassError, check_place, item_progress
+from sparsepass.graph.support import SparsepassError, check_place, item_progress, shows_progress
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
@@ -152,7 +152,7 @@ def sample_to_file(
     done = _rows_done(beside, facts, force=force)
     with (
         beside.open("a" if done else "w", encoding="utf-8") as file,
-        item_progress(progress, "sampling", count, done=done) as advance,
+        item_progress(shows_progress(progress), "sampling", count, done=done) as advance,
     ):
         if not done:
             file.write(json.dumps(facts) + "\n")
