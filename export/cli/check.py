@@ -1,6 +1,7 @@
 """The commands that run models and change nothing: `eval` and `compare`."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Sides = list[tuple[str, Any, Any]]
+_LOG = logging.getLogger(__name__)
 _TOKENS = 128
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -124,6 +126,7 @@ def compare_command(
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         sides.append((name, opened, tokenizer))
+    _LOG.info("comparing")
     found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
     failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
     code = support.FAILED if failures else support.HELD
@@ -150,6 +153,7 @@ def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tupl
     )
     if is_onnx and not (path / PROGRAM_FILE).is_file():
         return path, None
+    _LOG.info("loading %s", name)
     loaded = load_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     _note_adapter(name)
     return loaded.model, loaded.tokenizer

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.demo_packed import PackedDemo, pack_and_measure, why_not
+from sparsepass.export.cli.output import complain
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 if TYPE_CHECKING:

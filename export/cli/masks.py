@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsepass.export.cli import support
-from sparsepass.export.cli.output import print_json, show, stdout
+from sparsepass.export.cli.output import NAME_WIDTH, print_json, show, stdout
 
 if TYPE_CHECKING:
     from sparsepass.passes.masks import MaskDifference, MaskPack
@@ -98,7 +98,7 @@ def _show_differences(found: "list[MaskDifference]") -> None:
     from rich.table import Table
 
     table = Table(title="Masks", title_justify="left", show_edge=False)
-    table.add_column("weight", overflow="fold")
+    table.add_column("weight", overflow="fold", min_width=min(max(len(one.weight) for one in found), NAME_WIDTH))
     table.add_column("entries that differ", justify="right")
     table.add_column("kept by both", justify="right")
     for one in [*found, _total(found)]:

@@ -17,6 +17,9 @@ Talk = Literal["quiet", "normal", "verbose"]
 JSON_KEYS: Final = ("command", "sparsepass", "exit_code")
 """What the JSON of every command begins with; what else it holds is the command's own."""
 
+NAME_WIDTH: Final = 40
+"""Columns that a layer's name may take of a table of 80 before it goes on in the next line."""
+
 _RESULTS: ContextVar[TextIO | None] = ContextVar("where results go", default=None)
 
 

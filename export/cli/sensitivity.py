@@ -6,7 +6,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
-from sparsepass.export.cli.output import print_json, show, stdout
+from sparsepass.export.cli.output import NAME_WIDTH, print_json, show, stdout
 from sparsepass.export.stages import Calibration
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ def _show(found: "Sensitivity", top: int) -> None:
     from rich.table import Table
 
     what = "KL, nats a token" if found.loss == "kl" else "squared relative error"
-    table = Table(title=f"Sensitivity, one {found.unit} at a time", title_justify="left", show_edge=False)
-    table.add_column(found.unit, overflow="fold")
-    for heading in (what, "saved MB", "loss for each MB"):
+    title = f"Sensitivity, one {found.unit} at a time: loss is {what}"
+    table = Table(title=title, title_justify="left", show_edge=False)
+    table.add_column(found.unit, overflow="fold", min_width=min(max(len(row.name) for row in found.rows[:top]), NAME_WIDTH))
+    for heading in ("loss", "saved MB", "loss for each MB"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for row in found.rows[:top]:

@@ -147,7 +147,7 @@ _TALK: Final = [
         ("quiet", typer.Option("--quiet", "-q", help="Print results and errors only: no news, no progress.")),
         (
             "verbose",
-            typer.Option("--verbose", "-v", help="Print what is logged for developers, and warnings of libraries, too."),
+            typer.Option("--verbose", "-v", help="Print what is logged at level DEBUG, too, and warnings of libraries."),
         ),
     )
 ]

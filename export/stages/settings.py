@@ -183,9 +183,12 @@ class Evaluation:
             SparsepassError: If the text is not there, or cannot be used.
         """
         from sparsepass.graph.perplexity import perplexity
+        from sparsepass.graph.support import count_progress
 
         self.check()
-        return perplexity(model, tokenizer=tokenizer, device=device, **vars(self) | {"text": self.content()})
+        with count_progress("perplexity") as progress:
+            how = vars(self) | {"text": self.content(), "device": device, "progress": progress}
+            return perplexity(model, tokenizer=tokenizer, **how)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """What every other room uses: errors, files, progress, memory, arithmetic."""
 
 from sparsepass.graph.support.contexts import (
+    count_progress,
+    counted,
     default_dtype,
     evaluating,
     item_progress,
@@ -40,6 +42,8 @@ __all__ = [
     "check_place",
     "check_writable",
     "closest",
+    "count_progress",
+    "counted",
     "default_dtype",
     "evaluating",
     "fast_low_precision",

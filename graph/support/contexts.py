@@ -5,15 +5,16 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
 from sparsepass import _progress
 
 _LINE_SECONDS: Final = 10.0
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -50,6 +51,56 @@ def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) 
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total, completed=done, item="")
         yield lambda item: bar.update(task, advance=1, item=item)
+
+
+@contextlib.contextmanager
+def count_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show progress, where it is shown, of work that tells how much is done and how much there is in all.
+
+    Args:
+        title: What is being done.
+
+    Yields:
+        What the work calls with the two numbers; None where nothing is shown.
+
+    Example:
+        >>> with count_progress("count") as progress:
+        ...     progress is None
+        True
+    """
+    if not shows_progress(None):
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        opened: list[Callable[[str], None]] = []
+        seen = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal seen
+            if not opened:
+                opened.append(stack.enter_context(item_progress(True, title, total)))
+            for _ in range(done - seen):
+                opened[0]("")
+            seen = done
+
+        yield progress
+
+
+def counted(items: Sequence[T], title: str) -> Iterator[T]:
+    """Go through items, and show progress where it is shown.
+
+    Args:
+        items: The items.
+        title: What is being done with them.
+
+    Example:
+        >>> list(counted("ab", "spell"))
+        ['a', 'b']
+    """
+    with item_progress(shows_progress(None), title, len(items)) as advance:
+        for item in items:
+            yield item
+            advance("")
 
 
 def shows_progress(progress: bool | None) -> bool:

@@ -76,6 +76,11 @@ NEW_DEFAULTS = {
     ("sparsepass export", "--calibration", "multiple"): (False, True),
     ("sparsepass prune", "--calibration", "multiple"): (False, True),
     ("sparsepass sensitivity", "--calibration", "multiple"): (False, True),
+    # It prints, as that of every other command; with the name of a .json file behind it, it writes that, as before.
+    ("sparsepass criteria", "--json", "is_flag"): (False, True),
+    ("sparsepass criteria", "--json", "default"): ("None", "False"),
+    # It is said as a word now: auto takes the GPU, where there is one.
+    ("sparsepass sample", "--device", "default"): ("None", "'auto'"),
     # It depends on the device now, and is what it was on every device of before.
     ("sparsepass plan", "--runtime", "default"): ("'tensorrt-llm'", "None"),
 }

@@ -77,6 +77,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
     (tmp_path / "rows.csv").write_text("a,b\n")
     (tmp_path / "file").write_text("")
     out, text = tmp_path / "o", str(tmp_path / "rows.csv")
+    data, measured = ["--calibration", "python-docs"], ["--eval-text", "python-docs"]
     export = ["export", model, "-o", out, "-t"]
     for arguments, said in (
         ([*export, "onnx", "--dtype", "float64"], "float64 is not supported by the onnx target"),
@@ -92,6 +93,19 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
         (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path], "is a folder"),
         (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
         (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
+        *(
+            ([*words, "--device", "nothing"], "device nothing cannot be used here")
+            for words in (
+                ["prune", model, "-o", out],
+                [*export, "onnx"],
+                ["eval", model, "--text", "python-docs"],
+                ["criteria", model, *data, *measured],
+                ["sensitivity", model, *data],
+                ["sample", model, "-o", tmp_path / "s.jsonl", "--tokens", 9],
+                ["bench", model],
+                ["retrain", model, "-o", out, "--data", "python-docs", "--set", "train.max_tokens=9"],
+            )
+        ),
         (["retrain", model, "-o", out, "--data", tmp_path / "no.txt", "--set", "train.max_tokens=9"], "no.txt does not exist"),
     ):
         refused = run(*arguments)

@@ -1,4 +1,4 @@
-"""Habits that all commands have: results on standard output alone, one form of JSON, tables of 80 columns, quiet and verbose."""
+"""Habits of all commands: results on standard output alone, one form of JSON, tables of 80 columns, quiet and verbose."""
 
 import json
 import re
@@ -19,6 +19,7 @@ out: {place}/recipe
 prune: {{passes: nm_sparsify, calibration: {place}/words.txt, num_sequences: 2, context: 16}}
 eval: {{text: {place}/words.txt, context: 16, max_tokens: 64}}
 """
+_BENCH = ("--batch", 1, "--new-tokens", 2, "--prefill-tokens", 8, "--repeats", 1, "--no-memory")
 _TRAIN = ("train.max_steps=1", "train.batch_size=2", "data.context=16", "data.validation=1")
 
 
@@ -44,14 +45,14 @@ def every(place: Path, out: Path) -> dict[str, list[Any]]:
     evaluation = ["--eval-text", text, "--eval-context", 16, "--max-tokens", 64]
     settings = [word for one in _TRAIN for word in ("--set", one)]
     return {
-        "plan": ["plan", place / "tiny", "--gpu", "a100", "--min-gain", "0.1"],
+        "plan": ["plan", place / "tiny", "--gpu", "a100", "--min-gain", "1"],
         "prune": ["prune", place / "tiny", "-o", out / "p", *calibration(place), *evaluation],
         "retrain": ["retrain", place / "pruned", "-o", out / "r", "--data", text, *settings, *evaluation],
         "run": ["run", place / "recipe.yaml", "--out", out / "recipe"],
         "export": ["export", place / "pruned", "-t", "hf", "-o", out / "hf"],
         "eval": ["eval", place / "pruned", "--text", text, "--context", 16, "--max-tokens", 64],
         "compare": ["compare", place / "tiny", place / "tiny"],
-        "bench": ["bench", place / "packed", "--batch", 1, "--new-tokens", 2, "--prefill-tokens", 8, "--repeats", 1, "--no-memory"],
+        "bench": ["bench", place / "packed", *_BENCH],
         "verify": ["verify", place / "packed"],
         "unpack": ["unpack", place / "packed", "-o", out / "u"],
         "sample": ["sample", place / "tiny", "-o", out / "s.jsonl", "--tokens", 32, "--length", 16],
@@ -96,6 +97,8 @@ def test_tables_fit_80_columns(said: dict[str, Result]) -> None:
             is_of_table = "│" in line or "┃" in line or "━" in line
             assert not is_of_table or len(line) <= 80, (name, line)
             assert "…" not in line, f"{name} cuts words off: {line}"
+    for name in ("compare", "masks", "sensitivity"):
+        assert "model.layers.1.self_attn.q_proj" in said[name].stdout, f"{name} breaks the names of layers"
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
