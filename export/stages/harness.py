@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsepass.graph.placement import fits, home_of, placed
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError, evaluating, find_device
+from sparsepass.graph.support import SparsepassError, evaluating, find_device, how_to_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def lm_eval_tasks(
         {'hellaswag': {'acc,none': 0.43, ...}}
     """
     if util.find_spec("lm_eval") is None:
-        raise SparsepassError('lm-eval tasks need the package lm-eval: pip install "sparsepass[lm-eval]"')
+        raise SparsepassError(f"lm-eval tasks need the package lm-eval: {how_to_install('lm-eval')}")
     if not tasks:
         raise SparsepassError("no task was given; name at least one, such as hellaswag")
     if tokenizer is None:

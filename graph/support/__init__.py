@@ -26,7 +26,7 @@ from sparsepass.graph.support.files import (
 )
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
-from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
+from sparsepass.graph.support.words import closest, first_line, how_to_install, is_open, name_matches, nearest
 
 __all__ = [
     "AUTO",
@@ -51,6 +51,7 @@ __all__ = [
     "first_line",
     "free_bytes",
     "give_back_freed_memory",
+    "how_to_install",
     "is_open",
     "item_progress",
     "item_to_text",
