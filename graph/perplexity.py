@@ -24,7 +24,7 @@ from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.placement import home_of, placed
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError, evaluating, find_device, path_named
-from sparsepass.graph.texts import check_text_file, first_ids
+from sparsepass.graph.texts import Text, check_text_file, first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +90,7 @@ class _Window:
 
 def perplexity(
     model: "CausalLM | nn.Module",
-    text: "str | Path | Tensor",
+    text: "Text | Tensor",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     context: int = 512,
@@ -307,7 +307,7 @@ def _check_causal(model: "CausalLM | nn.Module", call: Callable[[Tensor], Tensor
 
 
 def _ids(
-    text: "str | Path | Tensor", tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None, column: str | None
+    text: "Text | Tensor", tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None, column: str | None
 ) -> Tensor:
     if isinstance(text, Tensor):
         ids_T = text[0] if text.dim() == 2 and text.shape[0] == 1 else text
@@ -321,9 +321,10 @@ def _ids(
         raise SparsepassError(
             f"text {text!r} is the name of a file, and a string is taken as the text itself; pass pathlib.Path({text!r})"
         )
-    if isinstance(text, Path):
-        check_text_file(text, "evaluation text", column=column)
-    elif not text.strip():
+    for each in text if isinstance(text, tuple) else (text,):
+        if isinstance(each, Path):
+            check_text_file(each, "evaluation text", column=column)
+    if isinstance(text, str) and not text.strip():
         raise SparsepassError("evaluation text is empty; give some text of at least two tokens")
     if tokenizer is None:
         raise SparsepassError(

@@ -24,7 +24,9 @@ _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 def eval_command(
     model: support.Model,
     *,
-    evaluation: Annotated[Evaluation | None, Fields(left_out=("batch_size",))],
+    evaluation: Annotated[
+        Evaluation | None, Fields(left_out=("batch_size",), help={"text": support.DATA["data"]}, repeated=("text",))
+    ],
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Windows (or lm-eval requests) at once: speed only.")
     ] = None,
@@ -92,7 +94,14 @@ def compare_command(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to tokenize as the input: as that of eval. May be repeated, for several files."),
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option("--text-column", help="Column of the rows that holds text; by default text, or else chats in messages."),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = _TOKENS,
     atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
     rtol: Annotated[
@@ -118,16 +127,22 @@ def compare_command(
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.equivalence import compare
 
-    if inputs is not None and text is not None:
+    if inputs is not None and text:
         raise SparsepassError("--inputs and --text were both given; choose one")
-    if tokens != _TOKENS and text is None:
-        raise SparsepassError("--tokens would change nothing, because --text was not given; give it too")
+    of_text = {"--tokens": tokens != _TOKENS, "--text-column": text_column is not None}
+    if not text and (vain := [flag for flag, is_given in of_text.items() if is_given]):
+        raise SparsepassError(f"{', '.join(vain)} would change nothing, because --text was not given; give it too")
+    wanted = Evaluation(text=text, text_column=text_column, max_tokens=tokens) if text else None
+    if wanted is not None:
+        wanted.check()
+    if inputs is not None and not inputs.is_file():
+        raise SparsepassError(f"--inputs {inputs} does not exist; name a safetensors file")
     sides = []
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         sides.append((name, opened, tokenizer))
     _LOG.info("comparing")
-    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
+    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, wanted), layers=not no_layers)
     failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
     code = support.FAILED if failures else support.HELD
     if as_json:
@@ -159,7 +174,7 @@ def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tupl
     return loaded.model, loaded.tokenizer
 
 
-def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) -> "dict[str, Tensor]":
+def _inputs(sides: "Sides", file: Path | None, text: Evaluation | None) -> "dict[str, Tensor]":
     """Inputs for a comparison: what the user gave, else samples beside an artifact, else a model's example inputs."""
     from torch import nn
 
@@ -170,7 +185,7 @@ def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) ->
     if file is not None:
         return read_samples(file)
     if text is not None:
-        return _tokenized(sides, text, tokens)
+        return _tokenized(sides, text)
     for name, opened, _ in sides:
         place = Path(name).expanduser()
         samples = (place if place.is_dir() else place.parent) / SAMPLES_FILE
@@ -187,7 +202,7 @@ def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) ->
     )
 
 
-def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
+def _tokenized(sides: "Sides", text: Evaluation) -> "dict[str, Tensor]":
     import torch
     from transformers import AutoTokenizer
 
@@ -195,8 +210,6 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
     from sparsepass.graph.texts import first_ids
     from sparsepass.passes.data import special_frame
 
-    evaluation = Evaluation(text=text)
-    evaluation.check()
     tokenizer = next((tokenizer for _, _, tokenizer in sides if tokenizer is not None), None)
     for name, _, _ in sides if tokenizer is None else ():
         place = Path(name).expanduser()
@@ -206,11 +219,11 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
             break
     if tokenizer is None:
         raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")
-    ids = first_ids(evaluation.content(), tokenizer, tokens, what="text")
+    ids = first_ids(text.content(), tokenizer, text.max_tokens, what="text", column=text.text_column)
     before, after = special_frame(tokenizer)
-    ids = [*before, *ids, *after][:tokens]
+    ids = [*before, *ids, *after][: text.max_tokens]
     if len(ids) < 2:
-        raise SparsepassError(f"the text {text} gives {len(ids)} tokens; give at least two")
+        raise SparsepassError(f"the text {text.name} gives {len(ids)} tokens; give at least two")
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 

@@ -31,6 +31,8 @@ def criteria_command(
         Fields(
             flags={"text": "--eval-text", "context": "--eval-context", "text_column": "--eval-text-column"},
             left_out=("stride", "bos", "batch_size"),
+            help={"text": f"{support.DATA['data']}"},
+            repeated=("text",),
         ),
     ],
     criteria: Annotated[

@@ -68,7 +68,8 @@ EvaluationOptions = Annotated[
             "text_column": "--eval-text-column",
         },
         left_out=("batch_size",),
-        help={"text": "Text file (.txt, .jsonl, .parquet) or 'python-docs': measure perplexity on it before and after."},
+        help={"text": "Measure perplexity on it before and after. As --calibration; may be repeated, for several files."},
+        repeated=("text",),
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]

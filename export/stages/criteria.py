@@ -78,9 +78,9 @@ class CriteriaSettings:
         found |= {name: column for name, column in columns.items() if column is not None}
         if (place := find_device(self.device)).type != "cpu":
             found["device"] = place.type
-        data = self.calibration.data
-        data = list(data) if isinstance(data, tuple) else data
-        named = {"model": self.model.source, "calibration": data, "eval_text": self.evaluation.text}
+        given = {"calibration": self.calibration.data, "eval_text": self.evaluation.text}
+        named = {name: list(one) if isinstance(one, tuple) else one for name, one in given.items()}
+        named["model"] = self.model.source
         return named | {"eval_context": self.evaluation.context} | found
 
 
