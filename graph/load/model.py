@@ -1,5 +1,6 @@
 """Loading what a user names: a folder, a hub id, a GGUF file, a saved program, or a model in memory."""
 
+import copy
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,8 @@ def load_model(
 
     Args:
         source: A Hugging Face folder, a hub id, a .gguf file, a folder with one .gguf file and no config.json, a folder
-            written by ``Program.save``, or a model in memory.
+            written by ``Program.save``, or a model in memory, which is not changed: where another dtype or device is asked
+            for, a copy is.
         dtype: Type of the weights; None for the checkpoint's own (float32 for GGUF).
         device: Where to put the model, see `find_device`; None for the CPU (a model in memory stays where it is).
         task: Such as "text-generation"; None for the class in config.json.
@@ -146,8 +148,13 @@ def load_model(
             check_read(model.state_dict(), wanted, loaded.source)
         if any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
             check_fits(model.state_dict(), wanted)
+            if isinstance(source, nn.Module):
+                model = copy.deepcopy(model)  # the given one is not changed
             model = widened(model, wanted) if isinstance(model, Program) else model.to(dtype=wanted)
     if place is not None:
+        tensors = [*model.parameters(), *model.buffers()]
+        if model is source and any(tensor.device != place for tensor in tensors):
+            model = copy.deepcopy(model)
         model = model.to(device=place)
     origin = {
         "source": _lasting(loaded.source),

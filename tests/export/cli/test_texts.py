@@ -1,4 +1,4 @@
-"""Texts as people have them: several files, folders with data sets, and columns, wherever a text is evaluated or compared on."""
+"""Texts as people have them: several files, folders with data sets, and columns, to evaluate and to compare on."""
 
 import json
 from pathlib import Path
