@@ -155,7 +155,8 @@ def perplexity(
     if isinstance(model, nn.Module):
         check_has_values(model)
     config = _config(model)
-    _check_settings(config, context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
+    check_settings(context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
+    _check_context(config, context)
     if config.get("is_encoder_decoder"):
         raise SparsepassError(
             f"{_name(model)} is an encoder-decoder, and perplexity is of causal language models; evaluate it on its own task"
@@ -352,9 +353,12 @@ def _bos_id(
     return bos_id
 
 
-def _check_settings(
-    config: Mapping[str, Any], *, context: int, stride: int | None, batch_size: int | None, max_tokens: int | None
-) -> None:
+def check_settings(*, context: int, stride: int | None, batch_size: int | None, max_tokens: int | None) -> None:
+    """Raise unless the numbers can be those of a perplexity, of whatever model.
+
+    Raises:
+        SparsepassError: If one is out of range.
+    """
     if context < 2:
         raise SparsepassError(f"context has to be at least 2 tokens (one to predict from, one to score), and is {context}")
     if stride is not None and not 1 <= stride <= context:
@@ -362,6 +366,9 @@ def _check_settings(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise SparsepassError(f"{name} has to be at least 1, and is {value}")
+
+
+def _check_context(config: Mapping[str, Any], context: int) -> None:
     limit = position_limit(config)
     if limit is not None and context > limit:
         raise SparsepassError(f"context of {context} tokens is more than the model's {limit} positions; choose {limit} or less")

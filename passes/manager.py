@@ -94,20 +94,13 @@ def apply_passes(
         >>> program.report().num_sparse
         1
     """
-    pipeline = parse_pipeline(passes)
-    if not pipeline:
-        raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
     place = None if device is None else find_device(device)
-    asked, pipeline = pipeline, tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    asked = parse_pipeline(passes)
+    pipeline = resolved(asked, has_calibration=calibration is not None)
     if any(_falls_back(before, after) for before, after in zip(asked, pipeline, strict=True)):
         _LOG.warning(
             "Without calibration data nm_sparsify keeps the largest weights (criterion=magnitude), which most often leaves a "
             "language model useless until it is retrained: give a text to calibrate on, or choose the criterion yourself"
-        )
-    if calibration is None and (asking := [p for p in pipeline if p.needs != "nothing"]):
-        raise SparsepassError(
-            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
-            "or choose criterion=magnitude and init=mean"
         )
     check_has_values(model)
     if isinstance(model, Program):
@@ -130,6 +123,23 @@ def apply_passes(
         )
     run.all()
     return program
+
+
+def resolved(pipeline: Sequence[Pass], *, has_calibration: bool) -> tuple[Pass, ...]:
+    """The passes with what depends on calibration filled in; needs no model, so that a mistake shows before one is loaded.
+
+    Raises:
+        SparsepassError: If there is none, a file that one names is not there, or one needs calibration and gets none.
+    """
+    if not pipeline:
+        raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
+    found = tuple(item.resolve(has_calibration=has_calibration) for item in pipeline)
+    if not has_calibration and (asking := [item for item in found if item.needs != "nothing"]):
+        raise SparsepassError(
+            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
+            "or choose criterion=magnitude and init=mean"
+        )
+    return found
 
 
 def _falls_back(asked: Pass, resolved: Pass) -> bool:

@@ -8,7 +8,7 @@ import typer
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
 from sparsepass.export.cli.output import print_json, show
-from sparsepass.export.cli.report import AddTo, add_to
+from sparsepass.export.cli.report import AddTo, add_to, check_report
 from sparsepass.export.stages import BenchSettings, ModelSource
 
 _FOLDER = "Packed or plain folder, hub id or .gguf file of a model."
@@ -47,6 +47,7 @@ def bench_command(
     started = time.perf_counter()
     own = Path(model.source).expanduser()
     keeps = not no_report and own.is_dir() and find_report(own) is not None
+    check_report(report or (own if keeps else None))
     if batch:
         settings = replace(settings, batches=support.numbers("--batch", batch))
     other = None if against is None else replace(model, source=against, gguf_file=None, revision=None)

@@ -10,7 +10,7 @@ import typer
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
 from sparsepass.export.cli.output import complain, print_json, say, show, stdout
-from sparsepass.export.stages import Evaluation
+from sparsepass.export.stages import Evaluation, ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ def eval_command(
 
     Figures compare only at the same text, context, stride, BOS setting and tokenizer, so all of these are printed.
     """
-    from sparsepass.export.stages import lm_eval_tasks
+    from sparsepass.export.stages import check_tasks, lm_eval_tasks
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.support import find_device
 
@@ -55,6 +55,8 @@ def eval_command(
         raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
     if evaluation is not None:
         evaluation.check()
+    if names:
+        check_tasks(names, include_path=include_path)
     place = find_device(device)
     loaded = model.load()
     _note_adapter(model.source)
@@ -137,6 +139,9 @@ def compare_command(
         wanted.check()
     if inputs is not None and not inputs.is_file():
         raise SparsepassError(f"--inputs {inputs} does not exist; name a safetensors file")
+    for name in dict.fromkeys((a, b)):
+        if not _is_onnx(name):
+            ModelSource(source=name, gguf_file=gguf_file, trust_remote_code=trust_remote_code).check()
     sides = []
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
@@ -160,18 +165,22 @@ def compare_command(
 def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":
     """What `compare` takes for a name, and its tokenizer if it comes with one."""
     from sparsepass.graph.load import load_model
-    from sparsepass.graph.saved import PROGRAM_FILE
 
-    path = Path(name).expanduser()
-    is_onnx = path.suffix == ".onnx" or (
-        path.is_dir() and any(path.glob("*.onnx")) and not any((path / file).is_file() for file in _MODEL_FILES)
-    )
-    if is_onnx and not (path / PROGRAM_FILE).is_file():
-        return path, None
+    if _is_onnx(name):
+        return Path(name).expanduser(), None
     _LOG.info("loading %s", name)
     loaded = load_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     _note_adapter(name)
     return loaded.model, loaded.tokenizer
+
+
+def _is_onnx(name: str) -> bool:
+    """Whether `compare` runs a name as an ONNX file: one, or a folder that holds one and no model."""
+    from sparsepass.graph.saved import PROGRAM_FILE
+
+    path = Path(name).expanduser()
+    is_folder = path.is_dir() and any(path.glob("*.onnx")) and not any((path / file).is_file() for file in _MODEL_FILES)
+    return (path.suffix == ".onnx" or is_folder) and not (path / PROGRAM_FILE).is_file()
 
 
 def _inputs(sides: "Sides", file: Path | None, text: Evaluation | None) -> "dict[str, Tensor]":

@@ -63,11 +63,13 @@ def criteria_command(
     import json
 
     from sparsepass.export.stages import CriteriaSettings, criteria_page, criteria_table, jobs_of
-    from sparsepass.graph.support import check_place, write_text
+    from sparsepass.graph.support import check_place, check_writable, write_text
 
     for file in (json_file, out):
         if file is not None:
             check_place(file)
+    if work is not None:
+        check_writable(work)
     names = [name.strip() for item in criteria or () for name in item.split(",") if name.strip()]
     jobs = jobs_of(names, pattern=pattern, reconstruct=reconstruct, pipelines=passes or ())
     settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation, device=device)

@@ -44,6 +44,9 @@ def masks_command(
         raise SparsepassError("--about goes into a pack that is written; name the file with --out")
     if out is not None:
         check_place(out, force=force)
+    for name in (first, second):
+        if name is not None and not Path(name).exists():
+            raise SparsepassError(f"there is no {name}; give a folder that `sparsepass prune` wrote, or a mask pack")
     pack = _read(first, about)
     if second is not None:
         found = compare_masks(pack, _read(second, ""))
@@ -67,12 +70,10 @@ def masks_command(
 
 
 def _read(name: str, about: str) -> "MaskPack":
-    from sparsepass.graph import Program, SparsepassError
+    from sparsepass.graph import Program
     from sparsepass.passes.masks import MaskPack, pack_program
 
     path = Path(name)
-    if not path.exists():
-        raise SparsepassError(f"there is no {name}; give a folder that `sparsepass prune` wrote, or a mask pack")
     return pack_program(Program.load(path), about=about) if path.is_dir() else MaskPack.load(path)
 
 

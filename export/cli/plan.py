@@ -6,7 +6,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.output import print_json, show
-from sparsepass.export.cli.report import AddTo, add_to
+from sparsepass.export.cli.report import AddTo, add_to, check_report
 
 
 def plan_command(
@@ -63,6 +63,7 @@ def plan_command(
 
     from sparsepass.export.plan import plan
 
+    check_report(report)
     started = time.perf_counter()
     found = plan(
         model,

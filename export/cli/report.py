@@ -52,8 +52,9 @@ def report_command(
     from sparsepass.export.cli.show import answers_text, summary
     from sparsepass.export.report import read_report, write_pages
 
-    document = read_report(place)
     folder = out or (place if place.is_dir() else place.parent)
+    check_report(folder)
+    document = read_report(place)
     folder.mkdir(parents=True, exist_ok=True)
     write_pages(folder, document)
     if as_json:
@@ -61,6 +62,14 @@ def report_command(
         return
     show(answers_text(document))
     show(summary(document, str(folder)))
+
+
+def check_report(folder: Path | None) -> None:
+    """Make sure that a report can be written into the folder that ``--report`` names, if it names one, before any work."""
+    from sparsepass.graph.support import check_writable
+
+    if folder is not None:
+        check_writable(folder)
 
 
 def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started: float) -> None:

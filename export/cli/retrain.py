@@ -181,7 +181,8 @@ def run_command(
 
     checked = read_recipe(recipe, assignments or (), model=model, out=out)
     if dry_run:
-        _print(as_json, {"planned": planned(checked)}, "\n".join(planned(checked)))
+        lines = planned(checked, trust_remote_code=trust_remote_code, device=device)
+        _print(as_json, {"planned": lines}, "\n".join(lines))
         return
     found: list[Outcome] = until_stopped(
         lambda: run_recipe(

@@ -54,10 +54,11 @@ def sensitivity_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    from sparsepass.export.stages import auto_ignore
+    from sparsepass.export.stages import auto_ignore, sensitivity_pass
     from sparsepass.graph.support import find_device
 
     calibration.check()
+    sensitivity_pass(budget, pattern=pattern, criterion=criterion, ignore=ignore or ())
     place = find_device(device)
     loaded = model.load()
     keywords = calibration.keywords()

@@ -10,7 +10,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.output import print_json, say, show, stdout
-from sparsepass.export.cli.report import AddTo, add_to
+from sparsepass.export.cli.report import AddTo, add_to, check_report
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport
@@ -52,6 +52,7 @@ def verify_command(
 
     Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input.
     """
+    check_report(report)
     started = time.perf_counter()
     reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
     record = _record(path)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         read_samples as read_samples,
         refuse_option as refuse_option,
     )
-    from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
+    from sparsepass.export.stages.harness import check_tasks as check_tasks, lm_eval_tasks as lm_eval_tasks
     from sparsepass.export.stages.news import listen as listen
     from sparsepass.export.stages.preparing import prepare as prepare, stage_name as stage_name, write_program as write_program
     from sparsepass.export.stages.recipe import (
@@ -35,7 +35,11 @@ if TYPE_CHECKING:
         write_cache as write_cache,
     )
     from sparsepass.export.stages.run import Outcome as Outcome, planned as planned, run_recipe as run_recipe
-    from sparsepass.export.stages.sensitivity import Sensitivity as Sensitivity, auto_ignore as auto_ignore
+    from sparsepass.export.stages.sensitivity import (
+        Sensitivity as Sensitivity,
+        auto_ignore as auto_ignore,
+        sensitivity_pass as sensitivity_pass,
+    )
     from sparsepass.export.stages.settings import (
         BenchSettings as BenchSettings,
         Calibration as Calibration,

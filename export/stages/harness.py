@@ -56,28 +56,12 @@ def lm_eval_tasks(
         >>> lm_eval_tasks(model, tokenizer, ["hellaswag"], limit=100)["results"]  # doctest: +SKIP
         {'hellaswag': {'acc,none': 0.43, ...}}
     """
-    if util.find_spec("lm_eval") is None:
-        raise SparsepassError(f"lm-eval tasks need the package lm-eval: {how_to_install('lm-eval')}")
-    if not tasks:
-        raise SparsepassError("no task was given; name at least one, such as hellaswag")
+    manager = check_tasks(tasks, include_path=include_path)
     if tokenizer is None:
         raise SparsepassError("lm-eval tasks need the model's tokenizer; the model's folder has none")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise SparsepassError(f"include_path {include_path} is not a folder; expected one with lm-eval task files (YAML)")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    # lm-eval's own tasks are thousands of files to look through; that is left out where all tasks are the caller's.
-    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path is not None else None
-    if manager is None or any(task not in manager.all_tasks for task in tasks):
-        manager = TaskManager(include_path=include_path)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise SparsepassError(
-            f"lm-eval {lm_eval.__version__} knows no task {', '.join(unknown)}; list its tasks with `lm-eval ls "
-            "tasks`, or name the folder of your own with include_path"
-        )
     hf_model = model.to_model() if isinstance(model, Program) else model
     place = home_of(hf_model) if device is None else find_device(device)
     if place != home_of(hf_model) and not fits(hf_model, place):
@@ -108,6 +92,37 @@ def lm_eval_tasks(
         "seed": seed,
         "lm_eval": lm_eval.__version__,
     }
+
+
+def check_tasks(tasks: Sequence[str], *, include_path: "str | Path | None" = None) -> Any:
+    """Make sure that tasks can be run, before a model is loaded.
+
+    Returns:
+        lm-eval's manager of tasks.
+
+    Raises:
+        SparsepassError: If lm-eval is missing, or a task is unknown.
+    """
+    if util.find_spec("lm_eval") is None:
+        raise SparsepassError(f"lm-eval tasks need the package lm-eval: {how_to_install('lm-eval')}")
+    if not tasks:
+        raise SparsepassError("no task was given; name at least one, such as hellaswag")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise SparsepassError(f"include_path {include_path} is not a folder; expected one with lm-eval task files (YAML)")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    # lm-eval's own tasks are thousands of files to look through; that is left out where all tasks are the caller's.
+    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path is not None else None
+    if manager is None or any(task not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise SparsepassError(
+            f"lm-eval {lm_eval.__version__} knows no task {', '.join(unknown)}; list its tasks with `lm-eval ls "
+            "tasks`, or name the folder of your own with include_path"
+        )
+    return manager
 
 
 @contextmanager

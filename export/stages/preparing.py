@@ -30,6 +30,7 @@ from sparsepass.graph.load import LoadedModel, load_model, save_companions
 from sparsepass.graph.rewrite import without_branches
 from sparsepass.graph.support import find_device, replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
+from sparsepass.passes.manager import resolved
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def prepare(
     if evaluation is not None:
         evaluation.check()
     place = None if device is None else find_device(device)
+    if pipeline:
+        resolved(pipeline, has_calibration=settings.data is not None)
     # Nobody else holds a model that is loaded here, so its memory is taken over.
     inplace = isinstance(source, str | Path | ModelSource)
     loaded = load(source)

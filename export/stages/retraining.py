@@ -28,7 +28,7 @@ from sparsepass.export.report import (
     write_report,
 )
 from sparsepass.export.stages.preparing import stage_name
-from sparsepass.export.stages.recipe import RetrainSection, check_retrain
+from sparsepass.export.stages.recipe import RetrainSection, check_named, check_retrain, is_cached
 from sparsepass.export.stages.settings import Evaluation, ModelSource
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
@@ -110,6 +110,7 @@ def retrain_program(
         evaluation.check()
     check_retrain(section, "retrain")
     trains_on_processor(device)
+    check_named(section, trust_remote_code, from_checkpoint)
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
     check_writable(place)
     loaded = ModelSource(source=str(source), dtype="float32").load()
@@ -126,7 +127,7 @@ def retrain_program(
         _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
     check_method(program, section.train.method)
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
-    if source_of_teacher is not None and not _is_cached(section):
+    if source_of_teacher is not None and not is_cached(section):
         source_of_teacher.check()
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
@@ -248,6 +249,8 @@ def write_cache(
     if section.teacher_cache is None:
         raise SparsepassError("no folder is named for the teacher's logits; give teacher_cache=FOLDER")
     trains_on_processor(device)
+    check_named(section, trust_remote_code)
+    check_writable(run_folder)
     loaded = ModelSource(source=str(source), dtype="float32").load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
@@ -337,7 +340,7 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
         return ModelSource(source=section.teacher, **how)
     model = ReportDocument.parse(document).model
     is_file = model is not None and model.kind in ("folder", "gguf")
-    if model is not None and is_file and not _is_cached(section) and path_named(model.source) is None:
+    if model is not None and is_file and not is_cached(section) and path_named(model.source) is None:
         raise SparsepassError(
             f"the report beside the program says that it was made from {model.source}, and nothing is there (from "
             f"{Path.cwd()}); name the dense model with teacher=..."
@@ -348,11 +351,6 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
         "the report beside the program does not tell which dense model it was made from; name it with teacher=..., "
         "or set kd_weight: 0 and no sample to train on the text alone"
     )
-
-
-def _is_cached(section: RetrainSection) -> bool:
-    """Whether logits of the teacher were written before, so that it may be gone."""
-    return section.teacher_cache is not None and Path(section.teacher_cache).is_dir()
 
 
 def _with_sampled_text(

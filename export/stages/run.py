@@ -21,8 +21,15 @@ from typing import Any, Final
 from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
 from sparsepass.export.stages.exporting import export
 from sparsepass.export.stages.preparing import prepare, stage_name, write_program
-from sparsepass.export.stages.recipe import ExportSection, Recipe
-from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
+from sparsepass.export.stages.recipe import ExportSection, Recipe, check_named
+from sparsepass.export.stages.retraining import (
+    Measured,
+    accuracy,
+    check_named,
+    clear_run_folder,
+    default_run_folder,
+    retrain_program,
+)
 from sparsepass.export.stages.settings import ModelSource
 from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError
@@ -117,7 +124,7 @@ def run_recipe(
     if not is_first_process():
         _take_part(recipe.out, stages)
         return []
-    _check_all(recipe)
+    _check_all(recipe, trust_remote_code)
     _make_ready(recipe.out, stages, force=force)
     outcomes = []
     for stage in stages:
@@ -157,21 +164,29 @@ def stages_of(
     return list(_Stages(recipe, trust_remote_code, command, device).all())
 
 
-def planned(recipe: Recipe) -> list[str]:
+def planned(recipe: Recipe, *, trust_remote_code: bool = False, device: str | None = None) -> list[str]:
     """What `run_recipe` would do with each stage, one line a stage; nothing is run.
 
     Args:
         recipe: From `read_recipe`.
+        trust_remote_code: See `load_model`.
+        device: See `run_recipe`.
+
+    Raises:
+        SparsepassError: Where `run_recipe` would refuse before it begins, other than for settings that have changed.
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]  # doctest: +SKIP
         'prune: to be run, into nowhere/pruned'
     """
-    _check_all(recipe)
+    trains_on_processor(device)
+    _check_all(recipe, trust_remote_code)
     known = _read(recipe.out)
     lines, stale = [], False
     for stage in stages_of(recipe):
+        if stage.name not in known:
+            check_free(stage.folder)
         record = known.get(stage.name, {})
         found = changes(stage, record)
         stale = stale or bool(found)
@@ -185,9 +200,11 @@ def planned(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _check_all(recipe: Recipe) -> None:
+def _check_all(recipe: Recipe, trust_remote_code: bool = False) -> None:
     """Refuse what this machine cannot do for want of a model, a package or a place, before anything runs."""
-    recipe.model.check()
+    replace(recipe.model, trust_remote_code=trust_remote_code).check()
+    if recipe.retrain is not None:
+        check_named(recipe.retrain, trust_remote_code)
     for section in recipe.export:
         section.target.check_here()
     check_writable(recipe.out)

@@ -151,10 +151,7 @@ def auto_ignore(
         >>> len(found.rows), len(found.ignore)
         (2, 1)
     """
-    if not 0 < budget < 1:
-        raise SparsepassError(
-            f"the budget is the share of the saving that may be given up, between 0 and 1, such as 0.05; got {budget}"
-        )
+    item = sensitivity_pass(budget, pattern=pattern, criterion=criterion, ignore=ignore)
     place = None if device is None else find_device(device)
     dense = model if isinstance(model, Program) else capture(model, example_inputs)
     if dense.sparse:
@@ -164,7 +161,6 @@ def auto_ignore(
             f"the model returns {', '.join(dense.output_names)} and no logits, so there is no divergence to measure; choose "
             "the loss layer-error"
         )
-    item = NMSparsify(pattern=pattern, criterion=criterion, ignore=tuple(ignore)).resolve(has_calibration=True)
     batches = calibration_batches(
         calibration,
         tokenizer=tokenizer,
@@ -221,6 +217,19 @@ def auto_ignore(
         passes=pruned.recipe,
         num_tokens=num_tokens,
     )
+
+
+def sensitivity_pass(budget: float, *, pattern: str, criterion: str | None, ignore: Sequence[str]) -> NMSparsify:
+    """The pass by which layers are pruned; needs no model, so that a mistake shows before one is loaded.
+
+    Raises:
+        SparsepassError: If the budget is no share, or the pass cannot be.
+    """
+    if not 0 < budget < 1:
+        raise SparsepassError(
+            f"the budget is the share of the saving that may be given up, between 0 and 1, such as 0.05; got {budget}"
+        )
+    return NMSparsify(pattern=pattern, criterion=criterion, ignore=tuple(ignore)).resolve(has_calibration=True)
 
 
 def saved_bytes(num_weights: int, pattern: NMPattern) -> int:

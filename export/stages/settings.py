@@ -43,9 +43,11 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def check(self) -> None:
-        """Raise unless the model is there, without loading it; see `check_model`."""
-        from sparsepass.graph.load import check_model
+        """Raise unless the model is there and can be loaded as is asked, without loading it; see `check_model`."""
+        from sparsepass.graph.load import check_model, parse_dtype
 
+        if self.dtype is not None:
+            parse_dtype(self.dtype)
         check_model(self.source, gguf_file=self.gguf_file, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: "torch.device | str | None" = None) -> "LoadedModel":
@@ -92,11 +94,17 @@ class Calibration:
             what: What it is called in a message.
 
         Raises:
-            SparsepassError: If it does not exist, or is of another kind.
+            SparsepassError: If it does not exist, is of another kind, is empty or lacks the column that is named, or a number
+                is too small.
         """
         from sparsepass.graph.rows import path_kind
+        from sparsepass.graph.support import SparsepassError
+        from sparsepass.graph.texts import check_text_file
         from sparsepass.passes.data import LONGEST_NAME, locate
 
+        for name in ("num_sequences", "context", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SparsepassError(f"{name} has to be at least 1, and {value} was given")
         if isinstance(self.data, tuple):
             for name in self.data:
                 replace(self, data=Path(name)).check(what)
@@ -106,8 +114,12 @@ class Calibration:
             return
         forms = "a text file (.txt, .jsonl, .parquet), a folder, the name of a hub data set, or python-docs"
         path = locate(text, what=what, forms=forms)
-        if path is not None:
-            path_kind(path, text, what=what, forms=forms)
+        kind = None if path is None else path_kind(path, text, what=what, forms=forms)
+        if path is not None and kind != "folder":
+            if not path.stat().st_size:
+                raise SparsepassError(f"{what} file {text} is empty; name one that holds text")
+            if self.text_column is not None:
+                check_text_file(path, what, column=self.text_column)
 
     def keywords(self) -> dict[str, Any]:
         """The same as keywords of `apply_passes`, with the text that a name stands for."""
@@ -162,9 +174,11 @@ class Evaluation:
             SparsepassError: If the file does not exist, is of another kind, or lacks the text column. Data sets are not looked
                 at before they are read.
         """
+        from sparsepass.graph.perplexity import check_settings
         from sparsepass.graph.support import SparsepassError
         from sparsepass.graph.texts import check_text_file
 
+        check_settings(context=self.context, stride=self.stride, batch_size=self.batch_size, max_tokens=self.max_tokens)
         if isinstance(self.text, tuple):
             if not self.text:
                 raise SparsepassError(f"there is no evaluation text; name {_EVALUATION_FORMS}")
