@@ -103,7 +103,8 @@ def lent(program: Program, names: Collection[str], device: torch.device | None) 
 @contextmanager
 def _copied(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put copies on a device in the place of all tensors, those that are tied as one. The tensors themselves come back."""
-    before = [(group, dict(group)) for module in model.modules() for group in (module._parameters, module._buffers)]
+    groups: list[dict[str, Any]] = [group for module in model.modules() for group in (module._parameters, module._buffers)]
+    before = [(group, dict(group)) for group in groups]
     copies: dict[int, Tensor] = {}
     try:
         for group, tensors in before:
@@ -127,7 +128,8 @@ def _offloaded(model: nn.Module, device: torch.device) -> Iterator[None]:
     held: dict[nn.Module, Any] = {}
 
     def fetch(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        before = [(group, dict(group)) for group in (module._parameters, module._buffers)]
+        groups: list[dict[str, Any]] = [module._parameters, module._buffers]
+        before = [(group, dict(group)) for group in groups]
         held[module] = before
         for group, tensors in before:
             group.update({name: None if tensor is None else _like(tensor, device) for name, tensor in tensors.items()})

@@ -1,7 +1,10 @@
 """What is computed on a second device, as functions for a process of its own; see `tests.second_device`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from tests.families import BY_NAME, captured
@@ -88,21 +91,11 @@ def sensitivities() -> None:
         assert abs(one.loss - other.loss) < 1e-2 * one.loss
 
 
-class _free:  # noqa: N801  # used as a context manager only
+@contextmanager
+def _free(number: int) -> Iterator[None]:
     """A device that has so many bytes free."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __enter__(self) -> None:
-        from sparsepass.graph import placement
-
-        self._was, placement.free_bytes = placement.free_bytes, lambda _: self._number
-
-    def __exit__(self, *_: object) -> None:
-        from sparsepass.graph import placement
-
-        placement.free_bytes = self._was
+    with mock.patch("sparsepass.graph.placement.free_bytes", return_value=number):
+        yield
 
 
 if __name__ == "__main__":

@@ -21,38 +21,43 @@ _ACROSS = (_aten.copy_.default, _aten._to_copy.default)
 class OnSecond(Tensor):
     """A tensor that claims to be on the second device; its values are in a tensor of the processor."""
 
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnSecond":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=DEVICE, requires_grad=inner.requires_grad
         )
-        made.inner = inner
-        return made  # type: ignore[no-any-return]
+        made.held = inner
+        return made
 
-    def __repr__(self, *_: Any) -> str:
-        return f"OnSecond({self.inner})"
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
+        return f"OnSecond({self.held})"
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.held.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
 class SecondDevice(TorchDispatchMode):
     """Plays the device as long as the block runs."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __enter__(self) -> Any:
         self._tensor = torch.tensor
         torch.tensor = _tensor  # it asks no mode
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
         torch.tensor = self._tensor
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -73,7 +78,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     results_there = torch.device(device).type == DEVICE.type if device is not None else bool(there)
     if func is _aten.copy_.default:
         results_there = isinstance(args[0], OnSecond)
-    unwrapped = tree_map(lambda value: value.inner if isinstance(value, OnSecond) else value, (args, kwargs))
+    unwrapped = tree_map(lambda value: value.held if isinstance(value, OnSecond) else value, (args, kwargs))
     plain_args, plain_kwargs = tree_map_only(torch.device, lambda _: _CPU, unwrapped)
     if func is _aten._to_copy.default and device is not None:
         plain_kwargs = {name: value for name, value in plain_kwargs.items() if name != "pin_memory"}

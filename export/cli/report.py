@@ -1,6 +1,7 @@
 """The command `report`, and the option by which other commands add what they found to a report."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from sparsepass.export.cli import support
-from sparsepass.export.cli.output import print_json, say, show
+from sparsepass.export.cli.output import print_json, show
 
+_LOG = logging.getLogger(__name__)
 AddTo = Annotated[
     Path | None,
     typer.Option(
@@ -78,4 +80,4 @@ def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started
 
     if folder is not None:
         add_to_report(folder, sections, stage=stage, command=support.command_line(), seconds=time.perf_counter() - started)
-        say(f"Added to {folder / HTML_FILE}")
+        _LOG.info("added to %s", folder / HTML_FILE)

@@ -57,7 +57,7 @@ class CriteriaSettings:
     device: str = "cpu"
 
     @classmethod
-    def of(cls, plain: dict[str, dict[str, Any]]) -> "CriteriaSettings":
+    def of(cls, plain: dict[str, Any]) -> "CriteriaSettings":
         """The settings that `dataclasses.asdict` made plain values of."""
         data = plain["calibration"]["data"]
         several = {"data": tuple(data)} if isinstance(data, list) else {}  # as JSON gives them

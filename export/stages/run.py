@@ -22,14 +22,7 @@ from sparsepass.export.report import find_report, new_report, plain_json, read_r
 from sparsepass.export.stages.exporting import export
 from sparsepass.export.stages.preparing import prepare, stage_name, write_program
 from sparsepass.export.stages.recipe import ExportSection, Recipe, check_named
-from sparsepass.export.stages.retraining import (
-    Measured,
-    accuracy,
-    check_named,
-    clear_run_folder,
-    default_run_folder,
-    retrain_program,
-)
+from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
 from sparsepass.export.stages.settings import ModelSource
 from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError

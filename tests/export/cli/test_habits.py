@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from tests.export.cli.commands import run
 from tests.export.cli.documentation import commands
 from tests.export.tiny import WORDS, save_tiny_llama
+from typer.testing import Result
 
 from sparsepass.export.cli.output import JSON_KEYS
 
@@ -45,7 +45,7 @@ def every(place: Path, out: Path) -> dict[str, list[Any]]:
     evaluation = ["--eval-text", text, "--eval-context", 16, "--max-tokens", 64]
     settings = [word for one in _TRAIN for word in ("--set", one)]
     return {
-        "plan": ["plan", place / "tiny", "--gpu", "a100", "--min-gain", "1"],
+        "plan": ["plan", place / "tiny", "--gpu", "a100", "--seq", 16, "--new-tokens", 8, "--min-gain", "1"],
         "prune": ["prune", place / "tiny", "-o", out / "p", *calibration(place), *evaluation],
         "retrain": ["retrain", place / "pruned", "-o", out / "r", "--data", text, *settings, *evaluation],
         "run": ["run", place / "recipe.yaml", "--out", out / "recipe"],
