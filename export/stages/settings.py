@@ -184,7 +184,7 @@ class Evaluation:
                 raise SparsepassError(f"there is no evaluation text; name {_EVALUATION_FORMS}")
             if self.max_tokens is not None and self.max_tokens < len(self.text):
                 raise SparsepassError(
-                    f"max_tokens is {self.max_tokens}, and there are {len(self.text)} evaluation texts; one to each is the least"
+                    f"max_tokens is {self.max_tokens}, and there are {len(self.text)} evaluation texts; one each at least"
                 )
             for one in self.text:
                 replace(self, text=one).check()
