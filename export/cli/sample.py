@@ -45,13 +45,14 @@ def sample_command(
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.support import find_device
     from sparsepass.retrain.teacher import SampleConfig, check_file, sample_to_file
 
     check_file(out, force=force)
     config = SampleConfig(
         num_tokens=tokens, length=length, start=start, batch_size=batch_size, temperature=temperature, seed=seed
     )
-    loaded = model.load(device)
+    loaded = model.load(find_device(device))
     if loaded.tokenizer is None:
         raise SparsepassError(f"{model.source} has no tokenizer, and what it samples is written as text; give one that has")
     sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)
