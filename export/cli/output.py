@@ -45,6 +45,8 @@ def show(found: Any) -> None:
         if isinstance(each, Group):
             show(each)
         elif isinstance(each, Table):
+            for column in each.columns:
+                column.overflow = "fold"  # a figure or name that is cut off would be another one
             Console(file=results()).print(each)
         else:
             stdout().print(each, highlight=False)
