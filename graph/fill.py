@@ -1,6 +1,5 @@
 """Programs without weights: captured on the meta device, filled from safetensors later."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,9 +19,12 @@ from sparsepass.graph.support import (
     WEIGHTS_INDEX,
     CaptureError,
     SparsepassError,
+    check_inside,
     default_dtype,
     first_line,
-    weights_index,
+    one_at_a_time,
+    weights_entry,
+    weights_files,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _COMPUTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@one_at_a_time
 def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
     """Capture a transformers model from its configuration alone: the structure is there, the weights take no memory.
 
@@ -47,7 +50,8 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
     import transformers
 
     config = _config(source)
-    names = getattr(config, "architectures", None) or []
+    named = getattr(config, "architectures", None)
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if not names:
         raise CaptureError(
             f"the configuration in {source} names no architecture; add the model's class to its config.json, such as "
@@ -77,6 +81,8 @@ def _config(source: str | Path) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
+    if Path(source).is_dir():
+        check_inside(source)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except LOADING_ERRORS as error:
@@ -201,16 +207,8 @@ def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) 
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if weights_index(source) is not None:
-        try:
-            names = set(json.loads((source / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            return [source / name for name in sorted(names)]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SparsepassError(
-                f"{source / WEIGHTS_INDEX} is truncated or damaged ({error!r}); copy or download it again"
-            ) from error
-    if (source / WEIGHTS_FILE).is_file():
-        return [source / WEIGHTS_FILE]
+    if (entry := weights_entry(source)) is not None:
+        return [*weights_files(entry)]
     raise SparsepassError(f"{source} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}; give a safetensors checkpoint")
 
 

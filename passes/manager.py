@@ -21,7 +21,7 @@ from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish, without_branches
 from sparsepass.graph.spec import violations
-from sparsepass.graph.support import find_device, item_progress, shows_progress
+from sparsepass.graph.support import find_device, item_progress, one_at_a_time, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
@@ -39,6 +39,7 @@ _VALIDATION_SEQUENCES = 2
 _LOG = logging.getLogger(__name__)
 
 
+@one_at_a_time
 def apply_passes(
     model: nn.Module,
     passes: str | Pass | Iterable[str | Pass],
@@ -293,7 +294,7 @@ class _Run:
         bound = self.program.flat_inputs(**{n: t.to(self._device) for n, t in self._inputs.items()})
         is_elsewhere = self._device != self.program.device
         with streamed(self.program, self._device) if is_elsewhere else nullcontext():
-            values = self.program.graph_module(*bound.values())
+            values = self.program.run(bound)
         return dict(zip(self.program.output_names, values, strict=True))
 
     def _measure(self, item: Pass) -> dict[str, Any] | None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.markup import escape
 
 from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
-from sparsepass.export.cli.output import complain, print_json, show, talking
+from sparsepass.export.cli.output import complain, print_json, say, show, talking
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ EvaluationOptions = Annotated[
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty, if sparsepass wrote it.")]
 AllowUnchecked = Annotated[
     bool,
     typer.Option("--allow-unchecked", help="Exit with 0, not 3, where a part could not be checked on this machine."),
@@ -200,6 +201,14 @@ def quiet_bars() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+_OF_CHECKSUMS: Final = r"(?s).*sparsepass\.sha256\.json"
+"""Warnings of files that are not as they were written. Their class would have to be imported, with torch."""
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    say(f"[bold yellow]Warning:[/] {escape(str(message))}")
+
+
 class _quiet:  # noqa: N801  # used as a context manager only
     """Keep other libraries' warnings and bars off the screen, unless they are asked for."""
 
@@ -211,6 +220,8 @@ class _quiet:  # noqa: N801  # used as a context manager only
         self._catch.__enter__()
         if not self._verbose and not sys.warnoptions and "PYTEST_CURRENT_TEST" not in os.environ:
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", _OF_CHECKSUMS)
+            warnings.showwarning = _say_warning
 
     def __exit__(self, *error: object) -> None:
         self._catch.__exit__(*error)  # type: ignore[arg-type]

@@ -4,14 +4,12 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import torch
 from torch import nn
 
 from sparsepass.export.report import (
@@ -29,13 +27,13 @@ from sparsepass.export.report import (
 )
 from sparsepass.export.stages.preparing import stage_name
 from sparsepass.export.stages.recipe import RetrainSection, check_named, check_retrain, is_cached
-from sparsepass.export.stages.settings import Evaluation, ModelSource
+from sparsepass.export.stages.settings import Evaluation, ModelSource, inputs_of
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, save_companions
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import AUTO, check_free, check_writable, path_named, replaced_folder, write_text
+from sparsepass.graph.support import AUTO, check_apart, check_free, check_writable, path_named, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
 from sparsepass.retrain.loop import retrain
@@ -105,14 +103,18 @@ def retrain_program(
         TrainingStoppedError: If a signal asked to stop; the same call goes on later.
     """
     started = time.perf_counter()
-    check_free(out, force=force)
+    inputs = inputs_of(source, evaluation, section.inputs, from_checkpoint)
+    check_free(out, force=force, inputs=inputs)
     if evaluation is not None:
         evaluation.check()
     check_retrain(section, "retrain")
     trains_on_processor(device)
     check_named(section, trust_remote_code, from_checkpoint)
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
-    check_writable(place)
+    check_writable(place, inputs=inputs_of(source, section.teacher))
+    _check_cache(section, source)
+    if place.resolve().is_relative_to(Path(out).resolve()):
+        raise SparsepassError(f"the run folder {place} lies in the output {out}, which is replaced as a whole; choose another")
     loaded = ModelSource(source=str(source), dtype="float32").load()
     document = find_report(source) or new_report()
     program = _program(loaded, source)
@@ -127,8 +129,10 @@ def retrain_program(
         _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
     check_method(program, section.train.method)
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
-    if source_of_teacher is not None and not is_cached(section):
-        source_of_teacher.check()
+    if source_of_teacher is not None:
+        check_apart(out, [source_of_teacher.source])
+        if not is_cached(section):
+            source_of_teacher.check()
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
     if is_first_process():
@@ -170,7 +174,7 @@ def retrain_program(
             device=device,
         )
     _LOG.info("writing %s", out)
-    with replaced_folder(out, force=force) as staging:
+    with replaced_folder(out, force=force, inputs=inputs) as staging:
         trained.save_into(staging)
         save_companions(staging, tokenizer=loaded.tokenizer, processor=loaded.processor, source=loaded.folder)
         record = run_record("retrain", command=command, seconds=time.perf_counter() - started)
@@ -255,6 +259,7 @@ def write_cache(
     program = _program(loaded, source)
     document = find_report(source) or new_report()
     found = _source_of_teacher(section, document, trust_remote_code)
+    _check_cache(section, source, found)
     section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code, device=device)
     data = _data(section, loaded, program)
     _teacher(section, found, data, device)
@@ -318,6 +323,14 @@ def _measured(model: Measured) -> nn.Module:
     return model if isinstance(model, Program) else dataclasses.replace(model, dtype="float32").load().model
 
 
+def _check_cache(section: RetrainSection, *inputs: str | Path | ModelSource | None) -> None:
+    """Make sure that the teacher's logits are written to no place that something else is read from."""
+    if section.teacher_cache is not None:
+        data = section.data
+        read = inputs_of(*inputs, section.teacher, data.source, data.beside, data.validation)
+        check_writable(section.teacher_cache, inputs=read)
+
+
 def _program(loaded: LoadedModel, source: str | Path) -> Program:
     if any(is_packed_module(module) for module in loaded.model.modules()):
         raise SparsepassError(f"{source} is packed: {FOR_INFERENCE}")
@@ -373,7 +386,7 @@ def _with_sampled_text(
         loaded = dense.load()
         if loaded.tokenizer is None:
             raise SparsepassError(f"{dense.source} has no tokenizer, and sampled text is written as text too; leave sample out")
-        model = loaded.model.to(_local_device(device))
+        model = loaded.model.to(local_device(device))
         run_folder.mkdir(parents=True, exist_ok=True)
         sample_to_file(model, loaded.tokenizer, path, section.sample, progress=progress)
     while not path.is_file():  # if the first process fails, the launcher ends this one
@@ -388,20 +401,12 @@ def _teacher(
         return None
 
     def model() -> nn.Module:
-        return source.load().model.to(_local_device(device))
+        return source.load().model.to(local_device(device))
 
     if section.teacher_cache is None:
         return model()
     about = {"teacher": source.source, "data": json.dumps(dataclasses.asdict(section.data), sort_keys=True)}
     return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about, device=device)
-
-
-def _local_device(device: str | None) -> torch.device:
-    """The accelerator of this process, if there is one and it is asked for."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    if trains_on_processor(device) or kind is None:
-        return torch.device("cpu")
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _check_origin(
@@ -417,7 +422,7 @@ def _check_origin(
     The file program.json tells programs apart: it holds what each pass did and measured. Settings are compared with the
     checkpoint's again when it is read; here that costs no sampled text and no loaded teacher.
     """
-    config = section.train.resolve(_local_device(device))
+    config = section.train.resolve(local_device(device))
     train = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
     settings = {f"train.{name}": plain_json(value) for name, value in train.items()}
     found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher} | settings

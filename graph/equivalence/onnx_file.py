@@ -23,6 +23,7 @@ from sparsepass.graph.equivalence.artifact import (
     layer_results,
 )
 from sparsepass.graph.equivalence.widened import widened_copy
+from sparsepass.graph.external_data import check_external_data
 from sparsepass.graph.lengths import refused
 from sparsepass.graph.support import EquivalenceError
 
@@ -64,6 +65,7 @@ class OnnxFile(Artifact):
             self._model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf raises its own
             raise EquivalenceError(f"{path} cannot be read as ONNX ({error}); export it again") from error
+        check_external_data(self._model, path)
         if not self._model.graph.output:
             raise EquivalenceError(f"{path} is no ONNX model, or one without outputs; export it again")
         self._dtype = coarsest(_DTYPES.get(t.data_type, torch.int64) for t in self._model.graph.initializer)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.support import counted, replaced_file
+from sparsepass.graph.support import check_place, counted, replaced_file
 from sparsepass.passes.maths import NMPattern
 
 FORMAT: Final = "sparsepass-masks"
@@ -39,6 +39,16 @@ _LARGEST_M: Final = 16
 _HEADER: Final = "sparsepass"
 _FACTS: Final = ("dense_digest", "recipe", "model_class", "about")
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_mask_pack(path: Path) -> bool:
+    """Whether a file is a mask pack, as far as its header tells."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+    return isinstance(header, Mapping) and header.get("format") == FORMAT
 
 
 @final
@@ -96,10 +106,10 @@ class MaskPack:
         return sum(64 * known.words.numel() for known in self.masks.values()) / max(1, self.num_weights)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; beside it first, and then moved into place.
+        """Write a safetensors file; beside it first, and then moved into place. An earlier pack is replaced.
 
         Raises:
-            SparsepassError: If it cannot be written.
+            SparsepassError: If it cannot be written, or another file stands there.
         """
         header = {
             "format": FORMAT,
@@ -114,7 +124,9 @@ class MaskPack:
         words = {name: known.words.contiguous() for name, known in self.masks.items()}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            check_place(target, is_ours=is_mask_pack)
             with replaced_file(target) as beside:
+                header["sha256"] = _pack_digest(header, words)
                 safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
         except (OSError, safetensors.SafetensorError) as error:
             raise SparsepassError(
@@ -151,6 +163,8 @@ class MaskPack:
             if known.words.shape != (expected,) or known.words.dtype != torch.int64:
                 raise SparsepassError(f"{place} is damaged: the mask of {name} does not have {expected} words; copy it again")
             masks[name] = known
+        if header.get("sha256", digest := _pack_digest(header, words)) != digest:  # earlier versions wrote none
+            raise SparsepassError(f"{place} is not as it was written (its SHA-256 differs); get it anew, or pack again")
         return MaskPack(masks=masks, **{name: header[name] for name in _FACTS})
 
     def check_model(self, program: Program, *, values: bool = True) -> None:
@@ -192,6 +206,15 @@ class MaskPack:
             f"precision, or to weights that its passes ({self.recipe or 'unknown'}) changed, which a pack does not hold. Give "
             "it the model it was made from, or apply the masks alone with any_model=true"
         )
+
+
+def _pack_digest(header: Mapping[str, Any], words: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a pack: of what its header says, and of its masks."""
+    facts = {name: value for name, value in header.items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(words):
+        found.update(words[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def pack_program(program: Program, *, about: str = "") -> MaskPack:

@@ -152,6 +152,14 @@ def trains_on_processor(device: str | None) -> bool:
     return False
 
 
+def local_device(device: str | None) -> torch.device:
+    """The accelerator of this process, if there is one and it is asked for; see `trains_on_processor`."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if trains_on_processor(device) or kind is None:
+        return torch.device("cpu")
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def make_accelerator(trackers: tuple[str, ...], folder: str | None, device: str | None = None) -> Accelerator:
     """Make an Accelerator for the processes that `accelerate launch` or torchrun started, or for this one alone.
 

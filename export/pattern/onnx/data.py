@@ -13,6 +13,7 @@ import onnx_ir.passes.common as ir_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
+from sparsepass.graph.external_data import check_external_data
 from sparsepass.graph.support import SparsepassError, first_line
 
 SIGNED_TYPES = {
@@ -72,6 +73,7 @@ def read_onnx(path: Path) -> ir.Model:
             f"{path} cannot be read as an ONNX model ({error}): expected a complete protobuf file. It may be truncated "
             "or of another format; copy or export it again."
         ) from error
+    check_external_data(proto, path)
     return from_proto(proto, str(path), path.parent)
 
 

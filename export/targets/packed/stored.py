@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.graph.packed import PackedWeight
 from sparsepass.graph.packed_folder import PackedSettings, is_packed
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, check_inside
 
 PARTS = ("codes", "scales", "slorb_weight", "slorb_projection")
 """What stands beside the ``weight`` of a packed layer."""
@@ -86,6 +86,7 @@ def stored_folder(folder: Path) -> Iterator[StoredFolder]:
         SparsepassError: If it is none, or a file of it cannot be read.
     """
     path = folder / "config.json"
+    check_inside(folder)
     try:
         document = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:

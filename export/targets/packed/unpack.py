@@ -20,7 +20,7 @@ from sparsepass.export.targets.packed.stored import PARTS, StoredFolder, stored_
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.packed import check, unpack
 from sparsepass.graph.packed_folder import find_layer, linear_layers, stored_names
-from sparsepass.graph.support import WEIGHTS_INDEX, SparsepassError, counted, quiet_loading, replaced_folder, weights_index
+from sparsepass.graph.support import WEIGHTS_INDEX, SparsepassError, counted, quiet_loading, replaced_folder, weights_entry
 from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
         'bfloat16'
     """
     source = Path(folder)
-    with stored_folder(source) as stored, replaced_folder(out, force=force) as staging:
+    with stored_folder(source) as stored, replaced_folder(out, force=force, inputs=[source]) as staging:
         document = json.loads((source / "config.json").read_text(encoding="utf-8"))
         dtype = parse_dtype(document.get("dtype") or document.get("torch_dtype") or "bfloat16")
         names: dict[str, str] = {}
@@ -78,7 +78,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
             names |= dict.fromkeys(tensors, file.name)
             total += sum(t.nbytes for t in tensors.values())
             safetensors.torch.save_file(tensors, staging / file.name, metadata={"format": "pt"})
-        if weights_index(source) is not None:
+        if getattr(weights_entry(source), "suffix", None) == ".json":
             index = {"metadata": {"total_size": total}, "weight_map": names}
             (staging / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         del document["quantization_config"]
