@@ -45,6 +45,7 @@ from sparsepass.retrain.run import (
     Checkpoints,
     is_first_process,
     leave_processes,
+    local_device,
     read_metrics,
     trains_on_processor,
 )
