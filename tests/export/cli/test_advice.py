@@ -78,6 +78,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
     (tmp_path / "file").write_text("")
     out, text = tmp_path / "o", str(tmp_path / "rows.csv")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "r.jsonl").write_text('{"body": "words"}\n')
     train = ["retrain", model, "-o", out, "--data", "python-docs", "--set", "train.max_tokens=9"]
     data, measured = ["--calibration", "python-docs"], ["--eval-text", "python-docs"]
@@ -120,7 +121,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
         ([*train, "--run-folder", tmp_path / "file/o"], "is no folder"),
         ([*train, "--from-checkpoint", tmp_path / "no"], "no does not exist"),
         (["criteria", model, "--calibration", text, "--eval-text", "python-docs"], "suffix '.csv'"),
-        (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path], "is a folder"),
+        (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path / "folder"], "is a folder"),
         (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
         (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
         *(
