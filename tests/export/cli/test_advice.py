@@ -121,7 +121,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
         ([*train, "--run-folder", tmp_path / "file/o"], "is no folder"),
         ([*train, "--from-checkpoint", tmp_path / "no"], "no does not exist"),
         (["criteria", model, "--calibration", text, "--eval-text", "python-docs"], "suffix '.csv'"),
-        (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path / "folder"], "is a folder"),
+        (["criteria", model, *data, *measured, "-o", tmp_path / "folder"], "is a folder"),
         (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
         (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
         *(
