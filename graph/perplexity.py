@@ -3,6 +3,7 @@
 Shape legend: B windows, T tokens of a window, N scored tokens, V vocabulary.
 """
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from sparsepass.graph.admission import check_has_values, named_outputs
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.placement import home_of, placed
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError, evaluating, path_named
-from sparsepass.graph.texts import check_text_file, first_ids
+from sparsepass.graph.support import SparsepassError, evaluating, find_device, path_named
+from sparsepass.graph.texts import Text, check_text_file, first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +90,7 @@ class _Window:
 
 def perplexity(
     model: "CausalLM | nn.Module",
-    text: "str | Path | Tensor",
+    text: "Text | Tensor",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     context: int = 512,
@@ -98,6 +100,7 @@ def perplexity(
     batch_size: int | None = None,
     max_tokens: int | None = None,
     text_column: str | None = None,
+    device: "torch.device | str | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a causal language model on a text.
@@ -124,6 +127,8 @@ def perplexity(
         batch_size: Windows in a call; None for as many as have about 2048 tokens. It does not change the result.
         max_tokens: Use only so many tokens from the beginning of the text; no more of it is read than they need.
         text_column: The column of a file with rows that holds text; by default ``text``, or else chats in ``messages``.
+        device: Where to compute, see `find_device`; by default where the model is. Weights that the device has no room for
+            stay, and move there one by one.
         progress: Called with the windows done and the windows in all.
 
     Returns:
@@ -146,10 +151,12 @@ def perplexity(
         (8.0, 6)
     """
     started = time.perf_counter()
+    place = None if device is None else find_device(device)
     if isinstance(model, nn.Module):
         check_has_values(model)
     config = _config(model)
-    _check_settings(config, context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
+    check_settings(context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
+    _check_context(config, context)
     if config.get("is_encoder_decoder"):
         raise SparsepassError(
             f"{_name(model)} is an encoder-decoder, and perplexity is of causal language models; evaluate it on its own task"
@@ -162,14 +169,19 @@ def perplexity(
     windows = list(_windows(ids_T, num_text=num_text, step=step, bos_id=bos_id))
     rows = batch_size or max(1, _BATCH_TOKENS // context)
 
-    device = _device(model)
-    arithmetic, autocast = _arithmetic(model, dtype, device)
+    place = place or (home_of(model) if isinstance(model, nn.Module) else torch.device("cpu"))
+    arithmetic, autocast = _arithmetic(model, dtype, place)
     call = _caller(model)
     nll_sum, num_scored, num_done = 0.0, 0, 0
-    with evaluating(model) if isinstance(model, nn.Module) else nullcontext(), torch.no_grad(), autocast:
-        _check_causal(model, call, windows[0].ids[None].to(device))
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            stack.enter_context(placed(model, place))
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(autocast)
+        _check_causal(model, call, windows[0].ids[None].to(place))
         for batch in _batches(windows, rows):
-            ids_BT = torch.stack([window.ids for window in batch]).to(device)
+            ids_BT = torch.stack([window.ids for window in batch]).to(place)
             nll_sum += _nll_sum(call(ids_BT), ids_BT, batch[0].first_scored, num_done)
             num_scored += len(batch) * (ids_BT.shape[1] - batch[0].first_scored)
             num_done += len(batch)
@@ -296,7 +308,7 @@ def _check_causal(model: "CausalLM | nn.Module", call: Callable[[Tensor], Tensor
 
 
 def _ids(
-    text: "str | Path | Tensor", tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None, column: str | None
+    text: "Text | Tensor", tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None, column: str | None
 ) -> Tensor:
     if isinstance(text, Tensor):
         ids_T = text[0] if text.dim() == 2 and text.shape[0] == 1 else text
@@ -310,9 +322,10 @@ def _ids(
         raise SparsepassError(
             f"text {text!r} is the name of a file, and a string is taken as the text itself; pass pathlib.Path({text!r})"
         )
-    if isinstance(text, Path):
-        check_text_file(text, "evaluation text", column=column)
-    elif not text.strip():
+    for each in text if isinstance(text, tuple) else (text,):
+        if isinstance(each, Path):
+            check_text_file(each, "evaluation text", column=column)
+    if isinstance(text, str) and not text.strip():
         raise SparsepassError("evaluation text is empty; give some text of at least two tokens")
     if tokenizer is None:
         raise SparsepassError(
@@ -340,9 +353,12 @@ def _bos_id(
     return bos_id
 
 
-def _check_settings(
-    config: Mapping[str, Any], *, context: int, stride: int | None, batch_size: int | None, max_tokens: int | None
-) -> None:
+def check_settings(*, context: int, stride: int | None, batch_size: int | None, max_tokens: int | None) -> None:
+    """Raise unless the numbers can be those of a perplexity, of whatever model.
+
+    Raises:
+        SparsepassError: If one is out of range.
+    """
     if context < 2:
         raise SparsepassError(f"context has to be at least 2 tokens (one to predict from, one to score), and is {context}")
     if stride is not None and not 1 <= stride <= context:
@@ -350,6 +366,9 @@ def _check_settings(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise SparsepassError(f"{name} has to be at least 1, and is {value}")
+
+
+def _check_context(config: Mapping[str, Any], context: int) -> None:
     limit = position_limit(config)
     if limit is not None and context > limit:
         raise SparsepassError(f"context of {context} tokens is more than the model's {limit} positions; choose {limit} or less")
@@ -376,11 +395,6 @@ def _config(model: "CausalLM | nn.Module") -> Mapping[str, Any]:
         nested = config.get("text_config")
         return {**config, **nested} if isinstance(nested, Mapping) else config
     return {}
-
-
-def _device(model: "CausalLM | nn.Module") -> torch.device:
-    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _arithmetic(

@@ -66,6 +66,13 @@ class SparseState:
     learned: LearnedState | None = None
     changed_by: str | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors that passes have put beside the weight."""
+        branch = () if self.branch is None else (self.branch.weight, self.branch.projection)
+        learned = () if self.learned is None else (self.learned.logits, self.learned.control)
+        return tuple(name for name in (self.mask, *branch, *learned) if name is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOutcome:

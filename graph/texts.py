@@ -3,7 +3,8 @@
 Only as much of a text is read and tokenized as is asked for.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -108,8 +109,25 @@ def check_text_file(path: Path, what: str, *, column: str | None = None) -> None
         find_text_column(first, column, f"{what} file {path}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows with a column of texts or chats that lie in no file of ours, such as a data set of the hub.
+
+    Attributes:
+        name: What messages call them.
+        rows: The rows; can be gone through again.
+    """
+
+    name: str
+    rows: Iterable[Mapping[str, Any]]
+
+
+Text = str | Path | Rows | tuple[str | Path | Rows, ...]
+"""A text itself, a file, rows; or several of them, of each of which as many tokens are taken as of the others."""
+
+
 def first_ids(
-    text: str | Path,
+    text: Text,
     tokenizer: "PreTrainedTokenizerBase",
     num_tokens: int | None,
     *,
@@ -119,7 +137,7 @@ def first_ids(
     """The first tokens of a text, without special tokens; no more of it is read than they need.
 
     Args:
-        text: The text itself, or a file of text or rows. Texts of rows are joined with a blank line between them.
+        text: See `Text`. Texts of rows are joined with a blank line between them.
         tokenizer: Makes the tokens.
         num_tokens: At most so many; None for all.
         what: What the text is, for messages.
@@ -128,6 +146,12 @@ def first_ids(
     Raises:
         SparsepassError: If the file cannot be read, or holds no text.
     """
+    if isinstance(text, tuple):
+        return [
+            token
+            for index, one in enumerate(text)
+            for token in first_ids(one, tokenizer, _share(num_tokens, index, len(text)), what=what, column=column)
+        ]
     held, size, is_whole = "", 8 * (num_tokens or 0) + 4096, False
     chunks = iter([text]) if isinstance(text, str) else _chunks(text, tokenizer, what, column)
     while True:
@@ -152,6 +176,13 @@ def first_ids(
         size *= 2
 
 
+def _row_texts(rows: Iterable[Mapping[str, Any]], where: str, tokenizer: Any, column: str | None) -> Iterator[str]:
+    name = None
+    for index, row in enumerate(rows):
+        name = name or find_text_column(row, column, where)
+        yield row_text(row.get(name), tokenizer, f"{where}, row {index}: column {name!r}") + "\n\n"
+
+
 def last_cut(text: str) -> int | None:
     r"""Where a text can be cut so that its tokens stay the same: behind the last line break between two words.
 
@@ -168,13 +199,19 @@ def last_cut(text: str) -> int | None:
     return None
 
 
-def _chunks(path: Path, tokenizer: Any, what: str, column: str | None) -> Iterator[str]:
+def _share(number: int | None, index: int, count: int) -> int | None:
+    """Of a number that is shared out evenly, what falls to one of several."""
+    return None if number is None else (index + 1) * number // count - index * number // count
+
+
+def _chunks(text: Path | Rows, tokenizer: Any, what: str, column: str | None) -> Iterator[str]:
+    if isinstance(text, Rows):
+        yield from _row_texts(text.rows, f"{what} {text.name}", tokenizer, column)
+        return
+    path = text
     check_text_file(path, what, column=column)
     if path.suffix in (".jsonl", ".parquet"):
-        name = None
-        for index, row in enumerate(records(path, what=what)):
-            name = name or find_text_column(row, column, f"{what} file {path}")
-            yield row_text(row.get(name), tokenizer, f"{what} file {path}, row {index}: column {name!r}") + "\n\n"
+        yield from _row_texts(records(path, what=what), f"{what} file {path}", tokenizer, column)
         return
     try:
         with path.open(encoding="utf-8-sig") as file:

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from sparsepass.graph import PassError, Program, SparsepassError, capture
 from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.equivalence import Difference, difference
 from sparsepass.graph.limits import default_context
+from sparsepass.graph.placement import lent, streamed
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish, without_branches
 from sparsepass.graph.spec import violations
-from sparsepass.graph.support import item_progress, one_at_a_time, shows_progress
+from sparsepass.graph.support import find_device, item_progress, one_at_a_time, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
@@ -55,6 +57,7 @@ def apply_passes(
     inplace: bool = False,
     validate: bool = True,
     progress: bool | None = None,
+    device: torch.device | str | None = None,
 ) -> Program:
     """Rewrite a model's linear layers with a list of passes.
 
@@ -76,6 +79,9 @@ def apply_passes(
             that takes the memory of one model, not of two. By default the model is never changed.
         validate: Whether to measure, after every pass, how far the outputs moved. Exact passes must not move them.
         progress: Whether to show progress with the time left; by default where standard error is a terminal.
+        device: Where to compute, see `find_device`; by default where the model is. The weights stay where they are: what is
+            worked on moves to the device and back, so that it needs room for one layer (one block with `reconstruct`) and
+            the activations at one place, not for the model.
 
     Returns:
         The rewritten program. ``print(program.report())`` tells what was rewritten, and what was skipped and why.
@@ -90,19 +96,13 @@ def apply_passes(
         >>> program.report().num_sparse
         1
     """
-    pipeline = parse_pipeline(passes)
-    if not pipeline:
-        raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
-    asked, pipeline = pipeline, tuple(item.resolve(has_calibration=calibration is not None) for item in pipeline)
+    place = None if device is None else find_device(device)
+    asked = parse_pipeline(passes)
+    pipeline = resolved(asked, has_calibration=calibration is not None)
     if any(_falls_back(before, after) for before, after in zip(asked, pipeline, strict=True)):
         _LOG.warning(
             "Without calibration data nm_sparsify keeps the largest weights (criterion=magnitude), which most often leaves a "
             "language model useless until it is retrained: give a text to calibrate on, or choose the criterion yourself"
-        )
-    if calibration is None and (asking := [p for p in pipeline if p.needs != "nothing"]):
-        raise SparsepassError(
-            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
-            "or choose criterion=magnitude and init=mean"
         )
     check_has_values(model)
     if isinstance(model, Program):
@@ -110,7 +110,7 @@ def apply_passes(
     else:
         program = capture(model, example_inputs, inplace=inplace)
     check_pipeline(program, pipeline)
-    run = _Run(program, pipeline, validate=validate, compute=compute, progress=shows_progress(progress))
+    run = _Run(program, pipeline, validate=validate, compute=compute, progress=shows_progress(progress), device=place)
     if any(p.needs != "nothing" for p in pipeline):
         run.calibration = calibration_batches(
             calibration,
@@ -127,6 +127,23 @@ def apply_passes(
     return program
 
 
+def resolved(pipeline: Sequence[Pass], *, has_calibration: bool) -> tuple[Pass, ...]:
+    """The passes with what depends on calibration filled in; needs no model, so that a mistake shows before one is loaded.
+
+    Raises:
+        SparsepassError: If there is none, a file that one names is not there, or one needs calibration and gets none.
+    """
+    if not pipeline:
+        raise SparsepassError("the pipeline is empty; name at least one pass, such as nm_sparsify")
+    found = tuple(item.resolve(has_calibration=has_calibration) for item in pipeline)
+    if not has_calibration and (asking := [item for item in found if item.needs != "nothing"]):
+        raise SparsepassError(
+            f"{pass_to_text(asking[0])} needs calibration data, got none; pass calibration=... (text, tokens, a data set), "
+            "or choose criterion=magnitude and init=mean"
+        )
+    return found
+
+
 def _falls_back(asked: Pass, resolved: Pass) -> bool:
     """Whether a criterion that needs no calibration stands in for the one that is chosen with it."""
     if not (isinstance(asked, NMSparsify) and isinstance(resolved, NMSparsify)):
@@ -138,11 +155,19 @@ class _Run:
     """One run of a pipeline over a program."""
 
     def __init__(
-        self, program: Program, pipeline: tuple[Pass, ...], *, validate: bool, compute: ComputeDtype, progress: bool
+        self,
+        program: Program,
+        pipeline: tuple[Pass, ...],
+        *,
+        validate: bool,
+        compute: ComputeDtype,
+        progress: bool,
+        device: torch.device | None = None,
     ) -> None:
         self.program, self.pipeline = program, pipeline
         self.calibration: CalibrationData | None = None
         self._validates, self._compute, self._progress = validate, compute, progress
+        self._device = device or program.device
         self._batches: list[CalibrationBatch] = []
 
     def all(self) -> None:
@@ -172,7 +197,8 @@ class _Run:
         facts: dict[str, Facts] = {}
         with item_progress(self._progress, item.name, len(chosen)) as advance:
             for group in site_groups(chosen):
-                facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
+                with self._lent(group):
+                    facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
                 advance(group.sites[0].name)
         _finish(self.program, item.name)
         self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
@@ -211,15 +237,18 @@ class _Run:
 
         def rewrite(group: SiteGroup, statistics: tuple[InputStatistics, ...]) -> None:
             context = GroupContext(statistics=statistics, measure=self._validates)
-            for item in by_group:
-                rewrite_by(item, group, context)
+            with self._lent(group):
+                for item in by_group:
+                    rewrite_by(item, group, context)
             if by_block:
                 originals.update(context.originals)
 
         def rewrite_block(block: Block, run: BlockRun) -> None:
             for item in by_block:
                 context = GroupContext(originals=originals, measure=self._validates, block=run)
-                rewrite_by(item, SiteGroup(sites=block.sites), context)
+                group = SiteGroup(sites=block.sites)
+                with self._lent(group, run.own_vectors()):
+                    rewrite_by(item, group, context)
             originals.clear()
 
         needs = max((item.needs for item in items), key=NEEDS_ORDER.index)
@@ -233,6 +262,7 @@ class _Run:
                 rewrite,
                 gram=needs == "gram",
                 compute=self._compute,
+                device=self._device,
                 blocks=blocks,
                 rewrite_block=rewrite_block,
                 advance=advance,
@@ -255,10 +285,18 @@ class _Run:
             return {name: t[:_VALIDATION_SEQUENCES] for name, t in first.items()}, "the first calibration sequences"
         return self.program.example_inputs, "example inputs"
 
+    def _lent(self, group: SiteGroup, more: Sequence[str] = ()) -> AbstractContextManager[None]:
+        """The weights of a group, with masks and branches that they have, on the device that is computed on."""
+        weights = [site.weight for site in group.sites]
+        beside = [name for weight in weights if weight in self.program.sparse for name in self.program.sparse[weight].names]
+        return lent(self.program, [*weights, *beside, *more], self._device)
+
     @torch.no_grad()
     def _outputs(self) -> dict[str, Tensor]:
-        bound = self.program.flat_inputs(**{n: t.to(self.program.device) for n, t in self._inputs.items()})
-        values = self.program.run(bound)
+        bound = self.program.flat_inputs(**{n: t.to(self._device) for n, t in self._inputs.items()})
+        is_elsewhere = self._device != self.program.device
+        with streamed(self.program, self._device) if is_elsewhere else nullcontext():
+            values = self.program.run(bound)
         return dict(zip(self.program.output_names, values, strict=True))
 
     def _measure(self, item: Pass) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, TypeVar, get_args, get_type_hints
 import torch
 
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.support import closest, fast_low_precision
+from sparsepass.graph.support import closest, fast_low_precision, how_to_install
 
 Method = Literal["ast", "cast", "fixed", "maskllm"]
 Settings = TypeVar("Settings")
@@ -243,7 +243,8 @@ def _check_trackers(names: tuple[str, ...]) -> None:
             hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
             raise SparsepassError(f"trackers: accelerate knows no {name!r}; {hint}")
         if name not in there:
-            raise SparsepassError(f"trackers: {name} is not installed; install it, or leave it out")
+            how = f": {how_to_install(name)}" if name == "tensorboard" else ""
+            raise SparsepassError(f"trackers: {name} is not installed; install it{how}, or leave it out")
 
 
 def steps_of(length: float, num_steps: int) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.admission import check_has_values
-from sparsepass.graph.support import alone_in, give_back_freed_memory
+from sparsepass.graph.support import alone_in, give_back_freed_memory, shows_progress
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.learner import Learner, shares
@@ -56,6 +56,7 @@ def retrain(
     resume: Literal["auto", "never"] = "auto",
     inplace: bool = False,
     progress: bool = True,
+    device: str | None = None,
 ) -> Program:
     """Train a sparse program against its dense teacher: its weights (AST and its relatives) or its masks (MaskLLM).
 
@@ -74,6 +75,7 @@ def retrain(
         inplace: Whether the program itself is trained. One that was interrupted is half trained: to go on, load it anew.
         progress: Whether a line shows loss, KL, flip rate, speed, memory and the time left. News stand above it; where a
             logger ``sparsepass.retrain`` is listened to at level INFO, they go there instead.
+        device: Where to train; see `trains_on_processor`. Student, teacher and optimizer have to find room there.
 
     Returns:
         The retrained program: of its checkpoints the one with the best validation, or else the last weights (without
@@ -92,7 +94,7 @@ def retrain(
     check_has_values(program)
     program = program if inplace else copy.deepcopy(program)
     folder = None if run_folder is None else Path(run_folder)
-    training = Training(program, teacher, data, config, folder)
+    training = Training(program, teacher, data, config, folder, device)
     with alone_in(folder if is_first_process() else None):
         notes = training.resume(resume)
         with StopSignals() as stop, training.watched(progress=progress):
@@ -126,6 +128,7 @@ class Training:
         data: See `retrain`.
         config: See `retrain`.
         folder: The run folder.
+        device: See `retrain`.
     """
 
     def __init__(
@@ -135,8 +138,9 @@ class Training:
         data: TrainingData,
         config: RetrainConfig,
         folder: Path | None,
+        device: str | None = None,
     ) -> None:
-        self.accelerator = make_accelerator(config.trackers, None if folder is None else str(folder))
+        self.accelerator = make_accelerator(config.trackers, None if folder is None else str(folder), device)
         self.device = self.accelerator.device
         self.config = config = config.resolve(self.device)
         self.data, self.folder = data, folder
@@ -195,7 +199,7 @@ class Training:
         first = self.accelerator.is_main_process
         resumed_at = self.state.step or None
         with contextlib.ExitStack() as stack:
-            line = ProgressLine(self.num_steps, start=self.state.step, enabled=progress and first)
+            line = ProgressLine(self.num_steps, start=self.state.step, enabled=shows_progress(progress) and first)
             self._line = stack.enter_context(line)
             trackers = tracking(self.accelerator, "retrain", asdict(self.config), resumed_at=resumed_at)
             self._track = stack.enter_context(trackers)

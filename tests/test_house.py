@@ -190,3 +190,17 @@ def test_links_in_the_documentation_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_what_is_installed_is_installable_from_a_checkout_too() -> None:
+    """`pip install sparsepass` works from an index alone, so the way from a checkout stands beside it (how_to_install)."""
+    named = re.compile(r"pip install [\"'\\]*sparsepass")
+    for path in itertools.chain(*SOURCES.values()):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if path.name != "words.py" and named.search(line):
+                assert "pip install -e" in line, f"{path}: {line.strip()} (how_to_install says both)"
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for index, line in enumerate(lines):
+            if named.search(line):
+                assert "pip install -e" in "\n".join(lines[max(index - 6, 0) : index + 7]), f"{path.name}:{index + 1}"

@@ -8,7 +8,7 @@ import typer
 from sparsepass.export.cli import support
 from sparsepass.export.cli.bench import bench_command
 from sparsepass.export.cli.check import compare_command, eval_command
-from sparsepass.export.cli.criteria import criteria_command
+from sparsepass.export.cli.criteria import OldJson, criteria_command
 from sparsepass.export.cli.export import export_command
 from sparsepass.export.cli.masks import masks_command
 from sparsepass.export.cli.plan import plan_command
@@ -59,8 +59,10 @@ def prune_command(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="Leave these layers alone. Same patterns. May be repeated.")
     ] = None,
+    device: support.Device = "auto",
     force: support.Force = False,
     no_validate: support.NoValidate = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Rewrite the linear layers of MODEL with passes, and save the program with its report.
 
@@ -68,7 +70,7 @@ def prune_command(
     can be given as MODEL to `export`, `eval`, `compare` and `verify`.
     """
     from sparsepass.export.stages import inputs_of, prepare, write_program
-    from sparsepass.graph.support import check_free
+    from sparsepass.graph.support import check_free, find_device
     from sparsepass.passes import parse_pipeline
 
     pipeline = tuple(
@@ -76,8 +78,16 @@ def prune_command(
         for item in parse_pipeline(passes)
     )
     check_free(out, force=force, inputs=inputs_of(model, calibration, evaluation, pipeline))
-    prepared = prepare(model, passes=pipeline, calibration=calibration, evaluation=evaluation, validate=not no_validate)
-    support.show_report(write_program(prepared, out, command=support.command_line(), force=force), out)
+    prepared = prepare(
+        model,
+        passes=pipeline,
+        calibration=calibration,
+        evaluation=evaluation,
+        validate=not no_validate,
+        device=find_device(device),
+    )
+    document = write_program(prepared, out, command=support.command_line(), force=force)
+    support.show_report("prune", document, out, as_json=as_json)
 
 
 _export_command = export_command()
@@ -93,7 +103,8 @@ app.command("compare", short_help="Do two models compute the same function?")(su
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
 app.command("unpack", short_help="Write the plain folder of a packed one.")(support.clean(unpack_command))
 app.command("masks", short_help="Write, show or compare masks apart from the weights.")(support.clean(masks_command))
-app.command("criteria", short_help="Compare pruning criteria on a model, on one calibration.")(support.clean(criteria_command))
+_CRITERIA_SHORT = "Compare pruning criteria on a model, on one calibration."
+app.command("criteria", cls=OldJson, short_help=_CRITERIA_SHORT)(support.clean(criteria_command))
 app.command("sensitivity", short_help="Which layers should stay dense?")(support.clean(sensitivity_command))
 app.command("report", short_help="Show a report, and render its pages anew.")(support.clean(report_command))
 

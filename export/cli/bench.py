@@ -7,7 +7,8 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
-from sparsepass.export.cli.report import AddTo, add_to
+from sparsepass.export.cli.output import print_json, show
+from sparsepass.export.cli.report import AddTo, add_to, check_report
 from sparsepass.export.stages import BenchSettings, ModelSource
 
 _FOLDER = "Packed or plain folder, hub id or .gguf file of a model."
@@ -36,7 +37,6 @@ def bench_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import json
     import time
     from dataclasses import replace
 
@@ -47,12 +47,13 @@ def bench_command(
     started = time.perf_counter()
     own = Path(model.source).expanduser()
     keeps = not no_report and own.is_dir() and find_report(own) is not None
+    check_report(report or (own if keeps else None))
     if batch:
         settings = replace(settings, batches=support.numbers("--batch", batch))
     other = None if against is None else replace(model, source=against, gguf_file=None, revision=None)
     found = bench(model, other, settings=settings)
     if as_json:
-        typer.echo(json.dumps(plain_json(found), indent=1))
+        print_json("bench", plain_json(found))
     else:
-        support.stdout().print(speed_tables(found))
+        show(speed_tables(found))
     add_to(report or (own if keeps else None), "bench", {"speed": found}, started)

@@ -1,7 +1,7 @@
 """The commands that run models and change nothing: `eval` and `compare`."""
 
 import dataclasses
-import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +9,14 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
-from sparsepass.export.stages import Evaluation
+from sparsepass.export.cli.output import complain, print_json, say, show, stdout
+from sparsepass.export.stages import Evaluation, ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Sides = list[tuple[str, Any, Any]]
+_LOG = logging.getLogger(__name__)
 _TOKENS = 128
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -22,7 +24,9 @@ _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 def eval_command(
     model: support.Model,
     *,
-    evaluation: Annotated[Evaluation | None, Fields(left_out=("batch_size",))],
+    evaluation: Annotated[
+        Evaluation | None, Fields(left_out=("batch_size",), help={"text": support.DATA["data"]}, repeated=("text",))
+    ],
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Windows (or lm-eval requests) at once: speed only.")
     ] = None,
@@ -32,14 +36,16 @@ def eval_command(
     include_path: Annotated[Path | None, typer.Option("--include-path", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many documents of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
+    device: support.Device = "auto",
     as_json: support.AsJson = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, or run lm-eval tasks, or both.
 
     Figures compare only at the same text, context, stride, BOS setting and tokenizer, so all of these are printed.
     """
-    from sparsepass.export.stages import lm_eval_tasks
+    from sparsepass.export.stages import check_tasks, lm_eval_tasks
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.support import find_device
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
     of_tasks = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
@@ -49,14 +55,17 @@ def eval_command(
         raise SparsepassError("nothing to measure: give --text FILE (or --text python-docs), or --tasks NAME")
     if evaluation is not None:
         evaluation.check()
+    if names:
+        check_tasks(names, include_path=include_path)
+    place = find_device(device)
     loaded = model.load()
     _note_adapter(model.source)
     document: dict[str, Any] = {"model": model.source}
     if evaluation is not None:
-        found = dataclasses.replace(evaluation, batch_size=batch_size).measure(loaded.model, loaded.tokenizer)
+        found = dataclasses.replace(evaluation, batch_size=batch_size).measure(loaded.model, loaded.tokenizer, place)
         document["perplexity"] = dataclasses.asdict(found) | {"text": evaluation.text}
         if not as_json:
-            support.stdout().print(f"{model.source}: {found}", highlight=False)
+            stdout().print(f"{model.source}: {found}", highlight=False)
     if names:
         document["lm_eval"] = lm_eval_tasks(
             loaded.model,  # type: ignore[arg-type]
@@ -66,11 +75,12 @@ def eval_command(
             limit=limit,
             batch_size=batch_size or 1,
             num_fewshot=num_fewshot,
+            device=place,
         )
         if not as_json:
-            support.stdout().print(_task_table(document["lm_eval"]))
+            show(_task_table(document["lm_eval"]))
     if as_json:
-        _print_json(document)
+        print_json("eval", document)
 
 
 def compare_command(
@@ -86,7 +96,14 @@ def compare_command(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", help="Safetensors file: input name -> tensor, or a samples file.")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text file (or 'python-docs') to tokenize as the input.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to tokenize as the input: as that of eval. May be repeated, for several files."),
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option("--text-column", help="Column of the rows that holds text; by default text, or else chats in messages."),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of --text to use.")] = _TOKENS,
     atol: Annotated[float | None, typer.Option("--atol", help="Bound of the largest absolute difference.")] = None,
     rtol: Annotated[
@@ -112,25 +129,37 @@ def compare_command(
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.equivalence import compare
 
-    if inputs is not None and text is not None:
+    if inputs is not None and text:
         raise SparsepassError("--inputs and --text were both given; choose one")
-    if tokens != _TOKENS and text is None:
-        raise SparsepassError("--tokens would change nothing, because --text was not given; give it too")
+    of_text = {"--tokens": tokens != _TOKENS, "--text-column": text_column is not None}
+    if not text and (vain := [flag for flag, is_given in of_text.items() if is_given]):
+        raise SparsepassError(f"{', '.join(vain)} would change nothing, because --text was not given; give it too")
+    wanted = Evaluation(text=text, text_column=text_column, max_tokens=tokens) if text else None
+    if wanted is not None:
+        wanted.check()
+    if inputs is not None and not inputs.is_file():
+        raise SparsepassError(f"--inputs {inputs} does not exist; name a safetensors file")
+    for name in dict.fromkeys((a, b)):
+        if not _is_onnx(name):
+            ModelSource(source=name, gguf_file=gguf_file, trust_remote_code=trust_remote_code).check()
     sides = []
     for name in dict.fromkeys((a, b)):
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         sides.append((name, opened, tokenizer))
-    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
+    _LOG.info("comparing")
+    found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, wanted), layers=not no_layers)
     failures = [*found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact), *_beside(sides)]
+    code = support.FAILED if failures else support.HELD
     if as_json:
-        _print_json({"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()})
+        document = {"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()}
+        print_json("compare", document, exit_code=code)
     else:
-        support.stdout().print(str(found), highlight=False, markup=False)
+        stdout().print(str(found), highlight=False, markup=False)
         for failure in failures:
-            support.complain(failure)
+            complain(failure)
         if not failures:
-            support.stdout().print("[green]Equivalent on these inputs.[/]")
-    support.finish(not failures)
+            stdout().print("[green]Equivalent on these inputs.[/]")
+    support.finish(code)
 
 
 def _beside(sides: "Sides") -> "tuple[str, ...]":
@@ -148,20 +177,25 @@ def _beside(sides: "Sides") -> "tuple[str, ...]":
 def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":
     """What `compare` takes for a name, and its tokenizer if it comes with one."""
     from sparsepass.graph.load import load_model
-    from sparsepass.graph.saved import PROGRAM_FILE
 
-    path = Path(name).expanduser()
-    is_onnx = path.suffix == ".onnx" or (
-        path.is_dir() and any(path.glob("*.onnx")) and not any((path / file).is_file() for file in _MODEL_FILES)
-    )
-    if is_onnx and not (path / PROGRAM_FILE).is_file():
-        return path, None
+    if _is_onnx(name):
+        return Path(name).expanduser(), None
+    _LOG.info("loading %s", name)
     loaded = load_model(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     _note_adapter(name)
     return loaded.model, loaded.tokenizer
 
 
-def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) -> "dict[str, Tensor]":
+def _is_onnx(name: str) -> bool:
+    """Whether `compare` runs a name as an ONNX file: one, or a folder that holds one and no model."""
+    from sparsepass.graph.saved import PROGRAM_FILE
+
+    path = Path(name).expanduser()
+    is_folder = path.is_dir() and any(path.glob("*.onnx")) and not any((path / file).is_file() for file in _MODEL_FILES)
+    return (path.suffix == ".onnx" or is_folder) and not (path / PROGRAM_FILE).is_file()
+
+
+def _inputs(sides: "Sides", file: Path | None, text: Evaluation | None) -> "dict[str, Tensor]":
     """Inputs for a comparison: what the user gave, else samples beside an artifact, else a model's example inputs."""
     from torch import nn
 
@@ -172,7 +206,7 @@ def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) ->
     if file is not None:
         return read_samples(file)
     if text is not None:
-        return _tokenized(sides, text, tokens)
+        return _tokenized(sides, text)
     for name, opened, _ in sides:
         place = Path(name).expanduser()
         samples = (place if place.is_dir() else place.parent) / SAMPLES_FILE
@@ -189,7 +223,7 @@ def _inputs(sides: "Sides", file: Path | None, text: str | None, tokens: int) ->
     )
 
 
-def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
+def _tokenized(sides: "Sides", text: Evaluation) -> "dict[str, Tensor]":
     import torch
     from transformers import AutoTokenizer
 
@@ -197,8 +231,6 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
     from sparsepass.graph.texts import first_ids
     from sparsepass.passes.data import special_frame
 
-    evaluation = Evaluation(text=text)
-    evaluation.check()
     tokenizer = next((tokenizer for _, _, tokenizer in sides if tokenizer is not None), None)
     for name, _, _ in sides if tokenizer is None else ():
         place = Path(name).expanduser()
@@ -208,18 +240,18 @@ def _tokenized(sides: "Sides", text: str, tokens: int) -> "dict[str, Tensor]":
             break
     if tokenizer is None:
         raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")
-    ids = first_ids(evaluation.content(), tokenizer, tokens, what="text")
+    ids = first_ids(text.content(), tokenizer, text.max_tokens, what="text", column=text.text_column)
     before, after = special_frame(tokenizer)
-    ids = [*before, *ids, *after][:tokens]
+    ids = [*before, *ids, *after][: text.max_tokens]
     if len(ids) < 2:
-        raise SparsepassError(f"the text {text} gives {len(ids)} tokens; give at least two")
+        raise SparsepassError(f"the text {text.name} gives {len(ids)} tokens; give at least two")
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
 def _note_adapter(name: str) -> None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
-        support.say(f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them.")
+        say(f"Note: {name} is taken without the SLoRB branches in its adapter/; load that with peft to have them.")
 
 
 def _task_table(found: dict[str, Any]) -> Any:
@@ -233,9 +265,3 @@ def _task_table(found: dict[str, Any]) -> Any:
             if isinstance(value, int | float) and not metric.startswith(("alias", "sample")):
                 table.add_row(name, metric, f"{value:.4f}")
     return table
-
-
-def _print_json(document: Any) -> None:
-    from sparsepass.export.report import plain_json
-
-    typer.echo(json.dumps(plain_json(document), indent=1, default=str))

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.demo_packed import PackedDemo, pack_and_measure, why_not
+from sparsepass.export.cli.output import complain
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 if TYPE_CHECKING:
@@ -172,10 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             force=given.out.is_dir() and find_report(given.out) is not None,
         )
     except SparsepassError as error:
-        support.complain(str(error))
+        complain(str(error))
         return support.UNREADABLE
     except KeyboardInterrupt:
-        support.complain("interrupted")
+        complain("interrupted")
         return support.INTERRUPTED
     return support.HELD if result.held else support.FAILED
 

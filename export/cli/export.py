@@ -14,6 +14,7 @@ from rich.markup import escape
 from sparsepass._docs import attribute_docs
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields, option
+from sparsepass.export.cli.output import complain, say
 from sparsepass.export.stages import ModelSource
 from sparsepass.export.targets import TARGETS, targets_table
 
@@ -44,10 +45,12 @@ def _export(
     ] = None,
     calibration: support.CalibrationOptions,
     evaluation: support.EvaluationOptions,
+    device: support.Device = "auto",
     force: support.Force = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not open and check what was written.")] = False,
     no_validate: support.NoValidate = False,
     allow_unchecked: support.AllowUnchecked = False,
+    as_json: support.AsJson = False,
     **options: Any,
 ) -> None:
     """Apply passes to MODEL, write it in the form of a target, open what was written, and verify it.
@@ -69,17 +72,20 @@ def _export(
         passes=None if support.no_passes(passes) else passes,
         calibration=calibration,
         evaluation=evaluation,
+        device=device,
         force=force,
         verify=not no_verify,
         validate=not no_validate,
         command=support.command_line(),
     )
-    support.show_report(result.report, out)
+    code = support.code_of(() if no_verify else (result.state,), allow_unchecked=allow_unchecked)
+    more = {"state": result.state, "failures": result.failures, "unchecked": result.unchecked}
+    support.show_report("export", result.report, out, as_json=as_json, exit_code=code, **more)
     for failure in result.failures:
-        support.complain(failure)
+        complain(failure)
     for line in result.unchecked:
-        support.say(f"[yellow]Not checked:[/] {escape(line)}")
-    support.finish_verified(() if no_verify else (result.state,), allow_unchecked=allow_unchecked)
+        say(f"[yellow]Not checked:[/] {escape(line)}")
+    support.finish(code)
 
 
 def export_command() -> Callable[..., None]:

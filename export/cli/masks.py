@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import NAME_WIDTH, print_json, show, stdout
 
 if TYPE_CHECKING:
     from sparsepass.passes.masks import MaskDifference, MaskPack
@@ -33,8 +34,6 @@ def masks_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import json
-
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.support import check_place
     from sparsepass.passes.masks import compare_masks, describe, is_mask_pack
@@ -45,33 +44,36 @@ def masks_command(
         raise SparsepassError("--about goes into a pack that is written; name the file with --out")
     if out is not None:
         check_place(out, force=force, inputs=[first], is_ours=is_mask_pack)
+    for name in (first, second):
+        if name is not None and not Path(name).exists():
+            raise SparsepassError(f"there is no {name}; give a folder that `sparsepass prune` wrote, or a mask pack")
     pack = _read(first, about)
     if second is not None:
         found = compare_masks(pack, _read(second, ""))
         if as_json:
-            print(json.dumps({"layers": [_as_json(one) for one in found], "total": _as_json(_total(found))}, indent=1))
+            print_json("masks", {"layers": [_as_json(one) for one in found], "total": _as_json(_total(found))})
         else:
             _show_differences(found)
         return
     if out is not None:
         pack.save(out)
     if as_json:
-        print(json.dumps(describe(pack), indent=1))
+        print_json("masks", describe(pack))
         return
     known = describe(pack)
     held = f"{known['num_masks']} masks of {known['model_class']}, {', '.join(known['patterns'])}"
     size = f"{known['num_weights']:,} weights, {known['bits_per_weight']:.3f} bits a weight"
-    support.say(f"{held}, {size}" + (f": {pack.about}" if pack.about else ""))
-    support.say(f"Made by {pack.recipe}" + (f". Written to {out}" if out is not None else ""))
+    console = stdout()
+    console.print(f"{held}, {size}" + (f": {pack.about}" if pack.about else ""), highlight=False, markup=False)
+    written = f". Written to {out}" if out is not None else ""
+    console.print(f"Made by {pack.recipe}{written}", highlight=False, markup=False)
 
 
 def _read(name: str, about: str) -> "MaskPack":
-    from sparsepass.graph import Program, SparsepassError
+    from sparsepass.graph import Program
     from sparsepass.passes.masks import MaskPack, pack_program
 
     path = Path(name)
-    if not path.exists():
-        raise SparsepassError(f"there is no {name}; give a folder that `sparsepass prune` wrote, or a mask pack")
     return pack_program(Program.load(path), about=about) if path.is_dir() else MaskPack.load(path)
 
 
@@ -97,9 +99,9 @@ def _show_differences(found: "list[MaskDifference]") -> None:
     from rich.table import Table
 
     table = Table(title="Masks", title_justify="left", show_edge=False)
-    table.add_column("weight", overflow="fold")
+    table.add_column("weight", overflow="fold", min_width=min(max(len(one.weight) for one in found), NAME_WIDTH))
     table.add_column("entries that differ", justify="right")
     table.add_column("kept by both", justify="right")
     for one in [*found, _total(found)]:
         table.add_row(escape(one.weight), f"{one.num_flipped / one.num_entries:.2%}", f"{one.overlap:.2%}")
-    support.stdout().print(table)
+    show(table)

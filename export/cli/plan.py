@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 import typer
 
 from sparsepass.export.cli import support
-from sparsepass.export.cli.report import AddTo, add_to
+from sparsepass.export.cli.output import print_json, show
+from sparsepass.export.cli.report import AddTo, add_to, check_report
 
 
 def plan_command(
@@ -58,11 +59,11 @@ def plan_command(
 
     Exit code: 0 it pays for at least one layer, 1 it does not pay, 2 wrong usage or unreadable input.
     """
-    import json
     import time
 
     from sparsepass.export.plan import plan
 
+    check_report(report)
     started = time.perf_counter()
     found = plan(
         model,
@@ -77,14 +78,15 @@ def plan_command(
         min_gain=min_gain,
         gguf_file=gguf_file,
     )
+    code = support.HELD if found.pays else support.FAILED
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        print_json("plan", found.to_dict(), exit_code=code)
     else:
         from sparsepass.export.plan import page
 
-        support.stdout().print(page(found, every_layer=show_all), highlight=False)
+        show(page(found, every_layer=show_all))
     add_to(report, "plan", {"plan": found.to_dict()}, started)
-    support.finish(found.pays)
+    support.finish(code)
 
 
 def _projection(word: str) -> 'Literal["fixed", "trainable"]':

@@ -1,6 +1,7 @@
 """The command `report`, and the option by which other commands add what they found to a report."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, show
 
+_LOG = logging.getLogger(__name__)
 AddTo = Annotated[
     Path | None,
     typer.Option(
@@ -42,6 +45,7 @@ def report_command(
         bool,
         typer.Option("--schema", callback=_print_schema, is_eager=True, help="Print the JSON schema of report.json instead."),
     ] = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Show a report in the terminal, and render its pages anew from report.json alone: report.html and report.md.
 
@@ -49,16 +53,27 @@ def report_command(
     """
     from sparsepass.export.cli.show import answers_text, summary
     from sparsepass.export.report import PAGES, read_report, write_pages
-    from sparsepass.graph.support import check_writable, checksums_follow
+    from sparsepass.graph.support import checksums_follow
 
-    document = read_report(place)
     folder = out or (place if place.is_dir() else place.parent)
-    check_writable(folder)
+    check_report(folder)
+    document = read_report(place)
     folder.mkdir(parents=True, exist_ok=True)
     with checksums_follow(folder, PAGES):
         write_pages(folder, document)
-    support.stdout().print(answers_text(document))
-    support.stdout().print(summary(document, str(folder)))
+    if as_json:
+        print_json("report", {"out": str(folder), "report": document})
+        return
+    show(answers_text(document))
+    show(summary(document, str(folder)))
+
+
+def check_report(folder: Path | None) -> None:
+    """Make sure that a report can be written into the folder that ``--report`` names, if it names one, before any work."""
+    from sparsepass.graph.support import check_writable
+
+    if folder is not None:
+        check_writable(folder)
 
 
 def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started: float) -> None:
@@ -67,4 +82,4 @@ def add_to(folder: Path | None, stage: str, sections: Mapping[str, Any], started
 
     if folder is not None:
         add_to_report(folder, sections, stage=stage, command=support.command_line(), seconds=time.perf_counter() - started)
-        support.say(f"Added to {folder / HTML_FILE}")
+        _LOG.info("added to %s", folder / HTML_FILE)

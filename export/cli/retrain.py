@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import complain, print_json, print_text, say, show, stdout
 
 if TYPE_CHECKING:
     from sparsepass.export.stages import Outcome, RetrainSection
@@ -86,8 +87,10 @@ def retrain_command(
     ] = None,
     cache_only: Annotated[bool, typer.Option("--cache-only", help="Write the teacher's logits, and do not train.")] = False,
     evaluation: support.EvaluationOptions,
+    device: support.TrainingDevice = "auto",
     force: support.Force = False,
     trust_remote_code: support.TrustRemoteCode = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Train PROGRAM against its dense teacher, with masks that move (AST), and save it with its report and curves.
 
@@ -97,12 +100,16 @@ def retrain_command(
     Exit code: 0 done, 2 wrong usage or unreadable input, 130 stopped by a signal; the run was saved.
     """
     from sparsepass.export.stages import default_run_folder, retrain_program, write_cache
+    from sparsepass.retrain.run import is_first_process
 
     section = _section(config, assignments or (), teacher=teacher, data=data or (), teacher_cache=teacher_cache)
     if cache_only:
         place = run_folder or default_run_folder(out)
-        count = write_cache(program, section, place, trust_remote_code=trust_remote_code)
-        support.stdout().print(f"{section.teacher_cache} holds the teacher's logits for the {count} sequences of the run.")
+        count = write_cache(program, section, place, trust_remote_code=trust_remote_code, device=device)
+        if as_json:
+            print_json("retrain", {"teacher_cache": section.teacher_cache, "num_sequences": count})
+        else:
+            stdout().print(f"{section.teacher_cache} holds the teacher's logits for the {count} sequences of the run.")
         return
     document = until_stopped(
         lambda: retrain_program(
@@ -116,9 +123,11 @@ def retrain_command(
             force=force,
             trust_remote_code=trust_remote_code,
             command=support.command_line(),
+            device=device,
         )
     )
-    show(document, out)
+    if is_first_process():
+        support.show_report("retrain", document, out, as_json=as_json)
 
 
 def run_command(
@@ -141,8 +150,10 @@ def run_command(
     example: Annotated[bool, typer.Option("--example", help="Print a recipe with comments, to start from.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that come along.")] = False,
     print_recipe: Annotated[bool, typer.Option("--print", help="Print the recipe's file, to start from.")] = False,
+    device: support.TrainingDevice = "auto",
     allow_unchecked: support.AllowUnchecked = False,
     trust_remote_code: support.TrustRemoteCode = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Take a model through a recipe: prune, retrain, eval and export, each in a folder of its own, verified at the end.
 
@@ -154,19 +165,24 @@ def run_command(
     """
     from sparsepass.export.stages import example_text, read_recipe_text, recipe_names
 
-    if example or list_recipes:
-        typer.echo(example_text() if example else "\n".join(map(_title, recipe_names())), nl=not example)
+    if list_recipes:
+        titles = dict(map(_title, recipe_names()))
+        _print(as_json, {"recipes": titles}, "\n".join(f"{name}: {title}" for name, title in titles.items()))
+        return
+    if example:
+        _print(as_json, {"recipe": example_text()}, example_text().removesuffix("\n"))
         return
     if recipe is None:
         raise typer.BadParameter("name a recipe, or see --example and --list", param_hint="RECIPE")
     if print_recipe:
-        typer.echo(read_recipe_text(recipe), nl=False)
+        _print(as_json, {"recipe": read_recipe_text(recipe)}, read_recipe_text(recipe).removesuffix("\n"))
         return
     from sparsepass.export.stages import Outcome, planned, read_recipe, run_recipe
 
     checked = read_recipe(recipe, assignments or (), model=model, out=out)
     if dry_run:
-        support.stdout().print("\n".join(planned(checked)), markup=False, highlight=False)
+        lines = planned(checked, trust_remote_code=trust_remote_code, device=device)
+        _print(as_json, {"planned": lines}, "\n".join(lines))
         return
     found: list[Outcome] = until_stopped(
         lambda: run_recipe(
@@ -174,17 +190,29 @@ def run_command(
             force=force,
             trust_remote_code=trust_remote_code,
             command=support.command_line(),
+            device=device,
         )
     )
     if not found:
         return
-    _show_outcomes(found)
+    code = support.code_of((outcome.state for outcome in found), allow_unchecked=allow_unchecked)
+    if as_json:
+        print_json("run", {"stages": [vars(outcome) | {"folder": str(outcome.folder)} for outcome in found]}, exit_code=code)
+    else:
+        _show_outcomes(found)
     for outcome in found:
         if outcome.state == "did_not_hold":
-            support.complain(f"{outcome.name}: verification did not hold; {outcome.folder / 'report.html'} says what differs")
+            complain(f"{outcome.name}: verification did not hold; {outcome.folder / 'report.html'} says what differs")
         if outcome.state == "not_checked":
-            support.say(f"{outcome.name}: not everything could be checked; {outcome.folder / 'report.html'} says what")
-    support.finish_verified((outcome.state for outcome in found), allow_unchecked=allow_unchecked)
+            say(f"{outcome.name}: not everything could be checked; {outcome.folder / 'report.html'} says what")
+    support.finish(code)
+
+
+def _print(as_json: bool, document: dict[str, Any], text: str) -> None:
+    if as_json:
+        print_json("run", document)
+    else:
+        print_text(text)
 
 
 def until_stopped(train: Callable[[], Result]) -> Result:
@@ -194,20 +222,11 @@ def until_stopped(train: Callable[[], Result]) -> Result:
     try:
         return train()
     except TrainingStoppedError as stopped:
-        support.complain(str(stopped))
+        complain(str(stopped))
         raise typer.Exit(support.INTERRUPTED) from None
 
 
-def show(document: dict[str, Any], out: Path) -> None:
-    """Print a report in one screen, in the first process."""
-    from sparsepass.export.cli.show import summary
-    from sparsepass.retrain.run import is_first_process
-
-    if is_first_process():
-        support.stdout().print(summary(document, str(out)))
-
-
-def _title(name: str) -> str:
+def _title(name: str) -> tuple[str, str]:
     """A recipe's name, and the first sentence of its comment."""
     from sparsepass.export.stages import read_recipe_text
 
@@ -216,7 +235,7 @@ def _title(name: str) -> str:
         if not line.startswith("# "):
             break
         comment.append(line.removeprefix("# "))
-    return f"{name}: {' '.join(comment).split(': ')[0].split('. ')[0]}"
+    return name, " ".join(comment).split(": ")[0].split(". ")[0]
 
 
 def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
@@ -233,8 +252,8 @@ def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
         done = f"{outcome.seconds:.0f} s" if outcome.ran else "done before"
         table.add_row(outcome.name, done, said.get(outcome.state or "", ""), str(outcome.folder))
     if (last := find_report(outcomes[-1].folder)) is not None:
-        support.stdout().print(sections(last, "retraining", "accuracy"))
-    support.stdout().print(table)
+        show(sections(last, "retraining", "accuracy"))
+    show(table)
 
 
 def _section(

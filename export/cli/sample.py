@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, print_text
 
 
 def sample_command(
@@ -33,10 +34,9 @@ def sample_command(
     temperature: Annotated[float, typer.Option("--temperature", help="1 samples what the model was trained to say.")] = 1.0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 32,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
-    device: Annotated[
-        str | None, typer.Option("--device", help="Such as cuda; by default the GPU, where there is one.", show_default=False)
-    ] = None,
+    device: support.Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that stands at --out, and begin anew.")] = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Let a model write text itself, for `retrain` to distil from: where there is no text, or none broad enough.
 
@@ -44,17 +44,19 @@ def sample_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import torch
-
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.support import find_device
     from sparsepass.retrain.teacher import SampleConfig, check_file, sample_to_file
 
     check_file(out, force=force, inputs=[model.source])
     config = SampleConfig(
         num_tokens=tokens, length=length, start=start, batch_size=batch_size, temperature=temperature, seed=seed
     )
-    loaded = model.load(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = model.load(find_device(device))
     if loaded.tokenizer is None:
         raise SparsepassError(f"{model.source} has no tokenizer, and what it samples is written as text; give one that has")
     sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)
-    print(f"wrote {out}: train on it with --data {out}")
+    if as_json:
+        print_json("sample", {"out": str(out), "num_tokens": tokens})
+    else:
+        print_text(f"wrote {out}: train on it with --data {out}")

@@ -6,6 +6,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
+from sparsepass.export.cli.output import NAME_WIDTH, print_json, show, stdout
 from sparsepass.export.stages import Calibration
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def sensitivity_command(
     loss_sequences: Annotated[
         int, typer.Option("--loss-sequences", min=1, help="The first so many of them are what the divergence is measured on.")
     ] = 4,
+    device: support.Device = "auto",
     top: Annotated[int, typer.Option("--top", min=1, help="Rows of the table that are shown.")] = 20,
     as_json: support.AsJson = False,
 ) -> None:
@@ -52,11 +54,12 @@ def sensitivity_command(
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """
-    import json
-
-    from sparsepass.export.stages import auto_ignore
+    from sparsepass.export.stages import auto_ignore, sensitivity_pass
+    from sparsepass.graph.support import find_device
 
     calibration.check()
+    sensitivity_pass(budget, pattern=pattern, criterion=criterion, ignore=ignore or ())
+    place = find_device(device)
     loaded = model.load()
     keywords = calibration.keywords()
     del keywords["batch_size"]
@@ -70,10 +73,11 @@ def sensitivity_command(
         ignore=ignore or (),
         tokenizer=loaded.tokenizer,
         loss_sequences=loss_sequences,
+        device=place,
         **keywords,
     )
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        print_json("sensitivity", found.to_dict())
         return
     _show(found, top)
 
@@ -83,16 +87,17 @@ def _show(found: "Sensitivity", top: int) -> None:
     from rich.table import Table
 
     what = "KL, nats a token" if found.loss == "kl" else "squared relative error"
-    table = Table(title=f"Sensitivity, one {found.unit} at a time", title_justify="left", show_edge=False)
-    table.add_column(found.unit, overflow="fold")
-    for heading in (what, "saved MB", "loss for each MB"):
+    title = f"Sensitivity, one {found.unit} at a time: loss is {what}"
+    table = Table(title=title, title_justify="left", show_edge=False)
+    table.add_column(found.unit, overflow="fold", min_width=min(max(len(row.name) for row in found.rows[:top]), NAME_WIDTH))
+    for heading in ("loss", "saved MB", "loss for each MB"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for row in found.rows[:top]:
         mark = "leave dense" if row.is_kept_dense else ""
         table.add_row(escape(row.name), f"{row.loss:.4g}", f"{row.saved_bytes / 1e6:.2f}", f"{row.loss_per_mb:.4g}", mark)
-    console = support.stdout()
-    console.print(table)
+    show(table)
+    console = stdout()
     if len(found.rows) > top:
         console.print(f"and {len(found.rows) - top} more; --top or --json shows them")
     dense = sum(row.is_kept_dense for row in found.rows)

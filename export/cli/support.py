@@ -5,12 +5,12 @@ Nothing heavy is imported here or in the command modules at import time, so that
 
 import errno
 import functools
+import inspect
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
+from sparsepass.export.cli.output import complain, print_json, say, show, talking
 from sparsepass.export.stages import Calibration, Evaluation, ModelSource
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ EvaluationOptions = Annotated[
             "text_column": "--eval-text-column",
         },
         left_out=("batch_size",),
-        help={"text": "Text file (.txt, .jsonl, .parquet) or 'python-docs': measure perplexity on it before and after."},
+        help={"text": "Measure perplexity on it before and after. As --calibration; may be repeated, for several files."},
+        repeated=("text",),
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
@@ -85,7 +87,14 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run. Off unless you ask for it."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="Where to compute, such as cuda, cuda:1 or cpu; auto is the GPU, where there is one."),
+]
+TrainingDevice = Annotated[
+    str, typer.Option("--device", help="Where to compute: cuda or cpu; auto is the GPU, where there is one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text and tables.")]
 
 
 def numbers(option: str, given: list[str] | None) -> tuple[int, ...]:
@@ -112,54 +121,18 @@ def no_passes(text: str) -> bool:
     return text.strip().lower() in ("", "none")
 
 
-def stdout() -> Any:
-    """Console for results."""
-    from rich.console import Console
-
-    return Console(soft_wrap=not sys.stdout.isatty())
-
-
-def say(text: str) -> None:
-    """Print a line of news on standard error."""
-    from rich.console import Console
-
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+def finish(exit_code: int) -> None:
+    """End a command with an exit code."""
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
-@contextmanager
-def news(is_shown: bool) -> Iterator[None]:
-    """Say on standard error which step begins, in the first of several processes, as long as the block runs."""
-    from sparsepass.export.stages import listen
-
-    def show(text: str) -> None:
-        from sparsepass.retrain.run import is_first_process
-
-        if is_first_process():
-            say(f"[dim]{escape(text)}[/]")
-
-    with listen(show) if is_shown else nullcontext():
-        yield
-
-
-def complain(text: str) -> None:
-    """Print an error in red on standard error."""
-    from rich.console import Console
-
-    Console(stderr=True).print(f"[bold red]Error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
-
-
-def finish(held: bool) -> None:
-    """End a command with exit code 0 or 1."""
-    if not held:
-        raise typer.Exit(FAILED)
-
-
-def finish_verified(states: "Iterable[State | None]", *, allow_unchecked: bool) -> None:
-    """End a command by what verification came to, None where there was none: exit code 0, 1 or 3."""
+def code_of(states: "Iterable[State | None]", *, allow_unchecked: bool) -> int:
+    """The exit code of what verification came to, None where there was none: 0, 1 or 3."""
     found = set(states)
-    finish("did_not_hold" not in found)
-    if "not_checked" in found and not allow_unchecked:
-        raise typer.Exit(UNCHECKED)
+    if "did_not_hold" in found:
+        return FAILED
+    return UNCHECKED if "not_checked" in found and not allow_unchecked else HELD
 
 
 _ADVICE = {
@@ -170,18 +143,36 @@ _ADVICE = {
 }
 
 
+_TALK: Final = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+    for name, option in (
+        ("quiet", typer.Option("--quiet", "-q", help="Print results and errors only: no news, no progress.")),
+        (
+            "verbose",
+            typer.Option("--verbose", "-v", help="Print what is logged at level DEBUG, too, and warnings of libraries."),
+        ),
+    )
+]
+"""Options that every command has."""
+
+
 def clean(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function: settings become options, and what a user can cause one message and an exit code.
 
     What is a defect keeps its traceback.
     """
     run = with_settings(command)
+    own = inspect.signature(run)
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *_TALK])  # type: ignore[attr-defined]
     flags = flags_of(run)
 
     @functools.wraps(run)
     def guarded(**given: Any) -> None:
+        quiet, verbose = given.pop("quiet"), given.pop("verbose")
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet and --verbose were both given; choose one")
         try:
-            with _quiet(), news(sys.stderr.isatty()):
+            with _quiet(verbose), talking("quiet" if quiet else "verbose" if verbose else "normal"):
                 run(**given)
         except KeyboardInterrupt:
             complain("interrupted; an output folder that stood there before is as it was")
@@ -219,12 +210,15 @@ def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 class _quiet:  # noqa: N801  # used as a context manager only
-    """Keep other libraries' warnings and bars off the screen, unless Python was asked to show warnings."""
+    """Keep other libraries' warnings and bars off the screen, unless they are asked for."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
 
     def __enter__(self) -> None:
         self._catch = warnings.catch_warnings()
         self._catch.__enter__()
-        if not sys.warnoptions and "PYTEST_CURRENT_TEST" not in os.environ:
+        if not self._verbose and not sys.warnoptions and "PYTEST_CURRENT_TEST" not in os.environ:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", _OF_CHECKSUMS)
             warnings.showwarning = _say_warning
@@ -233,8 +227,13 @@ class _quiet:  # noqa: N801  # used as a context manager only
         self._catch.__exit__(*error)  # type: ignore[arg-type]
 
 
-def show_report(document: Any, out: Path) -> None:
-    """Print what a report says, in short."""
+def show_report(
+    command: str, document: Mapping[str, Any], out: Path, *, as_json: bool, exit_code: int = 0, **more: Any
+) -> None:
+    """Print what a report says, in short; as JSON all of it, beside where it was written."""
     from sparsepass.export.cli.show import summary
 
-    stdout().print(summary(document, str(out)))
+    if as_json:
+        print_json(command, {"out": str(out), **more, "report": document}, exit_code=exit_code)
+    else:
+        show(summary(document, str(out)))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, stdout
 
 
 def unpack_command(
@@ -15,6 +16,7 @@ def unpack_command(
     ],
     out: support.Out,
     force: support.Force = False,
+    as_json: support.AsJson = False,
 ) -> None:
     """Write the plain Hugging Face folder of a packed one: weights with their zeros, for programs that know no packed layers.
 
@@ -23,8 +25,11 @@ def unpack_command(
     from sparsepass.export.targets.packed import unpack_folder
 
     done = unpack_folder(folder, out, force=force)
+    if as_json:
+        print_json("unpack", vars(done) | {"folder": str(done.folder)})
+        return
     branches = f", {done.num_branches} SLoRB branches in its adapter/" if done.num_branches else ""
-    support.stdout().print(
+    stdout().print(
         f"{done.folder}: {done.num_layers} layers unpacked, {done.weights_bytes / 1e6:.1f} MB of {done.dtype}{branches}",
         highlight=False,
     )

@@ -1,7 +1,6 @@
 """The command `verify`: does a file, a folder or a saved program hold the N:M pattern?"""
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsepass.export.cli import support
-from sparsepass.export.cli.report import AddTo, add_to
+from sparsepass.export.cli.output import complain, print_json, say, show, stdout
+from sparsepass.export.cli.report import AddTo, add_to, check_report
 
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport
@@ -66,6 +66,7 @@ def verify_command(
     from sparsepass.export.stages import folder_contradictions
     from sparsepass.graph.support import write_checksums
 
+    check_report(report)
     started = time.perf_counter()
     if path.is_file() and path.suffix == ".safetensors" and _is_sound_pack(path):
         return
@@ -75,31 +76,30 @@ def verify_command(
     contradictions = folder_contradictions(path)
     conforms = all(each.conforms for each in reports) and not contradictions
     is_renewed = renew and conforms
+    code = support.HELD if conforms and (is_renewed or not changes) else support.FAILED
     if is_renewed:
         write_checksums(path)
     if as_json:
-        from sparsepass.export.report import plain_json
-
-        document = {"conforms": conforms, "reports": [r.to_dict() for r in reports]}
+        document: dict[str, Any] = {"conforms": conforms, "reports": [each.to_dict() for each in reports]}
         document["files"] = {"changed": {change.file: change.kind for change in changes}, "renewed": is_renewed}
         document["contradictions"] = list(contradictions)
         if record is not None:
             document["torch_semi_structured"] = record.to_dict()
-        typer.echo(json.dumps(plain_json(document), indent=1, default=str))
+        print_json("verify", document, exit_code=code)
     else:
         for each in reports:
             _show(each, show_all=show_all)
         if record is not None:
-            support.stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
+            stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
         for line in contradictions:
-            support.complain(f"{path}: {line}")
+            complain(f"{path}: {line}")
         _show_changes(path, changes, is_renewed=is_renewed)
     unused = set.intersection(*({*each.unused} for each in reports))
     for name in sorted(unused):
-        support.say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
+        say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
     conforms = conforms and (is_renewed or not changes)
     add_to(report, "verify", {"pattern": {"conforms": conforms, "reports": [each.to_dict() for each in reports]}}, started)
-    support.finish(conforms)
+    support.finish(code)
 
 
 def _is_sound_pack(path: Path) -> bool:
@@ -114,7 +114,7 @@ def _is_sound_pack(path: Path) -> bool:
         return False
     known = describe(MaskPack.load(path))
     held = f"{known['num_masks']} masks, {', '.join(known['patterns'])}"
-    support.stdout().print(f"{path}: a mask pack as it was written, of {held}", highlight=False, markup=False)
+    stdout().print(f"{path}: a mask pack as it was written, of {held}", highlight=False, markup=False)
     return True
 
 
@@ -132,7 +132,7 @@ def _changes(path: Path, *, renew: bool) -> "tuple[FileChange, ...]":
 def _show_changes(path: Path, changes: "tuple[FileChange, ...]", *, is_renewed: bool) -> None:
     from sparsepass.graph.support import CHECKSUMS_FILE
 
-    out = support.stdout()
+    out = stdout()
     for change in changes:
         out.print(f"  {path}: {change}", highlight=False, markup=False)
     if is_renewed:
@@ -149,9 +149,9 @@ def _record(path: Path) -> "Record | None":
 
 
 def _show(report: "PatternReport", *, show_all: bool) -> None:
-    out = support.stdout()
+    out = stdout()
     if show_all:
-        out.print(report.table(all_entries=True))
+        show(report.table(all_entries=True))
     else:
         out.print(report.summary(), highlight=False, markup=False)
     if report.stated:
@@ -176,7 +176,7 @@ def _show_stated(report: "PatternReport") -> None:
     for entry in report.entries:
         if entry.reason.startswith(_ON_PURPOSE) and entry.label not in dense.setdefault(entry.reason, []):
             dense[entry.reason].append(entry.label)
-    out = support.stdout()
+    out = stdout()
     out.print(f"  has to be sparse: {len(required)} weights", highlight=False)
     for reason, names in dense.items():
         shown = ", ".join(names[:_NUM_SHOWN]) + (f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else "")

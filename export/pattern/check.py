@@ -30,7 +30,7 @@ from sparsepass.export.pattern.checkpoints import safetensors_candidates, safete
 from sparsepass.export.pattern.onnx import onnx_candidates, onnx_files, read_onnx
 from sparsepass.export.pattern.report import PatternEntry, PatternReport, Verdict
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, item_progress, shows_progress
 from sparsepass.passes.maths import NMPattern
 
 # Looking for a merged adapter takes up to a second. So only the first weight of each kind of layer is looked at, and its
@@ -117,8 +117,16 @@ def check_pattern(
         for candidate, plan in zip(candidates, plans, strict=True)
         if plan.finding is None
     }
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        findings = dict(zip(work, pool.map(_judge, *zip(*work.values(), strict=True)), strict=True)) if work else {}
+    findings: dict[Any, _Finding] = {}
+    with (
+        ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool,
+        item_progress(shows_progress(None), "weights checked", len(work)) as advance,
+    ):
+        for (key, (candidate, _)), finding in zip(
+            work.items(), pool.map(lambda asked: _judge(*asked), work.values()), strict=True
+        ):
+            findings[key] = finding
+            advance(candidate.names[0] if candidate.names else "")
 
     judged = [
         (candidate, plan, plan.finding or findings[candidate.key, candidate.axis, plan.pattern])

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         CriteriaSettings as CriteriaSettings,
         Job as Job,
         criteria_page as criteria_page,
+        criteria_rows as criteria_rows,
         criteria_table as criteria_table,
         is_criteria_file as is_criteria_file,
         jobs_of as jobs_of,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         read_samples as read_samples,
         refuse_option as refuse_option,
     )
-    from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
+    from sparsepass.export.stages.harness import check_tasks as check_tasks, lm_eval_tasks as lm_eval_tasks
     from sparsepass.export.stages.integrity import (
         Side as Side,
         companion_differences as companion_differences,
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
         write_cache as write_cache,
     )
     from sparsepass.export.stages.run import Outcome as Outcome, planned as planned, run_recipe as run_recipe
-    from sparsepass.export.stages.sensitivity import Sensitivity as Sensitivity, auto_ignore as auto_ignore
+    from sparsepass.export.stages.sensitivity import (
+        Sensitivity as Sensitivity,
+        auto_ignore as auto_ignore,
+        sensitivity_pass as sensitivity_pass,
+    )
     from sparsepass.export.stages.settings import (
         BenchSettings as BenchSettings,
         Calibration as Calibration,

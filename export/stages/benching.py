@@ -24,7 +24,7 @@ from sparsepass.graph.load import LoadedModel
 from sparsepass.graph.native import TORCH, processor
 from sparsepass.graph.packed import DenseLinear, PackedLinear, gpu_refusal
 from sparsepass.graph.packed_folder import linear_layers
-from sparsepass.graph.support import give_back_freed_memory, item_progress, shows_progress
+from sparsepass.graph.support import find_device, give_back_freed_memory, item_progress, shows_progress
 
 _LOG = logging.getLogger(__name__)
 _MEMORY: Final = "sparsepass.export.stages.bench_memory"
@@ -64,6 +64,9 @@ def bench(
     chosen = settings or BenchSettings()
     given = [source] if against is None else [source, against]
     named = [each if isinstance(each, ModelSource) else ModelSource(source=str(each)) for each in given]
+    find_device(chosen.device)
+    for each in named:
+        each.check()
     with _threads(chosen.threads):
         loaded = [_load(each, chosen.device) for each in named]
         points = measure_speed([each.model for each in loaded], settings=chosen, progress=progress)

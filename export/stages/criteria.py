@@ -24,7 +24,7 @@ import torch
 from sparsepass.export.report import markdown_table
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.support import nearest, write_text
+from sparsepass.graph.support import find_device, nearest, write_text
 from sparsepass.passes import apply_passes
 from sparsepass.passes.criteria import criteria_table as criteria_table_of_passes
 from sparsepass.passes.data import PYTHON_DOCS
@@ -50,14 +50,16 @@ class CriteriaSettings:
         model: The model.
         calibration: What is pruned on.
         evaluation: What perplexity is measured on.
+        device: Where all is computed; see `find_device`.
     """
 
     model: ModelSource
     calibration: Calibration
     evaluation: Evaluation
+    device: str = "cpu"
 
     @classmethod
-    def of(cls, plain: dict[str, dict[str, Any]]) -> "CriteriaSettings":
+    def of(cls, plain: dict[str, Any]) -> "CriteriaSettings":
         """The settings that `dataclasses.asdict` made plain values of."""
         data = plain["calibration"]["data"]
         several = {"data": tuple(data)} if isinstance(data, list) else {}  # as JSON gives them
@@ -65,6 +67,7 @@ class CriteriaSettings:
             model=ModelSource(**plain["model"]),
             calibration=Calibration(**plain["calibration"] | several),
             evaluation=Evaluation(**plain["evaluation"]),
+            device=plain["device"],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,9 +78,11 @@ class CriteriaSettings:
         # Where none is named, rows are those of the time before there were any to name.
         columns = {"text_column": self.calibration.text_column, "eval_text_column": self.evaluation.text_column}
         found |= {name: column for name, column in columns.items() if column is not None}
-        data = self.calibration.data
-        data = list(data) if isinstance(data, tuple) else data
-        named = {"model": self.model.source, "calibration": data, "eval_text": self.evaluation.text}
+        if (place := find_device(self.device)).type != "cpu":
+            found["device"] = place.type
+        given = {"calibration": self.calibration.data, "eval_text": self.evaluation.text}
+        named = {name: list(one) if isinstance(one, tuple) else one for name, one in given.items()}
+        named["model"] = self.model.source
         return named | {"eval_context": self.evaluation.context} | found
 
 
@@ -154,6 +159,8 @@ def criteria_table(
     """
     settings.evaluation.check()
     settings.calibration.check()
+    settings.model.check()
+    find_device(settings.device)
     common = settings.to_dict() | {"digests": _digests(settings), "schema": SCHEMA}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sparsepass-criteria-") if work is None else nullcontext(str(work)) as folder:
@@ -185,6 +192,12 @@ def criteria_table(
 
 def criteria_page(document: dict[str, Any]) -> str:
     """The table as Markdown."""
+    facts, headings, cells = criteria_rows(document)
+    return "\n".join([*facts, "", markdown_table(headings, cells), ""])
+
+
+def criteria_rows(document: dict[str, Any]) -> tuple[list[str], tuple[str, ...], list[tuple[Any, ...]]]:
+    """What a page and the terminal show: sentences on how it was measured, headings, and rows."""
     settings, rows = document["settings"], document["rows"]
     context = f" of {settings['context']} tokens" if settings["context"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
@@ -195,7 +208,6 @@ def criteria_page(document: dict[str, Any]) -> str:
         f"Machine: {document['machine']}. {versions}. {document['date']}. Each row ran in a process of its own. Error: "
         "relative error of the model's outputs on the first calibration sequences. Memory: peak of the process while the "
         "passes ran, the model included. Time: the passes alone; of this run, and no claim.",
-        "",
     ]
     cells = [
         (
@@ -211,7 +223,7 @@ def criteria_page(document: dict[str, Any]) -> str:
         for row in rows
     ]
     headings = ("passes", "perplexity", "times dense", "error", "KL", "layers", "seconds", "GiB")
-    return "\n".join([*head, markdown_table(headings, cells), ""])
+    return head, headings, cells
 
 
 def is_criteria_file(path: Path) -> bool:
@@ -229,7 +241,7 @@ def _measure(settings: CriteriaSettings, job: Job, out: Path) -> None:
     request = {"settings": asdict(settings), "job": asdict(job)}
     command = [sys.executable, "-P", "-c", _CHILD, json.dumps(request), str(out)]
     quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=os.environ | quiet, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, env=os.environ | quiet, check=False)
     error = out.with_suffix(".error")
     if error.is_file():
         message = error.read_text(encoding="utf-8")
@@ -307,7 +319,7 @@ def measure_to_file(request: str, out: str) -> int:
 
 def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
     """One row: the passes applied, and the perplexity of what they made."""
-    loaded = settings.model.load()
+    loaded, device = settings.model.load(), find_device(settings.device)
     model: torch.nn.Module = loaded.model
     facts: dict[str, Any] = {"passes": "", "num_sparse": 0, "relative_error": None, "kl": None, "calibration": None}
     seconds = 0.0
@@ -315,15 +327,20 @@ def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
         pipeline = parse_pipeline(job.passes)
         started = time.perf_counter()
         model = program = apply_passes(
-            loaded.model, pipeline, tokenizer=loaded.tokenizer, inplace=True, **settings.calibration.keywords()
+            loaded.model,
+            pipeline,
+            tokenizer=loaded.tokenizer,
+            inplace=True,
+            device=device,
+            **settings.calibration.keywords(),
         )
         seconds = time.perf_counter() - started
         facts |= {"passes": program.recipe, "num_sparse": program.report().num_sparse}
         facts["calibration"] = next((dict(record.calibration) for record in program.history if record.calibration), None)
         if program.history[-1].validation is not None:
             facts |= {name: program.history[-1].validation[name] for name in ("relative_error", "kl")}
-    peak_bytes = _peak_bytes()
-    found = settings.evaluation.measure(model, loaded.tokenizer)
+    peak_bytes = _peak_bytes(device)
+    found = settings.evaluation.measure(model, loaded.tokenizer, device)
     return {
         "name": job.name,
         **facts,
@@ -337,9 +354,9 @@ def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
     }
 
 
-def _peak_bytes() -> int:
-    """The most memory this process has held so far: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: of the GPU where that computes, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -39,7 +39,7 @@ from sparsepass.export.targets import (
 )
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel
-from sparsepass.graph.support import check_free, one_at_a_time, replaced_folder
+from sparsepass.graph.support import check_free, find_device, one_at_a_time, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
 
 _LOG = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def export(
     verify: bool = True,
     validate: bool = True,
     progress: bool | None = None,
+    device: torch.device | str | None = None,
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -139,6 +140,8 @@ def export(
         verify: Whether to verify what was written.
         validate: Whether each pass is validated; see `apply_passes`.
         progress: Whether to show progress; by default where standard error is a terminal.
+        device: Where passes and perplexity are computed, see `prepare`; what is written is verified on the processor, or by the
+            target's own GPU.
         gguf_file: See `load_model`.
         revision: See `load_model`.
         trust_remote_code: See `load_model`.
@@ -176,6 +179,8 @@ def export(
             stacklevel=2,
         )
     pipeline = parse_pipeline(passes) if passes else None
+    if device is not None:
+        find_device(device)
     if isinstance(model, str | Path):
         model = ModelSource(source=str(model))
     calibration = calibration if isinstance(calibration, Calibration) else Calibration(data=calibration)
@@ -199,6 +204,7 @@ def export(
             example_inputs=example_inputs,
             validate=validate,
             progress=progress,
+            device=device,
         )
         prepared.document.update(sections or {})
         return _write(prepared, chosen, Path(out), force=force, verify=verify, command=command)

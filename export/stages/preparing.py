@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsepass.export.report import (
@@ -27,8 +28,9 @@ from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSour
 from sparsepass.graph import Program, capture
 from sparsepass.graph.load import LoadedModel, load_model, save_companions
 from sparsepass.graph.rewrite import without_branches
-from sparsepass.graph.support import replaced_folder
+from sparsepass.graph.support import find_device, replaced_folder
 from sparsepass.passes import Pass, apply_passes, parse_pipeline
+from sparsepass.passes.manager import resolved
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ def prepare(
     example_inputs: Any = None,
     validate: bool = True,
     progress: bool | None = None,
+    device: torch.device | str | None = None,
 ) -> Prepared:
     """Load a model, rewrite it, and begin the report (or go on with the one of an earlier stage).
 
@@ -79,6 +82,7 @@ def prepare(
         example_inputs: What to capture the model with.
         validate: See `apply_passes`.
         progress: See `apply_passes`.
+        device: Where passes and perplexity are computed, see `apply_passes`. The program itself stays where the model is.
 
     Returns:
         The program and the report. A model in memory is left as it was.
@@ -92,6 +96,9 @@ def prepare(
     settings.check()
     if evaluation is not None:
         evaluation.check()
+    place = None if device is None else find_device(device)
+    if pipeline:
+        resolved(pipeline, has_calibration=settings.data is not None)
     # Nobody else holds a model that is loaded here, so its memory is taken over.
     inplace = isinstance(source, str | Path | ModelSource)
     loaded = load(source)
@@ -105,7 +112,7 @@ def prepare(
     if evaluation is not None and pipeline:
         _LOG.info("measuring perplexity on %s", evaluation.name)
         name = "dense" if before is None or not before.sparse else "before these passes"
-        measured.append(measurement(name, evaluation.measure(loaded.model, loaded.tokenizer)))
+        measured.append(measurement(name, evaluation.measure(loaded.model, loaded.tokenizer, place)))
     if pipeline:
         _LOG.info("applying %s", ", ".join(item.name for item in pipeline))
         program = apply_passes(
@@ -116,6 +123,7 @@ def prepare(
             inplace=inplace,
             validate=validate,
             progress=progress,
+            device=place,
             **settings.keywords(),
         )
     else:
@@ -132,9 +140,9 @@ def prepare(
         _LOG.info("measuring perplexity again")
         if any(state.branch is not None for state in program.sparse.values()):
             with without_branches(program):
-                found = evaluation.measure(program, loaded.tokenizer)
+                found = evaluation.measure(program, loaded.tokenizer, place)
             measured.append(measurement(f"{patterns(program)}, SLoRB switched off", found))
-        measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
+        measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer, place)))
         document["accuracy"] = plain_json(AccuracySection(text=evaluation.name, measurements=measured))
     inputs = inputs_of(source, loaded.folder, settings, evaluation, pipeline)
     return Prepared(program=program, loaded=loaded, document=document, started=started, inputs=inputs)

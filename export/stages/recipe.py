@@ -16,9 +16,10 @@ from sparsepass.export.stages.yaml_settings import override, parse_settings, rea
 from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, check_writable
 from sparsepass.passes import parse_pipeline
 from sparsepass.passes.data import PYTHON_DOCS, locate
+from sparsepass.passes.manager import resolved
 from sparsepass.retrain.config import RetrainConfig, read_settings
 from sparsepass.retrain.data import DataConfig
 from sparsepass.retrain.teacher import SampleConfig
@@ -284,7 +285,8 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     if recipe.prune is not None:
         try:
-            parse_pipeline(recipe.prune.passes)
+            pipeline = parse_pipeline(recipe.prune.passes)
+            resolved(pipeline, has_calibration=recipe.prune.calibration.data is not None)
         except SparsepassError as error:
             raise SparsepassError(f"{where}: prune.passes: {error}") from error
         recipe.prune.calibration.check(f"{where}: prune.calibration")
@@ -320,6 +322,25 @@ def check_retrain(section: RetrainSection, where: str) -> None:
         for one in named if isinstance(named, tuple) else (named,):
             if isinstance(one, str) and one != PYTHON_DOCS:
                 locate(one, what=f"{where}.data.{what}", forms=_TEXT_FORMS)
+
+
+def check_named(section: RetrainSection, trust_remote_code: bool, from_checkpoint: str | Path | None = None) -> None:
+    """Make sure that what a training names is there, or can be written, before anything is loaded.
+
+    Raises:
+        SparsepassError: If the teacher or checkpoint is missing, or the folder for the teacher's logits cannot be written.
+    """
+    if section.teacher is not None and not is_cached(section):
+        ModelSource(source=section.teacher, trust_remote_code=trust_remote_code).check()
+    if section.teacher_cache is not None:
+        check_writable(section.teacher_cache)
+    if from_checkpoint is not None and not Path(from_checkpoint).is_dir():
+        raise SparsepassError(f"checkpoint {from_checkpoint} does not exist; name a run folder, or a checkpoint in one")
+
+
+def is_cached(section: RetrainSection) -> bool:
+    """Whether logits of the teacher were written before, so that it may be gone."""
+    return section.teacher_cache is not None and Path(section.teacher_cache).is_dir()
 
 
 def _check_exports(recipe: Recipe, where: str) -> None:

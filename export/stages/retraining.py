@@ -4,14 +4,12 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import torch
 from torch import nn
 
 from sparsepass.export.report import (
@@ -28,20 +26,29 @@ from sparsepass.export.report import (
     write_report,
 )
 from sparsepass.export.stages.preparing import stage_name
-from sparsepass.export.stages.recipe import RetrainSection, check_retrain
+from sparsepass.export.stages.recipe import RetrainSection, check_named, check_retrain, is_cached
 from sparsepass.export.stages.settings import Evaluation, ModelSource, inputs_of
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, save_companions
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import check_apart, check_free, check_writable, path_named, replaced_folder, write_text
+from sparsepass.graph.support import AUTO, check_apart, check_free, check_writable, path_named, replaced_folder, write_text
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.masks import check_method
 from sparsepass.retrain.restart import program_of_checkpoint
-from sparsepass.retrain.run import CHECKPOINTS, METRICS, Checkpoints, is_first_process, leave_processes, read_metrics
+from sparsepass.retrain.run import (
+    CHECKPOINTS,
+    METRICS,
+    Checkpoints,
+    is_first_process,
+    leave_processes,
+    local_device,
+    read_metrics,
+    trains_on_processor,
+)
 from sparsepass.retrain.teacher import Teacher, offline_teacher, sample_to_file
 
 ORIGIN_FILE: Final = "origin.json"
@@ -67,6 +74,7 @@ def retrain_program(
     trust_remote_code: bool = False,
     command: str | None = None,
     progress: bool = True,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Retrain a saved program and write it with tokenizer, recipe and report.
 
@@ -86,6 +94,7 @@ def retrain_program(
         trust_remote_code: See `load_model`.
         command: The command line, for the report.
         progress: Whether to show a progress line.
+        device: Where to train and to measure; see `trains_on_processor`.
 
     Returns:
         The report, as written.
@@ -100,6 +109,8 @@ def retrain_program(
     if evaluation is not None:
         evaluation.check()
     check_retrain(section, "retrain")
+    trains_on_processor(device)
+    check_named(section, trust_remote_code, from_checkpoint)
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
     check_writable(place, inputs=inputs_of(source, section.teacher))
     _check_cache(section, source)
@@ -121,16 +132,18 @@ def retrain_program(
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
     if source_of_teacher is not None:
         check_apart(out, [source_of_teacher.source])
-        if not _is_cached(section):
+        if not is_cached(section):
             source_of_teacher.check()
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
     if is_first_process():
-        _check_origin(place, Path(source), teacher_name, section, resume)
-    section = _with_sampled_text(section, place, document, trust_remote_code=trust_remote_code, progress=progress)
+        _check_origin(place, Path(source), teacher_name, section, resume, device)
+    section = _with_sampled_text(
+        section, place, document, trust_remote_code=trust_remote_code, progress=progress, device=device
+    )
     _LOG.info("opening the data")
     data = _data(section, loaded, program)
-    teacher = _teacher(section, source_of_teacher, data)
+    teacher = _teacher(section, source_of_teacher, data, device)
     _LOG.info("training")
     trained, document = retrain_and_report(
         program,
@@ -142,6 +155,7 @@ def retrain_program(
         run_folder=place,
         resume=resume,
         progress=progress,
+        device=device,
     )
     del teacher
     leave_processes()
@@ -158,6 +172,7 @@ def retrain_program(
             evaluation,
             loaded.tokenizer,
             known=document.get("accuracy"),
+            device=device,
         )
     _LOG.info("writing %s", out)
     with replaced_folder(out, force=force, inputs=inputs) as staging:
@@ -179,6 +194,7 @@ def retrain_and_report(
     run_folder: str | Path | None = None,
     resume: Literal["auto", "never"] = "auto",
     progress: bool = True,
+    device: str | None = None,
 ) -> tuple[Program, dict[str, Any]]:
     """Retrain a program in place, and add the run to a report.
 
@@ -192,6 +208,7 @@ def retrain_and_report(
         run_folder: See `retrain`; without one the report has no curve of the loss.
         resume: See `retrain`.
         progress: See `retrain`.
+        device: See `retrain`.
 
     Returns:
         The retrained program, and the report with the run in its section ``retraining``. What it said of written files
@@ -200,7 +217,8 @@ def retrain_and_report(
     Raises:
         SparsepassError: See `retrain`.
     """
-    trained = retrain(program, teacher, data, config, run_folder=run_folder, resume=resume, inplace=True, progress=progress)
+    how: dict[str, Any] = {"run_folder": run_folder, "resume": resume, "progress": progress, "device": device}
+    trained = retrain(program, teacher, data, config, inplace=True, **how)
     found = {name: part for name, part in document.items() if name not in OF_FILES}
     record = dict(trained.retraining[-1])
     if teacher_name is not None:
@@ -216,6 +234,7 @@ def write_cache(
     run_folder: str | Path,
     *,
     trust_remote_code: bool = False,
+    device: str | None = None,
 ) -> int:
     """Write the offline teacher's logits, or what is missing of them, and do not train.
 
@@ -224,6 +243,7 @@ def write_cache(
         section: See `retrain_program`.
         run_folder: Of the training that follows; what the teacher samples for it lies there.
         trust_remote_code: See `load_model`.
+        device: See `retrain`.
 
     Returns:
         Sequences that the run takes, all of which are there now.
@@ -233,14 +253,17 @@ def write_cache(
     """
     if section.teacher_cache is None:
         raise SparsepassError("no folder is named for the teacher's logits; give teacher_cache=FOLDER")
+    trains_on_processor(device)
+    check_named(section, trust_remote_code)
+    check_writable(run_folder)
     loaded = ModelSource(source=str(source), dtype="float32").load()
     program = _program(loaded, source)
     document = find_report(source) or new_report()
     found = _source_of_teacher(section, document, trust_remote_code)
     _check_cache(section, source, found)
-    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code)
+    section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code, device=device)
     data = _data(section, loaded, program)
-    _teacher(section, found, data)
+    _teacher(section, found, data, device)
     return section.train.num_steps(section.data.context) * section.train.batch_size
 
 
@@ -270,6 +293,7 @@ def accuracy(
     tokenizer: Any,
     *,
     known: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> AccuracySection:
     """Measure the perplexity of several models, for the report's section ``accuracy``.
 
@@ -278,12 +302,13 @@ def accuracy(
             in any case.
         evaluation: Text and windows.
         tokenizer: Of all of them.
+        device: Where to measure: see `perplexity`; by default the GPU, where there is one.
         known: The section of an earlier stage: what it holds of the same text and windows is not measured again.
     """
 
     def measure(name: str, model: Measured) -> MeasurementEntry:
         _LOG.info("measuring perplexity: %s", name)
-        return measurement(name, evaluation.measure(_on_device(model), tokenizer))
+        return measurement(name, evaluation.measure(_measured(model), tokenizer, device or AUTO))
 
     *earlier, last = entries
     newest = measure(*last)
@@ -295,12 +320,9 @@ def accuracy(
     return AccuracySection(text=evaluation.name, measurements=[*missing, *there, newest])
 
 
-def _on_device(model: Measured) -> nn.Module:
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if isinstance(model, Program):
-        return model.to(device)
+def _measured(model: Measured) -> nn.Module:
     # What is retrained is float32, and figures compare at one precision.
-    return dataclasses.replace(model, dtype="float32").load(device).model
+    return model if isinstance(model, Program) else dataclasses.replace(model, dtype="float32").load().model
 
 
 def _check_cache(section: RetrainSection, *inputs: str | Path | ModelSource | None) -> None:
@@ -333,7 +355,7 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
         return ModelSource(source=section.teacher, **how)
     model = ReportDocument.parse(document).model
     is_file = model is not None and model.kind in ("folder", "gguf")
-    if model is not None and is_file and not _is_cached(section) and path_named(model.source) is None:
+    if model is not None and is_file and not is_cached(section) and path_named(model.source) is None:
         raise SparsepassError(
             f"the report beside the program says that it was made from {model.source}, and nothing is there (from "
             f"{Path.cwd()}); name the dense model with teacher=..."
@@ -346,11 +368,6 @@ def _dense_source(section: RetrainSection, document: Mapping[str, Any], trust_re
     )
 
 
-def _is_cached(section: RetrainSection) -> bool:
-    """Whether logits of the teacher were written before, so that it may be gone."""
-    return section.teacher_cache is not None and Path(section.teacher_cache).is_dir()
-
-
 def _with_sampled_text(
     section: RetrainSection,
     run_folder: Path,
@@ -358,6 +375,7 @@ def _with_sampled_text(
     *,
     trust_remote_code: bool,
     progress: bool = True,
+    device: str | None = None,
 ) -> RetrainSection:
     """The section with what the dense model was asked to write as ``data.beside``; the first process writes it, if need be."""
     if section.sample is None:
@@ -370,7 +388,7 @@ def _with_sampled_text(
         loaded = dense.load()
         if loaded.tokenizer is None:
             raise SparsepassError(f"{dense.source} has no tokenizer, and sampled text is written as text too; leave sample out")
-        model = loaded.model.to(_local_device())
+        model = loaded.model.to(local_device(device))
         run_folder.mkdir(parents=True, exist_ok=True)
         sample_to_file(model, loaded.tokenizer, path, section.sample, progress=progress)
     while not path.is_file():  # if the first process fails, the launcher ends this one
@@ -378,36 +396,35 @@ def _with_sampled_text(
     return dataclasses.replace(section, data=dataclasses.replace(section.data, beside=str(path)), sample=None)
 
 
-def _teacher(section: RetrainSection, source: ModelSource | None, data: TrainingData) -> nn.Module | Teacher | None:
+def _teacher(
+    section: RetrainSection, source: ModelSource | None, data: TrainingData, device: str | None
+) -> nn.Module | Teacher | None:
     if source is None:
         return None
 
     def model() -> nn.Module:
-        return source.load().model.to(_local_device())
+        return source.load().model.to(local_device(device))
 
     if section.teacher_cache is None:
         return model()
     about = {"teacher": source.source, "data": json.dumps(dataclasses.asdict(section.data), sort_keys=True)}
-    return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about)
-
-
-def _local_device() -> torch.device:
-    """The accelerator of this process, if there is one."""
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is None:
-        return torch.device("cpu")
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+    return offline_teacher(section.teacher_cache, model, data, section.train, k=section.teacher_k, about=about, device=device)
 
 
 def _check_origin(
-    run_folder: Path, source: Path, teacher: str | None, section: RetrainSection, resume: Literal["auto", "never"]
+    run_folder: Path,
+    source: Path,
+    teacher: str | None,
+    section: RetrainSection,
+    resume: Literal["auto", "never"],
+    device: str | None,
 ) -> None:
     """Refuse to go on from checkpoints of another program (same layers, other weights) or of other settings.
 
     The file program.json tells programs apart: it holds what each pass did and measured. Settings are compared with the
     checkpoint's again when it is read; here that costs no sampled text and no loaded teacher.
     """
-    config = section.train.resolve(_local_device())
+    config = section.train.resolve(local_device(device))
     train = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
     settings = {f"train.{name}": plain_json(value) for name, value in train.items()}
     found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher} | settings

@@ -21,7 +21,7 @@ from typing import Any, Final
 from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
 from sparsepass.export.stages.exporting import export
 from sparsepass.export.stages.preparing import prepare, stage_name, write_program
-from sparsepass.export.stages.recipe import ExportSection, Recipe
+from sparsepass.export.stages.recipe import ExportSection, Recipe, check_named
 from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
 from sparsepass.export.stages.settings import ModelSource, inputs_of
 from sparsepass.export.targets import State
@@ -30,7 +30,7 @@ from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import alone_in, check_apart, check_free, check_writable, replaced_folder, write_text
 from sparsepass.passes import parse_pipeline
 from sparsepass.retrain.config import FREE_SETTINGS
-from sparsepass.retrain.run import is_first_process
+from sparsepass.retrain.run import is_first_process, trains_on_processor
 
 STAGES_FILE: Final = "stages.json"
 """In a recipe's folder: stage -> its settings, whether it is done, and what verification came to."""
@@ -86,7 +86,12 @@ class Outcome:
 
 
 def run_recipe(
-    recipe: Recipe, *, force: bool = False, trust_remote_code: bool = False, command: str | None = None
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+    device: str | None = None,
 ) -> list[Outcome]:
     """Run a recipe's stages, or what of them is not done yet.
 
@@ -95,6 +100,7 @@ def run_recipe(
         force: Whether stages whose settings have changed, and those after them, are run anew.
         trust_remote_code: See `load_model`.
         command: The command line, for the reports.
+        device: Where stages compute; see `trains_on_processor`. It is no setting: on another one a run goes on.
 
     Returns:
         What became of each stage; empty in all processes but the first.
@@ -107,11 +113,12 @@ def run_recipe(
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> run_recipe(read_recipe("smollm2-cpu", out="out"))  # doctest: +SKIP
     """
-    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command)
+    trains_on_processor(device)
+    stages = stages_of(recipe, trust_remote_code=trust_remote_code, command=command, device=device)
     if not is_first_process():
         _take_part(recipe.out, stages)
         return []
-    _check_all(recipe)
+    _check_all(recipe, trust_remote_code)
     with alone_in(recipe.out):
         _make_ready(recipe.out, stages, force=force)
         outcomes = []
@@ -133,37 +140,48 @@ def run_recipe(
     return outcomes
 
 
-def stages_of(recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None) -> list[Stage]:
+def stages_of(
+    recipe: Recipe, *, trust_remote_code: bool = False, command: str | None = None, device: str | None = None
+) -> list[Stage]:
     """The stages of a recipe, in the order in which they run.
 
     Args:
         recipe: From `read_recipe`.
         trust_remote_code: See `load_model`.
         command: See `run_recipe`.
+        device: See `run_recipe`.
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> [stage.name for stage in stages_of(read_recipe("smollm2-cpu"))]
         ['prune', 'retrain', 'eval', 'export.onnx']
     """
-    return list(_Stages(recipe, trust_remote_code, command).all())
+    return list(_Stages(recipe, trust_remote_code, command, device).all())
 
 
-def planned(recipe: Recipe) -> list[str]:
+def planned(recipe: Recipe, *, trust_remote_code: bool = False, device: str | None = None) -> list[str]:
     """What `run_recipe` would do with each stage, one line a stage; nothing is run.
 
     Args:
         recipe: From `read_recipe`.
+        trust_remote_code: See `load_model`.
+        device: See `run_recipe`.
+
+    Raises:
+        SparsepassError: Where `run_recipe` would refuse before it begins, other than for settings that have changed.
 
     Example:
         >>> from sparsepass.export.stages.recipe import read_recipe
         >>> planned(read_recipe("smollm2-cpu", out="nowhere"))[0]  # doctest: +SKIP
         'prune: to be run, into nowhere/pruned'
     """
-    _check_all(recipe)
+    trains_on_processor(device)
+    _check_all(recipe, trust_remote_code)
     known = _read(recipe.out)
     lines, stale = [], False
     for stage in stages_of(recipe):
+        if stage.name not in known:
+            check_free(stage.folder)
         record = known.get(stage.name, {})
         found = changes(stage, record)
         stale = stale or bool(found)
@@ -177,9 +195,11 @@ def planned(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _check_all(recipe: Recipe) -> None:
+def _check_all(recipe: Recipe, trust_remote_code: bool = False) -> None:
     """Refuse what this machine cannot do for want of a model, a package or a place, before anything runs."""
-    recipe.model.check()
+    replace(recipe.model, trust_remote_code=trust_remote_code).check()
+    if recipe.retrain is not None:
+        check_named(recipe.retrain, trust_remote_code)
     for section in recipe.export:
         section.target.check_here()
     check_writable(recipe.out)
@@ -215,8 +235,8 @@ def changes(stage: Stage, known: Mapping[str, Any]) -> list[str]:
 class _Stages:
     """Makes the stages of one recipe. Final."""
 
-    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None) -> None:
-        self._recipe, self._trust, self._command = recipe, trust_remote_code, command
+    def __init__(self, recipe: Recipe, trust_remote_code: bool, command: str | None, device: str | None) -> None:
+        self._recipe, self._trust, self._command, self._device = recipe, trust_remote_code, command, device
         self._model = replace(recipe.model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         self._programs = [] if recipe.prune else [Path(recipe.model.source).expanduser()]
         self._programs += [recipe.out / "pruned"] if recipe.prune else []
@@ -258,7 +278,13 @@ class _Stages:
     def _prune(self) -> None:
         section = self._recipe.prune
         assert section is not None
-        prepared = prepare(self._model, passes=section.passes, calibration=section.calibration, validate=section.validate)
+        prepared = prepare(
+            self._model,
+            passes=section.passes,
+            calibration=section.calibration,
+            validate=section.validate,
+            device=self._device,
+        )
         write_program(prepared, self._recipe.out / "pruned", command=self._command, force=True)
 
     def _retrain(self) -> None:
@@ -271,6 +297,7 @@ class _Stages:
             force=True,
             trust_remote_code=self._trust,
             command=self._command,
+            device=self._device,
         )
 
     def _eval(self) -> None:
@@ -284,7 +311,7 @@ class _Stages:
             for folder in self._programs
         ]
         document = find_report(self._programs[-1]) or new_report()
-        document["accuracy"] = accuracy(entries, section, tokenizer)
+        document["accuracy"] = accuracy(entries, section, tokenizer, device=self._device)
         record = run_record("eval", command=self._command, seconds=time.perf_counter() - started)
         document["runs"] = [*document["runs"], record]
         with replaced_folder(self._recipe.out / "eval", force=True) as staging:

@@ -13,8 +13,9 @@ from sparsepass.export.plan import ignore_patterns, pipeline_text
 from sparsepass.graph import Program, Site, SparsepassError, capture
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.limits import default_context
+from sparsepass.graph.placement import placed
 from sparsepass.graph.program import masked_weight
-from sparsepass.graph.support import item_progress, shows_progress
+from sparsepass.graph.support import find_device, item_progress, shows_progress
 from sparsepass.passes import NMSparsify, apply_passes
 from sparsepass.passes.data import calibration_batches
 from sparsepass.passes.engine import ComputeDtype, find_blocks, site_groups
@@ -106,6 +107,7 @@ def auto_ignore(
     compute: ComputeDtype = "auto",
     example_inputs: Any = None,
     progress: bool | None = None,
+    device: torch.device | str | None = None,
 ) -> Sensitivity:
     """Choose the layers to leave dense by measured loss for each byte saved.
 
@@ -134,6 +136,7 @@ def auto_ignore(
         compute: See `apply_passes`.
         example_inputs: See `apply_passes`.
         progress: See `apply_passes`.
+        device: See `apply_passes`.
 
     Returns:
         The ranking, and the list that passes take.
@@ -148,10 +151,8 @@ def auto_ignore(
         >>> len(found.rows), len(found.ignore)
         (2, 1)
     """
-    if not 0 < budget < 1:
-        raise SparsepassError(
-            f"the budget is the share of the saving that may be given up, between 0 and 1, such as 0.05; got {budget}"
-        )
+    item = sensitivity_pass(budget, pattern=pattern, criterion=criterion, ignore=ignore)
+    place = None if device is None else find_device(device)
     dense = model if isinstance(model, Program) else capture(model, example_inputs)
     if dense.sparse:
         raise SparsepassError("the model is sparse already, so nothing can be measured by pruning it; give the dense model")
@@ -160,7 +161,6 @@ def auto_ignore(
             f"the model returns {', '.join(dense.output_names)} and no logits, so there is no divergence to measure; choose "
             "the loss layer-error"
         )
-    item = NMSparsify(pattern=pattern, criterion=criterion, ignore=tuple(ignore)).resolve(has_calibration=True)
     batches = calibration_batches(
         calibration,
         tokenizer=tokenizer,
@@ -174,7 +174,14 @@ def auto_ignore(
     )
     inputs = [batch.inputs for batch in batches.batches()]
     pruned = apply_passes(
-        dense, [item], calibration=inputs, num_sequences=num_sequences, seed=seed, compute=compute, progress=progress
+        dense,
+        [item],
+        calibration=inputs,
+        num_sequences=num_sequences,
+        seed=seed,
+        compute=compute,
+        progress=progress,
+        device=place,
     )
     able = item.choose(dense)[0]
     units = _units(dense, able, unit)
@@ -183,7 +190,7 @@ def auto_ignore(
     if loss == "kl":
         taken = inputs[:loss_sequences]
         num_tokens = sum(next(iter(batch.values())).numel() for batch in taken)
-        losses = _divergences(dense, pruned, units, taken, shown=shows_progress(progress))
+        losses = _divergences(dense, pruned, units, taken, place or dense.device, shown=shows_progress(progress))
     else:
         errors = {o.site: float(o.facts["relative_error"]) for o in pruned.history[-1].outcomes if o.facts}
         losses = {name: sum(errors[site.name] ** 2 for site in sites) for name, sites in units.items()}
@@ -210,6 +217,19 @@ def auto_ignore(
         passes=pruned.recipe,
         num_tokens=num_tokens,
     )
+
+
+def sensitivity_pass(budget: float, *, pattern: str, criterion: str | None, ignore: Sequence[str]) -> NMSparsify:
+    """The pass by which layers are pruned; needs no model, so that a mistake shows before one is loaded.
+
+    Raises:
+        SparsepassError: If the budget is no share, or the pass cannot be.
+    """
+    if not 0 < budget < 1:
+        raise SparsepassError(
+            f"the budget is the share of the saving that may be given up, between 0 and 1, such as 0.05; got {budget}"
+        )
+    return NMSparsify(pattern=pattern, criterion=criterion, ignore=tuple(ignore)).resolve(has_calibration=True)
 
 
 def saved_bytes(num_weights: int, pattern: NMPattern) -> int:
@@ -251,15 +271,16 @@ def _divergences(
     pruned: Program,
     units: Mapping[str, Sequence[Site]],
     batches: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
     *,
     shown: bool,
 ) -> dict[str, float]:
     """Mean divergence of the logits, each unit pruned alone. One batch's logits are held at a time."""
     totals = dict.fromkeys(units, 0.0)
     num_tokens = 0
-    with item_progress(shown, "sensitivity", len(units) * len(batches)) as advance:
+    with placed(dense, device), item_progress(shown, "sensitivity", len(units) * len(batches)) as advance:
         for batch in batches:
-            here = {name: tensor.to(dense.device) for name, tensor in batch.items()}
+            here = {name: tensor.to(device) for name, tensor in batch.items()}
             reference = _logits(dense, here)
             rows = reference.numel() // reference.shape[-1]
             num_tokens += rows

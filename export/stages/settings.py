@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sparsepass.graph.load import LoadedModel
     from sparsepass.graph.perplexity import Perplexity
 
+_EVALUATION_FORMS = (
+    "a text file (.txt, .jsonl, .parquet), a data set folder or hub data set name (name:config:split), or python-docs for the "
+    "text that is always there"
+)
 _LOG = logging.getLogger(__name__)
 
 
@@ -39,9 +43,11 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def check(self) -> None:
-        """Raise unless the model is there, without loading it; see `check_model`."""
-        from sparsepass.graph.load import check_model
+        """Raise unless the model is there and can be loaded as is asked, without loading it; see `check_model`."""
+        from sparsepass.graph.load import check_model, parse_dtype
 
+        if self.dtype is not None:
+            parse_dtype(self.dtype)
         check_model(self.source, gguf_file=self.gguf_file, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self, device: "torch.device | str | None" = None) -> "LoadedModel":
@@ -88,11 +94,17 @@ class Calibration:
             what: What it is called in a message.
 
         Raises:
-            SparsepassError: If it does not exist, or is of another kind.
+            SparsepassError: If it does not exist, is of another kind, is empty or lacks the column that is named, or a number
+                is too small.
         """
         from sparsepass.graph.rows import path_kind
+        from sparsepass.graph.support import SparsepassError
+        from sparsepass.graph.texts import check_text_file
         from sparsepass.passes.data import LONGEST_NAME, locate
 
+        for name in ("num_sequences", "context", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SparsepassError(f"{name} has to be at least 1, and {value} was given")
         if isinstance(self.data, tuple):
             for name in self.data:
                 replace(self, data=Path(name)).check(what)
@@ -102,8 +114,12 @@ class Calibration:
             return
         forms = "a text file (.txt, .jsonl, .parquet), a folder, the name of a hub data set, or python-docs"
         path = locate(text, what=what, forms=forms)
-        if path is not None:
-            path_kind(path, text, what=what, forms=forms)
+        kind = None if path is None else path_kind(path, text, what=what, forms=forms)
+        if path is not None and kind != "folder":
+            if not path.stat().st_size:
+                raise SparsepassError(f"{what} file {text} is empty; name one that holds text")
+            if self.text_column is not None:
+                check_text_file(path, what, column=self.text_column)
 
     def keywords(self) -> dict[str, Any]:
         """The same as keywords of `apply_passes`, with the text that a name stands for."""
@@ -120,7 +136,8 @@ class Evaluation:
     """How perplexity is measured. The fields are those of `perplexity`; ``text`` may be token ids, too.
 
     Attributes:
-        text: Text file (.txt, .jsonl, .parquet), or 'python-docs' for text that is always there.
+        text: Text file (.txt, .jsonl, .parquet), data set folder or hub data set name (name:config:split), or 'python-docs' for
+            text that is always there. A tuple of names is several, of which as many tokens each are taken.
         context: Tokens in an evaluation window.
         stride: Tokens by which the window moves on; by default all of it.
         bos: Begin each window with the BOS token; by default as the tokenizer does.
@@ -137,9 +154,15 @@ class Evaluation:
     text_column: str | None = None
     batch_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.text, list):
+            object.__setattr__(self, "text", self.text[0] if len(self.text) == 1 else tuple(self.text))
+
     @property
     def name(self) -> str:
         """What the report calls the text."""
+        if isinstance(self.text, tuple):
+            return ", ".join(replace(self, text=one).name for one in self.text)
         if _is_python_docs(self.text):
             return "Python's documentation topics (evaluation part)"
         return str(self.text) if isinstance(self.text, str | Path) else f"{self.text.numel()} token ids"
@@ -148,39 +171,71 @@ class Evaluation:
         """Raise unless the text is there and can be read, before anything expensive runs.
 
         Raises:
-            SparsepassError: If the file does not exist, is of another kind, or lacks the text column.
+            SparsepassError: If the file does not exist, is of another kind, or lacks the text column. Data sets are not looked
+                at before they are read.
         """
+        from sparsepass.graph.perplexity import check_settings
         from sparsepass.graph.support import SparsepassError
         from sparsepass.graph.texts import check_text_file
 
-        place = self.content()
-        if not isinstance(place, Path):
+        check_settings(context=self.context, stride=self.stride, batch_size=self.batch_size, max_tokens=self.max_tokens)
+        if isinstance(self.text, tuple):
+            if not self.text:
+                raise SparsepassError(f"there is no evaluation text; name {_EVALUATION_FORMS}")
+            if self.max_tokens is not None and self.max_tokens < len(self.text):
+                raise SparsepassError(
+                    f"max_tokens is {self.max_tokens}, and there are {len(self.text)} evaluation texts; one each at least"
+                )
+            for one in self.text:
+                replace(self, text=one).check()
             return
-        if not place.exists():
-            raise SparsepassError(
-                f"evaluation text {self.text} does not exist; name a text file (.txt, .jsonl, .parquet), or python-docs for "
-                "the text that is always there"
-            )
-        check_text_file(place, "evaluation text", column=self.text_column)
+        if not isinstance(self.text, str | Path) or _is_python_docs(self.text):
+            return
+        place = self._path()
+        if place is not None and not place.is_dir():
+            check_text_file(place, "evaluation text", column=self.text_column)
+
+    def _path(self) -> Path | None:
+        """Where the text lies; None for the name of a data set."""
+        from sparsepass.passes.data import locate
+
+        return locate(str(self.text), what="evaluation text", forms=_EVALUATION_FORMS)
 
     def content(self) -> Any:
-        """What `perplexity` takes: the text that is always there, the path of a file, or token ids."""
-        from sparsepass.passes.data import default_text
+        """What `perplexity` takes: the text that is always there, the path of a file, rows of a data set, or token ids."""
+        from sparsepass.graph.texts import Rows
+        from sparsepass.passes.data import default_text, load_data_set
 
+        if isinstance(self.text, tuple):
+            return tuple(replace(self, text=one).content() for one in self.text)
         if _is_python_docs(self.text):
             return default_text("evaluation")
-        return Path(self.text).expanduser() if isinstance(self.text, str | Path) else self.text
+        if not isinstance(self.text, str | Path):
+            return self.text
+        place = self._path()
+        if place is not None and not place.is_dir():
+            return place
+        name = str(self.text)
+        return Rows(name=name, rows=load_data_set(name, what="evaluation text", streaming=True))
 
-    def measure(self, model: "nn.Module", tokenizer: Any) -> "Perplexity":
+    def measure(self, model: "nn.Module", tokenizer: Any, device: "torch.device | str | None" = None) -> "Perplexity":
         """Measure a model or program.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            device: See `perplexity`.
 
         Raises:
             SparsepassError: If the text is not there, or cannot be used.
         """
         from sparsepass.graph.perplexity import perplexity
+        from sparsepass.graph.support import count_progress
 
         self.check()
-        return perplexity(model, tokenizer=tokenizer, **vars(self) | {"text": self.content()})
+        with count_progress("perplexity") as progress:
+            how = vars(self) | {"text": self.content(), "device": device, "progress": progress}
+            return perplexity(model, tokenizer=tokenizer, **how)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ _AUXILIARY = re.compile(
     r"past_key_values|present|cache_params|hidden_states|attentions|router_logits|"
     r"(encoder|decoder|cross)_(last_hidden_state|hidden_states|attentions)|loss$"
 )
+_WIDTH, _NAME_WIDTH = 80, 32
 _ROWS_SHOWN = 12
 
 
@@ -139,8 +140,8 @@ class Comparison:
 
     def __str__(self) -> str:
         title = Text(f"{self.candidate} against {self.reference}")  # as Text: names may hold what rich takes for markup
-        table = Table(title=title, title_justify="left")
-        table.add_column("", overflow="fold")
+        table = Table(title=title, title_justify="left", show_edge=False)
+        table.add_column("", overflow="fold", min_width=_NAME_WIDTH)
         for column in ("max error", "mean error", "relative error", "KL"):
             table.add_column(column, justify="right")
         for found in self.outputs.outputs.values():
@@ -151,7 +152,7 @@ class Comparison:
         for found in shown:
             table.add_row(*_row(found), style="bold" if found.name == self.first_divergence else None)
         buffer = io.StringIO()
-        Console(file=buffer, width=140, no_color=True).print(table)
+        Console(file=buffer, width=_WIDTH, no_color=True).print(table)
         return buffer.getvalue() + "\n".join(self._summary(len(shown)))
 
     def _shown_layers(self) -> list[TensorDifference]:

@@ -7,7 +7,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, how_to_install
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -26,7 +26,7 @@ def check_gguf(path: Path, name: str) -> None:
             split, or does not say of which architecture it is.
     """
     if util.find_spec("gguf") is None:
-        raise SparsepassError(f'model {name} is a GGUF file, and the package gguf is missing: pip install "sparsepass[gguf]"')
+        raise SparsepassError(f"model {name} is a GGUF file, and the package gguf is missing: {how_to_install('gguf')}")
     with path.open("rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise SparsepassError(f"{path} is not a GGUF file (it begins with {magic!r}); it is damaged, download it again")

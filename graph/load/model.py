@@ -1,5 +1,6 @@
 """Loading what a user names: a folder, a hub id, a GGUF file, a saved program, or a model in memory."""
 
+import copy
 import sys
 import warnings
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ from sparsepass.graph.support import (
     changed_files,
     check_inside,
     closest,
+    find_device,
     first_line,
     path_named,
     quiet_loading,
@@ -109,9 +111,10 @@ def load_model(
 
     Args:
         source: A Hugging Face folder, a hub id, a .gguf file, a folder with one .gguf file and no config.json, a folder
-            written by ``Program.save``, or a model in memory.
+            written by ``Program.save``, or a model in memory, which is not changed: where another dtype or device is asked
+            for, a copy is.
         dtype: Type of the weights; None for the checkpoint's own (float32 for GGUF).
-        device: Where to put the model; None for the CPU (a model in memory stays where it is).
+        device: Where to put the model, see `find_device`; None for the CPU (a model in memory stays where it is).
         task: Such as "text-generation"; None for the class in config.json.
         gguf_file: Name of the .gguf file within the folder or hub repository.
         revision: Branch, tag or commit on the hub.
@@ -136,7 +139,7 @@ def load_model(
             f"task {task!r} is not known{f'; did you mean {near!r}?' if near else ''}; known are {', '.join(TASKS)}"
         )
     wanted = None if dtype is None else parse_dtype(dtype)
-    place = None if device is None else _device(device)
+    place = None if device is None else find_device(device)
     if isinstance(source, nn.Module):
         loaded = _from_memory(source)
     else:
@@ -157,8 +160,13 @@ def load_model(
             check_read(model.state_dict(), wanted, loaded.source)
         if any(p.dtype != wanted for p in model.parameters() if p.dtype.is_floating_point):
             check_fits(model.state_dict(), wanted)
+            if isinstance(source, nn.Module):
+                model = copy.deepcopy(model)  # the given one is not changed
             model = widened(model, wanted) if isinstance(model, Program) else model.to(dtype=wanted)
     if place is not None:
+        tensors = [*model.parameters(), *model.buffers()]
+        if model is source and any(tensor.device != place for tensor in tensors):
+            model = copy.deepcopy(model)
         model = model.to(device=place)
     origin = {
         "source": _lasting(loaded.source),
@@ -428,15 +436,6 @@ def _lasting(source: str) -> str:
     """A source as it is found from any folder: the whole path of what lies here, and a hub id as it is."""
     there = path_named(source)
     return source if there is None else str(there.absolute())
-
-
-def _device(device: "torch.device | str") -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise SparsepassError(f"device {device} cannot be used here ({first_line(error)}); try device='cpu'") from error
-    return place
 
 
 def _facts(model: nn.Module) -> dict[str, object]:

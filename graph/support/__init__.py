@@ -10,6 +10,8 @@ from sparsepass.graph.support.checksums import (
     write_checksums,
 )
 from sparsepass.graph.support.contexts import (
+    count_progress,
+    counted,
     default_dtype,
     evaluating,
     item_progress,
@@ -18,6 +20,7 @@ from sparsepass.graph.support.contexts import (
     quiet_loading,
     shows_progress,
 )
+from sparsepass.graph.support.devices import AUTO, find_device, free_bytes
 from sparsepass.graph.support.errors import CaptureError, EquivalenceError, PassError, ProgramFormatError, SparsepassError
 from sparsepass.graph.support.files import (
     WEIGHTS_FILE,
@@ -33,9 +36,10 @@ from sparsepass.graph.support.machine import fast_low_precision, give_back_freed
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
 from sparsepass.graph.support.temporaries import alone_in, lock_now, remove_if_dead, waiting_for
-from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
+from sparsepass.graph.support.words import closest, first_line, how_to_install, is_open, name_matches, nearest
 
 __all__ = [
+    "AUTO",
     "CHECKSUMS_FILE",
     "WEIGHTS_FILE",
     "WEIGHTS_INDEX",
@@ -57,13 +61,18 @@ __all__ = [
     "check_writable",
     "checksums_follow",
     "closest",
+    "count_progress",
+    "counted",
     "default_dtype",
     "evaluating",
     "fast_low_precision",
     "file_inside",
     "file_sha256",
+    "find_device",
     "first_line",
+    "free_bytes",
     "give_back_freed_memory",
+    "how_to_install",
     "is_open",
     "item_progress",
     "item_to_text",

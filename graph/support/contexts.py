@@ -4,13 +4,19 @@ import contextlib
 import functools
 import logging
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from threading import RLock
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 
+from sparsepass import _progress
+
+_LINE_SECONDS: Final = 10.0
+T = TypeVar("T")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _TRACING = RLock()
@@ -37,7 +43,7 @@ def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
 @contextlib.contextmanager
 def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Show a bar on standard error while a block runs.
+    """Show a bar on standard error while a block runs, or lines of the log now and then, where the command line asks for them.
 
     Args:
         shown: Whether anything is shown at all.
@@ -52,8 +58,12 @@ def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) 
         >>> with item_progress(False, "count", 2) as advance:
         ...     advance("one")
     """
-    if not shown:
+    how = _progress.shown()
+    if not shown or how == "nothing":
         yield lambda _: None
+        return
+    if how == "lines":
+        yield _Lines(title, total, done).advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -67,14 +77,89 @@ def item_progress(shown: bool, title: str, total: int | None, *, done: int = 0) 
         yield lambda item: bar.update(task, advance=1, item=item)
 
 
+@contextlib.contextmanager
+def count_progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show progress, where it is shown, of work that tells how much is done and how much there is in all.
+
+    Args:
+        title: What is being done.
+
+    Yields:
+        What the work calls with the two numbers; None where nothing is shown.
+
+    Example:
+        >>> with count_progress("count") as progress:
+        ...     progress is None
+        True
+    """
+    if not shows_progress(None):
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        opened: list[Callable[[str], None]] = []
+        seen = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal seen
+            if not opened:
+                opened.append(stack.enter_context(item_progress(True, title, total)))
+            for _ in range(done - seen):
+                opened[0]("")
+            seen = done
+
+        yield progress
+
+
+def counted(items: Sequence[T], title: str) -> Iterator[T]:
+    """Go through items, and show progress where it is shown.
+
+    Args:
+        items: The items.
+        title: What is being done with them.
+
+    Example:
+        >>> list(counted("ab", "spell"))
+        ['a', 'b']
+    """
+    with item_progress(shows_progress(None), title, len(items)) as advance:
+        for item in items:
+            yield item
+            advance("")
+
+
 def shows_progress(progress: bool | None) -> bool:
-    """What was asked for; if nothing was, whether standard error is a terminal.
+    """What was asked for; if nothing was, whether standard error is a terminal, or the command line says so.
 
     Example:
         >>> shows_progress(True)
         True
     """
-    return sys.stderr.isatty() if progress is None else progress
+    how = _progress.shown()
+    if how == "nothing":
+        return False
+    return (how is not None or sys.stderr.isatty()) if progress is None else progress
+
+
+class _Lines:
+    """Says in the log, now and then, how far something is. Final."""
+
+    def __init__(self, title: str, total: int | None, done: int) -> None:
+        self._title, self._total, self._done, self._new = title, total, done, 0
+        self._began = self._said = time.monotonic()
+
+    def advance(self, item: str) -> None:
+        """One more item is done."""
+        self._new += 1
+        now = time.monotonic()
+        if now - self._said < _LINE_SECONDS:
+            return
+        self._said = now
+        count = self._done + self._new
+        left = "" if self._total is None else f"/{self._total}"
+        if self._total is not None:
+            seconds = (now - self._began) / self._new * (self._total - count)
+            left += f", about {timedelta(seconds=round(seconds))} left"
+        logging.getLogger(_progress.LOG).info("%s: %d%s%s", self._title, count, left, f" ({item})" if item else "")
 
 
 @contextlib.contextmanager

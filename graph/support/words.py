@@ -23,6 +23,21 @@ def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str |
     return next(iter(difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)), None)
 
 
+def how_to_install(extra: str = "") -> str:
+    """The commands that install this package: from an index, and from a checkout, where the first does not work.
+
+    Args:
+        extra: An extra of it, such as ``gguf``.
+
+    Example:
+        >>> how_to_install("gguf")
+        'pip install "sparsepass[gguf]" (in a checkout: pip install -e ".[gguf]")'
+    """
+    named = f"[{extra}]" if extra else ""
+    quote = '"' if extra else ""
+    return f"pip install {quote}sparsepass{named}{quote} (in a checkout: pip install -e {quote}.{named}{quote})"
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of an error's text that is not empty, and the next if it ends in a colon; the class's name if none is.
 

@@ -113,6 +113,7 @@ def sweep(
     *,
     gram: bool,
     compute: ComputeDtype = "auto",
+    device: torch.device | None = None,
     blocks: Sequence[Block] = (),
     rewrite_block: Callable[[Block, BlockRun], None] | None = None,
     advance: Callable[[str], None] = lambda _: None,
@@ -127,6 +128,7 @@ def sweep(
         gram: Whether the Gram matrix is needed, or norms only.
         compute: Precision of matmuls and attention; statistics are always fp32. ``auto``: bfloat16 where the processor
             computes in it, else float32.
+        device: Where to compute; by default where the program is. Elsewhere each weight moves there as long as it is needed.
         blocks: What to rewrite as a whole, from `find_blocks`; ``groups`` are then those of the blocks and of no block.
         rewrite_block: Called once for each block, after its groups.
         advance: Called with a group's first site name when it is done, and by `BlockRun.advance`.
@@ -134,8 +136,9 @@ def sweep(
     Raises:
         PassError: If activations are NaN or Inf, with the site.
     """
-    runner = Runner(program, batches, compute)
-    dense = Runner(program, batches, compute) if blocks else None
+    place = device or program.device
+    runner = Runner(program, batches, compute, place)
+    dense = Runner(program, batches, compute, place) if blocks else None
     block_of = {site.weight: block for block in blocks for site in block.sites}
     current: BlockRun | None = None
     by_name = {node.name: node for node in program.graph_module.graph.nodes}
@@ -161,7 +164,7 @@ def sweep(
             key = group.sites[0].weight
             site = group.sites[0]
             if key not in statistics:
-                statistics[key] = empty_statistics(site, gram=gram, device=program.device)
+                statistics[key] = empty_statistics(site, gram=gram, device=place)
             try:
                 for index, batch in enumerate(runner.batches):
                     add_inputs(statistics[key], site, reader, functools.partial(runner.argument, reader, index=index), batch)

@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from sparsepass.graph import PassError, Program, SparsepassError
 from sparsepass.graph.attention import ATTENTION, is_causal_mask, mask_of, told_causal
+from sparsepass.graph.placement import moved
 from sparsepass.graph.support import fast_low_precision
 from sparsepass.passes.data import CalibrationBatch
 
@@ -30,12 +32,15 @@ _MATMULS = {
 class Runner:
     """Runs a graph for many batches at once, from one place to the next, while it is being rewritten ahead of it."""
 
-    def __init__(self, program: Program, batches: Sequence[CalibrationBatch], compute: ComputeDtype) -> None:
+    def __init__(
+        self, program: Program, batches: Sequence[CalibrationBatch], compute: ComputeDtype, device: torch.device
+    ) -> None:
         self.batches = tuple(batches)
         self.parameter = program.tensor
         self._graph = program.graph_module.graph
-        self._device = program.device
-        self._low = _low_precision(compute, program)
+        self._device = device
+        self._moves = device != program.device  # each weight, when it is read
+        self._low = _low_precision(compute, program, device)
         self._constants: dict[fx.Node, Any] = {}
         self._known_constants: dict[fx.Node, bool] = {}
         self._last_mask: tuple[Tensor, bool] | None = None
@@ -192,7 +197,10 @@ class Runner:
 
     def _constant(self, node: fx.Node) -> Any:
         if node not in self._constants:
-            value = self.parameter(str(node.target)).detach() if node.op == "get_attr" else self._execute(node, {})
+            if node.op == "get_attr":
+                value = moved(self.parameter(str(node.target)).detach(), self._device)
+            else:
+                value = self._execute(node, {})
             low = self._low
             if low is not None and isinstance(value, Tensor) and value.dim() > 1 and value.is_floating_point():
                 users = list(node.users)
@@ -214,6 +222,8 @@ class Runner:
                 self._last_mask = mask, is_causal
             if is_causal:
                 args, kwargs = told_causal(args, kwargs)
+        if self._moves:  # a device that the graph names, as in arange(n, device=cpu)
+            args, kwargs = tree_map(lambda value: moved(value, self._device), (args, kwargs))
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _frees(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -244,13 +254,13 @@ class Mark:
     values: tuple[Mapping[fx.Node, Any], ...]
 
 
-def _low_precision(compute: ComputeDtype, program: Program) -> torch.dtype | None:
+def _low_precision(compute: ComputeDtype, program: Program, device: torch.device) -> torch.dtype | None:
     """The dtype to autocast to, or None to run the graph as it is."""
     own = {t.dtype for t in program.tensors().values() if t.is_floating_point()}
     if own != {torch.float32}:
         return None  # a bf16 or fp16 model runs in its own precision, a float64 one too
     if compute == "auto":
-        return fast_low_precision(program.device)
+        return fast_low_precision(device)
     if compute not in ("bfloat16", "float16", "float32"):
         raise SparsepassError(f"compute dtype {compute!r} is not known; use auto, bfloat16, float16 or float32")
     return None if compute == "float32" else getattr(torch, compute)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.support import check_place, replaced_file
+from sparsepass.graph.support import check_place, counted, replaced_file
 from sparsepass.passes.maths import NMPattern
 
 FORMAT: Final = "sparsepass-masks"
@@ -238,7 +238,7 @@ def pack_program(program: Program, *, about: str = "") -> MaskPack:
         raise SparsepassError("the program has no masks; apply nm_sparsify first")
     by_weight = {site.weight: site for site in program.sites()}
     masks = {}
-    for name, state in program.sparse.items():
+    for name, state in counted(list(program.sparse.items()), "masks"):
         if state.mask is None:
             raise SparsepassError(f"the mask of {name} is folded into its weight; pack the program before the pass fold")
         site, pattern = by_weight[name], NMPattern.parse(state.pattern)

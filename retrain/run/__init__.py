@@ -9,11 +9,13 @@ from sparsepass.retrain.run.processes import (
     checkpoint_activations,
     is_first_process,
     leave_processes,
+    local_device,
     make_accelerator,
     replicate,
     shard,
     together,
     total,
+    trains_on_processor,
     whole,
 )
 from sparsepass.retrain.run.progress import ProgressLine, memory_bytes
@@ -31,6 +33,7 @@ __all__ = [
     "leave_processes",
     "local",
     "local_box",
+    "local_device",
     "make_accelerator",
     "memory_bytes",
     "read_metrics",
@@ -40,5 +43,6 @@ __all__ = [
     "together",
     "total",
     "tracking",
+    "trains_on_processor",
     "whole",
 ]

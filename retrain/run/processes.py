@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import AUTO, SparsepassError, find_device
 
 T = TypeVar("T")
 
@@ -122,14 +122,57 @@ def any_process(claim: bool, device: torch.device | str = "cpu") -> bool:
     return bool(flag.item())
 
 
-def make_accelerator(trackers: tuple[str, ...], folder: str | None) -> Accelerator:
+def trains_on_processor(device: str | None) -> bool:
+    """Whether a training computes on the processor, by the name of its device.
+
+    Args:
+        device: ``cpu``, the kind of GPU (``cuda``), or ``auto`` (or None) for the GPU where there is one. Which GPU each
+            process takes is for the launcher and CUDA_VISIBLE_DEVICES to say.
+
+    Raises:
+        SparsepassError: If there is no such device, or it is one of several by its number.
+
+    Example:
+        >>> trains_on_processor("cpu")
+        True
+    """
+    if device in (None, AUTO):
+        return not torch.accelerator.is_available()
+    place = find_device(str(device))
+    if place.type == "cpu":
+        return True
+    if torch.device(str(device)).index:
+        raise SparsepassError(
+            f"a training takes the first GPU that it sees (each process its own), and device is {device}; give {place.type}, "
+            "and choose the GPU with CUDA_VISIBLE_DEVICES"
+        )
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or kind.type != place.type:
+        raise SparsepassError(f"a training computes on {kind.type if kind else 'cpu'} here, and device is {device}; use auto")
+    return False
+
+
+def local_device(device: str | None) -> torch.device:
+    """The accelerator of this process, if there is one and it is asked for; see `trains_on_processor`."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if trains_on_processor(device) or kind is None:
+        return torch.device("cpu")
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def make_accelerator(trackers: tuple[str, ...], folder: str | None, device: str | None = None) -> Accelerator:
     """Make an Accelerator for the processes that `accelerate launch` or torchrun started, or for this one alone.
+
+    Args:
+        trackers: Where metrics go besides.
+        folder: The run folder.
+        device: See `trains_on_processor`.
 
     Raises:
         SparsepassError: If accelerate was configured to shard by itself.
     """
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else it overlooks that several processes were started
+        cpu=trains_on_processor(device),  # else it overlooks that several processes were started
         log_with=list(trackers) or None,
         project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

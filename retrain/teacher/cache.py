@@ -34,6 +34,7 @@ def offline_teacher(
     k: int = 64,
     about: Mapping[str, str] | None = None,
     progress: bool | None = None,
+    device: str | None = None,
 ) -> CachedTeacher:
     """Return a teacher that reads its logits from a folder, and write them first where they are missing.
 
@@ -48,6 +49,7 @@ def offline_teacher(
         k: Logits kept for each token.
         about: What must be the same for a cache to be used again, such as the names of model and data.
         progress: See `write_teacher_cache`.
+        device: See `retrain`.
 
     Raises:
         SparsepassError: If the cache is of something else, or is incomplete and several processes run, or the loss asks for
@@ -57,7 +59,7 @@ def offline_teacher(
         raise SparsepassError("hidden_weight needs a teacher in memory: a cache holds its logits only")
     needed = config.num_steps(data.train.shape.context) * config.batch_size
     if not _is_there(Path(folder), needed, config.temperature, k, about):
-        accelerator = make_accelerator((), None)
+        accelerator = make_accelerator((), None, device)
         if accelerator.num_processes > 1:
             raise SparsepassError(
                 f"{folder} does not hold the teacher's logits for the {needed} sequences of this run, and one process has to "

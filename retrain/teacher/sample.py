@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import Inputs, SparsepassError, check_place, item_progress, lock_now, replaced_file
+from sparsepass.graph.support import (
+    Inputs,
+    SparsepassError,
+    check_place,
+    item_progress,
+    lock_now,
+    replaced_file,
+    shows_progress,
+)
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
@@ -156,7 +164,7 @@ def sample_to_file(
         done = _rows_done(beside, facts, force=force)
         with (
             beside.open("a" if done else "w", encoding="utf-8") as file,
-            item_progress(progress, "sampling", count, done=done) as advance,
+            item_progress(shows_progress(progress), "sampling", count, done=done) as advance,
         ):
             if not done:
                 file.write(json.dumps(facts) + "\n")

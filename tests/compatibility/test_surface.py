@@ -76,6 +76,19 @@ NEW_DEFAULTS = {
     ("sparsepass export", "--calibration", "multiple"): (False, True),
     ("sparsepass prune", "--calibration", "multiple"): (False, True),
     ("sparsepass sensitivity", "--calibration", "multiple"): (False, True),
+    # So may the texts of an evaluation.
+    ("sparse-export", "--eval-text", "multiple"): (False, True),
+    ("sparsepass compare", "--text", "multiple"): (False, True),
+    ("sparsepass criteria", "--eval-text", "multiple"): (False, True),
+    ("sparsepass eval", "--text", "multiple"): (False, True),
+    ("sparsepass export", "--eval-text", "multiple"): (False, True),
+    ("sparsepass prune", "--eval-text", "multiple"): (False, True),
+    ("sparsepass retrain", "--eval-text", "multiple"): (False, True),
+    # It prints, as that of every other command; with the name of a .json file behind it, it writes that, as before.
+    ("sparsepass criteria", "--json", "is_flag"): (False, True),
+    ("sparsepass criteria", "--json", "default"): ("None", "False"),
+    # It is said as a word now: auto takes the GPU, where there is one.
+    ("sparsepass sample", "--device", "default"): ("None", "'auto'"),
     # It depends on the device now, and is what it was on every device of before.
     ("sparsepass plan", "--runtime", "default"): ("'tensorrt-llm'", "None"),
 }

@@ -35,7 +35,7 @@ def card(
         "## Loading",
         "",
         "```",
-        "pip install sparsepass",
+        "pip install sparsepass   # in a checkout of it: pip install -e .",
         "```",
         "",
         "```python",

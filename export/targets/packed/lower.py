@@ -27,7 +27,7 @@ from sparsepass.graph.model import skeleton
 from sparsepass.graph.packed import FLOATS, Int8Embedding, PackedWeight, pack, unpack
 from sparsepass.graph.packed_folder import INTEGERS, PackedSettings
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import SparsepassError, package_version, quiet_loading
+from sparsepass.graph.support import SparsepassError, counted, package_version, quiet_loading
 from sparsepass.passes.maths import canonical_zeros, relative_error
 
 if TYPE_CHECKING:
@@ -262,7 +262,8 @@ def _tensors(
     state: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     shared: dict[str, Tensor] = {}
-    for name in model.state_dict():
+    names = list(model.state_dict())
+    for name in counted(names, "packing"):
         layer = packed.get(name)
         if layer is not None:
             state |= _packed_tensors(program, layer, settings, errors)

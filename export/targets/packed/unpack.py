@@ -20,7 +20,7 @@ from sparsepass.export.targets.packed.stored import PARTS, StoredFolder, stored_
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.packed import check, unpack
 from sparsepass.graph.packed_folder import find_layer, linear_layers, stored_names
-from sparsepass.graph.support import WEIGHTS_INDEX, SparsepassError, quiet_loading, replaced_folder, weights_entry
+from sparsepass.graph.support import WEIGHTS_INDEX, SparsepassError, counted, quiet_loading, replaced_folder, weights_entry
 from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _plain_tensors(stored: StoredFolder, file: Path, dtype: torch.dtype) -> dict
     tensors: dict[str, Tensor] = {}
     with safetensors.safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
-    for name in names:
+    for name in counted(names, f"unpacking {file.name}"):
         layer, _, part = name.rpartition(".")
         if layer in layers and part == "weight":
             packed = stored.packed(layer)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, final
 
-from sparsepass.graph.support import SparsepassError, package_version
+from sparsepass.graph.support import SparsepassError, how_to_install, package_version
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
@@ -52,8 +52,8 @@ class EngineBuilder:
 
     @property
     def install(self) -> str:
-        """The command that installs it."""
-        return f'pip install "sparsepass[{self.extra}]"'
+        """The commands that install it."""
+        return how_to_install(self.extra)
 
 
 RUNTIMES: Final[Mapping[str, EngineBuilder]] = {

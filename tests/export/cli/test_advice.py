@@ -77,6 +77,11 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
     (tmp_path / "rows.csv").write_text("a,b\n")
     (tmp_path / "file").write_text("")
     out, text = tmp_path / "o", str(tmp_path / "rows.csv")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "r.jsonl").write_text('{"body": "words"}\n')
+    train = ["retrain", model, "-o", out, "--data", "python-docs", "--set", "train.max_tokens=9"]
+    data, measured = ["--calibration", "python-docs"], ["--eval-text", "python-docs"]
     export = ["export", model, "-o", out, "-t"]
     for arguments, said in (
         ([*export, "onnx", "--dtype", "float64"], "float64 is not supported by the onnx target"),
@@ -88,15 +93,80 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
         (["prune", model, "-o", out, "--calibration", tmp_path / "no.txt"], "no.txt does not exist"),
         (["prune", model, "-o", out, "--eval-text", text], "suffix '.csv'"),
         (["prune", model, "-o", tmp_path / "file/o"], "is no folder"),
+        (["prune", model, "-o", out, "--passes", "nm_sparsify{criterion=wanda}"], "needs calibration data"),
+        (["prune", model, "-o", out, "--passes", 'nm_sparsify{masks="no.safetensors"}'], "no.safetensors"),
+        (["prune", model, "-o", out, "--calibration", tmp_path / "empty.txt"], "empty.txt is empty"),
+        (["prune", model, "-o", out, *data, "--context", 0], "context has to be at least 1"),
+        (["prune", model, "-o", out, "--calibration", tmp_path / "r.jsonl", "--text-column", "no"], "no text column 'no'"),
+        (["prune", model, "-o", out, *measured, "--eval-context", 1], "at least 2 tokens"),
+        (["eval", model, "--text", "python-docs", "--stride", 0], "stride has to lie"),
+        (["eval", model, "--tasks", "no_such_task", "--include-path", tmp_path / "no"], "is not a folder"),
+        (["compare", model, tmp_path / "no"], "no does not exist"),
+        (["compare", model, model, "--inputs", tmp_path / "no.safetensors"], "no.safetensors does not exist"),
+        (["bench", model, "--against", tmp_path / "no"], "no does not exist"),
+        (["bench", model, "--report", tmp_path / "file/o"], "is no folder"),
+        (["plan", model, "--gpu", "a100", "--report", tmp_path / "file/o"], "is no folder"),
+        (["verify", model, "--report", tmp_path / "file/o"], "is no folder"),
+        (["report", model, "-o", tmp_path / "file/o"], "is no folder"),
+        (["masks", model, tmp_path / "no"], "there is no"),
+        (["criteria", model, *data, *measured, "--work", tmp_path / "file/o"], "is no folder"),
+        (["criteria", model, *data, *measured, "--dtype", "int3"], "int3"),
+        (["criteria", tmp_path / "no", *data, *measured], "no does not exist"),
+        (["sensitivity", model, *data, "--budget", 2], "the budget is the share"),
+        (["sensitivity", model, *data, "--criterion", "wnada"], "wanda"),
+        (["sensitivity", model, *data, "--pattern", "4:2"], "4:2"),
+        ([*train, "--teacher", tmp_path / "no"], "no does not exist"),
+        ([*train, "--teacher-cache", tmp_path / "file/o"], "is no folder"),
+        ([*train, "--teacher-cache", tmp_path / "file/o", "--cache-only"], "is no folder"),
+        ([*train, "--run-folder", tmp_path / "file/o"], "is no folder"),
+        ([*train, "--from-checkpoint", tmp_path / "no"], "no does not exist"),
         (["criteria", model, "--calibration", text, "--eval-text", "python-docs"], "suffix '.csv'"),
-        (["criteria", model, "--calibration", "python-docs", "--eval-text", "python-docs", "-o", tmp_path], "is a folder"),
+        (["criteria", model, *data, *measured, "-o", tmp_path / "folder"], "is a folder"),
         (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
         (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
+        *(
+            ([*words, "--device", "nothing"], "device nothing cannot be used here")
+            for words in (
+                ["prune", model, "-o", out],
+                [*export, "onnx"],
+                ["eval", model, "--text", "python-docs"],
+                ["criteria", model, *data, *measured],
+                ["sensitivity", model, *data],
+                ["sample", model, "-o", tmp_path / "s.jsonl", "--tokens", 9],
+                ["bench", model],
+                ["retrain", model, "-o", out, "--data", "python-docs", "--set", "train.max_tokens=9"],
+            )
+        ),
         (["retrain", model, "-o", out, "--data", tmp_path / "no.txt", "--set", "train.max_tokens=9"], "no.txt does not exist"),
     ):
         refused = run(*arguments)
         assert refused.exit_code == 2, arguments
         assert said in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("prune: {passes: 'nm_sparsify{criterion=wanda}'}", "needs calibration data"),
+        ("prune: {}\nretrain: {teacher: PLACE/no, train: {max_steps: 1}, data: {source: python-docs}}", "no does not exist"),
+        (
+            "prune: {}\nretrain: {teacher_cache: PLACE/r.yaml/x, train: {max_steps: 1}, data: {source: python-docs}}",
+            "no folder",
+        ),
+        ("prune: {}\neval: {text: PLACE/no.txt}", "no.txt does not exist"),
+        ("prune: {}\nexport: {target: tensorrt, runtime: torch-tensorrt}", "torch-tensorrt is not installed"),
+    ],
+)
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_a_recipe_that_cannot_be_run_is_refused_before_its_first_stage(
+    words: list[str], section: str, said: str, tmp_path: Path
+) -> None:
+    model, recipe = save_tiny_llama(tmp_path / "m"), tmp_path / "r.yaml"
+    recipe.write_text(f"model: {model}\nout: {tmp_path}/out\n{section.replace('PLACE', str(tmp_path))}\n")
+    refused = run("run", recipe, *words)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["--dry-run"], []])

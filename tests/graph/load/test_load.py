@@ -15,6 +15,7 @@ from tests.graph.load.packages import package_folder
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from sparsepass.graph import capture
 from sparsepass.graph.load import LoadedModel, load_model, parse_dtype
 from sparsepass.graph.support.errors import SparsepassError
 
@@ -498,3 +499,20 @@ def test_parse_dtype(name: Any, expected: torch.dtype) -> None:
 def test_parse_dtype_refuses(name: Any) -> None:
     with pytest.raises(SparsepassError, match="is not understood"):
         parse_dtype(name)
+
+
+def test_a_model_in_memory_is_not_changed_by_what_is_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    loaded = load_model(model, dtype="bf16")
+    assert loaded.model is not model
+    assert loaded.model[0].weight.dtype == torch.bfloat16  # type: ignore[index]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is before[name][0]
+        assert tensor.dtype == before[name][1].dtype
+        assert torch.equal(tensor, before[name][1])
+    program = capture(model.bfloat16(), torch.ones(2, 4, dtype=torch.bfloat16))
+    assert load_model(program, dtype="float32").model is not program
+    assert program.device.type == "cpu"
+    assert next(program.parameters()).dtype == torch.bfloat16
+    assert load_model(model, dtype="bf16").model is model, "where nothing is to be changed, it is the one that was given"

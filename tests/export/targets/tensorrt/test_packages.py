@@ -45,10 +45,13 @@ def test_a_missing_package_is_named_with_its_extra(name: str, monkeypatch: pytes
 
 def test_nothing_installed_suggests_what_works_here(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, *RUNTIMES)
-    with pytest.raises(SparsepassError, match=r'pip install "sparsepass\[tensorrt-rtx\]"\nOn this machine \(no GPU\)'):
+    with pytest.raises(
+        SparsepassError, match=r'pip install "sparsepass\[tensorrt-rtx\]" \(in a checkout: .*\)\nOn this machine \(no GPU\)'
+    ):
         choose(None, ())
     with pytest.raises(
-        SparsepassError, match=r'pip install "sparsepass\[tensorrt\]"\nOn this machine \(GeForce RTX 4090, SM89\)'
+        SparsepassError,
+        match=r'pip install "sparsepass\[tensorrt\]" \(in a checkout: .*\)\nOn this machine \(GeForce RTX 4090, SM89\)',
     ):
         choose(None, ADA)
 
