@@ -1,12 +1,9 @@
 """Programs without weights: captured on the meta device, filled from safetensors later."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +17,11 @@ from sparsepass.graph.support import (
     WEIGHTS_INDEX,
     CaptureError,
     SparsepassError,
+    check_tensors,
     default_dtype,
     first_line,
+    open_tensors,
+    weight_map,
     weights_index,
 )
 
@@ -166,12 +166,8 @@ def _check_contents(source: str | Path | Mapping[str, Tensor]) -> set[str]:
         return set(source)
     held: set[str] = set()
     for file in _files(Path(source)):
-        try:
-            check_plain(file.parent, [file.name], name)
-            with safetensors.safe_open(file, framework="pt") as handle:
-                held |= set(handle.keys())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise SparsepassError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+        check_plain(file.parent, [file.name], name)
+        held |= set(check_tensors(file))
     return held
 
 
@@ -187,28 +183,18 @@ def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) 
     if isinstance(source, Mapping):
         yield from ((name, source[name]) for name in names if name in source)
         return
-    with ExitStack() as stack:
-        for file in _files(Path(source)):
-            try:
-                handle = stack.enter_context(safetensors.safe_open(file, framework="pt"))
-                for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
-                    if name in names:
-                        yield name, handle.get_tensor(name)
-            except (safetensors.SafetensorError, OSError) as error:
-                raise SparsepassError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+    for file in _files(Path(source)):
+        with open_tensors(file) as handle:
+            for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
+                if name in names:
+                    yield name, handle.get_tensor(name)
 
 
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if weights_index(source) is not None:
-        try:
-            names = set(json.loads((source / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            return [source / name for name in sorted(names)]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SparsepassError(
-                f"{source / WEIGHTS_INDEX} is truncated or damaged ({error!r}); copy or download it again"
-            ) from error
+    if (index := weights_index(source)) is not None:
+        return [source / name for name in sorted(set(weight_map(index).values()))]
     if (source / WEIGHTS_FILE).is_file():
         return [source / WEIGHTS_FILE]
     raise SparsepassError(f"{source} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}; give a safetensors checkpoint")

@@ -16,7 +16,6 @@ reduced, is convention:
 6. `axes` overrides all of that by name.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +29,17 @@ import torch
 
 from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
-from sparsepass.graph.support import WEIGHTS_FILE, WEIGHTS_INDEX, SparsepassError, weights_index
+from sparsepass.graph.support import (
+    INFINITIES,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    SparsepassError,
+    check_tensors,
+    read_by,
+    read_object,
+    weight_map,
+    weights_index,
+)
 
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _CONV1D_MODULES = re.compile(r"(c_attn|c_proj|c_fc|q_attn)$")
@@ -87,7 +96,7 @@ def safetensors_files(folder: Path) -> list[Path]:
         indices = sorted(folder.glob("*.safetensors.index*.json"))
     if not indices:
         return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
-    names = sorted({name for index in indices for name in _read_index(index).values()})
+    names = sorted({name for index in indices for name in weight_map(index).values()})
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise SparsepassError(
@@ -95,18 +104,6 @@ def safetensors_files(folder: Path) -> list[Path]:
             f"{', '.join(absent)} is not there. Copy what is missing."
         )
     return [folder / name for name in names]
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """Weight -> file."""
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SparsepassError(
-            f"{index} cannot be read ({type(error).__name__}: {error}): expected JSON with a weight_map from weight to "
-            "file. Copy it again."
-        ) from error
 
 
 def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> Iterator[Candidate]:
@@ -125,7 +122,7 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
     """
     found: list[_Stored] = []
     index = paths[0].parent / WEIGHTS_INDEX
-    promised = _read_index(index) if len(paths) > 1 and index.exists() else {}
+    promised = weight_map(index) if len(paths) > 1 and index.exists() else {}
     for path in paths:
         handle = _open(path)
         held = set(handle.keys())
@@ -311,11 +308,8 @@ def _axis(name: str, shape: tuple[int, ...], families: set[str]) -> int | None:
 
 def _families(folder: Path) -> set[str]:
     """The model types that a config.json beside the weights names, those of its parts included."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    return _named_families(config) if isinstance(config, dict) else set()
+    path = folder / "config.json"
+    return _named_families(read_object(path, allowed=INFINITIES)) if path.exists() else set()
 
 
 def _named_families(config: Mapping[str, Any]) -> set[str]:
@@ -324,20 +318,14 @@ def _named_families(config: Mapping[str, Any]) -> set[str]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    check_tensors(path)
+    with read_by("safetensors", path, safetensors.SafetensorError, OSError):
         return safetensors.safe_open(path, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise SparsepassError(
-            f"{path} cannot be read as a safetensors file ({error}): expected a complete one. It may be truncated; "
-            "copy it again."
-        ) from error
 
 
 def _read(path: Path, handle: Any, name: str) -> torch.Tensor:
-    try:
+    with read_by("safetensors", path, safetensors.SafetensorError, OSError, RuntimeError):
         tensor: torch.Tensor = handle.get_tensor(name)
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise SparsepassError(f"weight {name!r} of {path} cannot be read ({error}): copy the file again.") from error
     return tensor
 
 

@@ -16,7 +16,7 @@ from sparsepass.export.report.pages import drawn_figures, render_html, render_ma
 from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry, ReportDocument, RunEntry, check_report
 from sparsepass.export.report.sections import MeasurementEntry
 from sparsepass.export.report.view import report_view
-from sparsepass.graph.support import SparsepassError, package_version, replaced_file
+from sparsepass.graph.support import SparsepassError, package_version, read_json, replaced_file
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
 
@@ -191,12 +191,9 @@ def plain_json(value: Any) -> Any:
 
 
 def _json_of(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote") from error
-    except (OSError, ValueError) as error:
-        raise SparsepassError(f"{path} cannot be read as JSON ({error}); write the folder again") from error
+    if not path.exists():
+        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote")
+    return read_json(path, advice="write the folder again")
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:

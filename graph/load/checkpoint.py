@@ -1,6 +1,5 @@
 """What a checkpoint holds, and what is checked of it: its configuration, weights, model class, tokenizer and processor."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,16 @@ from sparsepass.graph.load.contents import check_plain
 from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import (
+    INFINITIES,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     SparsepassError,
+    check_tensors,
     first_line,
     package_version,
     quiet_loading,
+    read_object,
+    weight_map,
     weights_index,
 )
 
@@ -47,7 +50,7 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
             raise SparsepassError(
                 f"model {name} is a PEFT adapter, not a model: load its base model{f' {base}' if base else ''}, or "
                 "merge the adapter into it first (PeftModel.from_pretrained(...).merge_and_unload(), then "
@@ -58,7 +61,7 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
             f"model {name} has no config.json (there is {there}); expected a folder written by save_pretrained, a "
             f"saved program ({PROGRAM_FILE}) or a .gguf file"
         )
-    document = read_json(path)
+    document = read_object(path, allowed=INFINITIES)
     check_not_quantized(document.get("quantization_config") or document.get("compression_config"), name)
     known: Mapping[str, object] = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")  # noqa: B009  # not declared public
     if document.get("auto_map") and not trust_remote_code and document.get("model_type") not in known:
@@ -70,21 +73,6 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        SparsepassError: If it cannot be read, or holds something else.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SparsepassError(f"{path} is not readable as JSON ({error}); copy the model again") from error
-    if not isinstance(document, dict):
-        raise SparsepassError(f"{path} holds a {type(document).__name__} where an object is expected; copy the model again")
-    return document
 
 
 def check_not_quantized(quantization: object, name: str) -> None:
@@ -135,8 +123,8 @@ def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -
     Raises:
         SparsepassError: If a file is missing or damaged, or its weights are not plain.
     """
-    if weights_index(folder) is not None:
-        shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
+    if (index := weights_index(folder)) is not None:
+        shards = sorted(set(weight_map(index).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
             raise SparsepassError(
@@ -163,13 +151,7 @@ def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -
             "use_safetensors=False).save_pretrained(new_folder)"
         )
     for shard in shards:
-        try:
-            with safetensors.safe_open(folder / shard, framework="pt") as file:
-                file.keys()
-        except (safetensors.SafetensorError, OSError) as error:
-            raise SparsepassError(
-                f"model {name}: weights file {folder / shard} is truncated or damaged ({error}); copy or download it again"
-            ) from error
+        check_tensors(folder / shard)
     if not is_packed_already:
         check_plain(folder, shards, name)
     return {shard: (folder / shard).stat().st_size for shard in shards}
@@ -330,7 +312,7 @@ def _processor_kind(folder: Path, *, has_tokenizer: bool) -> str | None:
         return "AutoProcessor"
     if not (folder / "preprocessor_config.json").is_file():
         return None
-    settings = read_json(folder / "preprocessor_config.json")
+    settings = read_object(folder / "preprocessor_config.json")
     if has_tokenizer and settings.get("processor_class"):
         return "AutoProcessor"
     return "AutoFeatureExtractor" if "sampling_rate" in settings else "AutoImageProcessor"

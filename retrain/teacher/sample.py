@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import SparsepassError, check_place, item_progress
+from sparsepass.graph.support import SparsepassError, check_place, item_progress, parse_json
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
@@ -213,7 +213,9 @@ def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
         first, rows = file.readline(), sum(1 for _ in file)
     if not first:
         return 0
-    before = json.loads(first)
+    before = parse_json(first, f"line 1 of {beside}", advice="delete that file to begin anew")
+    if not isinstance(before, dict):
+        before = {}
     differing = [name for name in facts if before.get(name) != facts[name]]
     if not differing:
         return rows
