@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.load import LOADING_ERRORS, check_all_used, check_fits, check_plain, check_plain_state
+from sparsepass.graph.load import LOADING_ERRORS, check_all_used, check_fits, check_numbers, check_plain, check_plain_state
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import (
+    INFINITIES,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     CaptureError,
@@ -21,6 +22,7 @@ from sparsepass.graph.support import (
     default_dtype,
     first_line,
     open_tensors,
+    read_object,
     weight_map,
     weights_index,
 )
@@ -77,6 +79,8 @@ def _config(source: str | Path) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
+    if (path := Path(source) / "config.json").is_file():
+        check_numbers(read_object(path, allowed=INFINITIES, error=CaptureError), path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except LOADING_ERRORS as error:

@@ -3,12 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import safetensors
-from huggingface_hub.errors import StrictDataclassError
+from typing import TYPE_CHECKING, Any
 
 from sparsepass.graph.load.contents import check_plain
+from sparsepass.graph.load.described import check_companions, check_numbers, explained
 from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import (
@@ -28,12 +26,6 @@ from sparsepass.graph.support import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
-LOADING_ERRORS: Final = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
-    safetensors.SafetensorError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises about a checkpoint or a configuration that it cannot use."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -62,6 +54,7 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
             f"saved program ({PROGRAM_FILE}) or a .gguf file"
         )
     document = read_object(path, allowed=INFINITIES)
+    check_numbers(document, path)
     check_not_quantized(document.get("quantization_config") or document.get("compression_config"), name)
     known: Mapping[str, object] = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")  # noqa: B009  # not declared public
     if document.get("auto_map") and not trust_remote_code and document.get("model_type") not in known:
@@ -176,19 +169,6 @@ def check_complete(info: Mapping[str, Any], class_name: str, name: str) -> list[
     return notes
 
 
-@contextmanager
-def explained(name: str, what: str = "") -> Iterator[None]:
-    """Turn what transformers raises about a checkpoint into our error, keeping its own words."""
-    try:
-        yield
-    except SparsepassError:
-        raise
-    except LOADING_ERRORS as error:
-        raise SparsepassError(
-            f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-
-
 # Task -> the tables of transformers that name a model class for it, and the Auto class for models with code of their
 # own.
 TASKS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -272,6 +252,7 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
 
     tokenizer = processor = None
     notes: list[str] = []
+    check_companions(folder)
     with quiet_loading(), explained(name, "its tokenizer or processor files"):
         if found := [file for file in _TOKENIZER_FILES if (folder / file).is_file()]:
             with tokenizer_explained(name, found):

@@ -32,6 +32,7 @@ INFINITIES: Final = ("Infinity", "-Infinity")
 NON_FINITE: Final = (*INFINITIES, "NaN")
 """What our own states may hold, whose files have checksums."""
 _MAX_JSON_BYTES: Final = 1 << 28
+_MAX_DIGITS: Final = 40
 _MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_AXES: Final = 64
 _MAX_LENGTH: Final = 1 << 48
@@ -117,7 +118,7 @@ def parse_json(
 
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=refused, parse_float=_float)
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=refused, parse_float=_float, parse_int=_int)
         if text.count("[") + text.count("{") > MAX_DEPTH:
             _check_depth(found)
         if _HALF.search(text) and _has_half(found):
@@ -336,6 +337,12 @@ def _float(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"the number {_short(text)} is too large")
     return value
+
+
+def _int(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
 
 
 def _has_half(document: JSON) -> bool:
