@@ -129,7 +129,7 @@ def compare_command(
         for failure in failures:
             support.complain(failure)
         if not failures:
-            support.stdout().print("[green]Equivalent on these inputs.[/]")
+            support.stdout().print("Equivalent on these inputs.", style="green", highlight=False)
     support.finish(not failures)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sparsepass._terminal import for_terminal
 from sparsepass.export.cli import support
 from sparsepass.export.cli.options import Fields
 from sparsepass.export.stages import Calibration, Evaluation
@@ -71,4 +72,4 @@ def criteria_command(
         write_text(json_file, json.dumps(found, indent=1) + "\n")
     if out is not None:
         write_text(out, "# Criteria\n\n" + criteria_page(found))
-    typer.echo(criteria_page(found))
+    typer.echo(for_terminal(criteria_page(found)))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sparsepass._docs import attribute_docs
 from sparsepass.export.cli import support
@@ -78,7 +77,7 @@ def _export(
     for failure in result.failures:
         support.complain(failure)
     for line in result.unchecked:
-        support.say(f"[yellow]Not checked:[/] {escape(line)}")
+        support.say(line, lead="Not checked: ")
     support.finish_verified(() if no_verify else (result.state,), allow_unchecked=allow_unchecked)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from sparsepass._terminal import for_terminal
 from sparsepass.export.cli import support
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def run_command(
     if recipe is None:
         raise typer.BadParameter("name a recipe, or see --example and --list", param_hint="RECIPE")
     if print_recipe:
-        typer.echo(read_recipe_text(recipe), nl=False)
+        typer.echo(for_terminal(read_recipe_text(recipe)), nl=False)
         return
     from sparsepass.export.stages import Outcome, planned, read_recipe, run_recipe
 

@@ -57,4 +57,4 @@ def sample_command(
     if loaded.tokenizer is None:
         raise SparsepassError(f"{model.source} has no tokenizer, and what it samples is written as text; give one that has")
     sample_to_file(loaded.model, loaded.tokenizer, out, config, force=force, progress=True)
-    print(f"wrote {out}: train on it with --data {out}")
+    support.stdout().print(f"wrote {out}: train on it with --data {out}", highlight=False)

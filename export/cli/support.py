@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
@@ -114,16 +113,24 @@ def no_passes(text: str) -> bool:
 
 def stdout() -> Any:
     """Console for results."""
-    from rich.console import Console
+    from sparsepass._terminal import Terminal
 
-    return Console(soft_wrap=not sys.stdout.isatty())
+    return Terminal(soft_wrap=not sys.stdout.isatty())
 
 
-def say(text: str) -> None:
-    """Print a line of news on standard error."""
-    from rich.console import Console
+def say(text: str, *, lead: str = "", style: str = "") -> None:
+    """Print a line of news on standard error.
 
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Args:
+        text: The line.
+        lead: What stands before it, in yellow.
+        style: How the line looks, as rich calls it.
+    """
+    from rich.text import Text
+
+    from sparsepass._terminal import Terminal
+
+    Terminal(stderr=True).print(Text.assemble((lead, "yellow"), (text, style)), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -135,7 +142,7 @@ def news(is_shown: bool) -> Iterator[None]:
         from sparsepass.retrain.run import is_first_process
 
         if is_first_process():
-            say(f"[dim]{escape(text)}[/]")
+            say(text, style="dim")
 
     with listen(show) if is_shown else nullcontext():
         yield
@@ -143,9 +150,11 @@ def news(is_shown: bool) -> Iterator[None]:
 
 def complain(text: str) -> None:
     """Print an error in red on standard error."""
-    from rich.console import Console
+    from rich.text import Text
 
-    Console(stderr=True).print(f"[bold red]Error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
+    from sparsepass._terminal import Terminal
+
+    Terminal(stderr=True).print(Text.assemble(("Error:", "bold red"), " ", (text, "red")), highlight=False, soft_wrap=True)
 
 
 def finish(held: bool) -> None:

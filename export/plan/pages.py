@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -102,7 +101,7 @@ def layers_table(plan: Plan, rows: Sequence[LayerRow]) -> Table:
     items = [row.first for row in rows]
     columns: _Columns = [
         ("", [str(row.count) for row in rows]),
-        (Column("layers", overflow="fold"), [escape(_shortened(row.names)) for row in rows]),
+        (Column("layers", overflow="fold"), [_shortened(row.names) for row in rows]),
         ("out x in", [_dimensions(item.matmul) for item in items]),
         (Column("plan"), ["[green]2:4[/]" if item.decision == "2:4" else "dense" for item in items]),
         ("run us" if plan.shape.kind == "encoder" else "prefill us", [_pair(item.prefill_s) for item in items]),

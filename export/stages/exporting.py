@@ -255,8 +255,8 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
             dtype=lowered.dtype,
             files=files,
             size_bytes=sum(files.values()),
-            expected_sparse=dict(lowered.expected_sparse),
-            axes=dict(lowered.axes),
+            expected_sparse={file: dict(weights) for file, weights in lowered.expected_sparse.items()},
+            axes={file: dict(axes) for file, axes in lowered.axes.items()},
             notes=list(lowered.notes),
             details=dict(lowered.details),
         )

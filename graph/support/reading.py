@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
+from sparsepass._terminal import one_line
 from sparsepass.graph.support.errors import SparsepassError
 
 MAX_DEPTH: Final = 100
@@ -277,6 +278,8 @@ def opened(path: Path, *, error: type[SparsepassError] = SparsepassError, advice
     try:
         # O_NONBLOCK: a pipe without a writer would be waited for.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as fault:
+        raise error(f"{shown(path)} is missing; {advice}") from fault
     except OSError as fault:
         raise error(f"{shown(path)} cannot be read ({fault.strerror}); {advice}") from fault
     with os.fdopen(descriptor, "rb") as file:
@@ -315,13 +318,13 @@ def read_by(
 
 
 def shown(path: "Path | str") -> str:
-    r"""A path as a message shows it. Bytes of a name that are no UTF-8 are written as escapes.
+    r"""A path as a message shows it, in one line; what a terminal cannot show is written as escapes.
 
     Example:
         >>> print(shown(Path(os.fsdecode(bytes([97, 255])))))
         a\xff
     """
-    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+    return one_line(os.fsdecode(path))
 
 
 def _object(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
