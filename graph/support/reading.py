@@ -282,9 +282,10 @@ def opened(path: Path, *, error: type[SparsepassError] = SparsepassError, advice
         raise error(f"{shown(path)} is missing; {advice}") from fault
     except OSError as fault:
         raise error(f"{shown(path)} cannot be read ({fault.strerror}); {advice}") from fault
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{shown(path)} is no regular file, and nothing else is read; {advice}")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise error(f"{shown(path)} is no regular file, and nothing else is read; {advice}")
         yield file
 
 
