@@ -9,6 +9,7 @@
 """
 
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -38,9 +39,9 @@ def read_proto(path: Path, *, error: type[SparsepassError] = SparsepassError) ->
 
     where = f"{shown(path)} cannot be read as an ONNX model"
     with opened(path, error=error, advice=_ADVICE) as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise error(f"{where} (it is larger than 2 GiB); {_ADVICE}")
+        if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+            raise error(f"{where} (it is larger than 2 GiB); {_ADVICE}")
+        content = file.read()
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
@@ -55,6 +56,12 @@ def read_proto(path: Path, *, error: type[SparsepassError] = SparsepassError) ->
 
 
 def _faults(model: "onnx.ModelProto", folder: Path) -> Iterator[str]:
+    notes = [text for entry in model.metadata_props for text in (entry.key, entry.value)]
+    domains = [entry.domain for entry in model.opset_import]
+    functions = [text for one in model.functions for text in (one.name, one.domain, *one.input, *one.output)]
+    if not _are_texts(*notes, *domains, *functions, model.producer_name, model.producer_version, model.domain):
+        yield "it holds a name that is no UTF-8"
+        return
     versions = {entry.domain: entry.version for entry in model.opset_import}
     yield from _faults_of_graph(model.graph, versions, folder, frozenset())
     for function in model.functions:
@@ -76,6 +83,9 @@ def _faults_of_graph(
         yield from _faults_of_tensor(sparse.values, folder)
         yield from _faults_of_tensor(sparse.indices, folder)
     for value in (*graph.input, *graph.output, *graph.value_info):
+        axes = [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        if not _are_texts(graph.name, value.name, *axes):
+            yield f"the value {value.name!r} has a name that is no UTF-8"
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         # Exporters write -1 for a size that they do not know.
         if any(not -1 <= size <= _MAX_ELEMENTS for size in sizes):
@@ -105,7 +115,14 @@ def _faults_of_node(node: "onnx.NodeProto", versions: dict[str, int], folder: Pa
     import onnx
 
     what = f"the node {node.name!r} of type {node.op_type!r}"
+    notes = [text for entry in node.metadata_props for text in (entry.key, entry.value)]
+    names = [attribute.name for attribute in node.attribute]
+    if not _are_texts(node.name, node.op_type, node.domain, *node.input, *node.output, *names, *notes):
+        yield f"{what} has a name that is no UTF-8"
+        return
     for attribute in node.attribute:
+        if not _are_utf8(attribute.s, *attribute.strings):
+            yield f"{what} has an attribute {attribute.name!r} that is no UTF-8"
         for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
             if not _fits_body(node, graph):
                 yield f"{what} has a body with {len(graph.input)} inputs and {len(graph.output)} outputs"
@@ -133,6 +150,18 @@ def _faults_of_node(node: "onnx.NodeProto", versions: dict[str, int], folder: Pa
             yield f"{what} lacks the attribute {name!r}"
 
 
+def _are_texts(*found: object) -> bool:
+    """Whether texts are texts: protobuf gives those that are no UTF-8 as bytes."""
+    return all(isinstance(each, str) for each in found)
+
+
+def _are_utf8(*found: bytes) -> bool:
+    try:
+        return all(each.decode() is not None for each in found)
+    except UnicodeDecodeError:
+        return False
+
+
 def _fits_body(node: "onnx.NodeProto", graph: "onnx.GraphProto") -> bool:
     """Whether a body has the inputs and outputs that go with its node's."""
     if node.op_type == "If":
@@ -146,6 +175,10 @@ def _faults_of_tensor(tensor: "onnx.TensorProto", folder: Path) -> Iterator[str]
     import onnx
 
     what = f"the tensor {tensor.name!r}"
+    beside = [text for entry in tensor.external_data for text in (entry.key, entry.value)]
+    if not _are_texts(tensor.name, *beside):
+        yield f"{what} has a name that is no UTF-8"
+        return
     shape = list(tensor.dims)
     if any(size < 0 for size in shape) or math.prod(max(1, size) for size in shape) > _MAX_ELEMENTS:
         yield f"{what} has the shape {shape}"
@@ -178,7 +211,10 @@ def _faults_of_external(tensor: "onnx.TensorProto", expected: int, what: str, fo
     file = folder / told["location"]
     size = file.stat().st_size if "\0" not in told["location"] and file.is_file() else None
     if size is not None and (length != expected or offset + length > size):
-        yield f"{what} lies at bytes {offset} to {offset + length} of {shown(file)}, which has {size}; it needs {expected}"
+        yield (
+            f"external data of weight {tensor.name!r} is cut off: {shown(file)} holds {size} bytes, and the weight needs "
+            f"{expected} from byte {offset} on, where {length} are told"
+        )
 
 
 _BITS: Final = {

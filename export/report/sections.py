@@ -5,9 +5,9 @@ apply. Fields that no model names are kept as they are.
 """
 
 import math
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, Final, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
@@ -312,11 +312,19 @@ class MeasuredEntry(Part):
     break_even: str = Field(description="from which size on sparse kernels are faster, in words")
 
 
-class StateCounts(TypedDict, total=False):
+class _StateCounts(TypedDict, total=False):
     """How often each state has each value."""
 
     total: dict[str, dict[str, int]]
     engines: dict[str, dict[str, dict[str, int]]]
+
+
+_STATE_COUNTS: Final = TypeAdapter(_StateCounts)
+
+
+def _checked_counts(value: dict[str, Any]) -> dict[str, Any]:
+    _STATE_COUNTS.validate_python(value, strict=True)
+    return value
 
 
 class SparsitySection(Part):
@@ -333,7 +341,9 @@ class SparsitySection(Part):
     gpus: list[str] = Field(description="GPUs of the machine that built them; empty if it has none")
     engines: list[EngineEntry] = Field(description="each engine; also `log`, `graph`, `profiles`, `num_layers` and `seconds`")
     layers: list[EvidenceEntry] = Field(description="each weight in each engine; also `op`, `dtype`, `axis` and `tactic`")
-    counts: StateCounts = Field(description="how often each state has each value, in `total` and engine by engine")
+    counts: Annotated[dict[str, Any], AfterValidator(_checked_counts)] = Field(
+        description="how often each state has each value, in `total` and engine by engine"
+    )
     measured: dict[str, MeasuredEntry] | None = Field(default=None, description="engine -> what was measured of it on a GPU")
 
     @property

@@ -259,6 +259,7 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     folder, trust_remote_code=trust_remote_code, local_files_only=True
                 )
+                tokenizer("a b", add_special_tokens=False)  # settings of a wrong type show when it is used
         kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
         if kind is not None:
             try:

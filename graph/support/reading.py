@@ -65,9 +65,9 @@ def read_json(
         SparsepassError: If it cannot be read, is no JSON, is nested too deep, or holds a key twice, NaN or a number too large.
     """
     with opened(path, error=error, advice=advice) as file:
-        content = file.read(_MAX_JSON_BYTES + 1)
-    if len(content) > _MAX_JSON_BYTES:
-        raise error(f"{shown(path)} cannot be read as JSON (it is larger than {_MAX_JSON_BYTES >> 20} MiB); {advice}")
+        if os.fstat(file.fileno()).st_size > _MAX_JSON_BYTES:
+            raise error(f"{shown(path)} cannot be read as JSON (it is larger than {_MAX_JSON_BYTES >> 20} MiB); {advice}")
+        content = file.read()
     return parse_json(content, shown(path), allowed=allowed, error=error, advice=advice)
 
 

@@ -85,6 +85,7 @@ def test_a_file_that_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_a_type_is_checked_strictly(tmp_path: Path) -> None:
     kind = TypeAdapter(dict[str, tuple[int, str]])
     assert check_as(kind, {"a": [1, "b"]}, "it") == {"a": (1, "b")}
+    wrong: Any
     for wrong in ({"a": ["1", "b"]}, {"a": [1]}, {"a": [True, "b"]}, {"a": None}, [], None, {"a": [1.5, "b"]}):
         (tmp_path / "x.json").write_text(json.dumps(wrong))
         with pytest.raises(SparsepassError, match=r"x\.json: "):
