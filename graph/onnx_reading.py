@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MAX_BYTES: Final = (1 << 31) - 1
 _MAX_ELEMENTS: Final = 1 << 40
-_ADVICE: Final = "it is damaged, or of another format: copy or export it again"
+_ADVICE: Final = "it may be truncated, damaged or of another format: copy or export it again"
 
 
 def read_proto(path: Path, *, error: type[SparsepassError] = SparsepassError) -> "onnx.ModelProto":
