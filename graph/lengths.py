@@ -99,7 +99,7 @@ def _text(condition: Any, hints: Mapping[str, int]) -> list[str]:
 
 
 def holds(limit: str, sizes: Sizes) -> bool:
-    """Whether sizes are within one limit. A division by zero is outside.
+    """Whether sizes are within one limit. A division by zero, or too large a number, is outside.
 
     Args:
         limit: Such as ``"input_ids[1] <= 8"``.
@@ -114,7 +114,7 @@ def holds(limit: str, sizes: Sizes) -> bool:
     """
     try:
         return bool(_parsed(limit)(sizes))
-    except ZeroDivisionError:
+    except ArithmeticError:
         return False
 
 

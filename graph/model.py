@@ -2,14 +2,23 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsepass.graph.configuration import (
+    at_most_modules,
+    class_of,
+    configuration_of,
+    generation_config_of,
+    told_as_configuration,
+)
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import CaptureError, default_dtype
+from sparsepass.graph.support import CaptureError, default_dtype, one_at_a_time
+
+# Modules without a tensor of their own: activations, dropout, lists.
+_MODULES_OF_TENSOR, _MODULES_BESIDE = 16, 1000
 
 
 class SLoRBLinear(nn.Module):
@@ -80,7 +89,20 @@ def to_model(program: Program) -> nn.Module:
     Exactness: bitwise the program's outputs without SLoRB; with it, up to the rounding of the last addition.
     """
     model = skeleton(program)
-    state = {name: masked_weight(program, name).clone() for name in dict(model.state_dict())}
+    state = {}
+    for name in model.state_dict():
+        try:
+            state[name] = masked_weight(program, name).clone()
+        except KeyError as error:
+            raise CaptureError(
+                f"by its configuration the model has a tensor {name}, and the program has none; they do not belong together"
+            ) from error
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != state[name].shape:
+            raise CaptureError(
+                f"{name} has shape {list(state[name].shape)} in the program, and by its configuration {list(tensor.shape)}; "
+                "they do not belong together"
+            )
     model.load_state_dict(state, assign=True)
     _share_ties(model, program)
     for name, _ in list(model.named_buffers()):  # rotary frequencies and other state that is never saved
@@ -98,6 +120,7 @@ def to_model(program: Program) -> nn.Module:
     return model.eval()
 
 
+@one_at_a_time
 def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
     """The model's own class with parameters on the meta device, made from the configuration alone.
 
@@ -109,52 +132,23 @@ def skeleton(program: Program, *, real_buffers: bool = False) -> nn.Module:
         CaptureError: If the class is not known to transformers.
     """
     import accelerate
-    import transformers
 
     origin, config = program.origin, configuration_of(program)
-    if origin.model_class is None or config is None:
+    kind = class_of(origin)
+    if kind is None or config is None:
         raise CaptureError(
             "this program was captured from a plain nn.Module (or from code outside transformers), so the class cannot be "
             "built again; use program.hierarchy() for modules, or call the program itself"
         )
-    kind = getattr(transformers, origin.model_class.removeprefix("transformers."))
     dtype = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     empty = accelerate.init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
-    with warnings.catch_warnings(), default_dtype(dtype), empty:
+    most = _MODULES_OF_TENSOR * (len(program.tensors()) + len(program.aliases)) + _MODULES_BESIDE
+    with warnings.catch_warnings(), default_dtype(dtype), empty, at_most_modules(most), told_as_configuration(origin):
         warnings.simplefilter("ignore")
         model: nn.Module = kind(config)
-    if origin.generation_config is not None:
-        model.generation_config = transformers.GenerationConfig.from_dict(dict(origin.generation_config))  # type: ignore[assignment]
+        if origin.generation_config is not None:
+            model.generation_config = generation_config_of(origin)
     return model
-
-
-def configuration_of(program: Program) -> Any:
-    """The configuration of a program's model, an object of transformers; None where its class is not known to transformers.
-
-    Numbers that JSON lacks (infinity) are as they were, and so are outputs that not every implementation of attention has.
-    """
-    import transformers
-
-    origin = program.origin
-    if origin.model_class is None or origin.config is None:
-        return None
-    kind = getattr(transformers, origin.model_class.removeprefix("transformers.")).config_class
-    facts = _numbers(origin.config)
-    attentions = facts.pop("output_attentions", False)
-    config = kind.from_dict(facts)
-    if attentions:
-        config._attn_implementation = "eager"  # the only implementation that a configuration allows with it
-        config.output_attentions = True
-    return config
-
-
-def _numbers(value: Any) -> Any:
-    """Copy a configuration. ``{"__float__": "Infinity"}`` of transformers is a number again, and outputs have names."""
-    if isinstance(value, Mapping):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _numbers(item) for key, item in value.items() if (key, item) != ("return_dict", False)}
-    return [_numbers(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _share_ties(model: nn.Module, program: Program) -> None:

@@ -3,7 +3,8 @@
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from sparsepass.graph import structure
 from sparsepass.graph.lengths import refused
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
+    Origin,
     PassRecord,
     Report,
     SparseState,
@@ -24,9 +26,10 @@ from sparsepass.graph.records import (
     to_json,
 )
 from sparsepass.graph.saved import (
+    EXAMPLE_PREFIX,
     FORMAT_VERSION,
     PROGRAM_FILE,
-    check_tensor_name,
+    check_as_written,
     graph_from_json,
     graph_to_json,
     read_state,
@@ -35,35 +38,14 @@ from sparsepass.graph.saved import (
 from sparsepass.graph.sites import Site, find_sites, idle_layers
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
+from sparsepass.graph.trial import Guard
 
-_EXAMPLE_PREFIX = "example_inputs/"
 FLAGS_WITHOUT_EFFECT = {
     "use_cache": False,
     "return_dict": True,
     "output_attentions": False,
     "output_hidden_states": False,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where a program comes from: what is needed to build the model's own class again.
-
-    Attributes:
-        model_class: Such as ``transformers.LlamaForCausalLM``; None for a plain nn.Module.
-        config: The model's configuration.
-        generation_config: Its generation settings, if it has any.
-        output_heads: Names of the weights of its output head.
-        signature: Parameter names of the model's forward, in order.
-        versions: Versions of the libraries that captured it.
-    """
-
-    model_class: str | None = None
-    config: Mapping[str, Any] | None = None
-    generation_config: Mapping[str, Any] | None = None
-    output_heads: tuple[str, ...] = ()
-    signature: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class Program(nn.Module):
@@ -87,6 +69,7 @@ class Program(nn.Module):
         sparse: Weight name -> what passes did to it.
         history: Every pass applied, with its configuration and evidence.
         retraining: What `retrain` did, one JSON object a run: settings, data, validations, flips.
+        guard: What a program that was read from a file may take; None for one that was made here.
     """
 
     def __init__(
@@ -115,6 +98,7 @@ class Program(nn.Module):
         self.history = history
         self.retraining = retraining
         self.training = False
+        self.guard: Guard | None = None
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -144,8 +128,22 @@ class Program(nn.Module):
         Raises:
             SparsepassError: If an argument is missing, or was not part of the capture.
         """
-        leaves = list(self.graph_module(*self.flat_inputs(*args, **kwargs).values()))
-        return structure.build(self.output_structure, leaves)
+        return structure.build(self.output_structure, self.run(self.flat_inputs(*args, **kwargs)))
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run the graph on inputs as `flat_inputs` gives them. Returns the tensors `output_names`.
+
+        Raises:
+            SparsepassError: If the program was read from a file, and fails.
+        """
+        with self.checked(inputs):
+            return list(self.graph_module(*inputs.values()))
+
+    def checked(self, inputs: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Around whatever runs the graph: nothing, unless the program was read from a file. See `Guard.checked`."""
+        if self.guard is None:
+            return nullcontext()
+        return self.guard.checked(self.graph_module.graph, self.tensors(), inputs)
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Bind arguments as the model's forward would: input name -> tensor, in the graph's order.
@@ -304,15 +302,13 @@ class Program(nn.Module):
 
         Args:
             folder: Where to write. Nothing half-written is left there, whatever happens.
-            force: Whether a folder that is not empty is replaced.
+            force: Whether a folder that is not empty is replaced, if this library wrote it.
 
         Raises:
-            SparsepassError: If the folder is not empty, the program has no weights yet, or the graph calls something that a
-                saved program may not call.
+            SparsepassError: If the folder is not free, the program has no weights yet, or it calls what none may that is saved.
         """
-        document, tensors = self._state()
         with replaced_folder(folder, force=force) as staging:
-            write_state(staging, document, tensors)
+            self.save_into(staging)
 
     def save_into(self, folder: Path) -> None:
         """Write the program's two files into a folder that the caller fills and moves into place."""
@@ -324,23 +320,29 @@ class Program(nn.Module):
 
         Args:
             folder: What `save` wrote.
-            check_patterns: Whether masks that are not N:M are refused. The pattern checker reads them, to tell where.
+            check_patterns: Whether masks that are not N:M, and edited files, are refused; the checker tells where.
 
         Raises:
-            ProgramFormatError: If the folder holds no program, a truncated one, or one of a newer format.
+            ProgramFormatError: If the folder holds no program, a truncated or edited one, or one of a newer format.
         """
         document, tensors = read_state(Path(folder))
         try:
-            return _from_state(document, tensors, check_patterns=check_patterns)
-        except ProgramFormatError:
-            raise
+            program = _from_state(document, tensors, check_patterns=check_patterns)
+            program.guard = Guard.of(program.graph_module.graph, program.tensors(), program.example_inputs)
+        except ProgramFormatError as error:
+            raise ProgramFormatError(f"{Path(folder) / PROGRAM_FILE} is no sound program: {error}") from error
         except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise ProgramFormatError(f"{Path(folder) / PROGRAM_FILE} is damaged ({error!r}); save the program again") from error
+        if check_patterns:
+            check_as_written(Path(folder))
+        return program
 
     def sharing(self, **changes: Any) -> "Program":
         """A program with the same tensors and facts, but for the fields given, such as ``sparse``."""
         fields = {name: getattr(self, name) for name in inspect.signature(Program.__init__).parameters if name != "self"}
-        return Program(**(fields | changes)).train(self.training)
+        program = Program(**(fields | changes)).train(self.training)
+        program.guard = self.guard
+        return program
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_state, self._state()
@@ -349,7 +351,9 @@ class Program(nn.Module):
         """Copies the graph itself, so that a program whose operators cannot be saved can still be copied."""
         tensors = {name: copy.deepcopy(t.detach(), memo) for name, t in self._saved_tensors().items()}
         graph = copy.deepcopy(self.graph_module.graph, {})
-        return _from_state(copy.deepcopy(self._document()), tensors, graph, check_patterns=False)
+        program = _from_state(copy.deepcopy(self._document()), tensors, graph, check_patterns=False)
+        program.guard = self.guard
+        return program
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The whole program as JSON and tensors; the JSON says which tensors are parameters."""
@@ -371,7 +375,7 @@ class Program(nn.Module):
         }
 
     def _saved_tensors(self) -> dict[str, Tensor]:
-        return self.tensors() | {f"{_EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
+        return self.tensors() | {f"{EXAMPLE_PREFIX}{name}": t for name, t in self.example_inputs.items()}
 
 
 def _from_state(
@@ -382,9 +386,7 @@ def _from_state(
     check_patterns: bool = True,
 ) -> Program:
     structure.check(document["output_structure"])
-    for name in tensors:
-        check_tensor_name(name)
-    examples = {name: t for name, t in tensors.items() if name.startswith(_EXAMPLE_PREFIX)}
+    examples = {name: t for name, t in tensors.items() if name.startswith(EXAMPLE_PREFIX)}
     own = {name: t for name, t in tensors.items() if name not in examples}
     own |= {name: nn.Parameter(own[name].detach(), grad) for name, grad in document["parameters"].items() if name in own}
     origin = document["origin"]
@@ -392,7 +394,7 @@ def _from_state(
     program = Program(
         fx.GraphModule(nn.Module(), fx.Graph()),
         output_structure=document["output_structure"],
-        example_inputs={name.removeprefix(_EXAMPLE_PREFIX): t for name, t in examples.items()},
+        example_inputs={name.removeprefix(EXAMPLE_PREFIX): t for name, t in examples.items()},
         dynamic_axes={name: tuple(axes) for name, axes in document["dynamic_axes"].items()},
         limits=tuple(document.get("limits", ())),
         aliases=document["aliases"],

@@ -119,6 +119,27 @@ class PassRecord:
         return len(self.outcomes) - self.num_rewritten
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a program comes from: what is needed to build the model's own class again.
+
+    Attributes:
+        model_class: Such as ``transformers.LlamaForCausalLM``; None for a plain nn.Module.
+        config: The model's configuration.
+        generation_config: Its generation settings, if it has any.
+        output_heads: Names of the weights of its output head.
+        signature: Parameter names of the model's forward, in order.
+        versions: Versions of the libraries that captured it.
+    """
+
+    model_class: str | None = None
+    config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    output_heads: tuple[str, ...] = ()
+    signature: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
 def to_json(record: Any) -> JSON:
     """Turn a record, or a mapping of records, into JSON."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):

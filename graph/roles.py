@@ -6,9 +6,9 @@ Read from what the graph does with its result, whatever the layer is called.
 from collections.abc import Callable
 from typing import Literal
 
-from torch import fx
+from torch import Tensor, fx, nn
 
-from sparsepass.graph.nodes import op_name
+from sparsepass.graph.nodes import op_name, tensor_of
 
 Role = Literal["head", "router", "gate"]
 
@@ -16,15 +16,16 @@ _SHAPES = {
     "view", "reshape", "_unsafe_view", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute", "contiguous",
     "clone", "to", "_to_copy", "alias", "flatten", "unflatten", "expand", "split", "split_with_sizes", "chunk", "getitem", "t",
     "index", "index_select", "gather", "type_as", "float", "expand_as", "unbind", "detach", "take_along_dim", "movedim", "cat",
-    "roll", "_assert_tensor_metadata",
+    "roll", "_assert_tensor_metadata", "dropout", "feature_dropout", "alpha_dropout",
 }  # fmt: skip
 _NORMALIZING = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid"}
 # Functions of one number that models put behind their head: probabilities, soft caps, bounds.
 _SQUASHING = _NORMALIZING | {
     "tanh", "log_sigmoid", "logsigmoid", "softplus", "exp", "log", "clamp", "clamp_min", "clamp_max", "hardtanh", "hardsigmoid",
-    "neg", "nan_to_num",
+    "neg", "nan_to_num", "log1p", "expm1",
 }  # fmt: skip
 _SCALING = {"mul", "div", "add", "sub", "true_divide", "rsub"}
+_POOLING = {"mean", "sum", "amax", "max", "logsumexp", "cumsum"}  # over tokens, as a rule
 _MASKING = {"masked_fill", "where"}
 _PICKING = {"topk", "sort", "argsort", "argmax", "kthvalue", "multinomial"}
 _COMPARING = {"gt", "ge", "lt", "le", "eq", "greater", "greater_equal", "less", "less_equal"}
@@ -36,9 +37,9 @@ _SMALL = 4  # a gate has a few outputs: at most one for this many inputs
 def role_of(node: fx.Node, in_features: int, out_features: int) -> Role | None:
     """What the result of a matmul is used for.
 
-    1. ``head``: it is an output of the graph, but for its shape, dtype, order and rows, a constant scale or shift, and
-       functions such as softmax, sigmoid and tanh (tanh not where it has as many outputs as inputs). Values that attention
-       reads are none, though a key-value cache is an output.
+    1. ``head``: it is an output of the graph, but for its shape, dtype, order and rows, a constant scale or shift, a mask,
+       a mean over tokens, and functions such as softmax, sigmoid and tanh (tanh not where it has as many outputs as
+       inputs). Values that attention reads are none, though a key-value cache is an output.
     2. ``router``: something is picked by it: top-k, sort, argmax, the place of a maximum, a comparison.
     3. ``gate``: a few numbers a token that weigh other results through a softmax or sigmoid: a router that takes all
        experts, a shared expert's gate.
@@ -98,13 +99,13 @@ def _shaped(user: fx.Node, source: fx.Node) -> bool:
 def _scaled(user: fx.Node, source: fx.Node) -> bool:
     """Whether a result goes on as itself, up to shape, scale, shift and a squashing function."""
     name = op_name(user)
-    if name in _SHAPES or name in _SQUASHING:
+    if name in _SHAPES or name in _SQUASHING or name in _POOLING:
         return True
     if name in _MASKING:
         return user.args[0] is source or source in user.args[1:]
     if name in ("div", "true_divide") and user.args[0] is source:  # by its own norm, or a temperature
         return True
-    return name in _SCALING and _by_constant(user, source)
+    return name in _SCALING and all(other is source or _is_constant(other) or _is_mask(other) for other in user.all_input_nodes)
 
 
 def _scaled_without_tanh(user: fx.Node, source: fx.Node) -> bool:
@@ -113,7 +114,7 @@ def _scaled_without_tanh(user: fx.Node, source: fx.Node) -> bool:
 
 def _mixed(user: fx.Node, source: fx.Node) -> bool:
     """As for a router: scores may be added to and multiplied by others before they are sorted."""
-    return _scaled(user, source) or op_name(user) in ("add", "mul")
+    return _scaled(user, source) or op_name(user) in ("add", "mul", "layer_norm", "rms_norm")
 
 
 def _compared(user: fx.Node, source: fx.Node) -> bool:
@@ -135,12 +136,37 @@ def _by_constant(user: fx.Node, source: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node) -> bool:
+    return not _depends(node, lambda source: source.op == "placeholder")
+
+
+def _is_mask(node: fx.Node) -> bool:
+    """Whether a value is computed from masks and whole numbers alone, and from no weight."""
+
+    def is_other(source: fx.Node) -> bool:
+        if source.op == "placeholder":
+            return "mask" not in str(source.target) and not _is_whole(source)
+        return source.op == "get_attr" and isinstance(_read(source), nn.Parameter)
+
+    return not _depends(node, is_other)
+
+
+def _depends(node: fx.Node, on: Callable[[fx.Node], bool]) -> bool:
+    """Whether a node, or one that it is computed from, is such."""
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if current.op == "placeholder":
-            return False
+        if on(current):
+            return True
         new = [source for source in current.all_input_nodes if source not in seen]
         seen.update(new)
         stack.extend(new)
-    return True
+    return False
+
+
+def _read(node: fx.Node) -> Tensor:
+    return tensor_of(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
+
+
+def _is_whole(placeholder: fx.Node) -> bool:
+    value = placeholder.meta.get("val")
+    return isinstance(value, Tensor) and not value.is_floating_point()

@@ -155,7 +155,8 @@ def idle_layers(graph_module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> 
     """
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     weights = [n for n, t in tensors.items() if isinstance(t, torch.nn.Parameter) and t.dim() > 1 and n not in read]
-    return {n.removesuffix(".weight"): _IDLE for n in weights if n.endswith(".weight") or "experts" in n}
+    endings = (".weight", "_weight", "_proj")
+    return {n.removesuffix(".weight"): _IDLE for n in weights if n.endswith(endings) or "experts" in n}
 
 
 @dataclass(frozen=True, kw_only=True)

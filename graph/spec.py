@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
+from sparsepass.graph.lengths import holds
 from sparsepass.graph.records import BranchState, SparseState
 from sparsepass.graph.support import ProgramFormatError
 
@@ -30,6 +31,8 @@ class ProgramFacts(Protocol):
     aliases: dict[str, str]
     sparse: dict[str, SparseState]
     example_inputs: dict[str, Tensor]
+    dynamic_axes: dict[str, tuple[int, ...]]
+    limits: tuple[str, ...]
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -55,7 +58,7 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
     """Check a program against every rule. It may be on the meta device; then the values of masks are not looked at.
 
     1. Every tensor that the graph reads is there, and so is every tensor that an alias or a sparse state names.
-    2. The graph returns as many tensors as the structure of the output has, and every input has an example.
+    2. The graph returns as many tensors as the structure of the output has, every input has an example, within the limits.
     3. A mask is bool, has its weight's shape, keeps N of M along its axis at most, and the graph applies it.
     4. A mask that is being learned has its logits and its control, and the graph reads them beside it.
     5. A branch is whole: the graph reads S, shape [out, in/k], and X, shape [in/k, in], if it is trainable.
@@ -113,6 +116,18 @@ def _ends(program: ProgramFacts, graph: fx.Graph) -> Iterator[Violation]:
     for node in graph.nodes:
         if node.op == "placeholder" and node.target not in program.example_inputs:
             yield Violation(str(node.target), "this input has no example")
+    sizes = {name: tuple(example.shape) for name, example in program.example_inputs.items()}
+    for name, axes in program.dynamic_axes.items():
+        if wrong := [axis for axis in axes if axis >= len(sizes.get(name, ()))]:
+            yield Violation(name, f"this input has no axis {wrong[0]}, which is said to vary")
+    for limit in program.limits:
+        try:
+            within = holds(limit, sizes)
+        except (LookupError, TypeError, ValueError) as error:
+            yield Violation("its limits", f"{limit!r:.200} cannot be asked of its inputs ({error})")
+            continue
+        if not within:
+            yield Violation("its limits", f"{limit!r:.200} does not hold for its own example inputs")
 
 
 def _mask(

@@ -4,13 +4,19 @@ torch.export describes outputs by pytree specs that hold Python classes. A saved
 structure is kept as plain JSON, and only output classes of transformers and plain containers are ever built from it.
 """
 
+import dataclasses
 import importlib
+import re
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from sparsepass.graph.support import CaptureError, ProgramFormatError
+
+_DEEPEST = 16
+# Importing a module runs it, so only those are imported that hold models.
+_HOME_OF_OUTPUTS = re.compile(r"transformers\.(modeling_\w+|models\.\w+\.(modeling|modular)_\w+|generation\.utils)")
 
 JSON = Any  # nested dicts, lists, strings, numbers, booleans, None
 
@@ -39,25 +45,31 @@ def describe(spec: pytree.TreeSpec) -> JSON:
     )
 
 
-def check(structure: JSON) -> None:
+def check(structure: JSON, depth: int = 0) -> None:
     """Check a structure that was read from a file: only tensors, plain containers and outputs of transformers.
+
+    Args:
+        structure: What is checked.
+        depth: In how many others it stands.
 
     Raises:
         ProgramFormatError: If it names anything else.
     """
     if structure is None or structure == "tensor":
         return
-    if not isinstance(structure, dict) or not isinstance(structure.get("items"), list):
-        raise ProgramFormatError(f"a saved program has an output that cannot be read: {structure!r}")
-    kind = structure.get("kind")
-    if kind not in ("tuple", "list"):
-        keys = structure.get("keys")
-        if not isinstance(keys, list) or len(keys) != len(structure["items"]):
-            raise ProgramFormatError(f"a saved program has an output whose keys do not fit: {structure!r}")
-        if kind != "dict":
-            _output_class(str(kind))
+    if not isinstance(structure, dict) or not isinstance(structure.get("items"), list) or depth > _DEEPEST:
+        raise ProgramFormatError(f"a saved program has an output that cannot be read: {structure!r:.200}")
+    kind, keys = structure.get("kind"), structure.get("keys")
+    if kind in ("tuple", "list"):
+        is_sound = structure.keys() == {"kind", "items"}
+    else:
+        allowed = keys if kind == "dict" else [field.name for field in dataclasses.fields(_output_class(str(kind)))]
+        is_list = isinstance(keys, list) and all(type(key) in (str, int) for key in keys)
+        is_sound = is_list and len(set(keys)) == len(structure["items"]) == len(keys) and set(keys) <= set(allowed)
+    if not is_sound:
+        raise ProgramFormatError(f"a saved program has an output whose keys do not fit: {structure!r:.200}")
     for item in structure["items"]:
-        check(item)
+        check(item, depth + 1)
 
 
 def without(structure: JSON, dropped: list[bool]) -> JSON:
@@ -108,15 +120,15 @@ def _is_model_output(kind: type) -> bool:
 
 def _output_class(path: str) -> type:
     module, _, name = path.rpartition(".")
-    if not module.startswith("transformers."):
-        raise ProgramFormatError(f"a program may only build output classes of transformers, not {path}")
+    if not _HOME_OF_OUTPUTS.fullmatch(module):
+        raise ProgramFormatError(f"a program may only build output classes of transformers, not {path:.200}")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ProgramFormatError(
-            f"the program returns a {path}, which the installed transformers does not have; install the version it was "
+            f"the program returns a {path:.200}, which the installed transformers does not have; install the version it was "
             "made with (see program.json)"
         ) from error
-    if not (isinstance(kind, type) and _is_model_output(kind)):
-        raise ProgramFormatError(f"a program may only build output classes of transformers, and {path} is none")
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and _is_model_output(kind)):
+        raise ProgramFormatError(f"a program may only build output classes of transformers, and {path:.200} is none")
     return kind

@@ -65,7 +65,7 @@ def row_text(value: object, tokenizer: "PreTrainedTokenizerBase | None", where: 
         ('words', '')
     """
     if value is None or isinstance(value, str):
-        return value or ""
+        return _whole(value or "", where)
     if not (isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value)):
         raise SparsepassError(
             f"{where} holds {type(value).__name__}, not text (nor a chat, a list of messages); "
@@ -74,9 +74,23 @@ def row_text(value: object, tokenizer: "PreTrainedTokenizerBase | None", where: 
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise SparsepassError(f"{where} holds a chat, and the tokenizer has no chat template; give the chats as text")
     try:
-        return str(tokenizer.apply_chat_template(value, tokenize=False))
+        return _whole(str(tokenizer.apply_chat_template(value, tokenize=False)), where)
+    except SparsepassError:
+        raise
     except Exception as error:  # of a template, a program that comes with the model
         raise SparsepassError(f"{where}: the chat template does not take this chat: {first_line(error)}") from error
+
+
+def _whole(text: str, where: str) -> str:
+    """The text itself, unless it holds half of a character: JSON can, UTF-8 and tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise SparsepassError(
+            f"{where} holds half of a character ({half}, a lone surrogate), which is no text; mend it"
+        ) from error
+    return text
 
 
 def check_text_file(path: Path, what: str, *, column: str | None = None) -> None:
@@ -166,5 +180,9 @@ def _chunks(path: Path, tokenizer: Any, what: str, column: str | None) -> Iterat
         with path.open(encoding="utf-8-sig") as file:
             while piece := file.read(_PIECE):
                 yield piece
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparsepassError(f"{what} cannot be read: {error}; it has to be a UTF-8 text file") from error
+    except UnicodeDecodeError as error:
+        raise SparsepassError(
+            f"{what} file {path} is not UTF-8 ({error.reason}); convert it, for example with `iconv -t UTF-8`"
+        ) from error
+    except OSError as error:
+        raise SparsepassError(f"{what} file {path} cannot be read: {error}") from error

@@ -65,7 +65,8 @@ class _Remembered:
 
     def _keep_tensor(self, value: Tensor) -> None:
         if type(value) is Tensor and not value.is_meta and value.layout == torch.strided:
-            self._tensors.append((value, value._version, value.detach().clone()))
+            # Tensors made in inference mode have no version.
+            self._tensors.append((value, -1 if value.is_inference() else value._version, value.detach().clone()))
 
     def _keep_content(self, value: Any) -> list[Any]:
         """Remember what a container or object holds, and return it."""
@@ -97,8 +98,12 @@ class _Remembered:
                 container.update(content)
         with torch.no_grad():
             for tensor, version, value in self._tensors:
-                if tensor._version != version:
-                    tensor.copy_(value)
+                if not tensor.is_inference():
+                    if tensor._version != version:
+                        tensor.copy_(value)
+                elif not torch.equal(tensor, value):
+                    with torch.inference_mode():
+                        tensor.copy_(value)
 
 
 def _lasts(name: object, value: object) -> bool:

@@ -19,7 +19,7 @@ from sparsepass.graph.program import with_sparse
 from sparsepass.graph.records import PassRecord, SiteOutcome
 from sparsepass.graph.rewrite import finish, without_branches
 from sparsepass.graph.spec import violations
-from sparsepass.graph.support import item_progress, shows_progress
+from sparsepass.graph.support import item_progress, one_at_a_time, shows_progress
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
@@ -37,6 +37,7 @@ _VALIDATION_SEQUENCES = 2
 _LOG = logging.getLogger(__name__)
 
 
+@one_at_a_time
 def apply_passes(
     model: nn.Module,
     passes: str | Pass | Iterable[str | Pass],
@@ -255,7 +256,7 @@ class _Run:
     @torch.no_grad()
     def _outputs(self) -> dict[str, Tensor]:
         bound = self.program.flat_inputs(**{n: t.to(self.program.device) for n, t in self._inputs.items()})
-        values = self.program.graph_module(*bound.values())
+        values = self.program.run(bound)
         return dict(zip(self.program.output_names, values, strict=True))
 
     def _measure(self, item: Pass) -> dict[str, Any] | None:

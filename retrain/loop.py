@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.admission import check_has_values
-from sparsepass.graph.support import give_back_freed_memory
+from sparsepass.graph.support import alone_in, give_back_freed_memory
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.learner import Learner, shares
@@ -28,6 +28,7 @@ from sparsepass.retrain.run import (
     ProgressLine,
     StopSignals,
     any_process,
+    is_first_process,
     make_accelerator,
     memory_bytes,
     together,
@@ -90,26 +91,28 @@ def retrain(
     """
     check_has_values(program)
     program = program if inplace else copy.deepcopy(program)
-    training = Training(program, teacher, data, config, None if run_folder is None else Path(run_folder))
-    notes = training.resume(resume)
-    with StopSignals() as stop, training.watched(progress=progress):
-        for note in (*data.notes, *notes):
-            training.tell(note)
-        if training.validation_is_due:  # before the first step, and where a signal came before a validation that was due
-            training.validate()
-            if training.state.step:
-                training.save()
-        while not training.is_over:
-            values = training.step()
-            training.log(values)
-            stopping = any_process(stop.requested, training.device)
-            if training.validation_is_due and (training.is_over or not stopping):
+    folder = None if run_folder is None else Path(run_folder)
+    training = Training(program, teacher, data, config, folder)
+    with alone_in(folder if is_first_process() else None):
+        notes = training.resume(resume)
+        with StopSignals() as stop, training.watched(progress=progress):
+            for note in (*data.notes, *notes):
+                training.tell(note)
+            if training.validation_is_due:  # before the first step, and where a signal came before a validation that was due
                 training.validate()
-            if training.is_over or stopping or training.save_is_due:
-                training.save()
-            if stopping and not training.is_over:
-                raise training.stopped_by(stop.name)
-        best = training.go_back_to_best()
+                if training.state.step:
+                    training.save()
+            while not training.is_over:
+                values = training.step()
+                training.log(values)
+                stopping = any_process(stop.requested, training.device)
+                if training.validation_is_due and (training.is_over or not stopping):
+                    training.validate()
+                if training.is_over or stopping or training.save_is_due:
+                    training.save()
+                if stopping and not training.is_over:
+                    raise training.stopped_by(stop.name)
+            best = training.go_back_to_best()
     return training.finish(best)
 
 

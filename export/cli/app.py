@@ -67,7 +67,7 @@ def prune_command(
     The folder holds the program (masks beside the weights), the tokenizer, recipe.txt and the report (json, html, md). It
     can be given as MODEL to `export`, `eval`, `compare` and `verify`.
     """
-    from sparsepass.export.stages import prepare, write_program
+    from sparsepass.export.stages import inputs_of, prepare, write_program
     from sparsepass.graph.support import check_free
     from sparsepass.passes import parse_pipeline
 
@@ -75,7 +75,7 @@ def prune_command(
         replace(item, targets=(*item.targets, *(targets or ())), ignore=(*item.ignore, *(ignore or ())))
         for item in parse_pipeline(passes)
     )
-    check_free(out, force=force)
+    check_free(out, force=force, inputs=inputs_of(model, calibration, evaluation, pipeline))
     prepared = prepare(model, passes=pipeline, calibration=calibration, evaluation=evaluation, validate=not no_validate)
     support.show_report(write_program(prepared, out, command=support.command_line(), force=force), out)
 

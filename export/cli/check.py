@@ -121,7 +121,7 @@ def compare_command(
         opened, tokenizer = _open(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
         sides.append((name, opened, tokenizer))
     found = compare(sides[0][1], sides[-1][1], _inputs(sides, inputs, text, tokens), layers=not no_layers)
-    failures = found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
+    failures = [*found.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact), *_beside(sides)]
     if as_json:
         _print_json({"equivalent": not failures, "failures": failures, "a": a, "b": b, **found.to_dict()})
     else:
@@ -131,6 +131,18 @@ def compare_command(
         if not failures:
             support.stdout().print("Equivalent on these inputs.", style="green", highlight=False)
     support.finish(not failures)
+
+
+def _beside(sides: "Sides") -> "tuple[str, ...]":
+    """How the sides differ beside their numbers."""
+    from sparsepass.export.stages import Side, companion_differences
+
+    found = []
+    for name, opened, tokenizer in (sides[0], sides[-1]):
+        path = Path(name).expanduser()
+        folder = path if path.is_dir() else path.parent if path.is_file() and path.suffix == ".onnx" else None
+        found.append(Side(name=name, folder=folder, model=opened, tokenizer=tokenizer))
+    return companion_differences(*found)
 
 
 def _open(name: str, *, gguf_file: str | None, trust_remote_code: bool) -> "tuple[Any, Any]":

@@ -57,12 +57,20 @@ def criteria_command(
     import json
     import sys
 
-    from sparsepass.export.stages import CriteriaSettings, criteria_page, criteria_table, jobs_of
+    from sparsepass.export.stages import (
+        CRITERIA_TITLE,
+        CriteriaSettings,
+        criteria_page,
+        criteria_table,
+        inputs_of,
+        is_criteria_file,
+        jobs_of,
+    )
     from sparsepass.graph.support import check_place, write_text
 
     for file in (json_file, out):
         if file is not None:
-            check_place(file)
+            check_place(file, inputs=inputs_of(model, calibration, evaluation, work), is_ours=is_criteria_file)
     names = [name.strip() for item in criteria or () for name in item.split(",") if name.strip()]
     jobs = jobs_of(names, pattern=pattern, reconstruct=reconstruct, pipelines=passes or ())
     settings = CriteriaSettings(model=model, calibration=calibration, evaluation=evaluation)
@@ -71,5 +79,5 @@ def criteria_command(
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=1) + "\n")
     if out is not None:
-        write_text(out, "# Criteria\n\n" + criteria_page(found))
+        write_text(out, f"{CRITERIA_TITLE}\n{criteria_page(found)}")
     typer.echo(for_terminal(criteria_page(found)))

@@ -90,7 +90,7 @@ def demo(
     def tell(line: str) -> None:
         console.print(f"[{time.perf_counter() - started:4.0f} s] {line}", highlight=False, markup=False, soft_wrap=True)
 
-    check_free(out, force=force)
+    check_free(out, force=force, inputs=[model])
     evaluation = Evaluation(text=PYTHON_DOCS, context=context, max_tokens=eval_tokens)
     calibration = Calibration(data=PYTHON_DOCS, num_sequences=num_sequences, context=context)
     with listen(tell):

@@ -37,14 +37,14 @@ def masks_command(
 
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.support import check_place
-    from sparsepass.passes.masks import compare_masks, describe
+    from sparsepass.passes.masks import compare_masks, describe, is_mask_pack
 
     if out is not None and second is not None:
         raise SparsepassError("--out writes the masks of one program, and two are compared; leave one of them out")
     if about and out is None:
         raise SparsepassError("--about goes into a pack that is written; name the file with --out")
     if out is not None:
-        check_place(out, force=force)
+        check_place(out, force=force, inputs=[first], is_ours=is_mask_pack)
     pack = _read(first, about)
     if second is not None:
         found = compare_masks(pack, _read(second, ""))

@@ -48,12 +48,15 @@ def report_command(
     Exit code: 0 it was rendered, 2 wrong usage or unreadable input.
     """
     from sparsepass.export.cli.show import answers_text, summary
-    from sparsepass.export.report import read_report, write_pages
+    from sparsepass.export.report import PAGES, read_report, write_pages
+    from sparsepass.graph.support import check_writable, checksums_follow
 
     document = read_report(place)
     folder = out or (place if place.is_dir() else place.parent)
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_pages(folder, document)
+    with checksums_follow(folder, PAGES):
+        write_pages(folder, document)
     support.stdout().print(answers_text(document))
     support.stdout().print(summary(document, str(folder)))
 

@@ -49,7 +49,7 @@ def sample_command(
     from sparsepass.graph import SparsepassError
     from sparsepass.retrain.teacher import SampleConfig, check_file, sample_to_file
 
-    check_file(out, force=force)
+    check_file(out, force=force, inputs=[model.source])
     config = SampleConfig(
         num_tokens=tokens, length=length, start=start, batch_size=batch_size, temperature=temperature, seed=seed
     )

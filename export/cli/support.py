@@ -71,7 +71,7 @@ EvaluationOptions = Annotated[
     ),
 ]
 Pattern = Annotated[str, typer.Option("--pattern", help="N:M.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output folder that is not empty, if sparsepass wrote it.")]
 AllowUnchecked = Annotated[
     bool,
     typer.Option("--allow-unchecked", help="Exit with 0, not 3, where a part could not be checked on this machine."),
@@ -219,6 +219,14 @@ def quiet_bars() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+_OF_CHECKSUMS: Final = r"(?s).*sparsepass\.sha256\.json"
+"""Warnings of files that are not as they were written. Their class would have to be imported, with torch."""
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    say(str(message), lead="Warning: ")
+
+
 class _quiet:  # noqa: N801  # used as a context manager only
     """Keep other libraries' warnings and bars off the screen, unless Python was asked to show warnings."""
 
@@ -227,6 +235,8 @@ class _quiet:  # noqa: N801  # used as a context manager only
         self._catch.__enter__()
         if not sys.warnoptions and "PYTEST_CURRENT_TEST" not in os.environ:
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", _OF_CHECKSUMS)
+            warnings.showwarning = _say_warning
 
     def __exit__(self, *error: object) -> None:
         self._catch.__exit__(*error)  # type: ignore[arg-type]

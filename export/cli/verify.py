@@ -15,6 +15,7 @@ from sparsepass.export.cli.report import AddTo, add_to
 if TYPE_CHECKING:
     from sparsepass.export.pattern import PatternReport
     from sparsepass.export.targets.torch import Record
+    from sparsepass.graph.support import FileChange
 
 __all__ = ["check_folder", "verify_command"]
 
@@ -42,23 +43,46 @@ def verify_command(
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every weight, and not only what is amiss in a long list.")
     ] = False,
+    renew: Annotated[
+        bool,
+        typer.Option(
+            "--renew",
+            help="After an edit of yours, such as of README.md: write the folder's checksums anew, if all else holds.",
+        ),
+    ] = False,
     report: AddTo = None,
     as_json: support.AsJson = False,
 ) -> None:
     """Check in the stored weights that the N:M pattern holds, along the axis in which each is summed.
+
+    A folder that sparsepass wrote holds checksums of its files, in sparsepass.sha256.json: every file has to be as it was
+    written.
 
     In a folder that sparsepass wrote, report.json tells which weights have to be sparse and which are dense on purpose;
     elsewhere every linear weight has to be sparse, less those that --ignore names.
 
     Exit code: 0 it holds, 1 it does not, 2 wrong usage or unreadable input.
     """
+    from sparsepass.export.stages import folder_contradictions
+    from sparsepass.graph.support import write_checksums
+
     started = time.perf_counter()
+    if path.is_file() and path.suffix == ".safetensors" and _is_sound_pack(path):
+        return
+    changes = _changes(path, renew=renew)
     reports = check_folder(path, pattern=pattern, ignore=tuple(ignore or ()))
     record = _record(path)
+    contradictions = folder_contradictions(path)
+    conforms = all(each.conforms for each in reports) and not contradictions
+    is_renewed = renew and conforms
+    if is_renewed:
+        write_checksums(path)
     if as_json:
         from sparsepass.export.report import plain_json
 
-        document = {"conforms": all(r.conforms for r in reports), "reports": [r.to_dict() for r in reports]}
+        document = {"conforms": conforms, "reports": [r.to_dict() for r in reports]}
+        document["files"] = {"changed": {change.file: change.kind for change in changes}, "renewed": is_renewed}
+        document["contradictions"] = list(contradictions)
         if record is not None:
             document["torch_semi_structured"] = record.to_dict()
         typer.echo(json.dumps(plain_json(document), indent=1, default=str))
@@ -67,12 +91,54 @@ def verify_command(
             _show(each, show_all=show_all)
         if record is not None:
             support.stdout().print(f"  torch's 2:4 kernels: {record.summary()}", highlight=False, markup=False)
+        for line in contradictions:
+            support.complain(f"{path}: {line}")
+        _show_changes(path, changes, is_renewed=is_renewed)
     unused = set.intersection(*({*each.unused} for each in reports))
     for name in sorted(unused):
         support.say(f"Note: --ignore {name!r} means no weight here; is it misspelled?")
-    conforms = all(each.conforms for each in reports)
+    conforms = conforms and (is_renewed or not changes)
     add_to(report, "verify", {"pattern": {"conforms": conforms, "reports": [each.to_dict() for each in reports]}}, started)
     support.finish(conforms)
+
+
+def _is_sound_pack(path: Path) -> bool:
+    """Say that a mask pack is as it was written, if a file is one.
+
+    Raises:
+        SparsepassError: If it is one, and is not.
+    """
+    from sparsepass.passes.masks import MaskPack, describe, is_mask_pack
+
+    if not is_mask_pack(path):
+        return False
+    known = describe(MaskPack.load(path))
+    held = f"{known['num_masks']} masks, {', '.join(known['patterns'])}"
+    support.stdout().print(f"{path}: a mask pack as it was written, of {held}", highlight=False, markup=False)
+    return True
+
+
+def _changes(path: Path, *, renew: bool) -> "tuple[FileChange, ...]":
+    """The files of a folder, or the one file, that are not as they were written."""
+    from sparsepass.graph import SparsepassError
+    from sparsepass.graph.support import CHECKSUMS_FILE, changed_files
+
+    folder = path if path.is_dir() else path.parent
+    if renew and not (path / CHECKSUMS_FILE).is_file():
+        raise SparsepassError(f"{path} holds no {CHECKSUMS_FILE} that could be renewed; name a folder that sparsepass wrote")
+    return changed_files(folder, None if path.is_dir() else (path.name,))
+
+
+def _show_changes(path: Path, changes: "tuple[FileChange, ...]", *, is_renewed: bool) -> None:
+    from sparsepass.graph.support import CHECKSUMS_FILE
+
+    out = support.stdout()
+    for change in changes:
+        out.print(f"  {path}: {change}", highlight=False, markup=False)
+    if is_renewed:
+        out.print(f"  {CHECKSUMS_FILE} was written anew", highlight=False, markup=False)
+    elif changes:
+        out.print("  If the edit is yours, --renew takes it on; otherwise get the folder anew.", highlight=False)
 
 
 def _record(path: Path) -> "Record | None":
@@ -136,9 +202,12 @@ def check_folder(path: Path, *, pattern: str | None = None, ignore: tuple[str, .
     from sparsepass.export.targets.packed import check_packed_folder, is_packed_folder
     from sparsepass.graph import SparsepassError
     from sparsepass.graph.saved import PROGRAM_FILE
+    from sparsepass.graph.support import check_inside
 
     if not path.exists():
         raise SparsepassError(f"{path} does not exist; name a folder, an .onnx file or a .safetensors file")
+    if path.is_dir():
+        check_inside(path)
     if path.is_dir() and (path / PROGRAM_FILE).is_file():
         return (_check_program(path, pattern, ignore),)
     folder = path if path.is_dir() else path.parent

@@ -11,8 +11,8 @@ reduced, is convention:
 3. Another tensor of rank 3 to 5 named `weight` is a convolution `[out, in / group, ...]`: axis 1. Of rank 3, only if its name
    says so or its last axis is as short as a kernel's; else it may be a stack of matrices, and is not checkable.
 4. Embeddings, small matrices of other names, vectors and masks are listed and not judged, or are no weights.
-5. Whatever else is large, or of a type that holds no plain weights (packed, compressed, of a format that is not known), is not
-   checkable, and then the pattern is not proven.
+5. Whatever else is large (as most weights are), or of a type that holds no plain weights (packed, compressed, of a format that
+   is not known), is not checkable, and then the pattern is not proven.
 6. `axes` overrides all of that by name.
 """
 
@@ -31,14 +31,12 @@ from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
 from sparsepass.graph.support import (
     INFINITIES,
-    WEIGHTS_FILE,
-    WEIGHTS_INDEX,
     SparsepassError,
     check_tensors,
     read_by,
     read_object,
-    weight_map,
-    weights_index,
+    weights_entry,
+    weights_files,
 )
 
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
@@ -59,8 +57,9 @@ _PARAMETER = re.compile(
     r"emb|pos|token|quer|latent|bias|mask|table|norm|scale|gamma|anchor|prototype|codebook|inv_freq|cluster|lora_|slorb|A_log|"
     r"conv|original[01]$|weight_[gv]$|probe|memory"
 )
+_ZERO_POINTS = ("zero_point", "zero_points", "zeros", "qzeros", "weight_zero_point", "zero")
 _SMALL, _LARGE, _LARGE_VECTOR = 1 << 10, 1 << 16, 1 << 20
-_QUANTIZER_DATA = ("zero_point", "scale", "scale_inv", "scales", "qzeros", "g_idx", "absmax", "weight_shape")
+_QUANTIZER_DATA = ("zero_point", "scale", "scale_inv", "scales", "qzeros", ".zeros", "g_idx", "absmax", "weight_shape")
 # Element types of the format that a weight can have: whether they have a sign bit (and so a -0.0).
 _HAS_SIGN = {"F64": True, "F32": True, "F16": True, "BF16": True, "F8_E4M3": True, "F8_E5M2": True, "I8": False}
 _DTYPES = {
@@ -78,7 +77,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a folder: model.safetensors, else those its index names, else all.
+    """List the safetensors files of a folder: those that transformers reads, else those that another index names, else all.
 
     Args:
         folder: The folder.
@@ -87,23 +86,21 @@ def safetensors_files(folder: Path) -> list[Path]:
         The files, sorted; empty when there are none.
 
     Raises:
-        SparsepassError: An index cannot be read, or names a file that is not there.
+        SparsepassError: An index cannot be read, or names a file that is not there; or what would be read is a pickle.
     """
-    whole, index = folder / WEIGHTS_FILE, weights_index(folder)
-    indices = [] if index is None else [index]
-    if not indices and not whole.exists():
-        # Variants and other libraries: model.safetensors.index.fp16.json, diffusion_pytorch_model.safetensors.index.json.
-        indices = sorted(folder.glob("*.safetensors.index*.json"))
-    if not indices:
-        return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
-    names = sorted({name for index in indices for name in weight_map(index).values()})
-    absent = [name for name in names if not (folder / name).exists()]
-    if absent:
+    if (entry := weights_entry(folder)) is not None:
+        return sorted(weights_files(entry))
+    # Variants and other libraries: model.safetensors.index.fp16.json, diffusion_pytorch_model.safetensors.index.json.
+    if indices := sorted(folder.glob("*.safetensors.index*.json")):
+        return sorted({file for index in indices for file in weights_files(index)})
+    found = sorted(folder.glob("*.safetensors"))
+    pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).is_file()]
+    if found and pickled:
         raise SparsepassError(
-            f"{folder} is incomplete: {', '.join(i.name for i in indices)} names {len(names)} files, and "
-            f"{', '.join(absent)} is not there. Copy what is missing."
+            f"{folder} holds {found[0].name}, and transformers loads {pickled[0]} beside it: which is to be checked? Name "
+            "the .safetensors file, or save the model with save_pretrained."
         )
-    return [folder / name for name in names]
+    return found
 
 
 def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> Iterator[Candidate]:
@@ -121,13 +118,13 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
             weight lacks.
     """
     found: list[_Stored] = []
-    index = paths[0].parent / WEIGHTS_INDEX
-    promised = weight_map(index) if len(paths) > 1 and index.exists() else {}
+    index = weights_entry(paths[0].parent) if len(paths) > 1 else None
+    promised = {} if index is None else weights_files(index)
     for path in paths:
         handle = _open(path)
         held = set(handle.keys())
-        absent = [name for name, file in promised.items() if file == path.name and name not in held]
-        if absent:
+        absent = [name for name in promised.get(path, ()) if name not in held]
+        if absent and index is not None:
             raise SparsepassError(
                 f"{path} is incomplete or of another version: {index.name} puts {len(absent)} weights into it that it does not "
                 f"hold, such as {absent[0]!r}. Copy the folder again."
@@ -199,9 +196,12 @@ class _Stored:
 def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
     all_names = {each.name for each in stored}
     by_shape = _axes_by_shape({each.name: each.shape for each in stored})
+    # Nothing is small that is as large as most weights of the file.
+    sizes = sorted(math.prod(each.shape) for each in stored if len(each.shape) == 2 and each.name.endswith(".weight"))
+    large = min(_LARGE, max(sizes[len(sizes) // 2], _SMALL)) if sizes else _SMALL
     patterns = NamePatterns(axes)
     for each in stored:
-        candidate = _candidate(each, all_names, families, axes, patterns, by_shape.get(each.name))
+        candidate = _candidate(each, all_names, families, axes, patterns, by_shape.get(each.name), large)
         if candidate is not None:
             yield candidate
 
@@ -229,6 +229,7 @@ def _candidate(
     axes: Mapping[str, int],
     patterns: NamePatterns,
     by_shape: int | None,
+    large: int,
 ) -> Candidate | None:
     """Judge one tensor by its name, shape and type; None for what cannot be a weight."""
     name, shape, dtype = stored.name, stored.shape, stored.dtype
@@ -247,7 +248,7 @@ def _candidate(
         if math.prod(shape) < _LARGE_VECTOR:
             return None
         problem = "one long vector, perhaps of several weights; save the model with save_pretrained"
-    elif f"{name}_zero_point" in all_names:
+    elif _has_zero_points(name, all_names):
         problem = "quantized with zero points, which are not read from checkpoints; check its ONNX export"
     axis = None if problem else by_shape or _axis(name, shape, families)
     if axis is None and given is None and not problem:
@@ -262,7 +263,8 @@ def _candidate(
         aside = "an embedding"
     elif not problem and not (last.endswith("weight") or last.endswith("_proj") or ".experts." in name):
         said = "not named as a matmul weight is; give its axis to have it judged"
-        if math.prod(shape) >= _LARGE and min(shape) > 1 and not _PARAMETER.search(name):
+        is_coded = dtype in ("I8", "F8_E4M3", "F8_E5M2") and math.prod(shape) >= _SMALL
+        if is_coded or (math.prod(shape) >= large and min(shape) > 1 and not _PARAMETER.search(name)):
             problem = f"{said}, or leave it out"
         else:
             aside = said
@@ -281,6 +283,13 @@ def _candidate(
         problem=problem,
         aside=aside,
     )
+
+
+def _has_zero_points(name: str, all_names: Collection[str]) -> bool:
+    """Whether zeros of a weight are stored as another number: ``weight_zero_point``, or ``zero_point`` of its module."""
+    module = name.rpartition(".")[0]
+    own = {f"{name}{mark}{word}" for mark in "_." for word in _ZERO_POINTS}
+    return any(each in all_names for each in own | {f"{module}.{word}" for word in _ZERO_POINTS})
 
 
 def _is_buffer(name: str, shape: tuple[int, ...], dtype: str) -> bool:

@@ -18,12 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.attention import ATTENTION
+from sparsepass.graph.configuration import class_of, configuration_of
 from sparsepass.graph.fill import capture_without_weights
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_gguf, split_parts
-from sparsepass.graph.model import configuration_of
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.saved import PROGRAM_FILE
+from sparsepass.graph.support import check_inside
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 _Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -216,17 +217,10 @@ def _num_parameters(program: Program) -> int:
     return sum(weight.numel() for name, weight in program.graph_module.named_parameters() if name not in ours)
 
 
-def _model_class(program: Program) -> Any:
-    """The model's class in transformers; None for a plain module."""
-    import transformers
-
-    return getattr(transformers, (program.origin.model_class or "").removeprefix("transformers."), None)
-
-
 def _kind(program: Program) -> Kind:
     if any(_side(name) == "target" for name in program.input_names):
         return "encoder-decoder"
-    found = _model_class(program)
+    found = class_of(program.origin)
     return "decoder" if found is not None and found.can_generate() else "encoder"
 
 
@@ -329,6 +323,7 @@ def load_for_plan(source: str | Path, *, gguf_file: str | None = None) -> Progra
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        check_inside(path)
         if (path / PROGRAM_FILE).is_file():
             return Program.load(path)
         if gguf_file is None and (path / "config.json").is_file():

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sparsepass.export.report.document import (
         HTML_FILE as HTML_FILE,
         OF_FILES as OF_FILES,
+        PAGES as PAGES,
         add_to_report as add_to_report,
         find_report as find_report,
         measurement as measurement,

@@ -15,10 +15,22 @@ from pydantic import BaseModel
 from sparsepass.export.report.pages import drawn_figures, render_html, render_markdown
 from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry, ReportDocument, RunEntry, check_report
 from sparsepass.export.report.sections import MeasurementEntry
+from sparsepass.export.report.training import FOLDER as FIGURES
 from sparsepass.export.report.view import report_view
-from sparsepass.graph.support import SparsepassError, package_version, read_json, replaced_file
+from sparsepass.graph.support import (
+    SparsepassError,
+    check_place,
+    checksums_follow,
+    file_inside,
+    package_version,
+    read_json,
+    replaced_file,
+)
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
+
+PAGES: Final = (PAGE_FILE, HTML_FILE, FIGURES)
+"""What is rendered from report.json: files, and the folder of the pictures."""
 
 _PACKAGES: Final = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "numpy", "tensorrt",
@@ -60,7 +72,7 @@ def read_report(place: str | Path) -> dict[str, Any]:
         SparsepassError: If there is none, or it is damaged, invalid or of a newer schema.
     """
     path = Path(place)
-    path = path / REPORT_FILE if path.is_dir() else path
+    path = file_inside(path, REPORT_FILE, str(path)) if path.is_dir() else path
     return check_report(_json_of(path), str(path))
 
 
@@ -70,7 +82,7 @@ def find_report(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         SparsepassError: If it is ours, and damaged or of a newer schema.
     """
-    path = Path(folder) / REPORT_FILE
+    path = file_inside(Path(folder), REPORT_FILE, str(folder))
     if not path.is_file():
         return None
     document = _json_of(path)
@@ -100,9 +112,14 @@ def write_pages(folder: Path, document: Mapping[str, Any]) -> None:
     Args:
         folder: An existing folder.
         document: From `read_report` or `check_report`.
+
+    Raises:
+        SparsepassError: If pages of another kind stand there.
     """
     view = report_view(ReportDocument.parse(document))
     texts = {**drawn_figures(view), PAGE_FILE: render_markdown(view), HTML_FILE: render_html(view)}
+    for name in (PAGE_FILE, HTML_FILE):
+        check_place(folder / name, is_ours=_is_page)
     for name, text in texts.items():
         _replace_text(folder / name, text)
 
@@ -135,8 +152,11 @@ def add_to_report(
                 f"{place} is not empty and holds no report; name a folder that sparsepass wrote, or a new one"
             )
         document = new_report()
-    run = run_record(stage, command=command, seconds=seconds)
-    return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
+    place.mkdir(parents=True, exist_ok=True)
+    with checksums_follow(place, (*PAGES, REPORT_FILE)):
+        document = find_report(place) or document  # another process may have added to it meanwhile
+        run = run_record(stage, command=command, seconds=seconds)
+        return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
 
 
 def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:
@@ -190,9 +210,19 @@ def plain_json(value: Any) -> Any:
     raise TypeError(f"a report holds plain values, got {type(value).__name__} ({value!r})")
 
 
+def _is_page(path: Path) -> bool:
+    """Whether a page was rendered by this library."""
+    try:
+        return "sparsepass" in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
 def _json_of(path: Path) -> Any:
     if not path.exists():
         raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote")
+    if not path.is_file():
+        raise SparsepassError(f"{path} is no file; name a report.json, or a folder that sparsepass wrote")
     return read_json(path, advice="write the folder again")
 
 

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsepass.export.stages.benching import bench as bench, measure_speed as measure_speed
     from sparsepass.export.stages.criteria import (
+        CRITERIA_TITLE as CRITERIA_TITLE,
         CriteriaSettings as CriteriaSettings,
         Job as Job,
         criteria_page as criteria_page,
         criteria_table as criteria_table,
+        is_criteria_file as is_criteria_file,
         jobs_of as jobs_of,
     )
     from sparsepass.export.stages.exporting import (
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
         refuse_option as refuse_option,
     )
     from sparsepass.export.stages.harness import lm_eval_tasks as lm_eval_tasks
+    from sparsepass.export.stages.integrity import (
+        Side as Side,
+        companion_differences as companion_differences,
+        folder_contradictions as folder_contradictions,
+    )
     from sparsepass.export.stages.news import listen as listen
     from sparsepass.export.stages.preparing import prepare as prepare, stage_name as stage_name, write_program as write_program
     from sparsepass.export.stages.recipe import (
@@ -40,6 +47,7 @@ if TYPE_CHECKING:
         Calibration as Calibration,
         Evaluation as Evaluation,
         ModelSource as ModelSource,
+        inputs_of as inputs_of,
     )
     from sparsepass.export.stages.yaml_settings import (
         example_text as example_text,

@@ -38,6 +38,8 @@ _CHILD += "from sparsepass.export.stages.criteria import measure_to_file as m; s
 _LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
+CRITERIA_TITLE: Final = "# Criteria\n"
+"""How the table begins in a file of its own."""
 DENSE = "dense"
 
 
@@ -230,6 +232,16 @@ def criteria_page(document: dict[str, Any]) -> str:
     ]
     headings = ("passes", "perplexity", "times dense", "error", "KL", "layers", "seconds", "GiB")
     return "\n".join([*head, markdown_table(headings, cells), ""])
+
+
+def is_criteria_file(path: Path) -> bool:
+    """Whether a file is a table that `sparsepass criteria` wrote, as Markdown or JSON."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text) if text.startswith("{") else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return text.startswith(CRITERIA_TITLE) or (isinstance(document, dict) and {"schema", "settings", "rows"} <= document.keys())
 
 
 def _measure(settings: CriteriaSettings, job: Job, out: Path) -> None:

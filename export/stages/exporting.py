@@ -26,7 +26,7 @@ from sparsepass.export.report import (
 )
 from sparsepass.export.stages.news import listen
 from sparsepass.export.stages.preparing import Prepared, prepare
-from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource, inputs_of
 from sparsepass.export.targets import (
     LoweringContext,
     SemiStructured,
@@ -39,7 +39,7 @@ from sparsepass.export.targets import (
 )
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel
-from sparsepass.graph.support import check_free, load_tensors, replaced_folder
+from sparsepass.graph.support import check_free, load_tensors, one_at_a_time, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
 
 _LOG = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ OLD_GROUPS: Final = {"engine": TensorRT.name, "semi_structured": SemiStructured.
 """Old name of the options of one target -> the target. Recipes may use it, too."""
 
 
+@one_at_a_time
 def export(
     model: "Program | nn.Module | LoadedModel | ModelSource | str | Path",
     target: str | Target,
@@ -134,7 +135,7 @@ def export(
         tokenizer: Goes into the folder, and turns calibration and evaluation text into tokens; by default the
             model's own.
         example_inputs: What to capture a model with that is no transformers model.
-        force: Whether a folder that is not empty is replaced.
+        force: Whether a folder that is not empty is replaced, if this library wrote it.
         verify: Whether to verify what was written.
         validate: Whether each pass is validated; see `apply_passes`.
         progress: Whether to show progress; by default where standard error is a terminal.
@@ -175,10 +176,11 @@ def export(
             stacklevel=2,
         )
     pipeline = parse_pipeline(passes) if passes else None
-    check_free(out, force=force)
-    chosen.check_here()
     if isinstance(model, str | Path):
         model = ModelSource(source=str(model))
+    calibration = calibration if isinstance(calibration, Calibration) else Calibration(data=calibration)
+    check_free(out, force=force, inputs=inputs_of(model, calibration, evaluation, pipeline, chosen))
+    chosen.check_here()
     if isinstance(model, ModelSource):
         model = replace(
             model,
@@ -191,7 +193,7 @@ def export(
         prepared = prepare(
             model,
             passes=pipeline,
-            calibration=calibration if isinstance(calibration, Calibration) else Calibration(data=calibration),
+            calibration=calibration,
             evaluation=evaluation,
             tokenizer=tokenizer,
             example_inputs=example_inputs,
@@ -242,7 +244,7 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
     context = LoweringContext(
         tokenizer=prepared.loaded.tokenizer, processor=prepared.loaded.processor, source=prepared.loaded.folder
     )
-    with replaced_folder(out, force=force) as staging:
+    with replaced_folder(out, force=force, inputs=(*prepared.inputs, *inputs_of(target))) as staging:
         _LOG.info("writing %s", target.name)
         lowered = target.lower(program, staging, context)
         files = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
@@ -279,7 +281,7 @@ def write_samples(program: Program, path: Path) -> SamplesSection:
         Names, shapes and types, for the report.
     """
     inputs = program.flat_inputs(**program.example_inputs)
-    outputs = dict(zip(program.output_names, program.graph_module(*inputs.values()), strict=True))
+    outputs = dict(zip(program.output_names, program.run(inputs), strict=True))
     plain = {
         kind: {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if isinstance(t, Tensor)}
         for kind, tensors in (("inputs", inputs), ("outputs", outputs))

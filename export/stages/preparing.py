@@ -23,7 +23,7 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource, inputs_of
 from sparsepass.graph import Program, capture
 from sparsepass.graph.load import LoadedModel, load_model, save_companions
 from sparsepass.graph.rewrite import without_branches
@@ -42,12 +42,14 @@ class Prepared:
         loaded: What it was made from, with tokenizer and processor.
         document: The report so far: recipe, model, passes, accuracy.
         started: When it began, by `time.perf_counter`.
+        inputs: What was read, which no output may stand in for.
     """
 
     program: Program
     loaded: LoadedModel
     document: dict[str, Any] = field(repr=False)
     started: float
+    inputs: tuple[str, ...] = ()
 
     def save_companions(self, folder: Path) -> None:
         """Write tokenizer and processor into a folder, and copy what else goes with the model: its licence, say."""
@@ -134,7 +136,8 @@ def prepare(
             measured.append(measurement(f"{patterns(program)}, SLoRB switched off", found))
         measured.append(measurement(stage_name(program), evaluation.measure(program, loaded.tokenizer)))
         document["accuracy"] = plain_json(AccuracySection(text=evaluation.name, measurements=measured))
-    return Prepared(program=program, loaded=loaded, document=document, started=started)
+    inputs = inputs_of(source, loaded.folder, settings, evaluation, pipeline)
+    return Prepared(program=program, loaded=loaded, document=document, started=started, inputs=inputs)
 
 
 def load(source: "ModelSource | str | Path | nn.Module | LoadedModel") -> LoadedModel:
@@ -159,9 +162,9 @@ def write_program(prepared: Prepared, out: str | Path, *, command: str | None = 
         The report, as written.
 
     Raises:
-        SparsepassError: If ``out`` is not free.
+        SparsepassError: If ``out`` is not free, or is an input.
     """
-    with replaced_folder(out, force=force) as staging:
+    with replaced_folder(out, force=force, inputs=prepared.inputs) as staging:
         prepared.program.save_into(staging)
         prepared.save_companions(staging)
         record = run_record("prune", command=command, seconds=time.perf_counter() - prepared.started)

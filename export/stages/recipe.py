@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sparsepass.export.stages.exporting import OLD_GROUPS, refuse_option
-from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
+from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource, inputs_of
 from sparsepass.export.stages.yaml_settings import override, parse_settings, read_recipe_text, refuse_unknown
 from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
@@ -75,6 +75,12 @@ class RetrainSection:
     teacher_cache: str | None = None
     teacher_k: int = 64
     sample: SampleConfig | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What is read besides the program."""
+        data = self.data
+        return inputs_of(data.source, data.beside, data.validation, self.teacher, self.teacher_cache)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from sparsepass.export.report import (
 )
 from sparsepass.export.stages.preparing import stage_name
 from sparsepass.export.stages.recipe import RetrainSection, check_retrain
-from sparsepass.export.stages.settings import Evaluation, ModelSource
+from sparsepass.export.stages.settings import Evaluation, ModelSource, inputs_of
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, save_companions
@@ -37,6 +37,7 @@ from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import (
     NON_FINITE,
+    check_apart,
     check_free,
     check_writable,
     path_named,
@@ -103,12 +104,16 @@ def retrain_program(
         TrainingStoppedError: If a signal asked to stop; the same call goes on later.
     """
     started = time.perf_counter()
-    check_free(out, force=force)
+    inputs = inputs_of(source, evaluation, section.inputs, from_checkpoint)
+    check_free(out, force=force, inputs=inputs)
     if evaluation is not None:
         evaluation.check()
     check_retrain(section, "retrain")
     place = Path(run_folder) if run_folder is not None else default_run_folder(out)
-    check_writable(place)
+    check_writable(place, inputs=inputs_of(source, section.teacher))
+    _check_cache(section, source)
+    if place.resolve().is_relative_to(Path(out).resolve()):
+        raise SparsepassError(f"the run folder {place} lies in the output {out}, which is replaced as a whole; choose another")
     loaded = ModelSource(source=str(source), dtype="float32").load()
     document = find_report(source) or new_report()
     program = _program(loaded, source)
@@ -123,8 +128,10 @@ def retrain_program(
         _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
     check_method(program, section.train.method)
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
-    if source_of_teacher is not None and not _is_cached(section):
-        source_of_teacher.check()
+    if source_of_teacher is not None:
+        check_apart(out, [source_of_teacher.source])
+        if not _is_cached(section):
+            source_of_teacher.check()
     before = stage_name(program)
     teacher_name = source_of_teacher.source if source_of_teacher else None
     if is_first_process():
@@ -162,7 +169,7 @@ def retrain_program(
             known=document.get("accuracy"),
         )
     _LOG.info("writing %s", out)
-    with replaced_folder(out, force=force) as staging:
+    with replaced_folder(out, force=force, inputs=inputs) as staging:
         trained.save_into(staging)
         save_companions(staging, tokenizer=loaded.tokenizer, processor=loaded.processor, source=loaded.folder)
         record = run_record("retrain", command=command, seconds=time.perf_counter() - started)
@@ -239,6 +246,7 @@ def write_cache(
     program = _program(loaded, source)
     document = find_report(source) or new_report()
     found = _source_of_teacher(section, document, trust_remote_code)
+    _check_cache(section, source, found)
     section = _with_sampled_text(section, Path(run_folder), document, trust_remote_code=trust_remote_code)
     data = _data(section, loaded, program)
     _teacher(section, found, data)
@@ -301,6 +309,14 @@ def _on_device(model: Measured) -> nn.Module:
         return model.to(device)
     # What is retrained is float32, and figures compare at one precision.
     return dataclasses.replace(model, dtype="float32").load(device).model
+
+
+def _check_cache(section: RetrainSection, *inputs: str | Path | ModelSource | None) -> None:
+    """Make sure that the teacher's logits are written to no place that something else is read from."""
+    if section.teacher_cache is not None:
+        data = section.data
+        read = inputs_of(*inputs, section.teacher, data.source, data.beside, data.validation)
+        check_writable(section.teacher_cache, inputs=read)
 
 
 def _program(loaded: LoadedModel, source: str | Path) -> Program:

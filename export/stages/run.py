@@ -30,11 +30,22 @@ from sparsepass.export.stages.exporting import export
 from sparsepass.export.stages.preparing import prepare, stage_name, write_program
 from sparsepass.export.stages.recipe import ExportSection, Recipe
 from sparsepass.export.stages.retraining import Measured, accuracy, clear_run_folder, default_run_folder, retrain_program
-from sparsepass.export.stages.settings import ModelSource
+from sparsepass.export.stages.settings import ModelSource, inputs_of
 from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import NON_FINITE, check_as, check_free, check_writable, read_object, replaced_folder, write_text
+from sparsepass.graph.support import (
+    NON_FINITE,
+    alone_in,
+    check_apart,
+    check_as,
+    check_free,
+    check_writable,
+    read_object,
+    replaced_folder,
+    write_text,
+)
+from sparsepass.passes import parse_pipeline
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process
 
@@ -118,23 +129,24 @@ def run_recipe(
         _take_part(recipe.out, stages)
         return []
     _check_all(recipe)
-    _make_ready(recipe.out, stages, force=force)
-    outcomes = []
-    for stage in stages:
-        known = _read(recipe.out).get(stage.name, {})
-        if is_done(stage, known):
-            _LOG.info("%s is done: %s", stage.name, stage.folder)
-            outcomes.append(
-                Outcome(name=stage.name, folder=stage.folder, ran=False, state=_state(known), seconds=known["seconds"])
-            )
-            continue
-        started = time.perf_counter()
-        _write(recipe.out, stage, done=False)
-        _LOG.info("stage %s", stage.name)
-        state = stage.run()
-        seconds = round(time.perf_counter() - started, 1)
-        _write(recipe.out, stage, done=True, state=state, seconds=seconds)
-        outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, state=state, seconds=seconds))
+    with alone_in(recipe.out):
+        _make_ready(recipe.out, stages, force=force)
+        outcomes = []
+        for stage in stages:
+            known = _read(recipe.out).get(stage.name, {})
+            if is_done(stage, known):
+                _LOG.info("%s is done: %s", stage.name, stage.folder)
+                outcomes.append(
+                    Outcome(name=stage.name, folder=stage.folder, ran=False, state=_state(known), seconds=known["seconds"])
+                )
+                continue
+            started = time.perf_counter()
+            _write(recipe.out, stage, done=False)
+            _LOG.info("stage %s", stage.name)
+            state = stage.run()
+            seconds = round(time.perf_counter() - started, 1)
+            _write(recipe.out, stage, done=True, state=state, seconds=seconds)
+            outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, state=state, seconds=seconds))
     return outcomes
 
 
@@ -188,6 +200,19 @@ def _check_all(recipe: Recipe) -> None:
     for section in recipe.export:
         section.target.check_here()
     check_writable(recipe.out)
+    for stage in stages_of(recipe):
+        check_apart(stage.folder, _read_by(recipe))
+
+
+def _read_by(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe reads that lies outside of it."""
+    prune, retrain = recipe.prune, recipe.retrain
+    found = inputs_of(recipe.model, recipe.eval, *(section.target for section in recipe.export))
+    if prune is not None:
+        found += inputs_of(prune.calibration, parse_pipeline(prune.passes))
+    if retrain is not None:
+        found += retrain.inputs
+    return found
 
 
 def is_done(stage: Stage, known: Mapping[str, Any]) -> bool:

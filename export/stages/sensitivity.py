@@ -273,7 +273,7 @@ def _divergences(
 
 
 def _logits(program: Program, inputs: Mapping[str, Tensor]) -> Tensor:
-    values = program.graph_module(*program.flat_inputs(**inputs).values())
+    values = program.run(program.flat_inputs(**inputs))
     logits: Tensor = values[program.output_names.index(_LOGITS)]
     return logits
 

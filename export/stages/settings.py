@@ -4,7 +4,7 @@ Nothing heavy is imported up here: the command line makes its options of these c
 """
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -219,6 +219,34 @@ class BenchSettings:
                 from sparsepass.graph.support import SparsepassError
 
                 raise SparsepassError(f"{name} of a benchmark is {value}; expected at least 1")
+
+
+def inputs_of(*settings: Any) -> tuple[str, ...]:
+    """What is read by these settings, as far as they name files and folders: no output may be one of them.
+
+    Args:
+        settings: Models, texts and data as they are given here; passes and targets, whose options may name files; paths; None.
+
+    Example:
+        >>> inputs_of(ModelSource(source="model"), Evaluation(text="held.txt"), None)
+        ('model', 'held.txt')
+    """
+    found: list[str] = []
+    for each in settings:
+        if isinstance(each, str | Path):
+            found.append(str(each))
+        elif isinstance(each, tuple | list):
+            found += inputs_of(*each)
+        elif isinstance(each, ModelSource):
+            found.append(each.source)
+        elif isinstance(each, Calibration):
+            found += inputs_of(each.data)
+        elif isinstance(each, Evaluation):
+            found += inputs_of(each.text)
+        elif is_dataclass(each) and not isinstance(each, type):
+            named = [value for value in vars(each).values() if isinstance(value, str | Path) and Path(value).is_file()]
+            found += inputs_of(*named)
+    return tuple(found)
 
 
 def _is_python_docs(text: Any) -> bool:

@@ -210,9 +210,9 @@ class ProgramArtifact(Artifact):
             bound = program.flat_inputs(**fitting(inputs, program.input_names, self.description))
         else:
             bound = program.flat_inputs(*((inputs,) if isinstance(inputs, Tensor) else inputs))
-        flat = [t.to(device, examples[name].dtype) for name, t in bound.items()]
-        with torch.no_grad(), _explained(self.description, inputs):
-            leaves = program.graph_module(*flat) if observe is None else _Watching(program, observe).run(*flat)
+        flat = {name: t.to(device, examples[name].dtype) for name, t in bound.items()}
+        with torch.no_grad(), _explained(self.description, inputs), program.checked(flat):
+            leaves = program.run(flat) if observe is None else _Watching(program, observe).run(*flat.values())
         return dict(zip(program.output_names, leaves, strict=True))
 
     def facts(self, layer: str) -> str:

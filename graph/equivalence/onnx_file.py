@@ -24,6 +24,7 @@ from sparsepass.graph.equivalence.artifact import (
     layer_results,
 )
 from sparsepass.graph.equivalence.widened import widened_copy
+from sparsepass.graph.external_data import check_external_data
 from sparsepass.graph.lengths import refused
 from sparsepass.graph.onnx_reading import read_proto
 from sparsepass.graph.support import EquivalenceError
@@ -65,6 +66,7 @@ class OnnxFile(Artifact):
         if not path.is_file():
             raise EquivalenceError(f"{path} does not exist; check the path")
         self._model = read_proto(path, error=EquivalenceError)
+        check_external_data(self._model, path)
         if not self._model.graph.output:
             raise EquivalenceError(f"{path} is no ONNX model, or one without outputs; export it again")
         self._dtype = coarsest(_DTYPES.get(t.data_type, torch.int64) for t in self._model.graph.initializer)

@@ -10,7 +10,7 @@ from sparsepass.graph.equivalence.artifact import Artifact, CallNumbers, Inputs,
 from sparsepass.graph.equivalence.onnx_file import OnnxFile
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import EquivalenceError, SparsepassError
+from sparsepass.graph.support import EquivalenceError, SparsepassError, check_inside
 
 
 class Outputs(dict[str, Tensor]):
@@ -108,6 +108,7 @@ def _open_path(path: Path) -> Artifact:
         path = path.parent
     if not path.is_dir():
         raise EquivalenceError(f"{path} does not exist; check the path")
+    check_inside(path)
     if (path / PROGRAM_FILE).is_file():
         return ProgramArtifact(Program.load(path))
     files = sorted(path.glob("*.onnx"))

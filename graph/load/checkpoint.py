@@ -19,8 +19,8 @@ from sparsepass.graph.support import (
     package_version,
     quiet_loading,
     read_object,
-    weight_map,
-    weights_index,
+    weights_entry,
+    weights_files,
 )
 
 if TYPE_CHECKING:
@@ -61,11 +61,23 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
         raise SparsepassError(
             f"model {name} brings its own code ({document['auto_map']}); if you trust it, pass trust_remote_code"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise SparsepassError(
+            f"model {name} has a PEFT adapter beside its weights (adapter_config.json), which transformers attaches where peft "
+            "is installed; merge it into the model (merge_and_unload, then save_pretrained), or move its files elsewhere"
+        )
+    _check_architectures(document, path)
     with quiet_loading(), explained(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     return config
+
+
+def _check_architectures(document: Mapping[str, Any], path: Path) -> None:
+    named = document.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
+        raise SparsepassError(f"{path} names its architectures as {named!r}, where a list of class names is expected")
 
 
 def check_not_quantized(quantization: object, name: str) -> None:
@@ -116,17 +128,8 @@ def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -
     Raises:
         SparsepassError: If a file is missing or damaged, or its weights are not plain.
     """
-    if (index := weights_index(folder)) is not None:
-        shards = sorted(set(weight_map(index).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing or not shards:
-            raise SparsepassError(
-                f"model {name}: {WEIGHTS_INDEX} names {len(shards)} files, and {', '.join(missing) or 'all'} are missing; "
-                "copy or download the model again"
-            )
-    elif (folder / WEIGHTS_FILE).is_file():
-        shards = [WEIGHTS_FILE]
-    else:
+    entry = weights_entry(folder)
+    if entry is None:
         if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
             raise SparsepassError(
                 f"model {name} has its weights in GGUF files ({', '.join(ggufs[:4])}); choose one with gguf_file (--gguf-file)"
@@ -143,6 +146,7 @@ def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -
             "(.bin) are not read; convert them with AutoModel...from_pretrained(..., "
             "use_safetensors=False).save_pretrained(new_folder)"
         )
+    shards = [str(path.relative_to(folder)) for path in weights_files(entry)]
     for shard in shards:
         check_tensors(folder / shard)
     if not is_packed_already:

@@ -114,7 +114,7 @@ def _owner(model: nn.Module, key: str) -> str:
         for candidate in (path, path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")):
             try:
                 module = model.get_submodule(candidate)
-            except AttributeError:
+            except (AttributeError, IndexError):  # a list of layers that has none
                 continue
             is_layer = next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
             return candidate if is_layer and parts[end] not in dict(module.named_buffers()) else ""

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -29,8 +30,18 @@ from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.sidecars import OF_MODULES, SIDECARS, module_folders
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
-from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import SparsepassError, check_tensors, closest, first_line, path_named, quiet_loading
+from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
+from sparsepass.graph.support import (
+    ChecksumWarning,
+    SparsepassError,
+    changed_files,
+    check_inside,
+    check_tensors,
+    closest,
+    first_line,
+    path_named,
+    quiet_loading,
+)
 from sparsepass.graph.widening import widened
 
 if TYPE_CHECKING:
@@ -143,6 +154,7 @@ def load_model(
             token=token,
         )
         loaded = _from_name(asked, is_path=isinstance(source, Path))
+        _warn_of_changes(loaded)
     model = loaded.model
     if wanted is not None:
         if loaded.kind not in ("memory", "program"):
@@ -187,10 +199,13 @@ def check_model(
         )
         _check_is_hub_id(name, is_path=isinstance(source, Path))
         _download(asked, only=["config.json"])
-    elif folder.is_file():
+        return
+    if folder.is_file():
         _check_is_gguf(folder, name)
         check_gguf(folder, name)
-    elif not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
+        return
+    check_inside(folder)
+    if not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
         read_config(folder, name, trust_remote_code=trust_remote_code)
         check_weights(folder, name)
 
@@ -219,12 +234,14 @@ def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
         _check_is_gguf(path, name)
         folder, wanted = path.parent, replace(wanted, gguf_file=path.name)
     elif path.is_dir():
+        check_inside(path)
         if (path / PROGRAM_FILE).is_file():
             return _from_program(path, name)
         folder = path
     else:
         _check_is_hub_id(name, is_path=is_path)
         folder, kind = _download(wanted), "hub"
+        check_inside(folder)
         facts = {"revision": wanted.revision, "commit": folder.name}
     gguf_file = wanted.gguf_file or _lone_gguf(folder, name)
     if gguf_file is not None:
@@ -271,6 +288,19 @@ def _download(wanted: _Wanted, only: list[str] | None = None) -> Path:
             f"{first_line(error)}. Check the spelling, the revision and, for gated models, the token"
         ) from error
     return Path(folder)
+
+
+def _warn_of_changes(loaded: LoadedModel) -> None:
+    """Warn of files that are not as they were written. Those of a program itself are refused where they are read."""
+    if loaded.folder is None or loaded.kind == "gguf":
+        return
+    changes = changed_files(loaded.folder, but=(PROGRAM_FILE, TENSORS_FILE) if loaded.kind == "program" else ())
+    if changes := tuple(change for change in changes if change.kind != "missing"):  # the hub gives a part of a folder
+        warnings.warn(
+            f"{loaded.source}: {'; '.join(map(str, changes))}; if you know why: `sparsepass verify --renew {loaded.folder}`",
+            ChecksumWarning,
+            stacklevel=3,
+        )
 
 
 def _from_memory(model: nn.Module) -> LoadedModel:

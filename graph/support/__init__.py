@@ -1,9 +1,19 @@
 """What every other room uses: errors, files, progress, memory, arithmetic."""
 
+from sparsepass.graph.support.checksums import (
+    CHECKSUMS_FILE,
+    ChecksumWarning,
+    FileChange,
+    changed_files,
+    checksums_follow,
+    file_sha256,
+    write_checksums,
+)
 from sparsepass.graph.support.contexts import (
     default_dtype,
     evaluating,
     item_progress,
+    one_at_a_time,
     quiet_export,
     quiet_loading,
     shows_progress,
@@ -12,17 +22,16 @@ from sparsepass.graph.support.errors import CaptureError, EquivalenceError, Pass
 from sparsepass.graph.support.files import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
-    check_free,
-    check_place,
-    check_writable,
-    path_named,
     replaced_file,
     replaced_folder,
-    weights_index,
+    weights_entry,
+    weights_files,
     write_text,
 )
+from sparsepass.graph.support.inside import check_inside, file_inside
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
+from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
 from sparsepass.graph.support.reading import (
     INFINITIES,
     NON_FINITE,
@@ -37,38 +46,51 @@ from sparsepass.graph.support.reading import (
     read_json,
     read_object,
     shown,
-    weight_map,
 )
+from sparsepass.graph.support.temporaries import alone_in, lock_now, sweep, waiting_for
 from sparsepass.graph.support.words import closest, first_line, is_open, name_matches, nearest
 
 __all__ = [
+    "CHECKSUMS_FILE",
     "INFINITIES",
     "NON_FINITE",
     "WEIGHTS_FILE",
     "WEIGHTS_INDEX",
     "CaptureError",
+    "ChecksumWarning",
     "EquivalenceError",
+    "FileChange",
+    "Inputs",
     "PassError",
     "ProgramFormatError",
     "SparsepassError",
+    "alone_in",
     "build",
+    "changed_files",
+    "check_apart",
     "check_as",
     "check_free",
+    "check_inside",
     "check_place",
     "check_tensors",
     "check_writable",
+    "checksums_follow",
     "closest",
     "default_dtype",
     "evaluating",
     "fast_low_precision",
+    "file_inside",
+    "file_sha256",
     "first_line",
     "give_back_freed_memory",
     "is_open",
     "item_progress",
     "item_to_text",
     "load_tensors",
+    "lock_now",
     "name_matches",
     "nearest",
+    "one_at_a_time",
     "open_tensors",
     "opened",
     "package_version",
@@ -85,7 +107,10 @@ __all__ = [
     "replaced_folder",
     "shown",
     "shows_progress",
-    "weight_map",
-    "weights_index",
+    "sweep",
+    "waiting_for",
+    "weights_entry",
+    "weights_files",
+    "write_checksums",
     "write_text",
 ]

@@ -1,12 +1,38 @@
 """What holds for the length of a block: a line of progress, silent libraries, evaluation mode, a default dtype."""
 
 import contextlib
+import functools
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from threading import RLock
+from typing import ParamSpec, TypeVar
 
 import torch
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_TRACING = RLock()
+
+
+def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let a function wait until no other thread is in it, or in another one marked so.
+
+    torch.export keeps its state for the whole process, and so do the filters of warnings, the default dtype and the patches
+    of transformers' exporters: two traces at once would meet each other's.
+
+    Example:
+        >>> one_at_a_time(len)([1, 2])
+        2
+    """
+
+    @functools.wraps(function)
+    def waiting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _TRACING:
+            return function(*args, **kwargs)
+
+    return waiting
 
 
 @contextlib.contextmanager

@@ -24,13 +24,16 @@ def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str |
 
 
 def first_line(error: BaseException) -> str:
-    r"""The first line of an error's text that is not empty; the name of its class if there is none.
+    r"""The first line of an error's text that is not empty, and the next if it ends in a colon; the class's name if none is.
 
     Example:
         >>> first_line(ValueError("\n  no such axis\n  at ...")), first_line(KeyboardInterrupt())
         ('no such axis', 'KeyboardInterrupt')
+        >>> first_line(ValueError("the field 'size' is wrong:\n    TypeError: it is a text"))
+        "the field 'size' is wrong: TypeError: it is a text"
     """
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -43,7 +43,8 @@ class Runner:
         placeholders = [n for n in self._graph.nodes if n.op == "placeholder"]
         for batch in batches:
             bound = program.flat_inputs(**{name: t.to(self._device) for name, t in batch.inputs.items()})
-            self._values.append({node: bound[str(node.target)] for node in placeholders})
+            with program.checked(bound):
+                self._values.append({node: bound[str(node.target)] for node in placeholders})
         self._done: set[fx.Node] = set(placeholders)
         self._stop = placeholders[0]
 

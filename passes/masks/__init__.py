@@ -1,6 +1,14 @@
 """Masks as a file of their own."""
 
-from sparsepass.passes.masks.pack import MaskDifference, MaskPack, PackedMask, compare_masks, describe, pack_program
+from sparsepass.passes.masks.pack import (
+    MaskDifference,
+    MaskPack,
+    PackedMask,
+    compare_masks,
+    describe,
+    is_mask_pack,
+    pack_program,
+)
 
 __all__ = [
     "MaskDifference",
@@ -8,5 +16,6 @@ __all__ = [
     "PackedMask",
     "compare_masks",
     "describe",
+    "is_mask_pack",
     "pack_program",
 ]

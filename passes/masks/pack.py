@@ -30,7 +30,7 @@ from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.support import check_as, open_tensors, parse_json, replaced_file, shown
+from sparsepass.graph.support import check_as, check_place, open_tensors, parse_json, replaced_file, shown
 from sparsepass.passes.maths import NMPattern
 
 FORMAT: Final = "sparsepass-masks"
@@ -40,6 +40,16 @@ _LARGEST_M: Final = 16
 _HEADER: Final = "sparsepass"
 _FACTS: Final = ("dense_digest", "recipe", "model_class", "about")
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_mask_pack(path: Path) -> bool:
+    """Whether a file is a mask pack, as far as its header tells."""
+    try:
+        with open_tensors(path) as file:
+            header = parse_json((file.metadata() or {}).get(_HEADER, "null"), str(path))
+    except SparsepassError:
+        return False
+    return isinstance(header, Mapping) and header.get("format") == FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +131,10 @@ class MaskPack:
         return sum(64 * known.words.numel() for known in self.masks.values()) / max(1, self.num_weights)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; beside it first, and then moved into place.
+        """Write a safetensors file; beside it first, and then moved into place. An earlier pack is replaced.
 
         Raises:
-            SparsepassError: If it cannot be written.
+            SparsepassError: If it cannot be written, or another file stands there.
         """
         header = {
             "format": FORMAT,
@@ -139,7 +149,9 @@ class MaskPack:
         words = {name: known.words.contiguous() for name, known in self.masks.items()}
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            check_place(target, is_ours=is_mask_pack)
             with replaced_file(target) as beside:
+                header["sha256"] = _pack_digest(header, words)
                 safetensors.torch.save_file(words, beside, {_HEADER: json.dumps(header)})
         except (OSError, safetensors.SafetensorError) as error:
             raise SparsepassError(
@@ -169,6 +181,8 @@ class MaskPack:
                 "update it"
             )
         masks = {name: _read_mask(name, about, words, place) for name, about in header.masks.items()}
+        if document.get("sha256", digest := _pack_digest(document, words)) != digest:  # earlier versions wrote none
+            raise SparsepassError(f"{place} is not as it was written (its SHA-256 differs); get it anew, or pack again")
         return MaskPack(masks=masks, **{name: getattr(header, name) for name in _FACTS})
 
     def check_model(self, program: Program, *, values: bool = True) -> None:
@@ -229,6 +243,15 @@ def _read_mask(name: str, about: "_MaskEntry", words: Mapping[str, Tensor], plac
     if expected and not 0 <= int(known.words.min()) <= int(known.words.max()) < largest:
         raise SparsepassError(f"{damaged} has words that stand for no mask; copy it again")
     return known
+
+
+def _pack_digest(header: Mapping[str, Any], words: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a pack: of what its header says, and of its masks."""
+    facts = {name: value for name, value in header.items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(words):
+        found.update(words[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def pack_program(program: Program, *, about: str = "") -> MaskPack:

@@ -21,7 +21,7 @@ from typing import Any, Literal, final
 import safetensors.torch
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError, load_tensors, replaced_folder
+from sparsepass.graph.support import SparsepassError, load_tensors, replaced_folder, sweep
 from sparsepass.retrain.run.manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -135,8 +135,9 @@ class Checkpoints:
             def begin() -> str:
                 if rank:
                     return ""
-                _remove(self._folder.glob(".step-*.partial"))
-                return str(stack.enter_context(replaced_folder(target, force=True)))
+                for left in self._folder.glob(".step-*.partial"):
+                    sweep(left.with_name(left.name[1:].partition(".")[0]))
+                return str(stack.enter_context(replaced_folder(target, force=True, checksums=False)))
 
             staging = Path(together(begin)[0])
 

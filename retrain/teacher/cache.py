@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sparsepass.graph.support import SparsepassError, item_progress, replaced_file, shows_progress
+from sparsepass.graph.support import SparsepassError, item_progress, replaced_file, shows_progress, waiting_for
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.loss import CHUNK_TOKENS, log_probabilities
@@ -147,25 +147,26 @@ def write_teacher_cache(
         raise SparsepassError(f"temperatures must be positive, and at least one, got {list(temperatures)}")
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(
-        place,
-        teacher,
-        wanted={
-            "teacher": teacher.fingerprint(),
-            "k": k,
-            "temperatures": tuple(map(float, temperatures)),
-            "about": dict(about or {}),
-        },
-        shard_sequences=shard_sequences,
-    )
-    items = islice(sequences, num_sequences)
-    start = writer.skip(items)
-    with item_progress(shows_progress(progress), "caching the teacher", num_sequences, done=start) as advance:
-        while batch := list(islice(items, batch_size)):
-            writer.add(batch)
-            for _ in batch:
-                advance("")
-    return writer.finish()
+    with waiting_for(place):  # of two runs that want the same cache, the second finds it written
+        writer = _Writer(
+            place,
+            teacher,
+            wanted={
+                "teacher": teacher.fingerprint(),
+                "k": k,
+                "temperatures": tuple(map(float, temperatures)),
+                "about": dict(about or {}),
+            },
+            shard_sequences=shard_sequences,
+        )
+        items = islice(sequences, num_sequences)
+        start = writer.skip(items)
+        with item_progress(shows_progress(progress), "caching the teacher", num_sequences, done=start) as advance:
+            while batch := list(islice(items, batch_size)):
+                writer.add(batch)
+                for _ in batch:
+                    advance("")
+        return writer.finish()
 
 
 def top_k(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -3,10 +3,13 @@
 Tensor shape legend: B batch, P tokens of a prompt, T tokens.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +19,11 @@ from torch import Tensor, nn
 
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.soft_masks import noise_key
-from sparsepass.graph.support import SparsepassError, check_place, item_progress, parse_json
+from sparsepass.graph.support import Inputs, SparsepassError, check_place, item_progress, lock_now, parse_json, replaced_file
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
+_LONGEST_ROW: Final = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ def sample_to_file(
     """Write sampled sequences to a .jsonl file, rows of ``input_ids`` and ``text``, that training takes as a source.
 
     Interrupted, it goes on where it stopped when it is started again with the same settings: batches are drawn from seeds of
-    their own, and those that are done lie beside the file, as ``.NAME.partial``.
+    their own, and those that are done lie beside the file, as ``NAME.partial``.
 
     Args:
         model: A transformers model with ``generate``.
@@ -148,32 +152,76 @@ def sample_to_file(
     count, batch_size = -(-config.num_tokens // config.length), config.batch_size
     facts = {name: getattr(config, name) for name in ("length", "batch_size", "temperature", "seed")}
     facts |= {"prompt": prompt, "model": fingerprint(model.parameters())}
-    beside = path.with_name(f".{path.name}.partial")
-    done = _rows_done(beside, facts, force=force)
-    with (
-        beside.open("a" if done else "w", encoding="utf-8") as file,
-        item_progress(progress, "sampling", count, done=done) as advance,
-    ):
-        if not done:
-            file.write(json.dumps(facts) + "\n")
-        for first in range(done - done % batch_size, count, batch_size):
-            prompts = torch.tensor([prompt] * batch_size)
-            seed = noise_key(config.seed, first, 0)
-            ids = sample(model, prompts, config.length, temperature=config.temperature, seed=seed)
-            for row in ids[max(done - first, 0) : count - first].tolist():
-                file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}) + "\n")
-                advance("")
-            file.flush()
-    finished = path.with_name(f".{path.name}.finished")
-    with beside.open(encoding="utf-8") as rows, finished.open("w", encoding="utf-8") as file:
-        file.writelines(itertools.islice(rows, 1, 1 + count))
-    os.replace(finished, path)
-    beside.unlink()
+    with _kept_apart(path, force=force) as beside:
+        done = _rows_done(beside, facts, force=force)
+        with (
+            beside.open("a" if done else "w", encoding="utf-8") as file,
+            item_progress(progress, "sampling", count, done=done) as advance,
+        ):
+            if not done:
+                file.write(json.dumps(facts) + "\n")
+            for first in range(done - done % batch_size, count, batch_size):
+                prompts = torch.tensor([prompt] * batch_size)
+                seed = noise_key(config.seed, first, 0)
+                ids = sample(model, prompts, config.length, temperature=config.temperature, seed=seed)
+                for row in ids[max(done - first, 0) : count - first].tolist():
+                    file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}) + "\n")
+                    advance("")
+                file.flush()
+        with (
+            replaced_file(path) as finished,
+            beside.open(encoding="utf-8") as rows,
+            finished.open("w", encoding="utf-8") as file,
+        ):
+            file.writelines(itertools.islice(rows, 1, 1 + count))
+        beside.unlink()
     return path
 
 
-def check_file(out: str | Path, *, force: bool = False) -> Path:
+@contextmanager
+def _kept_apart(path: Path, *, force: bool) -> Iterator[Path]:
+    """Give the file beside a place in which a run keeps its rows, while no other run writes them.
+
+    Its rows stay for the next run when this one is interrupted; where there are none yet, it goes.
+
+    Raises:
+        SparsepassError: If another run writes it, or has finished the file meanwhile.
+    """
+    beside = path.with_name(f"{path.name}.partial")
+    if beside.is_symlink() or (beside.exists() and (not beside.is_file() or beside.stat().st_nlink > 1)):
+        raise SparsepassError(f"{beside} is a link, or has another name too, and would be written to; remove it")
+    while True:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            with suppress(OSError):  # a file system without locks
+                if lock_now(descriptor) is None:
+                    raise SparsepassError(f"another run writes {path} at the moment; wait for it, or choose another file")
+            if beside.exists() and os.path.samestat(os.fstat(descriptor), beside.stat()):
+                check_file(path, force=force)
+                try:
+                    yield beside
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                        raise
+                    raise SparsepassError(
+                        f"there is no room for {path}; its rows so far are kept in {beside}: free some space, and start it "
+                        "again with the same settings to go on"
+                    ) from error
+                finally:
+                    if beside.exists() and beside.stat().st_size == 0:
+                        beside.unlink()
+                return
+        finally:
+            os.close(descriptor)
+
+
+def check_file(out: str | Path, *, force: bool = False, inputs: Inputs = ()) -> Path:
     """Make sure that a file can be written, before anything is computed.
+
+    Args:
+        out: The file.
+        force: Whether a file of sampled text that stands there is replaced.
+        inputs: See `check_free`.
 
     Raises:
         SparsepassError: If its name does not end in .jsonl, its folder is not there, or it is there and not to be replaced.
@@ -183,8 +231,18 @@ def check_file(out: str | Path, *, force: bool = False) -> Path:
         raise SparsepassError(
             f"sampled text is written as rows of token ids and text: name a file that ends in .jsonl, not {path}"
         )
-    check_place(path, force=force)
+    check_place(path, force=force, inputs=inputs, is_ours=_is_sampled)
     return path
+
+
+def _is_sampled(path: Path) -> bool:
+    """Whether a file begins as one that was written here: with a row of token ids and text, and nothing else."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline(_LONGEST_ROW))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() == {"input_ids", "text"}
 
 
 def _prompt(tokenizer: Any, start: str | None) -> list[int]:

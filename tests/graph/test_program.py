@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, Program, ProgramFormatError, SparsepassError, capture
 from sparsepass.graph.saved import FORMAT_VERSION, PROGRAM_FILE, TENSORS_FILE
+from sparsepass.graph.support import CHECKSUMS_FILE, write_checksums
 from sparsepass.passes import apply_passes
 
 PIPELINE = ["nm_sparsify", "slorb{k=4}"]
@@ -178,6 +179,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads((folder / PROGRAM_FILE).read_text())
     change(document)
     (folder / PROGRAM_FILE).write_text(json.dumps(document))
+    write_checksums(folder)  # as who means harm would
 
 
 def first(document: dict[str, Any], op: str) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def first(document: dict[str, Any], op: str) -> dict[str, Any]:
 
 
 def test_a_folder_holds_text_and_safetensors_and_nothing_else(folder: Path) -> None:
-    assert sorted(file.name for file in folder.iterdir()) == [PROGRAM_FILE, TENSORS_FILE]
+    assert sorted(file.name for file in folder.iterdir()) == [PROGRAM_FILE, TENSORS_FILE, CHECKSUMS_FILE]
     assert json.loads((folder / PROGRAM_FILE).read_text())["format_version"] == FORMAT_VERSION
 
 
@@ -201,7 +203,7 @@ def test_a_missing_folder_or_file_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ProgramFormatError, match=r"nowhere holds no program\.json.*check the path"):
         Program.load(tmp_path / "nowhere")
     (folder / TENSORS_FILE).unlink()
-    with pytest.raises(ProgramFormatError, match=r"program\.safetensors is missing, truncated or damaged.*copy the folder"):
+    with pytest.raises(ProgramFormatError, match=r"program\.safetensors is (missing|truncated or damaged).*copy the folder"):
         Program.load(folder)
 
 
@@ -355,7 +357,11 @@ def test_a_folder_that_is_not_empty_needs_force(tmp_path: Path) -> None:
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(SparsepassError, match="not empty; choose another one, or pass force=True"):
         program.save(folder)
+    with pytest.raises(SparsepassError, match="sparsepass did not write it"):
+        program.save(folder, force=True)
     assert [file.name for file in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    program.save(folder)
     program.save(folder, force=True)
     assert_same(Program.load(folder), program)
 

@@ -42,11 +42,16 @@ HEADS: dict[str, Any] = {
     "normalized": lambda net, h, y: nn.functional.normalize(y, dim=-1),
     "clamped": lambda net, h, y: y.clamp(-5, 5),
     "masked": lambda net, h, y: y.masked_fill(net.shift > 0, -1e9),
+    "mean over tokens": lambda net, h, y: y.mean(1),
+    "largest of tokens": lambda net, h, y: y.max(1).values,
+    "dropout": lambda net, h, y: nn.functional.dropout(y, 0.1, net.training),
 }
 ROUTERS: dict[str, Any] = {
     "topk": lambda net, h, y: h * y.softmax(-1).topk(2).values.sum(-1, keepdim=True),
     "argmax": lambda net, h, y: torch.einsum("bti,btio->bto", h, net.experts[y.argmax(-1)]),
     "max": lambda net, h, y: h * net.experts[y.softmax(-1).max(-1).indices][..., 0],
+    "top-p": lambda net, h, y: h * (y.softmax(-1).cumsum(-1) < 0.9).sum(-1, keepdim=True),
+    "normalized": lambda net, h, y: h * nn.functional.layer_norm(y, (8,)).topk(2).values.sum(-1, keepdim=True),
     "argsort": lambda net, h, y: h + y.argsort(-1).sum(-1, keepdim=True),
     "threshold": lambda net, h, y: torch.where(y.sigmoid().sum(-1, keepdim=True) > 4, h, -h) * (y[..., :1] > 0.5),
 }
@@ -73,6 +78,26 @@ def test_what_a_layer_is(last: Any, word: str | None) -> None:
     assert found["first"] is None
     said = found["second"]
     assert (said is None) if word is None else (said is not None and said.startswith(word)), said
+
+
+class Masked(nn.Module):
+    """A head whose results count where a mask says so, and a layer that is added to what it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.last = nn.Linear(32, 64), nn.Linear(64, 8), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x).relu()
+        keep = padding[..., None].to(x.dtype)
+        return self.head(hidden) * keep - 1e30 * (1 - keep), x + self.last(hidden)
+
+
+def test_a_mask_behind_a_head_is_seen_through() -> None:
+    found = reasons(Masked(), (torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.long)))
+    assert found["first"] is None
+    assert found["last"] is None
+    assert str(found["head"]).startswith("output head")
 
 
 SMALL: dict[str, Any] = {

@@ -39,7 +39,7 @@ def test_a_graph_comes_back_as_it_was(name: str) -> None:
     again.lint()
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=5)
 SPECIAL = st.sampled_from(
     [
         torch.float32,
@@ -183,8 +183,10 @@ def test_the_output_classes_of_transformers_are_built() -> None:
         ("transformersx.modeling_outputs.BaseModelOutput", "only build output classes of transformers"),
         ("transformers.modeling_utils.PreTrainedModel", "is none"),
         ("transformers.modeling_outputs.NoSuchOutput", "which the installed transformers does not have"),
-        ("transformers.no_such_module.Output", "which the installed transformers does not have"),
+        ("transformers.modeling_no_such.Output", "which the installed transformers does not have"),
         ("transformers.modeling_outputs.torch", "is none"),
+        ("transformers.testing_utils.Output", "only build output classes of transformers"),
+        ("transformers.cli.serve.Output", "only build output classes of transformers"),
         ("None", "only build output classes of transformers"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from sparsepass.graph import Program
-from sparsepass.graph.program import Origin, masked_weight
+from sparsepass.graph.program import masked_weight
+from sparsepass.graph.records import Origin
 from sparsepass.graph.rewrite import without_branches
 from sparsepass.passes import apply_passes
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
+from sparsepass.graph.external_data import check_external_data
 from sparsepass.graph.onnx_reading import read_proto
 from sparsepass.graph.support import SparsepassError, first_line, read_by
 
@@ -65,7 +66,9 @@ def read_onnx(path: Path) -> ir.Model:
     Raises:
         SparsepassError: The file is not a readable ONNX model.
     """
-    return from_proto(read_proto(path), str(path), path.parent)
+    proto = read_proto(path)
+    check_external_data(proto, path)
+    return from_proto(proto, str(path), path.parent)
 
 
 def from_proto(proto: onnx.ModelProto, where: str, base: Path | None) -> ir.Model:

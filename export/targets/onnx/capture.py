@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.export.targets.onnx.artifact import Role
 from sparsepass.graph.capture import run_exporter
-from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.graph.support import SparsepassError, first_line, one_at_a_time
 
 Axes = tuple[str | None, ...]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -57,6 +57,7 @@ class CacheUnsupportedError(SparsepassError):
     """A generative model whose state is no key-value cache that ONNX graphs can carry."""
 
 
+@one_at_a_time
 def to_ir(piece: Piece, opset: int) -> ir.Model:
     """Lower one piece with transformers' exporter, whose patches of torch and torch.onnx it needs.
 

@@ -4,8 +4,10 @@
    that every MatMul and Gemm reads its weight as it is stored. TensorRT looks for 2:4 there, and nowhere else.
 2. A weight with uses in two layouts (an output head tied to the embedding) stays as it is: it would be stored twice.
 3. Initializers carry the program's weight names; one that was transposed keeps its name, parts get a number behind it.
-4. Weights take no part in constant folding and de-duplication, which would rename and merge them.
-5. A Reshape that keeps its leading axes says so with zeros, instead of computing its shape from theirs.
+4. Weights take no part in constant folding and de-duplication, which would rename and merge them. Neither do numbers that
+   are nearly 0 or 1: the optimizer takes them for that, and drops the epsilon of a norm.
+5. A Reshape that keeps its leading axes says so with zeros, instead of computing its shape from theirs; parts of a split
+   into parts of a computed size are slices.
 6. Equal computations are shared (the segment sum of SLoRB siblings), constants are folded, unused nodes go.
 7. Traces of the machine that exported (file names in metadata) are removed.
 """
@@ -21,6 +23,7 @@ import onnx_ir.passes.common as ir_passes
 from onnxscript import optimizer, rewriter
 
 from sparsepass.export.targets.onnx.artifact import Array, OnnxGraph, OnnxValue, Role, Step, StoredWeight, apply_view
+from sparsepass.graph.support import SparsepassError, first_line
 
 _LAYOUT_OPS = {"Transpose", "Split", "Squeeze", "Unsqueeze"}
 _CONVS = {"Conv", "ConvTranspose"}
@@ -56,6 +59,7 @@ def tidy(
     names = _rename_weights(model.graph, weight_names)
     views = _settle_layouts(model, names)
     _settle_reshapes(model.graph)
+    _settle_splits(model.graph)
     _optimize(model, {name for name, _ in views.values()} | set(views))
     views = {name: view for name, view in views.items() if name in model.graph.initializers}
     _name_axes(model.graph, axis_names)
@@ -233,17 +237,66 @@ def _same(axis: ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
     return isinstance(other, ir.SymbolicDim) and axis.value is not None and axis.value == other.value
 
 
+def _settle_splits(graph: ir.Graph) -> None:
+    """Write a split into parts of a computed size as slices. The optimizer (onnxscript 0.7) fails at it."""
+    for node in list(graph):
+        if node.op_type != "SplitToSequence" or len(node.inputs) != 2:
+            continue
+        source, size = node.inputs
+        picks = [usage.node for usage in node.outputs[0].uses()]
+        numbers = [pick.inputs[1].const_value if pick.op_type == "SequenceAt" and pick.inputs[1] else None for pick in picks]
+        if size is None or size.const_value is not None or size.shape is None or len(size.shape) or None in numbers:
+            continue
+        axis = _constant(graph, f"{node.outputs[0].name}_axis", node.attributes.get_int("axis", 0))
+        for pick, number in zip(picks, numbers, strict=True):
+            assert number is not None
+            name = pick.outputs[0].name
+            ends = [_constant(graph, f"{name}_{part}", int(number.numpy()) + part) for part in (0, 1)]
+            bounds = [ir.node("Mul", [size, end], name=f"{name}_end_{part}") for part, end in enumerate(ends)]
+            cut = ir.node("Slice", [source, *(each.outputs[0] for each in bounds), axis], name=f"{name}_slice")
+            cut.outputs[0].shape, cut.outputs[0].type = pick.outputs[0].shape, pick.outputs[0].type
+            graph.insert_before(pick, [*bounds, cut])
+            ir.convenience.replace_all_uses_with(pick.outputs[0], cut.outputs[0], replace_graph_outputs=True)
+            graph.remove(pick, safe=True)
+        graph.remove(node, safe=True)
+
+
+def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    """An initializer of shape [1]."""
+    tensor = ir.tensor(np.array([number], np.int64), name=name)
+    value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+    graph.initializers[name] = value
+    return value
+
+
 def _optimize(model: ir.Model, weights: set[str]) -> None:
-    """Fold, share and drop, with the weights' values out of reach (the optimizer would rename and merge small ones)."""
+    """Fold, share and drop, with values out of reach that the optimizer would rename, merge or take for others."""
     hidden = {}
-    for name in weights & set(model.graph.initializers):
-        value = model.graph.initializers[name]
-        hidden[value], value.const_value = value.const_value, None
-    with _linear_rules():
-        optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
+    for name, value in model.graph.initializers.items():
+        if name in weights or _is_nearly_neutral(value.const_value):
+            hidden[value], value.const_value = value.const_value, None
+    try:
+        with _linear_rules():
+            optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Resize" else None)
+    except ir.passes.PassError as error:
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        said = next((str(each) for each in chain if "node" in str(each)), first_line(error))
+        raise SparsepassError(
+            f"onnxscript cannot optimize the graph: {said} ({type(chain[-1]).__name__}: {chain[-1]})"
+        ) from error
     for value, tensor in hidden.items():
         value.const_value = tensor
     ir_passes.RemoveUnusedNodesPass()(model)
+
+
+def _is_nearly_neutral(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether a number is so near to 0 or 1 that onnxscript (0.7) takes ``x + 1e-8`` and ``x * 1.000001`` for x alone."""
+    if tensor is None or tensor.size != 1 or not tensor.dtype.is_floating_point():
+        return False
+    number = float(tensor.numpy().item())
+    return number not in (0.0, 1.0) and (abs(number) < 1e-7 or abs(number - 1) < 1e-4)
 
 
 @contextlib.contextmanager

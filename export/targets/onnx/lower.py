@@ -31,6 +31,7 @@ from sparsepass.export.targets.onnx.capture import (
 )
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
 from sparsepass.export.targets.onnx.guards import add_guards
+from sparsepass.export.targets.onnx.ties import without_ties
 from sparsepass.graph import capture
 from sparsepass.graph.lengths import unusual
 from sparsepass.graph.limits import position_limit
@@ -115,7 +116,9 @@ def lower_onnx(
     if program.device.type != "cpu":
         program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
     with quiet_export("torch.onnx", "transformers", "onnxscript", "onnx_ir"):
+        program, told = without_ties(program)
         kind, pieces, notes = _pieces(program, wanted, past)
+        notes = (*told, *notes)
         try:
             return _write(program, out, kind, pieces, number, wanted, notes)
         except SparsepassError as error:
@@ -310,7 +313,7 @@ def _can_vary(program: Program, name: str, axis: int) -> bool:
     inputs[name] = torch.cat([inputs[name]] * 2, axis)
     try:
         with torch.no_grad():
-            program.graph_module(*inputs.values())
+            program.run(inputs)
     except (RuntimeError, ValueError, AssertionError):
         return False
     return True

@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
 from sparsepass.export.targets.onnx.lower import converted
 from sparsepass.export.targets.onnx.session import Array, DecoderSession, open_widened, run_session, to_numpy
-from sparsepass.export.targets.onnx.ties import picks, tie_in
+from sparsepass.export.targets.onnx.ties import picks, repeating, tie_in, without_ties
+from sparsepass.graph.admission import plain_settings
 from sparsepass.graph.lengths import broken
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, first_line
@@ -63,7 +64,7 @@ def verify_onnx(
         "files": {graph.file: _check_file(place / graph.file) for graph in artifact.graphs},
         "pattern": {graph.file: _pattern(place / graph.file, artifact) for graph in artifact.graphs},
         "weights": _compare_weights(program, place, artifact),
-        "outputs": _compare_outputs(program, place, artifact, limit),
+        "outputs": _compare_outputs(without_ties(program)[0], place, artifact, limit),
     }
     findings["holds"] = (
         all(said == "ok" for said in findings["files"].values())
@@ -139,15 +140,9 @@ def _explain_by_ties(program: Program, judged: list[dict[str, Any]]) -> None:
     """Give outputs that are too far off their reason, where the model itself leaves to chance what it computes."""
     failed = [case for case in judged if not case["holds"] and "reason" not in case]
     inputs = {name: program.example_inputs[name] for name in program.input_names}
-    said = next((said for each in (inputs, _repeating(inputs)) if (said := tie_in(program, each))), None) if failed else None
+    said = next((said for each in (inputs, repeating(inputs)) if (said := tie_in(program, each))), None) if failed else None
     for case in failed if said else ():
         case["reason"] = said
-
-
-def _repeating(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs with tokens that come twice in each row, as they do in texts."""
-    ids = {name: tensor for name, tensor in inputs.items() if name.endswith("input_ids") and tensor.dim() == 2}
-    return {**inputs, **{name: t[:, torch.arange(t.shape[1]) // 2] for name, t in ids.items()}}
 
 
 def _float16_cases(program: Program) -> list[dict[str, Any]]:
@@ -159,7 +154,7 @@ def _float16_cases(program: Program) -> list[dict[str, Any]]:
         return []
     expected = program(**program.example_inputs)
     inputs = {n: t.cpu().half() if t.is_floating_point() else t.cpu() for n, t in program.example_inputs.items()}
-    outputs = converted(program, torch.float16).cpu()(**inputs)
+    outputs = _plainly(converted(program, torch.float16).cpu())(**inputs)
     found = []
     for name in program.output_names:
         mine, halved = (each.get(name) if isinstance(each, Mapping) else None for each in (expected, outputs))
@@ -227,7 +222,7 @@ class _Forward:
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """All outputs of the program, in its order."""
-        return list(self.program.graph_module(*inputs.values()))
+        return self.program.run(inputs)
 
     def logits(self, ids: Tensor, **others: Tensor) -> Tensor:
         """Logits of (decoder) tokens; no token is padding."""
@@ -240,15 +235,21 @@ class _Forward:
             given["position_ids"] = positions[None].repeat(ids.shape[0], 1)
         if "attention_mask" in program.input_names and main == "input_ids":
             given["attention_mask"] = torch.ones_like(given[main])
-        flat = program.graph_module(*program.flat_inputs(**given).values())
+        flat = program.run(program.flat_inputs(**given))
         logits = flat[program.output_names.index("logits")]
         assert isinstance(logits, Tensor)
         return logits
 
     def padded(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits of tokens some of which are padding, as the model's own class computes them."""
-        model = self.program.to_model().cpu()
+        model = _plainly(self.program.to_model().cpu())
         return model(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
+
+
+def _plainly(model: nn.Module) -> nn.Module:
+    """The model, set to run as it was captured: what it does with a cache may be something else."""
+    with plain_settings(model):
+        return model
 
 
 @final
@@ -257,7 +258,7 @@ class _ExactForward(_Forward):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
-        self.model = program.to_model().cpu().double()
+        self.model = _plainly(program.to_model().cpu().double())
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         found = self.model(**{n: t.cpu().double() if t.is_floating_point() else t.cpu() for n, t in inputs.items()})
@@ -282,7 +283,7 @@ def _plain_cases(program: Program, place: Path, forward: _Forward) -> Cases:
     if tokens:
         variants["shorter"] = {n: t[:, :-1] if n in tokens else t for n, t in example.items()}
     if picks(program):
-        variants["tokens that come twice"] = _repeating(example)
+        variants["tokens that come twice"] = repeating(example)
     for variant, inputs in variants.items():
         if broken(program.limits, {name: tuple(tensor.shape) for name, tensor in inputs.items()}) is not None:
             continue  # the graph does not hold for it: the artifact's notes say so

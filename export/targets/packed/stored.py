@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.graph.packed import PackedWeight
 from sparsepass.graph.packed_folder import PackedSettings, is_packed
-from sparsepass.graph.support import INFINITIES, SparsepassError, open_tensors, read_object
+from sparsepass.graph.support import INFINITIES, SparsepassError, check_inside, open_tensors, read_object
 
 PARTS = ("codes", "scales", "slorb_weight", "slorb_projection")
 """What stands beside the ``weight`` of a packed layer."""
@@ -81,6 +81,7 @@ def stored_folder(folder: Path) -> Iterator[StoredFolder]:
         SparsepassError: If it is none, or a file of it cannot be read.
     """
     path = folder / "config.json"
+    check_inside(folder)
     advice = "expected a folder of the target packed"
     document = read_object(path, allowed=INFINITIES, advice=advice).get("quantization_config")
     if not is_packed(document):

@@ -27,7 +27,7 @@ from sparsepass.graph.support import (
     quiet_loading,
     read_object,
     replaced_folder,
-    weights_index,
+    weights_entry,
 )
 from sparsepass.passes.maths import fixed_projection
 
@@ -76,7 +76,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
         'bfloat16'
     """
     source = Path(folder)
-    with stored_folder(source) as stored, replaced_folder(out, force=force) as staging:
+    with stored_folder(source) as stored, replaced_folder(out, force=force, inputs=[source]) as staging:
         document = read_object(source / "config.json", allowed=INFINITIES)
         dtype = parse_dtype(document.get("dtype") or document.get("torch_dtype") or "bfloat16")
         names: dict[str, str] = {}
@@ -86,7 +86,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
             names |= dict.fromkeys(tensors, file.name)
             total += sum(t.nbytes for t in tensors.values())
             safetensors.torch.save_file(tensors, staging / file.name, metadata={"format": "pt"})
-        if weights_index(source) is not None:
+        if getattr(weights_entry(source), "suffix", None) == ".json":
             index = {"metadata": {"total_size": total}, "weight_map": names}
             (staging / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         del document["quantization_config"]

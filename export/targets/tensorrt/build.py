@@ -23,7 +23,7 @@ from sparsepass.export.targets.onnx import plain_program
 from sparsepass.export.targets.tensorrt.options import EngineTarget
 from sparsepass.export.targets.tensorrt.profiles import EnginePlan, Lengths, Shapes, shapes
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, one_at_a_time
 
 CHILD: Final = Path(__file__).with_name("child.py")
 TORCH_CHILD: Final = Path(__file__).with_name("through_torch_child.py")
@@ -154,6 +154,7 @@ def arguments(options: EngineTarget) -> dict[str, Any]:
     return found
 
 
+@one_at_a_time
 def exported_program(program: Program, lengths: Mapping[str, Lengths]) -> torch.export.ExportedProgram:
     """Export a program's graph, with the axes that a profile lets vary.
 

@@ -20,6 +20,7 @@ from sparsepass.export.cli import app as cli, support as cli_support
 from sparsepass.export.report.document import read_report
 from sparsepass.export.targets import Check, HuggingFace
 from sparsepass.graph import Program
+from sparsepass.graph.support import CHECKSUMS_FILE
 
 TASKS = Path(__file__).parents[2] / "data"
 
@@ -229,7 +230,8 @@ def test_verify_without_a_report_needs_to_be_told_what_may_be_dense(place: Path,
     from sparsepass.export.stages.exporting import export
 
     export(place / "pruned", "hf", tmp_path / "out", verify=False)
-    (tmp_path / "out" / "report.json").unlink()
+    for name in ("report.json", CHECKSUMS_FILE):
+        (tmp_path / "out" / name).unlink()
     assert run("verify", tmp_path / "out").exit_code == 1, "the output head is dense"
     assert run("verify", tmp_path / "out", "--ignore", "lm_head").exit_code == 0
     noted = run("eval", tmp_path / "out", "--text", place / "words.txt", "--context", 16, "--max-tokens", 64)

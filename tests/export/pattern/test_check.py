@@ -257,7 +257,7 @@ def test_shards(tmp_path: Path) -> None:
     report = check_pattern(tmp_path)
     assert [(e.file, e.verdict) for e in report.entries] == list(zip(files, ["conforms", "violates"], strict=True))
     (tmp_path / "model-2-of-2.safetensors").unlink()
-    with pytest.raises(SparsepassError, match=r"incomplete: .* model-2-of-2\.safetensors is not there"):
+    with pytest.raises(SparsepassError, match=r"incomplete: .* model-2-of-2\.safetensors is missing"):
         check_pattern(tmp_path)
     index.write_text("{")
     with pytest.raises(SparsepassError, match="cannot be read"):

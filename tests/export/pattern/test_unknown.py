@@ -12,6 +12,7 @@ from tests.families import FAMILIES, Family
 from torch import Tensor
 
 from sparsepass.export.pattern import check_pattern
+from sparsepass.graph import SparsepassError
 from sparsepass.passes import apply_passes
 
 
@@ -52,6 +53,13 @@ U8 = torch.uint8
         ({"flat_param": torch.rand(1 << 20)}, 1),
         ({"dense.kernel": torch.rand(256, 256)}, 1),
         ({"block.0.weight": torch.rand(4, 32, 32)}, 1),
+        # As large as the other weights, or codes of a type that only weights have.
+        ({"up.kernel": torch.rand(32, 64)}, 1),
+        ({"up.weight._data": torch.ones(32, 32, dtype=torch.int8), "up.weight._scale": torch.ones(32, 1)}, 1),
+        ({"up._weight_qdata": torch.ones(32, 32, dtype=torch.int8), "up._weight_scale": torch.ones(32, 1)}, 1),
+        # Zeros that are stored as another number.
+        ({"up.weight": sparse(32, 32).to(torch.int8), "up.zero_point": torch.full((32, 1), 7, dtype=torch.int8)}, 1),
+        ({"up.weight": sparse(32, 32).to(torch.int8), "up.weight.zeros": torch.full((32, 1), 7, dtype=torch.int8)}, 1),
     ],
 )
 def test_what_is_large_and_unknown_is_listed_and_proves_nothing(
@@ -122,3 +130,12 @@ def test_the_weights_that_from_pretrained_loads_are_judged(tmp_path: Path) -> No
 def test_nothing_of_a_common_model_is_called_unknown(family: Family) -> None:
     report = check_pattern(family.model().state_dict())
     assert not report.counts["not checkable"], str(report)
+
+
+def test_a_pickle_that_transformers_would_load_is_not_passed_over(tmp_path: Path) -> None:
+    save_file(PLAIN, tmp_path / "old.safetensors")
+    assert check_pattern(tmp_path).conforms
+    torch.save(PLAIN, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SparsepassError, match=r"transformers loads pytorch_model\.bin beside it"):
+        check_pattern(tmp_path)
+    assert check_pattern(tmp_path / "old.safetensors").conforms

@@ -21,9 +21,10 @@ from sparsepass.export.targets import TARGETS, Check, HuggingFace, Target
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import load_model
 from sparsepass.graph.rewrite import without_branches
+from sparsepass.graph.support import CHECKSUMS_FILE, write_checksums
 from sparsepass.passes import NMSparsify, SLoRB, apply_passes, parse_pipeline
 
-EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE}
+EVIDENCE = {REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE, CHECKSUMS_FILE}
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,7 @@ def test_an_interruption_leaves_the_old_output(
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
+    write_checksums(out)
 
     def verify(*_: Any) -> Any:
         raise error
@@ -240,7 +242,7 @@ def test_an_interruption_leaves_the_old_output(
     expected = SparsepassError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         export(program, "hf", out, force=True)
-    assert files(tmp_path) == {"out/old"}
+    assert files(tmp_path) == {"out/old", f"out/{CHECKSUMS_FILE}"}
 
 
 def never(*_: Any, **__: Any) -> Any:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsepass.export.pattern import check_pattern
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.load import load_model
 from sparsepass.passes import apply_passes
@@ -99,4 +100,63 @@ def test_a_tokenizer_of_another_version_is_named(folder: Path) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"BPE"', '"BPE2"'))
     with pytest.raises(SparsepassError, match=r"no tokenizer can be made of tokenizer\.json.*This is transformers"):
+        load_model(folder)
+
+
+def with_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": [None]}, r"names its architectures as \[None\], where a list of class names is expected"),
+        ({"architectures": "LlamaForCausalLM"}, "where a list of class names is expected"),
+        ({"num_attention_heads": 5}, r"hidden size \(32\) is not a multiple"),
+        ({"transformers_weights": "elsewhere.safetensors"}, "that is in the folder; copy it there"),
+        ({"transformers_weights": "../model.safetensors"}, "that is in the folder"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_says_what_of_it(folder: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SparsepassError, match=said):
+        load_model(with_config(folder, **changes))
+
+
+def test_fewer_layers_than_the_weights_have_are_noted(folder: Path) -> None:
+    notes = load_model(with_config(folder, num_hidden_layers=0)).provenance["notes"]
+    assert any("are not used by LlamaForCausalLM" in note for note in notes)  # type: ignore[attr-defined]
+
+
+def test_the_file_that_config_json_names_is_the_one_that_counts(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "real.safetensors")
+    expected = load_model(with_config(folder, transformers_weights="real.safetensors"))
+    save_file({"x.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    found = load_model(folder)
+    assert (
+        found.provenance["files"]
+        == expected.provenance["files"]
+        == {"real.safetensors": (folder / "real.safetensors").stat().st_size}
+    )
+    assert {entry.file for entry in check_pattern(folder).entries} == {"real.safetensors"}
+
+
+def test_an_adapter_beside_the_model_is_refused_as_what_it_is(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(SparsepassError, match="has a PEFT adapter beside its weights"):
+        load_model(folder)
+
+
+def test_parts_of_a_distributed_checkpoint_are_refused(folder: Path) -> None:
+    save_file({"x.weight": torch.zeros(2, 2)}, folder / "shard-00000-model-00001-of-00001.safetensors")
+    with pytest.raises(SparsepassError, match="parts of a distributed checkpoint"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": []}', '{"weight_map": {"a": 3}}', "[]", '{"weight_map": {}}'])
+def test_an_index_that_is_none_is_refused_in_words(folder: Path, index: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(SparsepassError, match=r"truncated or damaged and cannot be read|names 0 files"):
         load_model(folder)

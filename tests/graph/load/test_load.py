@@ -1,8 +1,8 @@
 """Loading folders, GGUF files, programs and models in memory, and refusing what is damaged or does not fit."""
 
+import contextlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +97,7 @@ def test_sharded_folder(tmp_path: Path) -> None:
     assert len(shards) > 1
     assert sorted(load_model(tmp_path).provenance["files"]) == shards  # type: ignore[call-overload]
     (tmp_path / shards[1]).unlink()
-    with pytest.raises(SparsepassError, match=f"names {len(shards)} files, and {shards[1]} are missing"):
+    with pytest.raises(SparsepassError, match=f"names {len(shards)} files, and {shards[1]} is missing"):
         load_model(tmp_path)
 
 
@@ -445,10 +445,27 @@ def test_class_that_is_not_known(folder: Path) -> None:
 
 def test_code_of_its_own_needs_consent(folder: Path) -> None:
     change_config(folder, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, model_type="own")
-    (folder / "code.py").write_text("raise SystemExit('ran')")
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\nraise SystemExit('ran')\n")
     with pytest.raises(SparsepassError, match="trust_remote_code"):
         load_model(folder)
-    assert "code" not in sys.modules or "ran" not in str(sys.modules["code"])
+    assert not (folder / "ran").exists()
+    with pytest.raises(SystemExit, match="ran"):
+        load_model(folder, trust_remote_code=True)
+    assert (folder / "ran").exists(), "what the lines above look for"
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "preprocessor_config.json", "processor_config.json"])
+def test_code_of_a_tokenizer_or_processor_needs_consent(folder: Path, where: str) -> None:
+    path = folder / where
+    if where == "tokenizer_config.json":
+        save_tokenizer(folder)
+    document = json.loads(path.read_text()) if path.is_file() else {}
+    own = dict.fromkeys(("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor"), "code.Own")
+    path.write_text(json.dumps(document | {"auto_map": own | {"AutoTokenizer": ["code.Own", None]}, "tokenizer_class": "Own"}))
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\nclass Own: pass\n")
+    with contextlib.suppress(SparsepassError):  # refused, or read without that code
+        load_model(folder)
+    assert not (folder / "ran").exists()
 
 
 def test_damaged_tokenizer(folder: Path) -> None:

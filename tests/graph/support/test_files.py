@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import safetensors
 
+from sparsepass.graph.support.checksums import CHECKSUMS_FILE, write_checksums
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.graph.support.files import check_free, check_place, replaced_file, replaced_folder
+from sparsepass.graph.support.files import replaced_file, replaced_folder
+from sparsepass.graph.support.places import check_free, check_place
 
 
 @pytest.fixture
@@ -14,11 +16,17 @@ def old(tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
+    write_checksums(folder)
     return folder
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS_FILE)
+
+
+def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system be one in which folders cannot change places in one step."""
+    monkeypatch.setattr("sparsepass.graph.support.files._exchange", lambda one, other: False)
 
 
 def write_half(out: Path, error: BaseException) -> None:
@@ -119,6 +127,7 @@ def test_the_old_content_comes_back_if_the_last_move_fails(old: Path, monkeypatc
             raise OSError(errno.EIO, "defect of the disk")
         real(source, target)
 
+    in_two_steps(monkeypatch)
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="defect"), replaced_folder(old, force=True):
         pass
@@ -147,6 +156,7 @@ def test_the_folder_we_are_in_and_those_around_it_are_never_replaced(old: Path, 
 
 def stays(monkeypatch: pytest.MonkeyPatch, out: Path, code: int = errno.EBUSY) -> None:
     """Let a folder be one that cannot be moved, as a mount point is."""
+    in_two_steps(monkeypatch)
     replace = os.replace
 
     def refuse(source: Path, target: Path) -> None:

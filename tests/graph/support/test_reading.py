@@ -25,8 +25,8 @@ from sparsepass.graph.support import (
     read_json,
     read_object,
     shown,
-    weight_map,
 )
+from sparsepass.graph.support.reading import weight_map
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "Expecting value"),

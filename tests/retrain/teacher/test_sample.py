@@ -89,7 +89,7 @@ def test_a_file_is_the_same_however_often_it_was_interrupted(
         return sample(*args, **kwargs)
 
     monkeypatch.setattr(module, "sample", interrupted)
-    target, partial = tmp_path / "parts.jsonl", tmp_path / ".parts.jsonl.partial"
+    target, partial = tmp_path / "parts.jsonl", tmp_path / "parts.jsonl.partial"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             sample_to_file(model, tokenizer, target, SampleConfig(**options))

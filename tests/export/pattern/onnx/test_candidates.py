@@ -14,8 +14,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tests.families import BY_NAME
 
 from sparsepass.export.pattern import PatternEntry, check_pattern
+from sparsepass.export.stages.exporting import export
 from sparsepass.graph.support.errors import SparsepassError
 
 OPSET = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -582,12 +584,13 @@ def test_external_data(dtype: Any, tmp_path: Path) -> None:
 
 def test_external_data_may_be_linked_as_in_the_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
     path = save_external(model([node("MatMul", ["x", "w"])], w=sparse(8, 12, axis=0)), tmp_path / "blobs")
     for name in (path.name, "model.data"):
-        os.symlink(tmp_path / "blobs" / name, tmp_path / "snapshot" / name)
-    assert check_pattern(tmp_path / "snapshot" / "model.onnx").conforms
-    assert check_pattern(tmp_path / "snapshot").conforms
+        os.symlink(tmp_path / "blobs" / name, snapshot / name)
+    assert check_pattern(snapshot / "model.onnx").conforms
+    assert check_pattern(snapshot).conforms
 
 
 def test_graphs_that_share_a_data_file_are_both_checked(tmp_path: Path) -> None:
@@ -697,3 +700,13 @@ def test_agreement_with_polygraphy_on_float_weights(tmp_path: Path) -> None:
     assert {name for name, holds in ours.items() if holds} == {
         name for name in ours if name.split("_")[-1] in ("right", "half", "negative", "zero", "turned")
     }
+
+
+def test_agreement_with_polygraphy_on_an_export(tmp_path: Path) -> None:
+    family = BY_NAME["llama"]
+    result = export(family.model(), "onnx", tmp_path / "out", passes="nm_sparsify", validate=False, progress=False)
+    path = result.folder / "model.onnx"
+    ours = {entry.weight: entry.verdict == "conforms" for entry in check_pattern(path).entries}
+    said = polygraphy_says(path)
+    assert sum(ours.values()) == 14
+    assert {name: said.get(name) for name in ours} == ours

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsepass.export.targets.onnx.lower as target
 from sparsepass.export.targets.onnx import OnnxArtifact, generate_greedy, lower_onnx, open_session, verify_onnx
+from sparsepass.export.targets.onnx.session import run_session
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.passes import apply_passes
 
@@ -329,3 +330,47 @@ def test_a_sparse_weight_that_reaches_no_output_is_told(watch: Callable[[Tensor,
     assert artifact.notes == ("not in the graph, because no output depends on their values: seen.weight",)
     assert set(artifact.weights) & {"seen.weight", "used.weight"} == {"used.weight"}
     assert verify_onnx(program, tmp_path, artifact)["holds"]
+
+
+class Normed(nn.Module):
+    """A layer, and a norm of its results: of nothing but zeros, too."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(8, 8, bias=False), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y * self.norm(y)  # type: ignore[no-any-return]
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "root, 1e-8": lambda y: torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-8),
+    "root, 1e-12": lambda y: torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-12),
+    "sum, 1e-20": lambda y: 1.0 / (y.abs().sum(-1, keepdim=True) + 1e-20),
+    "difference, 1e-9": lambda y: 1.0 / (-y.abs().sum(-1, keepdim=True) - 1e-9),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_small_epsilon_is_no_zero(name: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8)
+    x[1, 0] = 0.0
+    program = capture(Normed(NORMS[name]), x)
+    assert verify_onnx(program, tmp_path, lower_onnx(program, tmp_path))["holds"]
+
+
+class Splitting(nn.Module):
+    """Splits what is three times as long as its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.cat([x, 2 * x, x.square()], 1).split(x.shape[1], 1)
+        return first * third + second
+
+
+def test_parts_of_a_computed_size(tmp_path: Path) -> None:
+    program = capture(Splitting(), torch.randn(2, 5, 8))
+    assert verify_onnx(program, tmp_path, lower_onnx(program, tmp_path))["holds"]
+    session, x = open_session(tmp_path / FILE), torch.randn(3, 9, 8)
+    assert np.allclose(run_session(session, {"x": x.numpy()})["output"], Splitting()(x).numpy(), atol=1e-6)

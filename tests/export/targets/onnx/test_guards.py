@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from sparsepass.export.targets.onnx import lower_onnx, open_session, verify_onnx
@@ -16,6 +17,7 @@ from sparsepass.export.targets.onnx.session import run_session
 from sparsepass.export.targets.onnx.ties import tie_in
 from sparsepass.graph import SparsepassError, capture
 from sparsepass.graph.lengths import holds
+from sparsepass.passes import apply_passes
 
 
 def identity() -> ir.Model:
@@ -121,3 +123,25 @@ def test_tokens_that_come_twice_are_among_the_cases_of_a_model_that_picks(tmp_pa
     assert cases["example inputs: output"]["holds"]
     assert not cases["tokens that come twice: output"]["holds"]
     assert "some of which are equal" in cases["tokens that come twice: output"]["reason"]
+
+
+def test_a_model_that_picks_by_chance_on_long_inputs_is_exported_for_short_ones(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    program = apply_passes(
+        capture(hf.DogeForCausalLM(hf.DogeConfig(**settings, **heads, keep_window_size=8)).eval()), "nm_sparsify"
+    )
+    assert "input_ids[1] >= 9" in program.limits
+    artifact = lower_onnx(program, tmp_path)
+    found = verify_onnx(program, tmp_path, artifact)
+    assert found["holds"]
+    assert found["pattern"]["model.onnx"]["num_sparse"] == len(program.sparse) > 0
+    assert any("keeps the largest of values some of which are equal" in note for note in artifact.notes)
+    session, model = open_session(tmp_path / "model.onnx"), program.to_model()
+    for length in (1, 5, 8):
+        ids = torch.full((2, length), 7)
+        got = run_session(session, {"input_ids": ids.numpy(), "attention_mask": np.ones((2, length), np.int64)})["logits"]
+        assert np.allclose(got, model(ids).logits.detach().numpy(), atol=1e-5)
+    with pytest.raises(SparsepassError, match=r"this graph holds only for input_ids\[1\] <= 8"):
+        run_session(session, {"input_ids": np.full((2, 9), 7), "attention_mask": np.ones((2, 9), np.int64)})
