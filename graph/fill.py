@@ -1,28 +1,30 @@
 """Programs without weights: captured on the meta device, filled from safetensors later."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.load import LOADING_ERRORS, check_all_used, check_fits, check_plain, check_plain_state
+from sparsepass.graph.load import LOADING_ERRORS, check_all_used, check_fits, check_numbers, check_plain, check_plain_state
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import (
+    INFINITIES,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     CaptureError,
     SparsepassError,
     check_inside,
+    check_tensors,
     default_dtype,
     first_line,
     one_at_a_time,
+    open_tensors,
+    read_object,
     weights_entry,
     weights_files,
 )
@@ -83,6 +85,8 @@ def _config(source: str | Path) -> "PretrainedConfig":
 
     if Path(source).is_dir():
         check_inside(source)
+    if (path := Path(source) / "config.json").is_file():
+        check_numbers(read_object(path, allowed=INFINITIES, error=CaptureError), path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except LOADING_ERRORS as error:
@@ -172,12 +176,8 @@ def _check_contents(source: str | Path | Mapping[str, Tensor]) -> set[str]:
         return set(source)
     held: set[str] = set()
     for file in _files(Path(source)):
-        try:
-            check_plain(file.parent, [file.name], name)
-            with safetensors.safe_open(file, framework="pt") as handle:
-                held |= set(handle.keys())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise SparsepassError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+        check_plain(file.parent, [file.name], name)
+        held |= set(check_tensors(file))
     return held
 
 
@@ -193,15 +193,11 @@ def _tensors(source: str | Path | Mapping[str, Tensor], names: Collection[str]) 
     if isinstance(source, Mapping):
         yield from ((name, source[name]) for name in names if name in source)
         return
-    with ExitStack() as stack:
-        for file in _files(Path(source)):
-            try:
-                handle = stack.enter_context(safetensors.safe_open(file, framework="pt"))
-                for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
-                    if name in names:
-                        yield name, handle.get_tensor(name)
-            except (safetensors.SafetensorError, OSError) as error:
-                raise SparsepassError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+    for file in _files(Path(source)):
+        with open_tensors(file) as handle:
+            for name in handle.keys():  # noqa: SIM118  (a handle is no mapping)
+                if name in names:
+                    yield name, handle.get_tensor(name)
 
 
 def _files(source: Path) -> list[Path]:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
+from sparsepass._terminal import Terminal
 from sparsepass.graph.sites import Site
 
 JSON = Any
@@ -279,7 +279,7 @@ class Report:
         for record in self.history:
             lines.append(f"{record.text}: {record.num_rewritten} rewritten, {record.num_skipped} skipped{_verified(record)}")
         buffer = io.StringIO()
-        Console(file=buffer, width=160, no_color=True).print(table)
+        Terminal(file=buffer, width=160, no_color=True).print(table)
         return buffer.getvalue() + "\n".join(lines)
 
 

@@ -3,16 +3,18 @@
 Rows are read as they are asked for, in order or spread evenly over the file.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any, Final, Literal, TypeAlias
 
 import torch
 
-from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.graph.support import SparsepassError, first_line, opened, parse_json
 
+_LONGEST_LINE: Final = 1 << 28
+_BATCH_ROWS: Final = 1 << 12
 TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".rst")
 
 Kind = Literal["folder", "jsonl", "parquet", "text"]
@@ -38,6 +40,8 @@ def path_kind(path: Path, name: str, *, what: str, forms: str) -> Kind:
         raise SparsepassError(f"{what} file {name} does not exist; expected {forms}")
     if path.is_dir():
         return "folder"
+    if not path.is_file():
+        raise SparsepassError(f"{what} {name} is no regular file, and nothing else is read; expected {forms}")
     if path.stat().st_size == 0:
         raise SparsepassError(f"{what} file {name} is empty")
     if path.suffix == ".jsonl":
@@ -106,7 +110,8 @@ def arrow_schema(path: str | Path, columns: Sequence[str]) -> Any:
         return None
     import pyarrow.parquet  # type: ignore[import-untyped]  # comes with datasets; has no type information
 
-    schema = pyarrow.parquet.read_schema(path)
+    with _parquet_read(f"file {path}"):
+        schema = pyarrow.parquet.read_schema(path)
     return pyarrow.schema([schema.field(name) for name in columns])
 
 
@@ -128,16 +133,25 @@ def spread_order(count: int, seed: int) -> Iterator[int]:
 
 
 def _jsonl(path: Path, where: str, seed: int | None) -> Iterator[tuple[int, Record]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1) if seed is None else _spread_lines(file, seed):
+    with opened(path, error=RecordError) as file:
+        for number, line in _lines(file, where) if seed is None else _spread_lines(file, seed, where):
             if line.strip():
                 yield number, _record(line, f"{where}, line {number}")
 
 
-def _spread_lines(file: IO[bytes], seed: int) -> Iterator[tuple[int, bytes]]:
+def _lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            raise RecordError(f"{where}, line {number} has more than {_LONGEST_LINE >> 20} MiB; expected a JSON object a line")
+        yield number, line
+
+
+def _spread_lines(file: IO[bytes], seed: int, where: str) -> Iterator[tuple[int, bytes]]:
     places = []
     position = 0
-    for number, line in enumerate(file, start=1):
+    for number, line in _lines(file, where):
         if line.strip():
             places.append((number, position))
         position += len(line)
@@ -148,30 +162,45 @@ def _spread_lines(file: IO[bytes], seed: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _record(line: bytes, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise RecordError(f"{where} is not JSON: {error}") from error
+    record = parse_json(line, where, error=RecordError, advice="mend that line, or leave it out")
     if not isinstance(record, dict):
         raise RecordError(f'{where} holds a {type(record).__name__}; expected an object such as {{"text": "..."}}')
     return record
 
 
-def _parquet(path: Path, where: str, seed: int | None, columns: Sequence[str] | None) -> Iterator[Record]:
+@contextmanager
+def _parquet_read(where: str) -> Iterator[None]:
+    """Turn what pyarrow raises about a file into our error; ValueError is that of texts that are no UTF-8."""
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise RecordError(f"{where} is not a readable parquet file: {first_line(error)}") from error
+
+
+def _parquet(path: Path, where: str, seed: int | None, columns: Sequence[str] | None) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    with opened(path, error=RecordError):
+        pass
+    with _parquet_read(where):
+        file = pyarrow.parquet.ParquetFile(path)
     with file:
         names = None if columns is None else list(columns)
         if seed is None:
-            for batch in file.iter_batches(columns=names):
-                yield from batch.to_pylist()
-            return
+            batches = file.iter_batches(columns=names, batch_size=_BATCH_ROWS)
+            while True:
+                with _parquet_read(where):
+                    batch = next(batches, None)
+                    rows = [] if batch is None else batch.to_pylist()
+                if batch is None:
+                    return
+                yield from rows
         for group in spread_order(file.num_row_groups, seed):
-            table = file.read_row_group(group, columns=names)
+            with _parquet_read(where):
+                table = file.read_row_group(group, columns=names)
             for index in spread_order(table.num_rows, seed):
-                yield table.slice(index, 1).to_pylist()[0]
+                with _parquet_read(where):
+                    row = table.slice(index, 1).to_pylist()[0]
+                yield row

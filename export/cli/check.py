@@ -158,7 +158,7 @@ def compare_command(
         for failure in failures:
             complain(failure)
         if not failures:
-            stdout().print("[green]Equivalent on these inputs.[/]")
+            stdout().print("Equivalent on these inputs.", style="green", highlight=False)
     support.finish(code)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from typer.core import TyperCommand
 
 from sparsepass.export.cli import support
@@ -102,7 +101,7 @@ def _show(found: "dict[str, Any]") -> None:
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, map(str, row)))
+        table.add_row(*map(str, row))
     show(table)
     for fact in facts:
         print_text(fact)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from sparsepass._terminal import Terminal
 from sparsepass.export.cli import support
 from sparsepass.export.cli.demo_packed import PackedDemo, pack_and_measure, why_not
 from sparsepass.export.cli.output import complain
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             context=given.context,
             eval_tokens=given.eval_tokens,
             train_tokens=given.train_tokens,
-            console=Console(),
+            console=Terminal(),
             # Only what an earlier demo wrote is replaced.
             force=given.out.is_dir() and find_report(given.out) is not None,
         )

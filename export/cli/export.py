@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sparsepass._docs import attribute_docs
 from sparsepass.export.cli import support
@@ -84,7 +83,7 @@ def _export(
     for failure in result.failures:
         complain(failure)
     for line in result.unchecked:
-        say(f"[yellow]Not checked:[/] {escape(line)}")
+        say(line, lead="Not checked: ")
     support.finish(code)
 
 

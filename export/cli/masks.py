@@ -95,7 +95,6 @@ def _as_json(one: "MaskDifference") -> dict[str, object]:
 
 
 def _show_differences(found: "list[MaskDifference]") -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="Masks", title_justify="left", show_edge=False)
@@ -103,5 +102,5 @@ def _show_differences(found: "list[MaskDifference]") -> None:
     table.add_column("entries that differ", justify="right")
     table.add_column("kept by both", justify="right")
     for one in [*found, _total(found)]:
-        table.add_row(escape(one.weight), f"{one.num_flipped / one.num_entries:.2%}", f"{one.overlap:.2%}")
+        table.add_row(one.weight, f"{one.num_flipped / one.num_entries:.2%}", f"{one.overlap:.2%}")
     show(table)

@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any, Final, Literal, TextIO
 
-from rich.markup import escape
-
 from sparsepass import _progress
 
 Talk = Literal["quiet", "normal", "verbose"]
@@ -30,16 +28,18 @@ def results() -> TextIO:
 
 def stdout() -> Any:
     """Console for results."""
-    from rich.console import Console
+    from sparsepass._terminal import Terminal
 
     file = results()
-    return Console(file=file, soft_wrap=not file.isatty())
+    return Terminal(file=file, soft_wrap=not file.isatty())
 
 
 def show(found: Any) -> None:
     """Print text and tables. A table takes the width of the terminal, or 80 columns; text is not wrapped but at a terminal."""
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.table import Table
+
+    from sparsepass._terminal import Terminal
 
     for each in found.renderables if isinstance(found, Group) else [found]:
         if isinstance(each, Group):
@@ -47,14 +47,16 @@ def show(found: Any) -> None:
         elif isinstance(each, Table):
             for column in each.columns:
                 column.overflow = "fold"  # a figure or name that is cut off would be another one
-            Console(file=results()).print(each)
+            Terminal(file=results()).print(each)
         else:
             stdout().print(each, highlight=False)
 
 
 def print_text(text: str, *, end: str = "\n") -> None:
-    """Print a result as it is."""
-    results().write(text + end)
+    """Print a result as it is, but for what a terminal would obey."""
+    from sparsepass._terminal import for_terminal
+
+    results().write(for_terminal(text) + end)
 
 
 def print_json(command: str, document: Mapping[str, Any], *, exit_code: int = 0) -> None:
@@ -74,16 +76,28 @@ def print_json(command: str, document: Mapping[str, Any], *, exit_code: int = 0)
     print_text(json.dumps(plain_json(head | dict(document)), indent=1, default=str))
 
 
-def say(text: str) -> None:
-    """Print a line of news on standard error."""
-    from rich.console import Console
+def say(text: str, *, lead: str = "", style: str = "") -> None:
+    """Print a line of news on standard error.
 
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Args:
+        text: The line.
+        lead: What stands before it, in yellow.
+        style: How the line looks, as rich calls it.
+    """
+    from rich.text import Text
+
+    from sparsepass._terminal import Terminal
+
+    Terminal(stderr=True).print(Text.assemble((lead, "yellow"), (text, style)), highlight=False, soft_wrap=True)
 
 
 def complain(text: str) -> None:
     """Print an error in red on standard error."""
-    say(f"[bold red]Error:[/] [red]{escape(text)}[/]")
+    from rich.text import Text
+
+    from sparsepass._terminal import Terminal
+
+    Terminal(stderr=True).print(Text.assemble(("Error:", "bold red"), " ", (text, "red")), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -106,7 +120,7 @@ def talking(how: Talk) -> Iterator[None]:
         from sparsepass.retrain.run import is_first_process
 
         if is_first_process():
-            say(f"[dim]{escape(text)}[/]" if is_terminal else f"{time.strftime('%H:%M:%S')} {escape(text)}")
+            say(text if is_terminal else f"{time.strftime('%H:%M:%S')} {text}", style="dim" if is_terminal else "")
 
     with ExitStack() as stack:
         token = _RESULTS.set(sys.stdout)

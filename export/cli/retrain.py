@@ -240,6 +240,7 @@ def _title(name: str) -> tuple[str, str]:
 
 def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from sparsepass.export.cli.show import sections
     from sparsepass.export.report import find_report
@@ -247,7 +248,11 @@ def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
     table = Table(title="Stages", title_justify="left", show_edge=False)
     for heading in ("stage", "", "verification", "folder"):
         table.add_column(heading, overflow="fold")
-    said = {"held": "[green]held[/]", "did_not_hold": "[bold red]did NOT hold[/]", "not_checked": "[yellow]not checked[/]"}
+    said = {
+        "held": Text("held", "green"),
+        "did_not_hold": Text("did NOT hold", "bold red"),
+        "not_checked": Text("not checked", "yellow"),
+    }
     for outcome in outcomes:
         done = f"{outcome.seconds:.0f} s" if outcome.ran else "done before"
         table.add_row(outcome.name, done, said.get(outcome.state or "", ""), str(outcome.folder))

@@ -83,7 +83,6 @@ def sensitivity_command(
 
 
 def _show(found: "Sensitivity", top: int) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     what = "KL, nats a token" if found.loss == "kl" else "squared relative error"
@@ -95,7 +94,7 @@ def _show(found: "Sensitivity", top: int) -> None:
     table.add_column("")
     for row in found.rows[:top]:
         mark = "leave dense" if row.is_kept_dense else ""
-        table.add_row(escape(row.name), f"{row.loss:.4g}", f"{row.saved_bytes / 1e6:.2f}", f"{row.loss_per_mb:.4g}", mark)
+        table.add_row(row.name, f"{row.loss:.4g}", f"{row.saved_bytes / 1e6:.2f}", f"{row.loss_per_mb:.4g}", mark)
     show(table)
     console = stdout()
     if len(found.rows) > top:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from sparsepass.export.cli.advice import as_options, flags_of
 from sparsepass.export.cli.options import Fields, with_settings
@@ -206,7 +205,7 @@ _OF_CHECKSUMS: Final = r"(?s).*sparsepass\.sha256\.json"
 
 
 def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
-    say(f"[bold yellow]Warning:[/] {escape(str(message))}")
+    say(str(message), lead="Warning: ")
 
 
 class _quiet:  # noqa: N801  # used as a context manager only

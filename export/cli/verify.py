@@ -241,17 +241,13 @@ def _of_file(
     path: Path, expected: Mapping[str, Mapping[str, str]], axes: Mapping[str, Mapping[str, int]]
 ) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, int]]]:
     """What a folder's report expects of one file in it: of a shard of a checkpoint, the weights that it holds."""
-    import safetensors
+    from sparsepass.graph.support import check_tensors
 
     if path.name in expected:
         return {path.name: dict(expected[path.name])}, {path.name: dict(axes.get(path.name, {}))}
     if "" not in expected or path.suffix != ".safetensors":
         return {}, {}
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            held = set(file.keys())
-    except (safetensors.SafetensorError, OSError):
-        return {}, {}  # check_pattern tells what is wrong with it
+    held = set(check_tensors(path))
     return (
         {path.name: {name: each for name, each in expected[""].items() if name in held}},
         {path.name: {name: axis for name, axis in axes.get("", {}).items() if name in held}},

@@ -16,7 +16,6 @@ reduced, is convention:
 6. `axes` overrides all of that by name.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,7 +29,15 @@ import torch
 
 from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
-from sparsepass.graph.support import SparsepassError, weights_entry, weights_files
+from sparsepass.graph.support import (
+    INFINITIES,
+    SparsepassError,
+    check_tensors,
+    read_by,
+    read_object,
+    weights_entry,
+    weights_files,
+)
 
 _CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _CONV1D_MODULES = re.compile(r"(c_attn|c_proj|c_fc|q_attn)$")
@@ -310,11 +317,8 @@ def _axis(name: str, shape: tuple[int, ...], families: set[str]) -> int | None:
 
 def _families(folder: Path) -> set[str]:
     """The model types that a config.json beside the weights names, those of its parts included."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    return _named_families(config) if isinstance(config, dict) else set()
+    path = folder / "config.json"
+    return _named_families(read_object(path, allowed=INFINITIES)) if path.exists() else set()
 
 
 def _named_families(config: Mapping[str, Any]) -> set[str]:
@@ -323,20 +327,14 @@ def _named_families(config: Mapping[str, Any]) -> set[str]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    check_tensors(path)
+    with read_by("safetensors", path, safetensors.SafetensorError, OSError):
         return safetensors.safe_open(path, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise SparsepassError(
-            f"{path} cannot be read as a safetensors file ({error}): expected a complete one. It may be truncated; "
-            "copy it again."
-        ) from error
 
 
 def _read(path: Path, handle: Any, name: str) -> torch.Tensor:
-    try:
+    with read_by("safetensors", path, safetensors.SafetensorError, OSError, RuntimeError):
         tensor: torch.Tensor = handle.get_tensor(name)
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise SparsepassError(f"weight {name!r} of {path} cannot be read ({error}): copy the file again.") from error
     return tensor
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, final
 
-from rich.console import Console
 from rich.table import Table
 
+from sparsepass._terminal import Terminal
 from sparsepass.export.pattern.candidates import Use
 from sparsepass.export.pattern.cause import Cause
 
@@ -191,5 +191,5 @@ class PatternReport:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        Console(file=out, width=160, no_color=True).print(self.table())
+        Terminal(file=out, width=160, no_color=True).print(self.table())
         return out.getvalue()

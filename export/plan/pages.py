@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from sparsepass.export.plan.forecast import LayerPlan, Plan, PointPlan
 from sparsepass.export.plan.phases import PhaseTimes
 from sparsepass.export.plan.roofline import Matmul
 
-_Columns: TypeAlias = list[tuple[str | Column, list[str]]]
+_Columns: TypeAlias = list[tuple[str | Column, Sequence[str | Text]]]
 """Heading and cells of each column. One that is headed by a text alone holds figures."""
 
 
@@ -102,9 +101,9 @@ def layers_table(plan: Plan, rows: Sequence[LayerRow]) -> Table:
     items = [row.first for row in rows]
     columns: _Columns = [
         ("", [str(row.count) for row in rows]),
-        (Column("layers", overflow="fold"), [escape(_shortened(row.names)) for row in rows]),
+        (Column("layers", overflow="fold"), [_shortened(row.names) for row in rows]),
         ("out x in", [_dimensions(item.matmul) for item in items]),
-        (Column("plan"), ["[green]2:4[/]" if item.decision == "2:4" else "dense" for item in items]),
+        (Column("plan"), [Text("2:4", "green") if item.decision == "2:4" else "dense" for item in items]),
         ("run us" if plan.shape.kind == "encoder" else "prefill us", [_pair(item.prefill_s) for item in items]),
     ]
     intensities = [_number(item.prefill_intensity) for item in items]
@@ -202,11 +201,11 @@ def _everything_differs(plan: Plan) -> bool:
     )
 
 
-def _fits(plan: Plan, point: PointPlan) -> str:
+def _fits(plan: Plan, point: PointPlan) -> str | Text:
     dense, planned = (needs <= plan.device.memory_gb * 1e9 for needs in point.needs_bytes)
     if dense:
         return "yes"
-    return "[green]only as planned[/]" if planned else f"[red]no, needs {_gigabytes(point.needs_bytes[1])}[/]"
+    return Text("only as planned", "green") if planned else Text(f"no, needs {_gigabytes(point.needs_bytes[1])}", "red")
 
 
 def _shortened(names: Sequence[str]) -> str:

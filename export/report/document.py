@@ -17,7 +17,15 @@ from sparsepass.export.report.schema import SCHEMA, SCHEMA_VERSION, MachineEntry
 from sparsepass.export.report.sections import MeasurementEntry
 from sparsepass.export.report.training import FOLDER as FIGURES
 from sparsepass.export.report.view import report_view
-from sparsepass.graph.support import SparsepassError, check_place, checksums_follow, file_inside, package_version, replaced_file
+from sparsepass.graph.support import (
+    SparsepassError,
+    check_place,
+    checksums_follow,
+    file_inside,
+    package_version,
+    read_json,
+    replaced_file,
+)
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
 
@@ -211,14 +219,11 @@ def _is_page(path: Path) -> bool:
 
 
 def _json_of(path: Path) -> Any:
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote")
+    if not path.is_file():
         raise SparsepassError(f"{path} is no file; name a report.json, or a folder that sparsepass wrote")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SparsepassError(f"{path} does not exist; name a folder that sparsepass wrote") from error
-    except (OSError, ValueError) as error:
-        raise SparsepassError(f"{path} cannot be read as JSON ({error}); write the folder again") from error
+    return read_json(path, advice="write the folder again")
 
 
 def _write(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:

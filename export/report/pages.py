@@ -14,12 +14,14 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from sparsepass._terminal import for_terminal, one_line
 from sparsepass.export.report.blocks import Block, Drawings, Notes, Raw, Sentence, Steps, Subheading, Table
 from sparsepass.export.report.charts import STYLE, el, escaped, join, printable
 from sparsepass.export.report.view import ReportView
 
 _MARKED: Final = {"yes": "yes", "no": "no", "unknown": "unk", "held": "held", "DID NOT HOLD": "failed", "not checked": "unk"}
 """Cell -> class of the style."""
+_TAG: Final = re.compile(r"<(?=[A-Za-z/!?])")
 
 
 def render_markdown(view: ReportView) -> str:
@@ -32,9 +34,10 @@ def render_markdown(view: ReportView) -> str:
         >>> render_markdown(report_view(ReportDocument.parse(new_report()))).splitlines()[0]
         '# sparsepass report'
     """
-    parts = [f"# {view.title}", *(line.text for line in view.lines)]
+    parts = [f"# {in_markdown(view.title)}", *(in_markdown(line.text) for line in view.lines)]
     for answer in view.answers:
-        parts.append(f"**{answer.question} {answer.short[:1].upper()}{answer.short[1:]}.** {' '.join(answer.sentences)}")
+        short, said = in_markdown(answer.short), in_markdown(" ".join(answer.sentences))
+        parts.append(f"**{answer.question} {short[:1].upper()}{short[1:]}.** {said}")
     for section in view.sections:
         parts.append(f"## {section.heading}")
         parts += [_block(block) for block in section.blocks if "markdown" in block.on]
@@ -56,31 +59,73 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> st
         |---|---|
         | 1 | x\|y |
     """
+    return _joined(headings, ([in_markdown(cell) for cell in row] for row in rows))
+
+
+def in_markdown(value: object) -> str:
+    r"""Make any text safe in a line of Markdown: no tags, no links, no blocks. Words between backticks stay code.
+
+    Example:
+        >>> in_markdown("<script> `a` [x](y)\n# b")
+        '&lt;script> `a` [x]\\(y) # b'
+    """
+    text = one_line(str(value).replace("\n", " "))
+    return _TAG.sub("&lt;", text).replace("](", "]\\(").replace("```", "\\`\\`\\`")
+
+
+def code_in_markdown(value: object) -> str:
+    r"""A name as code: backticks in it are enclosed in more of them.
+
+    Example:
+        >>> code_in_markdown("a"), code_in_markdown("a`b")
+        ('`a`', '`` a`b ``')
+    """
+    text = one_line(str(value).replace("\n", " "))
+    if "`" not in text:
+        return f"`{text}`" if text.strip() else ""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
+
+
+def _joined(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Iterable[Any]], is_code: Sequence[bool]) -> str:
+    """A table of which some columns are code."""
+    made = (
+        [code_in_markdown(cell) if code else in_markdown(cell) for cell, code in zip(row, is_code, strict=True)] for row in rows
+    )
+    return _joined(headings, made)
 
 
 def _block(block: Block) -> str:
     match block:
         case Table():
             is_code = [column.kind == "code" for column in block.columns]
-            rows = ([f"`{cell}`" if code else cell for cell, code in zip(row, is_code, strict=True)] for row in block.rows)
-            made = markdown_table([column.heading for column in block.columns], rows)
+            made = _table([column.heading for column in block.columns], block.rows, is_code)
             folded = block.folded or (block.label if block.is_sortable else "")
             return f"<details><summary>{folded}</summary>\n\n{made}\n\n</details>" if folded else made
         case Sentence():
-            return f"**{block.lead}**: {block.text}" if block.lead else block.text
+            text = in_markdown(block.text)
+            return f"**{in_markdown(block.lead)}**: {text}" if block.lead else text
         case Subheading():
-            return f"### {block.text}"
+            return f"### {in_markdown(block.text)}"
         case Notes():
-            return "\n".join(f"- {item}" for item in block.items)
+            return "\n".join(f"- {in_markdown(item)}" for item in block.items)
         case Drawings():
             return "\n\n".join(f"![{each.note}]({each.file})\n\n{each.note}" for each in block.items if each.file)
         case Steps():
-            return "\n".join(f"- **{stage}**: `{command}`, {when}\n  - {place}" for stage, when, command, place in block.items)
+            return "\n".join(
+                f"- **{in_markdown(stage)}**: {code_in_markdown(command)}, {in_markdown(when)}\n  - {in_markdown(place)}"
+                for stage, when, command, place in block.items
+            )
         case Raw():
-            return f"```json\n{block.text}\n```"
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+            return f"{fence}json\n{for_terminal(block.text)}\n{fence}"
 
 
 def render_html(view: ReportView) -> str:

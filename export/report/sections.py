@@ -5,10 +5,11 @@ apply. Fields that no model names are kept as they are.
 """
 
 import math
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, Final, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, WithJsonSchema
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 _TEXTS = ("inf", "-inf", "nan")
 
@@ -49,7 +50,7 @@ class ModelSection(Part):
     revision: str | None = Field(default=None, description="of a model from the hub, as the user named it")
     commit: str | None = Field(default=None, description="the commit that this was")
     gguf_file: str | None = Field(default=None, description="name of the GGUF file in the folder or repository")
-    files: dict[str, Any] | None = Field(default=None, description="file of weights -> bytes")
+    files: dict[str, int] | None = Field(default=None, description="file of weights -> bytes")
     notes: list[str] | None = Field(default=None, description="what a reader should know of the loading")
 
 
@@ -169,7 +170,7 @@ class TrainingEntry(Part):
     flips_by_layer: dict[str, Number] = Field(description="the same, weight by weight")
     decided: Number | None = Field(default=None, description="of learned masks: share of groups with a probability above 0.99")
     kept_norm: Number | None = Field(default=None, description="of learned masks: kept share of the weights' squared norm")
-    curve: dict[str, list[Any]] = Field(
+    curve: dict[str, list[Number | None]] = Field(
         description="column -> at most 200 values: `step`, `tokens`, `lr`, `decay`, `flips_since_first` and `memory_bytes` as "
         "they stood at the end of each piece of the run; `loss`, `kl`, `ce`, `grad_norm`, `flip_rate` and `tokens_per_second` "
         "as means over it"
@@ -217,10 +218,12 @@ class ArtifactSection(Part):
     target: str = Field(description="its name in the table of targets, such as `onnx`")
     files: dict[str, int] = Field(description="file -> bytes, the evidence beside it left out")
     size_bytes: int = Field(description="sum of these")
-    expected_sparse: dict[str, Any] = Field(
+    expected_sparse: dict[str, dict[str, str]] = Field(
         description="file (empty: the folder) -> stored weight -> pattern; every other weight is dense on purpose"
     )
-    axes: dict[str, Any] | None = Field(default=None, description="file -> weight -> axis of the pattern, if the file lacks it")
+    axes: dict[str, dict[str, int]] | None = Field(
+        default=None, description="file -> weight -> axis of the pattern, if the file lacks it"
+    )
     dtype: str = Field(description="type of the written weights")
     notes: list[str] = Field(description="what a reader should know of the files")
     details: dict[str, Any] = Field(description="the target's own record")
@@ -309,6 +312,21 @@ class MeasuredEntry(Part):
     break_even: str = Field(description="from which size on sparse kernels are faster, in words")
 
 
+class _StateCounts(TypedDict, total=False):
+    """How often each state has each value."""
+
+    total: dict[str, dict[str, int]]
+    engines: dict[str, dict[str, dict[str, int]]]
+
+
+_STATE_COUNTS: Final = TypeAdapter(_StateCounts)
+
+
+def _checked_counts(value: dict[str, Any]) -> dict[str, Any]:
+    _STATE_COUNTS.validate_python(value, strict=True)
+    return value
+
+
 class SparsitySection(Part):
     """What is known of sparse kernels, from the targets `tensorrt`, `torch` and `packed`.
 
@@ -323,7 +341,9 @@ class SparsitySection(Part):
     gpus: list[str] = Field(description="GPUs of the machine that built them; empty if it has none")
     engines: list[EngineEntry] = Field(description="each engine; also `log`, `graph`, `profiles`, `num_layers` and `seconds`")
     layers: list[EvidenceEntry] = Field(description="each weight in each engine; also `op`, `dtype`, `axis` and `tactic`")
-    counts: dict[str, Any] = Field(description="how often each state has each value, in `total` and engine by engine")
+    counts: Annotated[dict[str, Any], AfterValidator(_checked_counts)] = Field(
+        description="how often each state has each value, in `total` and engine by engine"
+    )
     measured: dict[str, MeasuredEntry] | None = Field(default=None, description="engine -> what was measured of it on a GPU")
 
     @property

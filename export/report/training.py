@@ -160,8 +160,12 @@ def _moved_most(by_layer: Mapping[str, float | str]) -> Iterable[Block]:
 
 
 def _over_tokens(run: TrainingEntry, title: str, lines: list[Line], y_label: str, *, from_zero: bool = False) -> Picture | None:
-    tokens = run.curve.get("tokens") or ()
-    if not tokens or not any(value is not None for line in lines for value in line.values):
+    tokens = [value for value in _numbers(run, "tokens") if value is not None]
+    if (
+        len(tokens) != len(run.curve.get("tokens") or ())
+        or not tokens
+        or not any(value is not None for line in lines for value in line.values)
+    ):
         return None
     x, unit = _scaled(tokens)
     return line_chart(title, x, lines, x_label=unit, y_label=y_label, from_zero=from_zero)

@@ -16,7 +16,7 @@ import torch
 
 from sparsepass.export.stages.bench_runs import BenchShape, generate, run_once, shapes
 from sparsepass.export.stages.settings import BenchSettings, ModelSource
-from sparsepass.graph.support import give_back_freed_memory
+from sparsepass.graph.support import INFINITIES, give_back_freed_memory, read_object
 
 
 def measure_memory(source: ModelSource, settings: BenchSettings) -> dict[str, int | None]:
@@ -72,9 +72,9 @@ def _warm_up(source: ModelSource) -> None:
     ids_BT = torch.ones(1, 8, dtype=torch.long)
     generate(model, {"input_ids": ids_BT, "attention_mask": ids_BT}, 2)
     path = Path(source.source).expanduser() / "config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("architectures") if path.is_file() else None
-    for name in named or ():
-        getattr(transformers, name, None)
+    named = read_object(path, allowed=INFINITIES).get("architectures") if path.is_file() else None
+    for name in named if isinstance(named, list) else ():
+        getattr(transformers, str(name), None)
     _settled()
 
 

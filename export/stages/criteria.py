@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pydantic import TypeAdapter
 
 from sparsepass.export.report import markdown_table
 from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.support import find_device, nearest, write_text
+from sparsepass.graph.support import NON_FINITE, check_as, find_device, nearest, read_object, write_text
 from sparsepass.passes import apply_passes
 from sparsepass.passes.criteria import criteria_table as criteria_table_of_passes
 from sparsepass.passes.data import PYTHON_DOCS
@@ -84,6 +85,25 @@ class CriteriaSettings:
         named = {name: list(one) if isinstance(one, tuple) else one for name, one in given.items()}
         named["model"] = self.model.source
         return named | {"eval_context": self.evaluation.context} | found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What the table shows of a row."""
+
+    name: str
+    perplexity: float
+    relative_error: float | None
+    kl: float | None
+    num_sparse: int
+    num_tokens: int
+    eval_dtype: str
+    threads: int
+    seconds: float
+    peak_bytes: int
+
+
+_ROW: Final = TypeAdapter(_Row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +197,7 @@ def criteria_table(
                 started = time.perf_counter()
                 _measure(settings, job, _row_file(place, job))
                 spent.append(time.perf_counter() - started)
-            row = json.loads(_row_file(place, job).read_text(encoding="utf-8"))
+            row = _read_row(_row_file(place, job))
             rows.append(row | {"times_dense": row["perplexity"] / rows[0]["perplexity"] if rows else 1.0})
             _LOG.info("%s: perplexity %.2f", job.name, row["perplexity"])
     return {
@@ -260,13 +280,21 @@ def _claim(place: Path, common: dict[str, Any]) -> None:
     if not file.is_file():
         write_text(file, json.dumps(common, indent=1) + "\n")
         return
-    known = json.loads(file.read_text(encoding="utf-8"))
+    known = read_object(file, allowed=NON_FINITE, advice="remove the folder, or choose another")
     for name, value in common.items():
         if known.get(name) != value:
             raise SparsepassError(
                 f"{place} holds rows measured with {name} {known.get(name)!r}, and this run has {value!r}; rows compare only "
                 "at the same settings: choose another folder with work=..., or give the same settings"
             )
+
+
+def _read_row(file: Path) -> dict[str, Any]:
+    """A row that was measured; what the page shows of it is checked."""
+    advice = "remove it, and it is measured anew"
+    row = read_object(file, allowed=NON_FINITE, advice=advice)
+    check_as(_ROW, row, str(file), advice=advice)
+    return row
 
 
 def _row_file(place: Path, job: Job) -> Path:

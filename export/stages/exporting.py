@@ -39,7 +39,7 @@ from sparsepass.export.targets import (
 )
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import LoadedModel
-from sparsepass.graph.support import check_free, find_device, one_at_a_time, replaced_folder
+from sparsepass.graph.support import check_free, find_device, load_tensors, one_at_a_time, replaced_folder
 from sparsepass.passes import Pass, parse_pipeline
 
 _LOG = logging.getLogger(__name__)
@@ -263,8 +263,8 @@ def _write(prepared: Prepared, target: Target, out: Path, *, force: bool, verify
             dtype=lowered.dtype,
             files=files,
             size_bytes=sum(files.values()),
-            expected_sparse=dict(lowered.expected_sparse),
-            axes=dict(lowered.axes),
+            expected_sparse={file: dict(weights) for file, weights in lowered.expected_sparse.items()},
+            axes={file: dict(axes) for file, axes in lowered.axes.items()},
             notes=list(lowered.notes),
             details=dict(lowered.details),
         )
@@ -307,10 +307,7 @@ def read_samples(path: str | Path) -> dict[str, Tensor]:
     Raises:
         SparsepassError: If it cannot be read.
     """
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise SparsepassError(f"{path} cannot be read as safetensors ({error}); check the path") from error
+    tensors = load_tensors(Path(path), advice="check the path")
     marked = {name.removeprefix("inputs/"): t for name, t in tensors.items() if name.startswith("inputs/")}
     return marked or {name: t for name, t in tensors.items() if not name.startswith("outputs/")}
 

@@ -33,7 +33,17 @@ from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import LoadedModel, save_companions
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import AUTO, check_apart, check_free, check_writable, path_named, replaced_folder, write_text
+from sparsepass.graph.support import (
+    AUTO,
+    NON_FINITE,
+    check_apart,
+    check_free,
+    check_writable,
+    path_named,
+    read_object,
+    replaced_folder,
+    write_text,
+)
 from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
 from sparsepass.retrain.loop import retrain
@@ -432,7 +442,7 @@ def _check_origin(
     if Checkpoints(run_folder / CHECKPOINTS).newest() is not None:
         if resume == "never":
             raise SparsepassError(f"{run_folder} holds checkpoints of an earlier run; resume it, or give another run folder")
-        there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        there = read_object(path, allowed=NON_FINITE, advice="remove it to go on") if path.is_file() else {}
         if changed := [name for name in found if name in there and there[name] != found[name]]:
             raise SparsepassError(
                 f"{run_folder} belongs to a run with another {' and another '.join(changed)}; give another run folder, or "

@@ -16,7 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import (
+    Any,
+    Final,
+    NotRequired,  # pydantic takes no other before Python 3.12
+)
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
 from sparsepass.export.stages.exporting import export
@@ -27,7 +34,17 @@ from sparsepass.export.stages.settings import ModelSource, inputs_of
 from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import alone_in, check_apart, check_free, check_writable, replaced_folder, write_text
+from sparsepass.graph.support import (
+    NON_FINITE,
+    alone_in,
+    check_apart,
+    check_as,
+    check_free,
+    check_writable,
+    read_object,
+    replaced_folder,
+    write_text,
+)
 from sparsepass.passes import parse_pipeline
 from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process, trains_on_processor
@@ -393,15 +410,27 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
 
 
+class _StageRecord(TypedDict):
+    """What is kept of a stage; stages that failed have no state."""
+
+    done: bool
+    state: NotRequired[str | None]
+    seconds: NotRequired[float]
+    fingerprint: str
+    settings: dict[str, Any]
+
+
+_RECORDS: Final = TypeAdapter(dict[str, _StageRecord])
+
+
 def _read(out: Path) -> dict[str, Any]:
     path = out / STAGES_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise SparsepassError(f"{path} is damaged ({error}); remove it, and run with --force to begin anew") from error
-    return dict(found)
+    advice = "it is damaged: remove it, and run with --force to begin anew"
+    found = read_object(path, allowed=NON_FINITE, advice=advice)
+    check_as(_RECORDS, found, str(path), advice=advice)
+    return found
 
 
 def _write(out: Path, stage: Stage, *, done: bool, state: State | None = None, seconds: float = 0.0) -> None:

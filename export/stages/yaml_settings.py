@@ -8,14 +8,19 @@ from typing import Any, Final
 
 import yaml
 
-from sparsepass.graph.support import SparsepassError, closest
+from sparsepass.graph.support import SparsepassError, closest, first_line, opened, path_named, shown
 
 SUFFIX: Final = ".yaml"
 EXAMPLE_FILE: Final = "example.yaml"
 
 
 class _Strict(yaml.SafeLoader):
-    """Plain YAML that refuses a key given twice: the first one would be lost in silence."""
+    """Plain YAML that refuses a key given twice (the first one would be lost in silence) and aliases (a few make gigabytes)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias is not read here", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -45,8 +50,10 @@ def parse_settings(text: str, where: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SparsepassError(f"{where}{line}: {error.problem}; expected YAML, see `sparsepass run --example`") from error
-    except yaml.YAMLError as error:
-        raise SparsepassError(f"{where} is no YAML ({error}); see `sparsepass run --example`") from error
+    except RecursionError as error:
+        raise SparsepassError(f"{where} is nested too deep; see `sparsepass run --example`") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none
+        raise SparsepassError(f"{where} is no YAML ({first_line(error)}); see `sparsepass run --example`") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise SparsepassError(f"{where} has to be YAML of the form `name: value`, see `sparsepass run --example`")
     return found
@@ -68,11 +75,13 @@ def read_recipe_text(name: str | Path) -> str:
         SparsepassError: If there is none.
     """
     path = Path(name).expanduser()
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparsepassError(f"{name} cannot be read: {error}") from error
+    if path_named(str(name)) is not None and not path.is_dir():
+        with opened(path) as file:
+            content = file.read()
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SparsepassError(f"{shown(path)} is no UTF-8 (byte {error.start}); write it as UTF-8") from error
     known = recipe_names()
     if str(name).removesuffix(SUFFIX) in known:
         return (_recipes() / f"{str(name).removesuffix(SUFFIX)}{SUFFIX}").read_text(encoding="utf-8")
@@ -110,8 +119,8 @@ def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[st
             raise SparsepassError(f"--set {assignment!r} cannot be read; expected name=value, such as train.lr=1e-4")
         try:
             value = yaml.load(text, Loader=_Strict)
-        except yaml.YAMLError as error:
-            raise SparsepassError(f"--set {assignment!r}: the value is no YAML ({error})") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SparsepassError(f"--set {assignment!r}: the value is no YAML ({first_line(error)})") from error
         *parents, last = path.strip().split(".")
         place = found
         for parent in parents:

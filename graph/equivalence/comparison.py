@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from sparsepass._terminal import Terminal
 from sparsepass.graph.equivalence.artifact import Artifact, CallNumbers, Inputs, coarsest
 from sparsepass.graph.equivalence.differences import Difference, TensorDifference, difference, figures, tensor_difference
 from sparsepass.graph.equivalence.running import open_artifact, outputs_of, run
@@ -152,7 +152,7 @@ class Comparison:
         for found in shown:
             table.add_row(*_row(found), style="bold" if found.name == self.first_divergence else None)
         buffer = io.StringIO()
-        Console(file=buffer, width=_WIDTH, no_color=True).print(table)
+        Terminal(file=buffer, width=_WIDTH, no_color=True).print(table)
         return buffer.getvalue() + "\n".join(self._summary(len(shown)))
 
     def _shown_layers(self) -> list[TensorDifference]:

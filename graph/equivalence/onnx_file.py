@@ -1,6 +1,7 @@
 """Running an ONNX file in onnxruntime on the CPU, with the results of its layers."""
 
 import ast
+import math
 import re
 import shutil
 import tempfile
@@ -25,12 +26,15 @@ from sparsepass.graph.equivalence.artifact import (
 from sparsepass.graph.equivalence.widened import widened_copy
 from sparsepass.graph.external_data import check_external_data
 from sparsepass.graph.lengths import refused
+from sparsepass.graph.onnx_reading import read_proto
 from sparsepass.graph.support import EquivalenceError
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}
 _SHAPES = {"Shape", "Size", "NonZero"}
 _SUMS = {"Add", "Sum"}
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_LONGEST_SCOPES = 10_000
+_MOST_POSITIONS = 1 << 24
 _PAST = re.compile(r"(past|cache)(?!_position)")
 _CACHE_LEAF = re.compile(r"(?:past|present|cache).*?(\d+)\..*?(key|value)")
 
@@ -61,10 +65,7 @@ class OnnxFile(Artifact):
         self._path = path
         if not path.is_file():
             raise EquivalenceError(f"{path} does not exist; check the path")
-        try:
-            self._model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf raises its own
-            raise EquivalenceError(f"{path} cannot be read as ONNX ({error}); export it again") from error
+        self._model = read_proto(path, error=EquivalenceError)
         check_external_data(self._model, path)
         if not self._model.graph.output:
             raise EquivalenceError(f"{path} is no ONNX model, or one without outputs; export it again")
@@ -185,6 +186,8 @@ def _derived(info: Any, named: Mapping[str, Tensor], where: str) -> Tensor:
         return torch.zeros(main.shape[:2], dtype=torch.int64)
     if main is not None and name in ("position_ids", "cache_position"):
         leading = [dim if isinstance(dim, int) and dim > 0 else main.shape[0] for dim in dims[:-1]]
+        if math.prod(leading) > _MOST_POSITIONS:
+            raise EquivalenceError(f"{where} declares the input {name!r} {dims}, which is too large; export it again")
         return torch.arange(main.shape[1]).expand(*leading, main.shape[1])
     raise EquivalenceError(
         f"{where} needs the input {name!r} {dims}, which was not given and cannot be made up; add it to the inputs"
@@ -216,7 +219,9 @@ def output_name(name: str) -> str:
 
 def _steps(graph: Any) -> list[Step]:
     weights = {t.name for t in graph.initializer}
-    weighted = [node.op_type in _MATMULS or (node.op_type == "Gather" and node.input[0] in weights) for node in graph.node]
+    weighted = [
+        node.op_type in _MATMULS or (node.op_type == "Gather" and not weights.isdisjoint(node.input[:1])) for node in graph.node
+    ]
     return [
         Step(
             path=path,
@@ -242,10 +247,11 @@ def _paths(graph: Any, weighted: Sequence[bool]) -> list[str]:
 def _path_by_metadata(node: Any) -> str:
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     try:
-        names = ast.literal_eval(scopes)
-    except (ValueError, SyntaxError):
+        names = ast.literal_eval(scopes) if len(scopes) < _LONGEST_SCOPES else ""
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # what it raises about a text that is no list
         return ""
-    return canonical_path(names[-2]) if isinstance(names, list) and len(names) > 1 else ""
+    is_path = isinstance(names, list) and len(names) > 1 and isinstance(names[-2], str)
+    return canonical_path(names[-2]) if is_path else ""
 
 
 def _path_by_name(node: Any) -> str:

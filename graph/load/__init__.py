@@ -1,7 +1,7 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
-from sparsepass.graph.load.checkpoint import LOADING_ERRORS
 from sparsepass.graph.load.contents import check_all_used, check_plain, check_plain_state
+from sparsepass.graph.load.described import LOADING_ERRORS, check_numbers
 from sparsepass.graph.load.dtypes import check_fits, parse_dtype
 from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.model import LoadedModel, check_model, load_model
@@ -14,6 +14,7 @@ __all__ = [
     "check_fits",
     "check_gguf",
     "check_model",
+    "check_numbers",
     "check_plain",
     "check_plain_state",
     "load_model",

@@ -1,24 +1,24 @@
 """What a checkpoint holds, and what is checked of it: its configuration, weights, model class, tokenizer and processor."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import safetensors
-from huggingface_hub.errors import StrictDataclassError
+from typing import TYPE_CHECKING, Any
 
 from sparsepass.graph.load.contents import check_plain
+from sparsepass.graph.load.described import check_companions, check_numbers, explained
 from sparsepass.graph.packed_folder import is_packed
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import (
+    INFINITIES,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
     SparsepassError,
+    check_tensors,
     first_line,
     package_version,
     quiet_loading,
+    read_object,
     weights_entry,
     weights_files,
 )
@@ -26,12 +26,6 @@ from sparsepass.graph.support import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
-LOADING_ERRORS: Final = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError, ArithmeticError, AssertionError,
-    safetensors.SafetensorError, StrictDataclassError,
-)  # fmt: skip
-"""What transformers raises about a checkpoint or a configuration that it cannot use."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -48,7 +42,7 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
             raise SparsepassError(
                 f"model {name} is a PEFT adapter, not a model: load its base model{f' {base}' if base else ''}, or "
                 "merge the adapter into it first (PeftModel.from_pretrained(...).merge_and_unload(), then "
@@ -59,7 +53,8 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
             f"model {name} has no config.json (there is {there}); expected a folder written by save_pretrained, a "
             f"saved program ({PROGRAM_FILE}) or a .gguf file"
         )
-    document = read_json(path)
+    document = read_object(path, allowed=INFINITIES)
+    check_numbers(document, path)
     check_not_quantized(document.get("quantization_config") or document.get("compression_config"), name)
     known: Mapping[str, object] = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")  # noqa: B009  # not declared public
     if document.get("auto_map") and not trust_remote_code and document.get("model_type") not in known:
@@ -83,21 +78,6 @@ def _check_architectures(document: Mapping[str, Any], path: Path) -> None:
     named = document.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
         raise SparsepassError(f"{path} names its architectures as {named!r}, where a list of class names is expected")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        SparsepassError: If it cannot be read, or holds something else.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SparsepassError(f"{path} is not readable as JSON ({error}); copy the model again") from error
-    if not isinstance(document, dict):
-        raise SparsepassError(f"{path} holds a {type(document).__name__} where an object is expected; copy the model again")
-    return document
 
 
 def check_not_quantized(quantization: object, name: str) -> None:
@@ -168,13 +148,7 @@ def check_weights(folder: Path, name: str, *, is_packed_already: bool = False) -
         )
     shards = [str(path.relative_to(folder)) for path in weights_files(entry)]
     for shard in shards:
-        try:
-            with safetensors.safe_open(folder / shard, framework="pt") as file:
-                file.keys()
-        except (safetensors.SafetensorError, OSError) as error:
-            raise SparsepassError(
-                f"model {name}: weights file {folder / shard} is truncated or damaged ({error}); copy or download it again"
-            ) from error
+        check_tensors(folder / shard)
     if not is_packed_already:
         check_plain(folder, shards, name)
     return {shard: (folder / shard).stat().st_size for shard in shards}
@@ -197,19 +171,6 @@ def check_complete(info: Mapping[str, Any], class_name: str, name: str) -> list[
     if info["unexpected_keys"]:
         notes.append(f"{len(info['unexpected_keys'])} weights of the checkpoint are not used by {class_name}")
     return notes
-
-
-@contextmanager
-def explained(name: str, what: str = "") -> Iterator[None]:
-    """Turn what transformers raises about a checkpoint into our error, keeping its own words."""
-    try:
-        yield
-    except SparsepassError:
-        raise
-    except LOADING_ERRORS as error:
-        raise SparsepassError(
-            f"model {name} could not be loaded{f' ({what})' if what else ''}: {type(error).__name__}: {first_line(error)}"
-        ) from error
 
 
 # Task -> the tables of transformers that name a model class for it, and the Auto class for models with code of their
@@ -295,12 +256,14 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
 
     tokenizer = processor = None
     notes: list[str] = []
+    check_companions(folder)
     with quiet_loading(), explained(name, "its tokenizer or processor files"):
         if found := [file for file in _TOKENIZER_FILES if (folder / file).is_file()]:
             with tokenizer_explained(name, found):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     folder, trust_remote_code=trust_remote_code, local_files_only=True
                 )
+                tokenizer("a b", add_special_tokens=False)  # settings of a wrong type show when it is used
         kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
         if kind is not None:
             try:
@@ -335,7 +298,7 @@ def _processor_kind(folder: Path, *, has_tokenizer: bool) -> str | None:
         return "AutoProcessor"
     if not (folder / "preprocessor_config.json").is_file():
         return None
-    settings = read_json(folder / "preprocessor_config.json")
+    settings = read_object(folder / "preprocessor_config.json")
     if has_tokenizer and settings.get("processor_class"):
         return "AutoProcessor"
     return "AutoFeatureExtractor" if "sampling_rate" in settings else "AutoImageProcessor"

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, check_tensors
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _PACKED = re.compile(r"\.(qweight|weight_packed|compressed|bitmask|W_q|qzeros)$|_blocks$|bitsandbytes__")
@@ -37,10 +36,8 @@ def check_plain(folder: Path, shards: Iterable[str], name: str) -> None:
     """
     found: dict[str, tuple[str, list[int]]] = {}
     for shard in shards:
-        with safetensors.safe_open(folder / shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a dict
-                piece = file.get_slice(key)
-                found[key] = (str(piece.get_dtype()), list(piece.get_shape()))
+        header = check_tensors(folder / shard)
+        found |= {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()}
     _check(found, name)
 
 

@@ -1,6 +1,7 @@
 """Loading what a user names: a folder, a hub id, a GGUF file, a saved program, or a model in memory."""
 
 import copy
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -19,12 +20,12 @@ from sparsepass.graph.load.checkpoint import (
     check_not_quantized,
     check_weights,
     companions_in,
-    explained,
     model_class_of,
     read_config,
     tokenizer_explained,
 )
 from sparsepass.graph.load.contents import check_all_used
+from sparsepass.graph.load.described import check_described, check_numbers, explained
 from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
 from sparsepass.graph.load.gguf import check_gguf, split_parts
 from sparsepass.graph.load.sidecars import OF_MODULES, SIDECARS, module_folders
@@ -36,6 +37,7 @@ from sparsepass.graph.support import (
     SparsepassError,
     changed_files,
     check_inside,
+    check_tensors,
     closest,
     find_device,
     first_line,
@@ -47,6 +49,8 @@ from sparsepass.graph.widening import widened
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PACKED_VALUES = 8
+"""At most so many weights are held by an element of a packed folder: two 4-bit integers in a byte are those of four."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 Kind = Literal["folder", "hub", "gguf", "program", "memory"]
@@ -346,9 +350,12 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
         del config.quantization_config  # stored plainly, as `read_config` has found: no quantizer has to read it
     weights = check_weights(folder, name, is_packed_already=packed)
     model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
-    with quiet_loading(), explained(name):
-        options: dict[str, Any] = {"dtype": wanted.dtype or "auto", "use_safetensors": True}
-        model, notes = _built(model_class, folder, name, trust_remote_code=trust, config=config, **options)
+    headers = [check_tensors(folder / shard) for shard in weights]
+    num_stored = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+    if not trust:  # the class in a folder's own code is known only once it is loaded
+        check_described(model_class, config, num_stored * (_PACKED_VALUES if packed else 1), name)
+    options: dict[str, Any] = {"dtype": wanted.dtype or "auto", "use_safetensors": True}
+    model, notes = _built(model_class, folder, name, trust_remote_code=trust, config=config, **options)
     tokenizer, processor, more_notes = companions_in(folder, name, trust_remote_code=trust)
     return LoadedModel(
         model=model,
@@ -377,17 +384,19 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
         raise SparsepassError(f"model {name} has no GGUF file {file}; the .gguf files there: {there}")
-    check_gguf(path, name)
+    num_stored = check_gguf(path, name)
     doubt = f"{path}: the file may be truncated, or of an architecture transformers cannot read"
     with quiet_loading(), explained(name, doubt):
         config = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
-        model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
-        options: dict[str, Any] = {"gguf_file": file, "dtype": wanted.dtype or torch.float32}
-        if (settings := getattr(transformers, "GgufConfig", None)) is not None:  # older versions always unpack the blocks
-            options["quantization_config"] = settings(dequantize=True)
-        model, notes = _built(model_class, folder, name, config=config, **options)
-        with tokenizer_explained(name, [file]):
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+    check_numbers(config.to_dict(), path)
+    model_class = model_class_of(config, wanted.task or "text-generation", name, trust_remote_code=False)
+    options: dict[str, Any] = {"gguf_file": file, "dtype": wanted.dtype or torch.float32}
+    if (settings := getattr(transformers, "GgufConfig", None)) is not None:  # older versions always unpack the blocks
+        options["quantization_config"] = settings(dequantize=True)
+    check_described(model_class, config, num_stored, name)
+    model, notes = _built(model_class, folder, name, doubt=doubt, config=config, **options)
+    with quiet_loading(), tokenizer_explained(name, [file]):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
     # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
     if getattr(model.config, "quantization_config", None) is not None:
@@ -416,16 +425,17 @@ def _lone_gguf(folder: Path, name: str) -> str | None:
 
 
 def _built(
-    model_class: Any, folder: Path, name: str, *, trust_remote_code: bool = False, **options: Any
+    model_class: Any, folder: Path, name: str, *, doubt: str = "", trust_remote_code: bool = False, **options: Any
 ) -> tuple[Any, list[str]]:
     """A model in eval mode with the weights in a folder, and notes.
 
     Raises:
         SparsepassError: If a weight that its class needs is missing.
     """
-    model, info = model_class.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code, **options
-    )
+    with quiet_loading(), explained(name, doubt):
+        model, info = model_class.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
     model.config.name_or_path = model.name_or_path = name
     check_all_used(model, info, name)

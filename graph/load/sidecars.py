@@ -1,12 +1,14 @@
 """Files beside a model that decide how it is used, or may be used: they go with it wherever it goes."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from sparsepass.graph.support import quiet_loading
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
+from sparsepass.graph.support import quiet_loading, read_as
 
 SIDECARS: Final = (
     # What may be done with it.
@@ -18,18 +20,27 @@ SIDECARS: Final = (
     "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 """Patterns of file names. What a target writes itself stands before them."""
+
+
+class _Module(TypedDict):
+    path: str
+
+
+_MODULES: Final = TypeAdapter(list[_Module])
 MODULES: Final = "modules.json"
 OF_MODULES: Final = (".json", ".safetensors", ".txt", ".model")
 """Suffixes of the files of a module. Pickled weights are read by nobody here, and code is none of ours."""
 
 
 def module_folders(folder: Path) -> tuple[str, ...]:
-    """The folders that the modules.json of a sentence-transformers model names; none that lie elsewhere."""
-    try:
-        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
-        names = [str(module["path"]) for module in modules if module.get("path")]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    """The folders that the modules.json of a sentence-transformers model names; none that lie elsewhere.
+
+    Raises:
+        SparsepassError: If the file cannot be read.
+    """
+    if not (folder / MODULES).is_file():
         return ()
+    names = [module["path"] for module in read_as(_MODULES, folder / MODULES) if module["path"]]
     return tuple(name for name in names if Path(name).name == name and not name.startswith("."))
 
 

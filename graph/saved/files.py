@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sparsepass.graph.saved.schema import FORMAT_VERSION, check_document
-from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside, load_tensors
 
 PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
 _DEEPEST = 64
@@ -53,12 +53,7 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
         raise ProgramFormatError(
             f"{place} has program format {version!r:.50}, and this sparsepass reads up to {FORMAT_VERSION}; upgrade sparsepass"
         )
-    try:
-        tensors = safetensors.torch.load_file(place / TENSORS_FILE)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ProgramFormatError(
-            f"{place / TENSORS_FILE} is missing, truncated or damaged ({error}); copy the folder again"
-        ) from error
+    tensors = load_tensors(place / TENSORS_FILE, error=ProgramFormatError, advice="copy the folder again")
     check_document(document, tensors.keys(), f"{file} is no saved program")
     return document, tensors
 

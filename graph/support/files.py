@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from sparsepass.graph.support.checksums import write_checksums
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.graph.support.inside import file_inside
 from sparsepass.graph.support.places import LOST_AND_FOUND, Inputs, check_free, stays
+from sparsepass.graph.support.reading import INFINITIES, read_object, weight_map
 from sparsepass.graph.support.temporaries import OLD, sweep, temporary_file, temporary_folder, umask
 
 _HERE: Final = -100
@@ -224,11 +224,8 @@ def weights_entry(folder: Path) -> Path | None:
 
 
 def _named_weights(folder: Path) -> str | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    path = folder / "config.json"
+    named = read_object(path, allowed=INFINITIES).get("transformers_weights") if path.exists() else None
     return named if isinstance(named, str) else None
 
 
@@ -243,16 +240,9 @@ def weights_files(entry: Path) -> dict[Path, list[str]]:
     """
     if entry.suffix != ".json":
         return {entry: []}
-    try:
-        weight_map = json.loads(entry.read_text(encoding="utf-8"))["weight_map"]
-        found: dict[Path, list[str]] = {}
-        for name, file in sorted(weight_map.items(), key=lambda pair: pair[1]):
-            found.setdefault(file_inside(entry.parent, file, entry.name), []).append(str(name))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SparsepassError(
-            f"{entry} is truncated or damaged and cannot be read ({type(error).__name__}: {error}): expected JSON with a "
-            "weight_map from weight to file; copy or download it again"
-        ) from error
+    found: dict[Path, list[str]] = {}
+    for name, file in sorted(weight_map(entry).items(), key=lambda pair: pair[1]):
+        found.setdefault(file_inside(entry.parent, file, entry.name), []).append(name)
     missing = [str(path.relative_to(entry.parent)) for path in found if not path.is_file()]
     if missing or not found:
         raise SparsepassError(

@@ -26,10 +26,11 @@ from typing import Any, Final, final
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
-from sparsepass.graph.support import check_place, counted, replaced_file
+from sparsepass.graph.support import check_as, check_place, counted, open_tensors, parse_json, replaced_file, shown
 from sparsepass.passes.maths import NMPattern
 
 FORMAT: Final = "sparsepass-masks"
@@ -44,11 +45,35 @@ _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 def is_mask_pack(path: Path) -> bool:
     """Whether a file is a mask pack, as far as its header tells."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-    except (OSError, ValueError, safetensors.SafetensorError):
+        with open_tensors(path) as file:
+            header = parse_json((file.metadata() or {}).get(_HEADER, "null"), str(path))
+    except SparsepassError:
         return False
     return isinstance(header, Mapping) and header.get("format") == FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MaskEntry:
+    """What the header says of a mask; see `PackedMask`."""
+
+    pattern: str
+    shape: tuple[NonNegativeInt, ...]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PackHeader:
+    """The header of a pack; see `MaskPack`."""
+
+    version: int
+    dense_digest: str
+    recipe: str
+    model_class: str
+    about: str
+    masks: dict[str, _MaskEntry]
+
+
+_HEADER_TYPE: Final = TypeAdapter(_PackHeader)
 
 
 @final
@@ -143,29 +168,22 @@ class MaskPack:
         place = Path(path)
         if not place.is_file():
             raise SparsepassError(f"there is no mask pack {place}; check the path")
-        try:
-            with safetensors.safe_open(place, framework="pt") as file:
-                text = (file.metadata() or {}).get(_HEADER)
-                words = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError) as error:
-            raise SparsepassError(f"{place} cannot be read as safetensors ({error}); copy it again") from error
-        if text is None or json.loads(text).get("format") != FORMAT:
-            raise SparsepassError(f"{place} is no mask pack; `sparsepass masks PROGRAM -o masks.safetensors` writes one")
-        header = json.loads(text)
-        if header["version"] > VERSION:
+        with open_tensors(place) as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            words = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        document = None if text is None else parse_json(text, f"the header of {shown(place)}")
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise SparsepassError(f"{shown(place)} is no mask pack; `sparsepass masks PROGRAM -o masks.safetensors` writes one")
+        header = check_as(_HEADER_TYPE, document, f"the header of {shown(place)}")
+        if header.version > VERSION:
             raise SparsepassError(
-                f"{place} has version {header['version']} of the format, and this sparsepass reads up to {VERSION}; update it"
+                f"{shown(place)} has version {header.version} of the format, and this sparsepass reads up to {VERSION}; "
+                "update it"
             )
-        masks = {}
-        for name, about in header["masks"].items():
-            known = PackedMask(pattern=about["pattern"], shape=tuple(about["shape"]), words=words[name], digest=about["digest"])
-            expected = num_words(known.shape, NMPattern.parse(known.pattern))
-            if known.words.shape != (expected,) or known.words.dtype != torch.int64:
-                raise SparsepassError(f"{place} is damaged: the mask of {name} does not have {expected} words; copy it again")
-            masks[name] = known
-        if header.get("sha256", digest := _pack_digest(header, words)) != digest:  # earlier versions wrote none
+        masks = {name: _read_mask(name, about, words, place) for name, about in header.masks.items()}
+        if document.get("sha256", digest := _pack_digest(document, words)) != digest:  # earlier versions wrote none
             raise SparsepassError(f"{place} is not as it was written (its SHA-256 differs); get it anew, or pack again")
-        return MaskPack(masks=masks, **{name: header[name] for name in _FACTS})
+        return MaskPack(masks=masks, **{name: getattr(header, name) for name in _FACTS})
 
     def check_model(self, program: Program, *, values: bool = True) -> None:
         """Make sure that a program has the weights that the pack has masks for, and the values that it was made with.
@@ -206,6 +224,25 @@ class MaskPack:
             f"precision, or to weights that its passes ({self.recipe or 'unknown'}) changed, which a pack does not hold. Give "
             "it the model it was made from, or apply the masks alone with any_model=true"
         )
+
+
+def _read_mask(name: str, about: "_MaskEntry", words: Mapping[str, Tensor], place: Path) -> PackedMask:
+    """A mask of a pack, checked: its pattern divides its rows, and each of its words is a number of candidates."""
+    damaged = f"{shown(place)} is damaged: the mask of {name!r}"
+    try:
+        pattern = NMPattern.parse(about.pattern)
+        _check_pattern(pattern)
+    except SparsepassError as error:
+        raise SparsepassError(f"{damaged} has no pattern that is read ({error}); copy it again") from error
+    if len(about.shape) < 2 or about.shape[-1] % pattern.m or name not in words:
+        raise SparsepassError(f"{damaged} has the shape {list(about.shape)}, and no {pattern} of it is stored; copy it again")
+    known = PackedMask(pattern=about.pattern, shape=about.shape, words=words[name], digest=about.digest)
+    expected, largest = num_words(known.shape, pattern), math.prod(_digits(pattern)[1:] * _digits(pattern)[0])
+    if known.words.shape != (expected,) or known.words.dtype != torch.int64:
+        raise SparsepassError(f"{damaged} does not have {expected} words; copy it again")
+    if expected and not 0 <= int(known.words.min()) <= int(known.words.max()) < largest:
+        raise SparsepassError(f"{damaged} has words that stand for no mask; copy it again")
+    return known
 
 
 def _pack_digest(header: Mapping[str, Any], words: Mapping[str, Tensor]) -> str:

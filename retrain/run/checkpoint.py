@@ -21,7 +21,7 @@ from typing import Any, Literal, final
 import safetensors.torch
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError, remove_if_dead, replaced_folder
+from sparsepass.graph.support import SparsepassError, load_tensors, remove_if_dead, replaced_folder
 from sparsepass.retrain.run.manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -237,7 +237,7 @@ class Checkpoints:
                     "states of single processes (random generators, data positions) were not restored"
                 )
                 return replace(restored, notes=(*notes, note))
-            local_tensors = safetensors.torch.load_file(_local_file(found.path, process_rank()))
+            local_tensors = load_tensors(_local_file(found.path, process_rank()))
             return replace(restored, local_state=parts[process_rank()]["local_state"], local_tensors=local_tensors)
         kind = {"newest": "", "best": " with a metric"}.get(str(which), f" of step {which}")
         found_none = f"no intact checkpoint{kind} ({'; '.join(damaged)})" if damaged else f"no checkpoint{kind}"

@@ -7,11 +7,13 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sparsepass.graph.support import SparsepassError
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
+
+from sparsepass.graph.support import NON_FINITE, SparsepassError, check_as, read_as, read_object
 
 JSON = Any
 
@@ -44,11 +46,12 @@ class Checkpoint:
 
     def state(self) -> JSON:
         """The run's state, as it was saved."""
-        return json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
+        return read_object(self.path / STATE_FILE, allowed=NON_FINITE, error=DamagedError)
 
     def parts(self) -> list[JSON]:
         """What each process wrote: a table of its pieces of tensors, and its own state."""
-        return [json.loads(part_file(self.path, rank).read_text(encoding="utf-8")) for rank in range(self.num_processes)]
+        files = (part_file(self.path, rank) for rank in range(self.num_processes))
+        return [asdict(read_as(_PART, file, allowed=NON_FINITE, error=DamagedError)) for file in files]
 
     def tensor_names(self) -> set[str]:
         """The tensors that it holds."""
@@ -57,6 +60,42 @@ class Checkpoint:
 
 class DamagedError(SparsepassError):
     """A checkpoint with files missing, or of other sizes or contents than its manifest says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    """The file `MANIFEST_FILE`; see `Checkpoint`."""
+
+    format: int
+    step: NonNegativeInt
+    metric: FiniteFloat | None
+    serial: int
+    num_processes: PositiveInt
+    files: dict[str, tuple[int, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """A row of the table that `write_pieces` made."""
+
+    name: str
+    dtype: str
+    shape: list[NonNegativeInt]
+    start: list[NonNegativeInt]
+    size: list[NonNegativeInt]
+    file: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The file of a process; see `part_file`."""
+
+    pieces: list[_Piece]
+    local_state: Any
+
+
+_MANIFEST, _PART = TypeAdapter(_Manifest), TypeAdapter(_Part)
 
 
 def part_file(folder: Path, rank: int) -> Path:
@@ -88,25 +127,27 @@ def read_manifest(path: Path) -> Checkpoint:
         SparsepassError: If the checkpoint is of a newer format.
     """
     unlike = DamagedError(f"{path.name} is damaged: {MANIFEST_FILE} is not as it was written")
+    if not (path / MANIFEST_FILE).is_file():
+        raise DamagedError(f"{path.name} is damaged: {MANIFEST_FILE} is missing")
     try:
-        document = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        manifest = document["manifest"]
-        if manifest["format"] > FORMAT:
-            raise SparsepassError(
-                f"{path} is a checkpoint of format {manifest['format']}, and this version reads up to {FORMAT}; update "
-                "sparsepass, or move the folder away"
-            )
-        if document["sha256"] != _digest(manifest):
-            raise unlike
-        checkpoint = Checkpoint(
-            path=path,
-            **{name: manifest[name] for name in _PLAIN},
-            files={Path(name).name: (size, digest) for name, (size, digest) in manifest["files"].items()},
-        )
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedError(f"{path.name} is damaged: {MANIFEST_FILE} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        document = read_object(path / MANIFEST_FILE)
+    except SparsepassError as error:
         raise unlike from error
+    written = document.get("manifest")
+    version = written.get("format") if isinstance(written, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise SparsepassError(
+            f"{path} is a checkpoint of format {version}, and this version reads up to {FORMAT}; update sparsepass, or move "
+            "the folder away"
+        )
+    if document.get("sha256") != _digest(written):
+        raise unlike
+    manifest = check_as(_MANIFEST, written, f"{path.name} is damaged: {MANIFEST_FILE}", error=DamagedError)
+    checkpoint = Checkpoint(
+        path=path,
+        **{name: getattr(manifest, name) for name in _PLAIN},
+        files={Path(name).name: entry for name, entry in manifest.files.items()},
+    )
     for name, (size, _) in checkpoint.files.items():
         if not (path / name).is_file():
             raise DamagedError(f"{path.name} is damaged: {name} is missing")

@@ -14,7 +14,7 @@ from typing import Any, final
 
 from accelerate import Accelerator
 
-from sparsepass.graph.support import SparsepassError, write_text
+from sparsepass.graph.support import SparsepassError, parse_json, write_text
 
 JSON = Any
 
@@ -145,10 +145,7 @@ def tracking(
 
 
 def _from_line(line: bytes, number: int, path: Path) -> dict[str, JSON]:
-    try:
-        values = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        values = None
+    values = parse_json(line, f"line {number} of {path}", advice="mend or move the file")
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         raise SparsepassError(f"line {number} of {path} is not a JSON object with a step; mend or move the file")
     return values

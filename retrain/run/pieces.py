@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, open_tensors
 from sparsepass.retrain.run.processes import process_rank
 
 JSON = Any
@@ -222,7 +221,7 @@ def read_pieces(folder: Path, table: Iterable[JSON], into: Mapping[str, Tensor])
         if row["name"] in into and _box(row).meet(held[row["name"]]):
             wanted.setdefault(row["file"], []).append(row)
     for file, rows in wanted.items():
-        with safetensors.safe_open(folder / file, framework="pt") as opened:
+        with open_tensors(folder / file) as opened:
             for row in rows:
                 name, stored = row["name"], _box(row)
                 shared = stored.meet(held[name])

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from sparsepass._terminal import Terminal
+
 
 @final
 class ProgressLine:
@@ -50,7 +52,7 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._done, self._interval, self._clock = total_steps, start, interval_seconds, clock
-        self._console = console or Console(stderr=True)
+        self._console = console or Terminal(stderr=True)
         self._enabled = enabled
         self._recent: deque[tuple[int, float, int]] = deque(maxlen=window_steps)
         self._mark = clock()

@@ -10,7 +10,7 @@ Tensor shape legend: B batch, T tokens, N rows, X flattened positions, V vocabul
 import bisect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any, final
 
 import safetensors
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError, write_text
+from sparsepass.graph.support import SparsepassError, check_as, check_tensors, read_by, read_object, write_text
 from sparsepass.retrain.loss import TeacherTargets, TopKDistribution, log_probabilities
 from sparsepass.retrain.teacher.online import Teacher
 
@@ -66,18 +67,15 @@ class CacheManifest:
             SparsepassError: There is none, or it is not one of ours, or of a newer format.
         """
         path = Path(folder) / MANIFEST_FILE
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] > _FORMAT:
-                raise SparsepassError(f"{path} has format {found['format']}, this version reads {_FORMAT}; update sparsepass")
-            shards = tuple((Path(name).name, int(count), int(size)) for name, count, size in found.pop("shards"))
-            return CacheManifest(**found | {"temperatures": tuple(found["temperatures"]), "shards": shards})
-        except FileNotFoundError as error:
-            raise SparsepassError(f"{folder} holds no {MANIFEST_FILE}; write it with write_teacher_cache") from error
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, SparsepassError):
-                raise
-            raise SparsepassError(f"{path} is damaged ({error}); remove the folder and write the cache anew") from error
+        if not path.is_file():
+            raise SparsepassError(f"{folder} holds no {MANIFEST_FILE}; write it with write_teacher_cache")
+        advice = "the cache is damaged: remove the folder and write it anew"
+        document = read_object(path, advice=advice)
+        version = document.get("format")
+        if isinstance(version, int) and version > _FORMAT:
+            raise SparsepassError(f"{path} has format {version}, this version reads {_FORMAT}; update sparsepass")
+        found = check_as(TypeAdapter(CacheManifest), document, str(path), advice=advice)
+        return replace(found, shards=tuple((Path(name).name, count, size) for name, count, size in found.shards))
 
     def write(self, folder: Path) -> None:
         """Write it beside its place and move it over."""
@@ -149,6 +147,12 @@ class CachedTeacher(Teacher):
                 )
             rows.append({name: found[name] for name in names})
         together = joined(torch.cat, rows)
+        largest = int(together["index"].to(torch.int32).max())
+        if largest >= self.manifest.vocab_size or any(together[name].isnan().any() for name in names[1:]):
+            raise SparsepassError(
+                f"the teacher cache {self._folder} is damaged: it holds NaN, or a token that is none of its "
+                f"{self.manifest.vocab_size}; write it anew"
+            )
         index_XK, value_XK, tail_X = (together[name].to(input_ids_BT.device) for name in names)
         return CachedTargets(index_XK, value_XK, tail_X, vocab_size=self.manifest.vocab_size, temperature=self._temperature)
 
@@ -223,10 +227,16 @@ class Shards:
             raise SparsepassError(
                 f"{path} {'is gone' if there is None else f'has {there} bytes'}, expected {size} bytes; write the cache anew"
             )
-        try:
+        advice = "write the cache anew"
+        header = check_tensors(path, advice=advice)
+        positions = [count, self._manifest.context]
+        kept = {"index": [*positions, self._manifest.k], "value": [*positions, self._manifest.k]}
+        tails = {f"tail_{number}": positions for number in range(len(self._manifest.temperatures))}
+        for wanted, shape in ({"hash": [count]} | kept | tails).items():
+            if wanted not in header or header[wanted]["shape"] != shape:
+                raise SparsepassError(f"{path} does not hold {wanted} of {count} sequences; {advice}")
+        with read_by("safetensors", path, safetensors.SafetensorError, OSError, advice=advice):
             return safetensors.safe_open(path, framework="pt")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise SparsepassError(f"{path} cannot be read ({error}); write the cache anew") from error
 
 
 def sequence_hash(ids_T: Tensor) -> int:

@@ -25,6 +25,7 @@ from sparsepass.graph.support import (
     check_place,
     item_progress,
     lock_now,
+    parse_json,
     replaced_file,
     shows_progress,
 )
@@ -279,7 +280,9 @@ def _rows_done(beside: Path, facts: dict[str, Any], *, force: bool) -> int:
         first, rows = file.readline(), sum(1 for _ in file)
     if not first:
         return 0
-    before = json.loads(first)
+    before = parse_json(first, f"line 1 of {beside}", advice="delete that file to begin anew")
+    if not isinstance(before, dict):
+        before = {}
     differing = [name for name in facts if before.get(name) != facts[name]]
     if not differing:
         return rows

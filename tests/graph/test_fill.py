@@ -147,11 +147,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an index that is none": (
         lambda f: only_index(f, "{"),
-        r"index\.json is truncated or damaged .*download it again",
+        r"index\.json cannot be read as JSON .*copy it again",
     ),
     "an index of something else": (
         lambda f: only_index(f, "[]"),
-        r"index\.json is truncated or damaged .*download it again",
+        r"index\.json: Input should be an object.*copy it again",
     ),
 }
 

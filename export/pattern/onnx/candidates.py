@@ -9,6 +9,7 @@ Every operation of the graph, of its subgraphs and of its local functions is loo
    their inputs, and whatever cannot be followed are listed as not checkable, with the reason.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -237,6 +238,8 @@ class _Finder:
         labels = terms.split(",")
 
         def find(index: int, term: str) -> Candidate | None:
+            if len(labels) != len(node.inputs):
+                raise Problem(f"Einsum {equation!r} has {len(labels)} operands, and the node {len(node.inputs)}")
             found = self.follower.follow(node.inputs[index])
             if found is None:
                 return None
@@ -246,7 +249,7 @@ class _Finder:
                 raise Problem(f"Einsum {equation!r} does not reduce over exactly one axis of this operand")
             return self._found(node, name, found, term.index(summed[0]), index)
 
-        for index, term in enumerate(labels):
+        for index, term in enumerate(labels[: len(node.inputs)]):
             yield from self._checked(node, name, index, partial(find, index, term))
 
 
@@ -321,6 +324,13 @@ def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
     if any(op != "Identity" for op in found.through) or found.computed:
         raise Problem("its packed weight is not stored as it is used")
     num_out, num_in = int_of(node, "N", 0), int_of(node, "K", 0)
+    bits = 4 if node.op_type == "MatMulBnb4" else int_of(node, "bits", 4)
+    num_bytes = math.prod(found.tensor.shape.numpy())
+    is_cut = min(num_out, num_in) < 1 or num_out * num_in * bits > 8 * num_bytes
+    if is_cut or (node.op_type == "MatMulNBits" and num_bytes % num_out):
+        raise Problem(f"its packed weight has {num_bytes} bytes, and is to be [{num_out}, {num_in}] of {bits} bits")
+    if found.tensor.dtype.name != "UINT8":
+        raise Problem(f"its packed weight is stored as {found.tensor.dtype.name}")
     if node.op_type == "MatMulBnb4":
         if not int_of(node, "transB", 1):
             raise Problem("a weight that is not transposed is not supported")
@@ -336,9 +346,9 @@ def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
         )
     if input_of(node, 4) is not None:
         raise Problem("its weight is reordered by g_idx")
-    bits, block = int_of(node, "bits", 4), int_of(node, "block_size", 0)
-    if bits not in (2, 4, 8):
-        raise Problem(f"{bits}-bit packing is not supported")
+    block = int_of(node, "block_size", 0)
+    if bits not in (2, 4, 8) or block < 1:
+        raise Problem(f"{bits}-bit packing in blocks of {block} is not supported")
     if int_of(node, "weight_prepacked", 0):
         raise Problem("its weight is prepacked for one processor")
     zero: Array = np.array(1 << (bits - 1), np.uint8)
@@ -347,8 +357,11 @@ def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
         stored = follower.follow(points)
         if stored is None or stored.tensor.dtype.name != "UINT8":
             raise Problem("its zero points are not stored as packed integers")
-        packed = follower.data.read(stored.tensor, stored.name).reshape(num_out, -1)
+        packed = follower.data.read(stored.tensor, stored.name)
         num_blocks = -(-num_in // block)
+        if packed.size != num_out * -(-num_blocks * bits // 8):
+            raise Problem(f"its zero points have {packed.size} bytes, for {num_out} rows of {num_blocks} blocks")
+        packed = packed.reshape(num_out, -1)
         zero = unpack_bits(packed, bits)[:, :num_blocks].repeat(block, axis=1)[:, :num_in]
     return _PackedBits(
         constant=found,

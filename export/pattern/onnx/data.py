@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
 from sparsepass.graph.external_data import check_external_data
-from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.graph.onnx_reading import read_proto
+from sparsepass.graph.support import SparsepassError, first_line, read_by
 
 SIGNED_TYPES = {
     "FLOAT",
@@ -66,13 +66,7 @@ def read_onnx(path: Path) -> ir.Model:
     Raises:
         SparsepassError: The file is not a readable ONNX model.
     """
-    try:
-        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except (DecodeError, OSError) as error:
-        raise SparsepassError(
-            f"{path} cannot be read as an ONNX model ({error}): expected a complete protobuf file. It may be truncated "
-            "or of another format; copy or export it again."
-        ) from error
+    proto = read_proto(path)
     check_external_data(proto, path)
     return from_proto(proto, str(path), path.parent)
 
@@ -96,17 +90,13 @@ def from_proto(proto: onnx.ModelProto, where: str, base: Path | None) -> ir.Mode
             f"{where} holds no ONNX graph: expected a model with ir_version and graph, found an empty or cut-off one. "
             "Copy or export it again."
         )
-    try:
+    advice = "it is not a valid ONNX model: run onnx.checker.check_model on it, and export it again"
+    with read_by("onnx_ir", where, Exception, advice=advice):  # it has no error type of its own for all that is wrong
         model = ir.from_proto(proto)
-    except (ir.serde.SerdeError, ValueError, KeyError) as error:
-        cause = error.__cause__ or error
-        raise SparsepassError(
-            f"{where} is not a valid ONNX model ({cause}): run onnx.checker.check_model on it, and export it again."
-        ) from error
-    if base is not None:
-        ir.external_data.set_base_dir(model.graph, base)
-    if model.functions:
-        ir_passes.InlinePass()(model)
+        if base is not None:
+            ir.external_data.set_base_dir(model.graph, base)
+        if model.functions:
+            ir_passes.InlinePass()(model)
     return model
 
 

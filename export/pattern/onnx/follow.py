@@ -266,10 +266,14 @@ class Follower:
         constant = Constant(tensor=tensor, name=name, axes=tuple(range(rank)), aliases=tuple(names))
         for node in reversed(chain):
             axes = constant.axes
+            if not axes and _moves_axes(node):
+                raise Problem("it is a single number, and its axes are moved")
             if isinstance(node, _Sliced):
                 axes = axes[: node.axis % len(axes)] + axes[node.axis % len(axes) + 1 :]
             elif node.op_type == "Transpose":
                 perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(axes))[::-1]
+                if sorted(perm) != list(range(len(axes))):
+                    raise Problem(f"it has {len(axes)} axes and is transposed by {list(perm)}")
                 axes = tuple(axes[i] for i in perm)
             elif node.op_type in ("Squeeze", "Unsqueeze"):
                 axes = self._squeezed(node, constant)
@@ -307,8 +311,15 @@ class Follower:
             return tuple(axis for i, axis in enumerate(axes) if i not in dropped)
         rank = len(axes) + len(chosen)
         added = {i % rank for i in chosen}
+        if len(added) < len(chosen):
+            raise Problem(f"an axis is added twice ({chosen})")
         kept = iter(axes)
         return tuple(None if i in added else next(kept) for i in range(rank))
+
+
+def _moves_axes(node: "ir.Node | _Sliced") -> bool:
+    """Whether an operation needs its operand to have axes."""
+    return isinstance(node, _Sliced) or node.op_type in ("Squeeze", "Gather")
 
 
 def settle(constant: Constant, zero: Array | None) -> Constant:
@@ -330,8 +341,17 @@ def input_of(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def int_of(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute of a node."""
-    return int(node.attributes[name].as_int()) if name in node.attributes else default
+    """An integer attribute of a node.
+
+    Raises:
+        Problem: If it is something else.
+    """
+    if name not in node.attributes:
+        return default
+    attribute = node.attributes[name]
+    if attribute.type != ir.AttributeType.INT:
+        raise Problem(f"its attribute {name} is no integer")
+    return int(attribute.as_int())
 
 
 def _graphs(attribute: ir.Attr) -> tuple[ir.Graph, ...]:

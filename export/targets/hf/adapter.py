@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsepass.graph.load import check_fits
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError, quiet_loading
+from sparsepass.graph.support import SparsepassError, load_tensors, quiet_loading, read_object
 from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def adapter_config(
 
 def check_adapter(program: Program, folder: Path, dtype: torch.dtype) -> list[str]:
     """Compare a written adapter with the program's branches, bit by bit after rounding. Returns what is wrong."""
-    stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    stored = load_tensors(folder / "adapter_model.safetensors")
     expected = adapter_tensors(program, dtype)
     said = [f"the adapter lacks {name}" for name in expected if name not in stored]
     said += [f"the adapter holds {name}, which the program does not have" for name in stored if name not in expected]
@@ -196,7 +196,7 @@ def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
     Shapes: X [R, I], S [O, R].
     """
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    tensors = load_tensors(folder / "adapter_model.safetensors")
     before, after = _LORA_A.split("{}")
     paths = [name.removeprefix(before).removesuffix(after) for name in tensors if name.endswith(after)]
     return {path: (tensors[_LORA_A.format(path)], tensors[_LORA_B.format(path)]) for path in paths}
@@ -217,14 +217,14 @@ def with_adapter(model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
 def _hook_adapter(model: nn.Module, folder: Path) -> None:
     """Apply an adapter by definition: ``y += (alpha / r) B A x``."""
     device = str(next(model.parameters()).device)
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors", device=device)
-    document = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_tensors(folder / "adapter_model.safetensors")
+    document = read_object(folder / "adapter_config.json")
     for path, module in model.named_modules():
         if _LORA_A.format(path) in tensors:
             anchored = f"^{re.escape(path)}"
             alpha = document["alpha_pattern"].get(anchored, document["lora_alpha"])
             rank = document["rank_pattern"].get(anchored, document["r"])
-            a_RI, b_OR = tensors[_LORA_A.format(path)], tensors[_LORA_B.format(path)]
+            a_RI, b_OR = (tensors[name.format(path)].to(device) for name in (_LORA_A, _LORA_B))
             module.register_forward_hook(_lora_hook(a_RI, b_OR, alpha / rank))
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError, quiet_loading
+from sparsepass.graph.support import SparsepassError, check_tensors, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -366,8 +365,7 @@ def stored_weights(program: Program, model: Any, folder: Path) -> StoredWeights:
 def _sizes(folder: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for file in safetensors_files(folder):
-        with safetensors.safe_open(file, framework="pt") as handle:
-            sizes |= {name: math.prod(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        sizes |= {name: math.prod(entry["shape"]) for name, entry in check_tensors(file).items()}
     return sizes
 
 

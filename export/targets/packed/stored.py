@@ -1,18 +1,16 @@
 """The packed layers of a folder as they lie in its files, one at a time: for verification and for unpacking."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, final
 
-import safetensors
 from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.graph.packed import PackedWeight
 from sparsepass.graph.packed_folder import PackedSettings, is_packed
-from sparsepass.graph.support import SparsepassError, check_inside
+from sparsepass.graph.support import INFINITIES, SparsepassError, check_inside, open_tensors, read_object
 
 PARTS = ("codes", "scales", "slorb_weight", "slorb_projection")
 """What stands beside the ``weight`` of a packed layer."""
@@ -71,11 +69,8 @@ def is_packed_folder(folder: str | Path) -> bool:
         >>> is_packed_folder("no/such/folder")
         False
     """
-    try:
-        document = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and is_packed(document.get("quantization_config"))
+    path = Path(folder) / "config.json"
+    return path.is_file() and is_packed(read_object(path, allowed=INFINITIES).get("quantization_config"))
 
 
 @contextmanager
@@ -87,19 +82,15 @@ def stored_folder(folder: Path) -> Iterator[StoredFolder]:
     """
     path = folder / "config.json"
     check_inside(folder)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SparsepassError(f"{path} cannot be read ({error}); expected a folder of the target packed") from error
+    advice = "expected a folder of the target packed"
+    document = read_object(path, allowed=INFINITIES, advice=advice).get("quantization_config")
     if not is_packed(document):
         raise SparsepassError(f"{folder} is no packed folder; write one with sparse-export --target packed")
+    assert isinstance(document, dict)
     settings = PackedSettings.from_dict(document)
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for file in safetensors_files(folder):
-            try:
-                opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise SparsepassError(f"{file} is truncated or damaged ({error}); copy the folder again") from error
+            opened = stack.enter_context(open_tensors(file, advice="copy the folder again"))
             files |= dict.fromkeys(opened.keys(), opened)
         yield StoredFolder(folder, settings, files)

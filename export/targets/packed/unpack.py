@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -20,7 +19,17 @@ from sparsepass.export.targets.packed.stored import PARTS, StoredFolder, stored_
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.packed import check, unpack
 from sparsepass.graph.packed_folder import find_layer, linear_layers, stored_names
-from sparsepass.graph.support import WEIGHTS_INDEX, SparsepassError, counted, quiet_loading, replaced_folder, weights_entry
+from sparsepass.graph.support import (
+    INFINITIES,
+    WEIGHTS_INDEX,
+    SparsepassError,
+    check_tensors,
+    counted,
+    quiet_loading,
+    read_object,
+    replaced_folder,
+    weights_entry,
+)
 from sparsepass.passes.maths import fixed_projection
 
 if TYPE_CHECKING:
@@ -69,7 +78,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
     """
     source = Path(folder)
     with stored_folder(source) as stored, replaced_folder(out, force=force, inputs=[source]) as staging:
-        document = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        document = read_object(source / "config.json", allowed=INFINITIES)
         dtype = parse_dtype(document.get("dtype") or document.get("torch_dtype") or "bfloat16")
         names: dict[str, str] = {}
         total = 0
@@ -103,9 +112,7 @@ def _plain_tensors(stored: StoredFolder, file: Path, dtype: torch.dtype) -> dict
     settings = stored.settings
     layers, tables = set(settings.layers), set(settings.embeddings)
     tensors: dict[str, Tensor] = {}
-    with safetensors.safe_open(file, framework="pt") as opened:
-        names = list(opened.keys())
-    for name in counted(names, f"unpacking {file.name}"):
+    for name in counted(list(check_tensors(file)), f"unpacking {file.name}"):
         layer, _, part = name.rpartition(".")
         if layer in layers and part == "weight":
             packed = stored.packed(layer)

@@ -6,13 +6,15 @@ engine of ours is read. Options are text, as its Python interface takes them.
 
 import contextlib
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+
 from sparsepass.export.targets.tensorrt.profiles import EnginePlan, shapes
-from sparsepass.graph.support import SparsepassError
+from sparsepass.graph.support import SparsepassError, read_as
 
 CONFIGURATION_FILE: Final = "onnxruntime.json"
 PROVIDER: Final = "TensorrtExecutionProvider"
@@ -60,6 +62,16 @@ def session_configuration(plans: Sequence[EnginePlan], *, dtype: str, sparse: bo
     return found
 
 
+class _Engine(TypedDict):
+    """How the graph of an engine is opened."""
+
+    graph: str
+    providers: list[tuple[str, dict[str, str]]]
+
+
+_CONFIGURATION: Final = TypeAdapter(dict[str, _Engine])
+
+
 def read_configuration(folder: str | Path, engine: str) -> tuple[Path, list[tuple[str, dict[str, str]]]]:
     """Read what an export wrote: the graph, and providers for `onnxruntime.InferenceSession(graph, providers=...)`.
 
@@ -72,7 +84,7 @@ def read_configuration(folder: str | Path, engine: str) -> tuple[Path, list[tupl
     path = place / CONFIGURATION_FILE
     if not path.is_file():
         raise SparsepassError(f"{path} does not exist; name a folder that the tensorrt target wrote")
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = read_as(_CONFIGURATION, path)
     if engine not in document:
         raise SparsepassError(f"{path} has no engine {engine!r}; it has {', '.join(document)}")
     providers = []

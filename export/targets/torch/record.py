@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, final
 
 from sparsepass.export.targets.torch.choice import ChoiceRules, Timing, Verdict
 from sparsepass.export.targets.torch.kernels import BACKENDS, MeasuredOn, check_generation
-from sparsepass.graph.support import SparsepassError, write_text
+from sparsepass.graph.support import SparsepassError, read_object, write_text
 
 RECORD_FILE: Final = "torch_semi_structured.json"
 SCHEMA_VERSION: Final = 1
@@ -207,11 +207,7 @@ def read_timings(path: str | Path) -> Measured:
 
 
 def _read(path: Path, advice: str) -> Mapping[str, Any]:
-    with _readable(path, advice):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, Mapping):
-            raise TypeError("no object")
-        return document
+    return read_object(path, advice=advice)
 
 
 @contextlib.contextmanager

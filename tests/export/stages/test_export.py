@@ -323,7 +323,7 @@ def test_read_samples_takes_a_plain_file_of_inputs(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
     assert list(read_samples(tmp_path / "x.safetensors")) == ["x"]
     (tmp_path / "broken.safetensors").write_bytes(b"123")
-    with pytest.raises(SparsepassError, match="cannot be read as safetensors"):
+    with pytest.raises(SparsepassError, match="cannot be read as a safetensors file"):
         read_samples(tmp_path / "broken.safetensors")
 
 

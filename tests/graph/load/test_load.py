@@ -374,7 +374,7 @@ def test_truncated_weights(folder: Path, keep: float) -> None:
 
 def test_damaged_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(SparsepassError, match=r"config\.json is not readable as JSON"):
+    with pytest.raises(SparsepassError, match=r"config\.json cannot be read as JSON"):
         load_model(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(SparsepassError, match="holds a list"):

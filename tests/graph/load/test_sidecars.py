@@ -6,6 +6,7 @@ from tests.export.tiny import save_tiny_llama
 
 from sparsepass.export.stages import Calibration, export, prepare, write_program
 from sparsepass.graph.load.sidecars import copy_sidecars, module_folders
+from sparsepass.graph.support.errors import SparsepassError
 
 FILES = (
     "LICENSE",
@@ -44,10 +45,16 @@ def test_what_decides_use_and_licence_is_copied(folder: Path, tmp_path: Path) ->
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(FILES)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"path": 3}]', '[{"path": "a/b"}]', "null"])
-def test_modules_that_cannot_be_read_name_no_folder(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"path": 3}]', "null"])
+def test_modules_that_cannot_be_read_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(text)
-    assert module_folders(tmp_path) in ((), ("3",))
+    with pytest.raises(SparsepassError, match=r"modules\.json"):
+        module_folders(tmp_path)
+
+
+def test_modules_elsewhere_name_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text('[{"path": "a/b"}, {"path": ""}, {"path": "1_Pooling"}]')
+    assert module_folders(tmp_path) == ("1_Pooling",)
 
 
 @pytest.mark.parametrize("target", ["hf", "onnx", "packed"])

@@ -407,7 +407,7 @@ def test_bad_files(tmp_path: Path) -> None:
     messages = {
         "empty.txt": "is empty",
         "latin.txt": "not UTF-8",
-        "bad.jsonl": "line 2 is not JSON",
+        "bad.jsonl": "line 2 cannot be read as JSON",
         "list.jsonl": "line 1 holds a list",
         "blank.jsonl": "has no rows",
         "bad.parquet": "not a readable parquet file",

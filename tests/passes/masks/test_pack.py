@@ -186,7 +186,7 @@ def test_files_that_are_no_packs(tmp_path: Path) -> None:
     path = packed(apply_passes(captured("llama"), "nm_sparsify"), tmp_path / "m.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SparsepassError, match="cannot be read as safetensors"):
+    with pytest.raises(SparsepassError, match="cannot be read as a safetensors file"):
         MaskPack.load(path)
     path.write_bytes(whole.replace(b'version\\": 1', b'version\\": 9'))
     with pytest.raises(SparsepassError, match="version 9 of the format"):

@@ -335,7 +335,7 @@ def test_a_row_that_cannot_be_read_is_named_by_file_and_line(streaming: bool, tm
     config = DataConfig(source=str(path), context=4, validation=None, streaming=streaming)
     good = json.dumps({"text": words(4, 40)})
     for line, message in (
-        ('{"text": ', "line 3 is not JSON"),
+        ('{"text": ', "line 3 cannot be read as JSON"),
         ("[1, 2]", "line 3 holds a list"),
         ('{"text": "a", "labels": [1]}', "line 3 has the column labels, which rows before it lack"),
     ):
