@@ -154,7 +154,7 @@ def _is_plain(inputs: Mapping[str, Tensor]) -> bool:
 
 def _trial(graph: fx.Graph, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor], guard: Guard) -> Cost:
     limits = guard.limits(inputs)
-    run = _Run({name: _on_meta(t) for name, t in tensors.items()}, {name: _on_meta(t) for name, t in inputs.items()})
+    run = _Trial({name: _on_meta(t) for name, t in tensors.items()}, {name: _on_meta(t) for name, t in inputs.items()})
     sizes: dict[str, int] = {}
     work = 0
     with torch.no_grad():
@@ -192,7 +192,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
 
 
-class _Run:
+class _Trial:
     """One run on the meta device, step by step."""
 
     def __init__(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import Program, Site
-from sparsepass.graph.channels import Place, ScaleGroup, channel_flow, scaled
+from sparsepass.graph.channels import ChannelPlace, ScaleGroup, channel_flow, scaled
 from sparsepass.graph.program import masked_weight
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
 from sparsepass.passes.engine import SiteGroup
@@ -77,7 +77,7 @@ def _norm_before(site: Site, program: Program) -> ScaleGroup | str:
     return flow.unscaled.get((site.weight, axes), "what it reads is not made by a norm")
 
 
-def _vector(program: Program, place: Place) -> Tensor:
+def _vector(program: Program, place: ChannelPlace) -> Tensor:
     """What stands at the places of a group in a stored vector, in float64, with what the graph adds to it."""
     stored = program.tensor(place.tensor).detach().double().reshape(-1)
     return stored[torch.from_numpy(place.positions[:, 0])] + place.offset
@@ -118,7 +118,7 @@ def _readers(program: Program, norm: ScaleGroup) -> list[Site | None]:
     return [by_weight.get(place.tensor) for place in norm.places if place.reads]
 
 
-def _moving(program: Program, norm: ScaleGroup) -> list[Place]:
+def _moving(program: Program, norm: ScaleGroup) -> list[ChannelPlace]:
     """The norm's biases that its readers can take up."""
     _, *biases = [place for place in norm.places if not place.reads]
     return biases if biases and all(_takes_bias(site, program) for site in _readers(program, norm)) else []
@@ -141,7 +141,7 @@ def _add_to_bias(program: Program, site: Site, norm: ScaleGroup, values: Tensor)
     program.write_tensor(site.bias, (bias.double() + weight @ constant).to(bias.dtype))
 
 
-def _write(program: Program, place: Place, values: Tensor) -> None:
+def _write(program: Program, place: ChannelPlace, values: Tensor) -> None:
     tensor = program.tensor(place.tensor).detach()
     flat = tensor.double().reshape(-1).clone()
     flat[torch.from_numpy(place.positions[:, 0])] = values - place.offset

@@ -117,7 +117,7 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
         SparsepassError: A file cannot be read, lacks weights that the index puts into it, or `axes` gives an axis that a
             weight lacks.
     """
-    found: list[_Stored] = []
+    found: list[_StoredTensor] = []
     index = weights_entry(paths[0].parent) if len(paths) > 1 else None
     promised = {} if index is None else weights_files(index)
     for path in paths:
@@ -132,7 +132,7 @@ def safetensors_candidates(paths: Sequence[Path], axes: Mapping[str, int]) -> It
         for name in sorted(held):
             piece = handle.get_slice(name)
             found.append(
-                _Stored(
+                _StoredTensor(
                     file=path.name,
                     name=name,
                     shape=tuple(piece.get_shape()),
@@ -164,7 +164,7 @@ def tensor_candidates(
     [1]
     """
     found = [
-        _Stored(
+        _StoredTensor(
             file="",
             name=name,
             shape=tuple(tensor.shape),
@@ -182,7 +182,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stored:
+class _StoredTensor:
     """A tensor that has not been read yet."""
 
     file: str
@@ -193,7 +193,7 @@ class _Stored:
     tensor: Callable[[], torch.Tensor]
 
 
-def _candidates(stored: Sequence[_Stored], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
+def _candidates(stored: Sequence[_StoredTensor], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
     all_names = {each.name for each in stored}
     by_shape = _axes_by_shape({each.name: each.shape for each in stored})
     # Nothing is small that is as large as most weights of the file.
@@ -223,7 +223,7 @@ def _axes_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _candidate(
-    stored: _Stored,
+    stored: _StoredTensor,
     all_names: Collection[str],
     families: set[str],
     axes: Mapping[str, int],

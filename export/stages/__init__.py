@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sparsepass.export.stages.accuracy import accuracy as accuracy
     from sparsepass.export.stages.benching import bench as bench, measure_speed as measure_speed
     from sparsepass.export.stages.criteria import (
         CRITERIA_TITLE as CRITERIA_TITLE,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         read_retrain_section as read_retrain_section,
     )
     from sparsepass.export.stages.retraining import (
-        accuracy as accuracy,
         default_run_folder as default_run_folder,
         retrain_and_report as retrain_and_report,
         retrain_program as retrain_program,

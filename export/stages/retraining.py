@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -14,17 +14,15 @@ from torch import nn
 
 from sparsepass.export.report import (
     OF_FILES,
-    AccuracySection,
-    MeasurementEntry,
     ReportDocument,
     find_report,
-    measurement,
     new_report,
     plain_json,
     retraining_run,
     run_record,
     write_report,
 )
+from sparsepass.export.stages.accuracy import Measured, accuracy
 from sparsepass.export.stages.preparing import stage_name
 from sparsepass.export.stages.recipe import RetrainSection, check_named, check_retrain, is_cached
 from sparsepass.export.stages.settings import Evaluation, ModelSource, inputs_of
@@ -34,7 +32,6 @@ from sparsepass.graph.load import LoadedModel, save_companions
 from sparsepass.graph.packed_folder import FOR_INFERENCE, is_packed_module
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import (
-    AUTO,
     NON_FINITE,
     check_apart,
     check_free,
@@ -66,9 +63,6 @@ ORIGIN_FILE: Final = "origin.json"
 
 _LOG = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 0.5
-
-
-Measured = ModelSource | Program
 
 
 def retrain_program(
@@ -295,44 +289,6 @@ def clear_run_folder(run_folder: Path) -> None:
             shutil.rmtree(found)
         else:
             found.unlink(missing_ok=True)
-
-
-def accuracy(
-    entries: Sequence[tuple[str, Measured]],
-    evaluation: Evaluation,
-    tokenizer: Any,
-    *,
-    known: Mapping[str, Any] | None = None,
-    device: str | None = None,
-) -> AccuracySection:
-    """Measure the perplexity of several models, for the report's section ``accuracy``.
-
-    Args:
-        entries: Name in the report, and what is measured: a program, or what `load_model` takes. The last one is measured
-            in any case.
-        evaluation: Text and windows.
-        tokenizer: Of all of them.
-        device: Where to measure: see `perplexity`; by default the GPU, where there is one.
-        known: The section of an earlier stage: what it holds of the same text and windows is not measured again.
-    """
-
-    def measure(name: str, model: Measured) -> MeasurementEntry:
-        _LOG.info("measuring perplexity: %s", name)
-        return measurement(name, evaluation.measure(_measured(model), tokenizer, device or AUTO))
-
-    *earlier, last = entries
-    newest = measure(*last)
-    section = None if known is None else AccuracySection.model_validate(known)
-    there = [] if section is None or section.text != evaluation.name else section.measurements
-    there = [entry for entry in there if entry.name != newest.name and entry.setting == newest.setting]
-    measured = [entry.name for entry in there]
-    missing = [measure(name, model) for name, model in earlier if name not in measured]
-    return AccuracySection(text=evaluation.name, measurements=[*missing, *there, newest])
-
-
-def _measured(model: Measured) -> nn.Module:
-    # What is retrained is float32, and figures compare at one precision.
-    return model if isinstance(model, Program) else dataclasses.replace(model, dtype="float32").load().model
 
 
 def _check_cache(section: RetrainSection, *inputs: str | Path | ModelSource | None) -> None:

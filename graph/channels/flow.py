@@ -18,7 +18,7 @@ Order = Literal["free", "within blocks", "pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ChannelPlace:
     """Where channels of a group lie in one stored tensor.
 
     Attributes:
@@ -47,7 +47,7 @@ class ChannelGroup:
             embeddings.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[ChannelPlace, ...]
     order: Order
 
     @property
@@ -64,7 +64,7 @@ class ScaleGroup:
         places: Every stored tensor that takes it up; ``positions`` have one row a factor.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[ChannelPlace, ...]
 
     @property
     def num_factors(self) -> int:
@@ -140,7 +140,7 @@ def _walked(program: Program) -> ChannelFlow:
     )
 
 
-def _line(places: Sequence[Place]) -> str:
+def _line(places: Sequence[ChannelPlace]) -> str:
     def names(reads: bool) -> str:
         chosen = [place for place in places if place.reads == reads]
         return ", ".join(f"{place.tensor}[{','.join(map(str, place.axes))}]" for place in chosen)
@@ -148,16 +148,16 @@ def _line(places: Sequence[Place]) -> str:
     return f"{len(places[0].positions)} channels of {names(False)} -> {names(True)}"
 
 
-def _with_masks(found: tuple[Place, ...], masks: Mapping[str, str]) -> tuple[Place, ...]:
+def _with_masks(found: tuple[ChannelPlace, ...], masks: Mapping[str, str]) -> tuple[ChannelPlace, ...]:
     """Masks are permuted with their weights."""
     return (*found, *(replace(place, tensor=masks[place.tensor]) for place in found if place.tensor in masks))
 
 
-def _kind(found: Sequence[Place]) -> tuple[object, ...]:
+def _kind(found: Sequence[ChannelPlace]) -> tuple[object, ...]:
     return tuple((place.tensor, place.axes, place.reads) for place in found)
 
 
-def _groups(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, apart: bool) -> list[tuple[Place, ...]]:
+def _groups(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, apart: bool) -> list[tuple[ChannelPlace, ...]]:
     """Classes that lie in the same tensors as often, and meet the same things."""
     count = len(classes.color)
     color = classes.color.copy() if apart else np.zeros(count, dtype=np.uint64)
@@ -191,7 +191,9 @@ def _groups(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, 
                 continue  # a tied embedding lies there twice
             known.add((slot.tensor, slot.axes))
             ordered = positions[np.argsort(numbers[positions], kind="stable")].reshape(len(group), -1)
-            places.append(Place(tensor=slot.tensor, axes=slot.axes, reads=slot.reads, offset=slot.offset, positions=ordered))
+            places.append(
+                ChannelPlace(tensor=slot.tensor, axes=slot.axes, reads=slot.reads, offset=slot.offset, positions=ordered)
+            )
         groups.append(tuple(places))
     return groups
 
@@ -206,7 +208,7 @@ def _reasons(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints]) ->
     return found
 
 
-def permuted(tensor: torch.Tensor, place: Place, order: Ints) -> torch.Tensor:
+def permuted(tensor: torch.Tensor, place: ChannelPlace, order: Ints) -> torch.Tensor:
     """A stored tensor with the channels of a group in another order.
 
     Args:
@@ -222,7 +224,7 @@ def permuted(tensor: torch.Tensor, place: Place, order: Ints) -> torch.Tensor:
     return flat.reshape(moved.shape).movedim(tuple(range(len(axes))), axes)
 
 
-def scaled(tensor: torch.Tensor, place: Place, factors: torch.Tensor) -> torch.Tensor:
+def scaled(tensor: torch.Tensor, place: ChannelPlace, factors: torch.Tensor) -> torch.Tensor:
     """A stored tensor that takes up factors of a group: multiplied where it makes the channels, divided where it reads them.
 
     Args:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsepass.graph.channels.values import Channels, Stored, rows_met, shape_of, varying
+from sparsepass.graph.channels.values import Channels, Leaf, rows_met, shape_of, varying
 from sparsepass.graph.channels.walk import Slot, Walk
 from sparsepass.graph.nodes import op_name, tensor_of
 from sparsepass.graph.sites import match_weight
@@ -24,7 +24,7 @@ def linear(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     where = {"linear": (0, 1, 2), "addmm": (1, 2, 0)}.get(op_name(walk.node), (0, 1, 2))
     value = args[where[0]]
     bias = args[where[2]] if len(args) > where[2] else None
-    if isinstance(value, Stored) or isinstance(bias, Tensor | Channels):
+    if isinstance(value, Leaf) or isinstance(bias, Tensor | Channels):
         return NotImplemented
     reads, makes = _AXES[use.layout]
     _read(walk, walk.slot(use.weight, (reads,), reads=True), value)
@@ -47,7 +47,7 @@ def _read(walk: Walk, slot: Slot, value: Channels | Tensor) -> None:
 
 
 def _with_bias(walk: Walk, result: Channels, bias: Any) -> Channels:
-    if isinstance(bias, Stored):
+    if isinstance(bias, Leaf):
         taken = walk.adopt(bias, result.places)
         walk.scales.join(result.scales.numpy(), taken.scales.numpy())
     return result
@@ -55,7 +55,7 @@ def _with_bias(walk: Walk, result: Channels, bias: Any) -> Channels:
 
 def embedding(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Rows of a table."""
-    if not isinstance(args[0], Stored) or not isinstance(args[1], Tensor):
+    if not isinstance(args[0], Leaf) or not isinstance(args[1], Tensor):
         return NotImplemented
     slot = walk.slot(args[0].name, (1,), reads=False)
     return walk.born((*args[1].shape, len(slot.places)), slot)
@@ -68,7 +68,7 @@ def convolution(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return NotImplemented
     value, bias = args[0], args[2] if len(args) > 2 else None
     weight = tensor_of(walk.program.graph_module, use.weight)
-    if isinstance(value, Stored) or isinstance(bias, Tensor | Channels):
+    if isinstance(value, Leaf) or isinstance(bias, Tensor | Channels):
         return NotImplemented
     meta = torch.empty(shape_of(value), device="meta")
     more = [torch.empty(weight.shape, device="meta"), None, *args[3:]]
@@ -95,7 +95,7 @@ def grouped(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     value, ends = bound["input"], bound.get("offs")
     if use is None or use.weight is None or not isinstance(value, Channels) or not isinstance(ends, Tensor):
         return NotImplemented
-    if isinstance(bound.get("bias"), Stored | Tensor | Channels):
+    if isinstance(bound.get("bias"), Leaf | Tensor | Channels):
         return NotImplemented
     reads, makes = (2, 1) if use.layout == "experts" else (1, 2)
     experts = tensor_of(walk.program.graph_module, use.weight).shape[0]
@@ -123,9 +123,9 @@ def grouped(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 
 def matmul(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A product with a stored weight, or of two values."""
-    if isinstance(args[1], Stored):
+    if isinstance(args[1], Leaf):
         return linear(walk, args, kwargs)
-    if isinstance(args[0], Stored) or min(len(shape_of(arg)) for arg in args[:2]) < 2:
+    if isinstance(args[0], Leaf) or min(len(shape_of(arg)) for arg in args[:2]) < 2:
         return NotImplemented
     return product(walk, args[0], args[1])
 
@@ -196,9 +196,9 @@ def attention(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     bound = dict(zip(names, args, strict=False)) | dict(kwargs)
     query, key, value, mask = bound["query"], bound["key"], bound["value"], bound.get("attn_mask")
-    if any(isinstance(one, Stored) or not isinstance(one, Channels | Tensor) for one in (query, key, value)):
+    if any(isinstance(one, Leaf) or not isinstance(one, Channels | Tensor) for one in (query, key, value)):
         return NotImplemented
-    if isinstance(mask, Stored):
+    if isinstance(mask, Leaf):
         return NotImplemented
     if bound.get("enable_gqa"):
         times = shape_of(query)[-3] // shape_of(key)[-3]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sparsepass.graph.channels import ops
 from sparsepass.graph.channels.matmuls import attention, convolution, embedding, grouped, linear, matmul
-from sparsepass.graph.channels.values import Channels, Stored, shape_of, varying
+from sparsepass.graph.channels.values import Channels, Leaf, shape_of, varying
 from sparsepass.graph.channels.walk import Walk, is_tensor
 from sparsepass.graph.nodes import op_name
 
@@ -21,7 +21,7 @@ def _layout(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     """Elements move: labels move with them."""
     value, *others = args
     leaves = torch.utils._pytree.tree_leaves((others, dict(kwargs)), is_leaf=is_tensor)
-    if any(isinstance(leaf, Channels | Stored) for leaf in leaves):
+    if any(isinstance(leaf, Channels | Leaf) for leaf in leaves):
         if op_name(walk.node) not in ("expand_as", "view_as", "reshape_as"):
             return NotImplemented
         others = [torch.empty(shape_of(others[0]))]
@@ -29,12 +29,12 @@ def _layout(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     def moved(labels: Tensor) -> Any:
         return walk.node.target(labels.contiguous(), *others, **kwargs)  # type: ignore[operator]
 
-    if isinstance(value, Stored):
+    if isinstance(value, Leaf):
         found = moved(value.index)
         return (
-            Stored(value.name, found, value.offset)
+            Leaf(value.name, found, value.offset)
             if isinstance(found, Tensor)
-            else [Stored(value.name, part, value.offset) for part in found]
+            else [Leaf(value.name, part, value.offset) for part in found]
         )
     places, scales = moved(value.places), moved(value.scales)
     if isinstance(places, Tensor):
@@ -48,7 +48,7 @@ def _layout(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
 def _wrapper(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A weight behind its mask: the mask lies along the same channels."""
     mask = walk.node.args[1]
-    if not isinstance(args[0], Stored) or not isinstance(mask, fx.Node) or mask.op != "get_attr":
+    if not isinstance(args[0], Leaf) or not isinstance(mask, fx.Node) or mask.op != "get_attr":
         return NotImplemented
     walk.masks[args[0].name] = str(mask.target)
     return args[0]
@@ -58,8 +58,8 @@ def _same(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Nothing changes but the type or the sign."""
     if isinstance(args[0], Tensor):
         return walk.node.target(args[0], *(torch.empty(shape_of(x)) if is_tensor(x) else x for x in args[1:]), **kwargs)  # type: ignore[operator]
-    if isinstance(args[0], Stored) and op_name(walk.node) == "neg":
-        return Stored(args[0].name, args[0].index, None)
+    if isinstance(args[0], Leaf) and op_name(walk.node) == "neg":
+        return Leaf(args[0].name, args[0].index, None)
     return args[0]
 
 
@@ -72,8 +72,8 @@ def _curved(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     value, *others = args
     if any(is_tensor(leaf) for leaf in others):
         return NotImplemented
-    if isinstance(value, Stored):
-        return Stored(value.name, value.index, None)
+    if isinstance(value, Leaf):
+        return Leaf(value.name, value.index, None)
     walk.pin_scales(value, f"{op_name(walk.node)} is not linear")
     return value.without_scales()
 
@@ -86,12 +86,12 @@ def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Ten
     for leaf in tensors:
         if isinstance(leaf, Channels):
             places = walk.combine(places, leaf.places)
-    stored = next((leaf for leaf in tensors if isinstance(leaf, Stored)), None)
+    stored = next((leaf for leaf in tensors if isinstance(leaf, Leaf)), None)
     if stored is not None and not varying(places):
         places = walk.of_itself(stored, shape)
     channels: list[Channels] = []
     for leaf in tensors:
-        if isinstance(leaf, Stored):
+        if isinstance(leaf, Leaf):
             channels.append(walk.adopt(leaf, places))
         elif isinstance(leaf, Channels):
             channels.append(Channels(places, leaf.scales.expand(shape)))
@@ -103,12 +103,12 @@ def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Ten
 
 def _stored_alone(walk: Walk, args: tuple[Any, ...]) -> Any:
     """A parameter and numbers, such as ``1 + weight``."""
-    stored = [leaf for leaf in args if isinstance(leaf, Stored)]
+    stored = [leaf for leaf in args if isinstance(leaf, Leaf)]
     if len(stored) != 1 or any(isinstance(leaf, Tensor | Channels) for leaf in args):
         return None
     number = next((leaf for leaf in args if isinstance(leaf, int | float)), None)
     known = op_name(walk.node) == "add" and number is not None and stored[0].offset is not None
-    return Stored(stored[0].name, stored[0].index, float(stored[0].offset or 0) + float(number or 0) if known else None)
+    return Leaf(stored[0].name, stored[0].index, float(stored[0].offset or 0) + float(number or 0) if known else None)
 
 
 def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -117,7 +117,7 @@ def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return alone
     name = op_name(walk.node)
     condition = args[0] if name == "where" else args[1] if name == "masked_fill" else None
-    if name in ("addcmul", "addcdiv", "lerp") or isinstance(condition, Channels | Stored):
+    if name in ("addcmul", "addcdiv", "lerp") or isinstance(condition, Channels | Leaf):
         return NotImplemented
     channels, data, numbers = _operands(walk, args)
     places = channels[0].places
@@ -232,9 +232,9 @@ def _softmax(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
 def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Layer norm or RMS norm as one operation: gain and bias take up factors of their own."""
     value, gains = args[0], [leaf for leaf in args[2:4] if leaf is not None]
-    if len(args[1]) != 1 or isinstance(value, Stored) or not all(isinstance(leaf, Stored | float) for leaf in gains):
+    if len(args[1]) != 1 or isinstance(value, Leaf) or not all(isinstance(leaf, Leaf | float) for leaf in gains):
         return NotImplemented
-    stored = [leaf for leaf in gains if isinstance(leaf, Stored)]
+    stored = [leaf for leaf in gains if isinstance(leaf, Leaf)]
     if isinstance(value, Tensor):
         if not stored:
             return NotImplemented
@@ -247,7 +247,7 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             return NotImplemented
     taken = [walk.adopt(leaf, places) for leaf in stored]
     scales = torch.zeros_like(places)
-    if isinstance(args[2] if len(args) > 2 else None, Stored):
+    if isinstance(args[2] if len(args) > 2 else None, Leaf):
         scales = taken[0].scales
         for other in taken[1:]:
             walk.scales.join(scales.numpy(), other.scales.numpy())
@@ -279,12 +279,12 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
                 continue
             places = torch.from_numpy(walk.places.fresh(like.numel())).reshape(like.shape)
             walk.places.pin(places.numpy(), "it stands beside data")
-            if isinstance(part, Stored):
+            if isinstance(part, Leaf):
                 walk.lose(part, "it stands beside channels")
             found.append(Channels(places, like))
             continue
         like = first.places.narrow(axis, 0, 1).expand(like.shape)
-        if isinstance(part, Stored):
+        if isinstance(part, Leaf):
             part = walk.adopt(part, like)
         elif isinstance(part, Tensor):
             walk.meet_data(like, part)
@@ -302,8 +302,8 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _unsqueezed(part: Any, axis: int) -> Any:
-    if isinstance(part, Stored):
-        return Stored(part.name, part.index.unsqueeze(axis), part.offset)
+    if isinstance(part, Leaf):
+        return Leaf(part.name, part.index.unsqueeze(axis), part.offset)
     return part.each(lambda labels: labels.unsqueeze(axis)) if isinstance(part, Channels) else part.unsqueeze(axis)
 
 
@@ -344,9 +344,9 @@ def _new(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _index_put(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     base, indices, values, *rest = args
-    if (rest and rest[0]) or isinstance(values, Stored) or isinstance(base, Stored):
+    if (rest and rest[0]) or isinstance(values, Leaf) or isinstance(base, Leaf):
         return NotImplemented
-    if any(isinstance(index, Channels | Stored) for index in indices):
+    if any(isinstance(index, Channels | Leaf) for index in indices):
         return NotImplemented
     if isinstance(base, Tensor) and bool(base.any()):
         return NotImplemented

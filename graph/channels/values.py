@@ -12,7 +12,7 @@ from sparsepass.graph.channels.labels import Hashes, Ints, mixed
 
 
 @dataclass(frozen=True)
-class Stored:
+class Leaf:
     """A parameter, or what is made of one element by element.
 
     Attributes:
@@ -92,4 +92,4 @@ def _as_integers(data: Tensor) -> Hashes:
 
 def shape_of(value: Any) -> torch.Size:
     """Shape of any of them."""
-    return value.index.shape if isinstance(value, Stored) else value.shape
+    return value.index.shape if isinstance(value, Leaf) else value.shape

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsepass.graph.channels.labels import Ints, Labels
-from sparsepass.graph.channels.values import Channels, Stored, distinct, rows_met, shape_of, varying
+from sparsepass.graph.channels.values import Channels, Leaf, distinct, rows_met, shape_of, varying
 from sparsepass.graph.nodes import module_path, op_name, tensor_of
 from sparsepass.graph.program import Program
 
@@ -45,7 +45,7 @@ class Slot:
 
 def is_tensor(value: Any) -> bool:
     """Whether a value of the walk stands for a tensor."""
-    return isinstance(value, Tensor | Stored | Channels)
+    return isinstance(value, Tensor | Leaf | Channels)
 
 
 @final
@@ -95,7 +95,7 @@ class Walk:
     def _read(self, name: str) -> Any:
         tensor = tensor_of(self.program.graph_module, name)
         if isinstance(tensor, torch.nn.Parameter):
-            return Stored(name, torch.arange(tensor.numel()).reshape(tensor.shape))
+            return Leaf(name, torch.arange(tensor.numel()).reshape(tensor.shape))
         return tensor if not tensor.is_meta else _standing_in(tensor)
 
     def _call(self, rules: Mapping[str, Callable[..., Any]], node: fx.Node, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ class Walk:
             if isinstance(leaf, Channels):
                 self.places.pin(leaf.places.numpy(), "it is an output of the model")
                 self.pin_scales(leaf, "it is an output of the model")
-            elif isinstance(leaf, Stored):
+            elif isinstance(leaf, Leaf):
                 self.lose(leaf, "it is an output of the model")
 
     # What rules use.
@@ -126,7 +126,7 @@ class Walk:
             if isinstance(leaf, Channels):
                 self.places.pin(leaf.places.numpy(), reason)
                 self.scales.pin(leaf.scales.numpy(), reason)
-            elif isinstance(leaf, Stored):
+            elif isinstance(leaf, Leaf):
                 self.lose(leaf, reason)
             else:
                 return leaf
@@ -152,7 +152,7 @@ class Walk:
             self.scales.pin(found.scales, f"{name} is used in two ways")
         return found
 
-    def lose(self, stored: Stored, reason: str) -> None:
+    def lose(self, stored: Leaf, reason: str) -> None:
         """A parameter is used in a way that is not followed: whatever runs along any of its axes stays."""
         self._lost.setdefault(self.program.aliases.get(stored.name, stored.name), reason)
 
@@ -176,7 +176,7 @@ class Walk:
         places = torch.from_numpy(slot.places).expand(*shape)
         return Channels(places, torch.from_numpy(slot.scales).expand(*shape))
 
-    def adopt(self, stored: Stored, like: Tensor) -> Channels:
+    def adopt(self, stored: Leaf, like: Tensor) -> Channels:
         """A parameter that meets labelled channels element by element, in their shape: it holds the same channels."""
         shape = torch.broadcast_shapes(stored.index.shape, like.shape)
         index, like = stored.index.expand(shape), like.expand(shape)
@@ -197,7 +197,7 @@ class Walk:
             scales = np.zeros_like(scales)
         return Channels(like, torch.from_numpy(scales))
 
-    def of_itself(self, stored: Stored, shape: torch.Size) -> Tensor:
+    def of_itself(self, stored: Leaf, shape: torch.Size) -> Tensor:
         """Labels of a parameter that makes channels by itself, since what it meets has none."""
         size = tensor_of(self.program.graph_module, stored.name).shape
         axes = tuple(axis for axis, count in enumerate(size) if count > 1)

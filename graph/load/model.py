@@ -28,7 +28,7 @@ from sparsepass.graph.load.contents import check_all_used
 from sparsepass.graph.load.described import check_described, check_numbers, explained
 from sparsepass.graph.load.dtypes import check_fits, check_read, parse_dtype
 from sparsepass.graph.load.gguf import check_gguf, split_parts
-from sparsepass.graph.load.sidecars import OF_MODULES, SIDECARS, module_folders
+from sparsepass.graph.load.hub import download, is_hub_id
 from sparsepass.graph.packed_folder import is_packed, is_packed_module, num_parameters
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
@@ -40,7 +40,6 @@ from sparsepass.graph.support import (
     check_tensors,
     closest,
     find_device,
-    first_line,
     path_named,
     quiet_loading,
 )
@@ -206,7 +205,7 @@ def check_model(
             token=None,
         )
         _check_is_hub_id(name, is_path=isinstance(source, Path))
-        _download(asked, only=["config.json"])
+        _fetch(asked, only=["config.json"])
         return
     if folder.is_file():
         _check_is_gguf(folder, name)
@@ -227,7 +226,7 @@ def _check_is_gguf(path: Path, name: str) -> None:
 
 
 def _check_is_hub_id(name: str, *, is_path: bool) -> None:
-    if is_path or not _is_hub_id(name):
+    if is_path or not is_hub_id(name):
         raise SparsepassError(
             f"model {name} does not exist; expected a folder, a .gguf file, a saved program, or a hub id such as "
             "'organisation/name'"
@@ -248,7 +247,7 @@ def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
         folder = path
     else:
         _check_is_hub_id(name, is_path=is_path)
-        folder, kind = _download(wanted), "hub"
+        folder, kind = _fetch(wanted), "hub"
         check_inside(folder)
         facts = {"revision": wanted.revision, "commit": folder.name}
     gguf_file = wanted.gguf_file or _lone_gguf(folder, name)
@@ -257,45 +256,15 @@ def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
     return _from_folder(folder, kind, wanted, facts)
 
 
-def _is_hub_id(name: str) -> bool:
-    """Whether a name could be that of a repository on the hub."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    if name.endswith((".gguf", ".safetensors", ".bin")):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _download(wanted: _Wanted, only: list[str] | None = None) -> Path:
-    """Fetch a hub repository's configuration, tokenizer and safe weights, never a pickle; the commit names the folder."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, patterns = wanted.name, ["*.json", "*.txt", "*.model", "*.jinja", wanted.gguf_file or "model*.safetensors"]
-    patterns += [*SIDECARS, *(["*.py"] if wanted.trust_remote_code else [])]
-    asked: dict[str, Any] = {"revision": wanted.revision, "token": wanted.token}
-    try:
-        folder = huggingface_hub.snapshot_download(name, **asked, allow_patterns=only or patterns, ignore_patterns=["*/*"])
-        if only is None and (modules := module_folders(Path(folder))):
-            files = [f"{module}/*{suffix}" for module in modules for suffix in OF_MODULES]
-            huggingface_hub.snapshot_download(name, **asked, allow_patterns=files)
-    except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else "the hub cannot be reached"
-        raise SparsepassError(
-            f"model {name} is no folder here, and as a hub id it is not in the local cache while {why}; check the "
-            "spelling or the network, or name a local folder or .gguf file"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SparsepassError(
-            f"model {name} is no folder here, and could not be downloaded from the hub: {type(error).__name__}: "
-            f"{first_line(error)}. Check the spelling, the revision and, for gated models, the token"
-        ) from error
-    return Path(folder)
+def _fetch(wanted: _Wanted, only: list[str] | None = None) -> Path:
+    return download(
+        wanted.name,
+        revision=wanted.revision,
+        token=wanted.token,
+        gguf_file=wanted.gguf_file,
+        trust_remote_code=wanted.trust_remote_code,
+        only=only,
+    )
 
 
 def _warn_of_changes(loaded: LoadedModel) -> None:

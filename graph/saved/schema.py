@@ -23,33 +23,33 @@ _NODES, _NODES_OF_TENSOR = 2000, 200
 """Nodes of a graph at most: a language model has ten for each of its tensors."""
 
 
-class _Part(BaseModel):
+class _Fields(BaseModel):
     """An object of the file: no field is missing, none is unknown, and each has its type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class _Branch(_Part):
+class _BranchFields(_Fields):
     k: Annotated[int, Field(ge=1)]
     weight: TensorName
     projection: TensorName | None
 
 
-class _Learned(_Part):
+class _LearnedFields(_Fields):
     logits: TensorName
     control: TensorName
 
 
-class _Sparse(_Part):
+class _SparseFields(_Fields):
     pattern: Annotated[str, Field(pattern=r"^\s*[0-9]{1,9}\s*:\s*[0-9]{1,9}\s*$")]
     axis: Annotated[int, Field(ge=-_MOST_AXES, lt=_MOST_AXES)]
     mask: TensorName | None
-    branch: _Branch | None
-    learned: _Learned | None = None
+    branch: _BranchFields | None
+    learned: _LearnedFields | None = None
     changed_by: str | None = None
 
 
-class _Outcome(_Part):
+class _OutcomeFields(_Fields):
     site: str
     weight: str
     shape: list[Annotated[int, Field(ge=0)]]
@@ -58,16 +58,16 @@ class _Outcome(_Part):
     facts: dict[str, JSON]
 
 
-class _Record(_Part):
+class _RecordFields(_Fields):
     text: str
     promise: Literal["exact", "approximate"]
-    outcomes: list[_Outcome]
+    outcomes: list[_OutcomeFields]
     validation: dict[str, JSON] | None
     calibration: dict[str, JSON] | None
     seconds: float
 
 
-class _Origin(_Part):
+class _OriginFields(_Fields):
     model_class: Annotated[str, Field(pattern=r"^transformers\.[A-Za-z][A-Za-z0-9_]*$")] | None
     config: dict[str, JSON] | None
     generation_config: dict[str, JSON] | None
@@ -76,7 +76,7 @@ class _Origin(_Part):
     versions: dict[str, str]
 
 
-class _Node(_Part):
+class _NodeFields(_Fields):
     name: NodeName
     op: Literal["placeholder", "get_attr", "call_function", "output"]
     target: str
@@ -85,24 +85,24 @@ class _Node(_Part):
     stack: Annotated[int, Field(ge=0)] | None = None
 
 
-class _Graph(_Part):
-    nodes: list[_Node]
+class _GraphFields(_Fields):
+    nodes: list[_NodeFields]
     stacks: list[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
 
 
-class _Document(_Part):
+class _DocumentFields(_Fields):
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
     output_structure: JSON
     dynamic_axes: dict[InputName, list[Annotated[int, Field(ge=0, lt=_MOST_AXES)]]]
     limits: list[Annotated[str, Field(max_length=1000)]] = []
     aliases: dict[TensorName, TensorName]
     parameters: dict[TensorName, bool]
-    origin: _Origin
-    sparse: dict[TensorName, _Sparse]
-    history: list[_Record]
+    origin: _OriginFields
+    sparse: dict[TensorName, _SparseFields]
+    history: list[_RecordFields]
     retraining: list[dict[str, JSON]] = []
     training: bool
-    graph: _Graph
+    graph: _GraphFields
 
 
 def check_document(document: JSON, tensors: Collection[str], where: str) -> None:
@@ -119,7 +119,7 @@ def check_document(document: JSON, tensors: Collection[str], where: str) -> None
     try:
         for name in tensors:
             _check_stored(name)
-        found = _Document.model_validate(document)
+        found = _DocumentFields.model_validate(document)
         _check_references(found, {name for name in tensors if not name.startswith(EXAMPLE_PREFIX)})
     except ValidationError as error:
         raise ProgramFormatError(f"{where}: {_told(error)}") from error
@@ -134,7 +134,7 @@ def _check_stored(name: str) -> None:
         check_tensor_name(name)
 
 
-def _check_references(document: _Document, tensors: Collection[str]) -> None:
+def _check_references(document: _DocumentFields, tensors: Collection[str]) -> None:
     folders = {name[:end] for name in tensors for end, letter in enumerate(name) if letter == "."}
     for name in tensors:
         if name in folders:

@@ -75,7 +75,7 @@ class _Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Piece:
+class _PieceFields:
     """A row of the table that `write_pieces` made."""
 
     name: str
@@ -88,14 +88,14 @@ class _Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class _PartFields:
     """The file of a process; see `part_file`."""
 
-    pieces: list[_Piece]
+    pieces: list[_PieceFields]
     local_state: Any
 
 
-_MANIFEST, _PART = TypeAdapter(_Manifest), TypeAdapter(_Part)
+_MANIFEST, _PART = TypeAdapter(_Manifest), TypeAdapter(_PartFields)
 
 
 def part_file(folder: Path, rank: int) -> Path:

@@ -197,6 +197,9 @@ def _kept_apart(path: Path, *, force: bool) -> Iterator[Path]:
         SparsepassError: If another run writes it, or has finished the file meanwhile.
     """
     beside = path.with_name(f"{path.name}.partial")
+    hidden = path.with_name(f".{beside.name}")  # as it was called before
+    if hidden.is_file() and not hidden.is_symlink() and not beside.exists():
+        hidden.replace(beside)
     if beside.is_symlink() or (beside.exists() and (not beside.is_file() or beside.stat().st_nlink > 1)):
         raise SparsepassError(f"{beside} is a link, or has another name too, and would be written to; remove it")
     while True:

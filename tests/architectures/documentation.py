@@ -113,7 +113,7 @@ def _shorter(note: str) -> str:
 
 def _plain(text: str) -> str:
     """Text that a cell of a table can hold."""
-    text = re.sub(r"\s+", " ", text).replace("|", "/")
+    text = re.sub(r"\s+", " ", text).replace("|", "/").replace("[", r"\[")
     return text if len(text) <= _LONGEST_NOTE else text[: _LONGEST_NOTE - 4].rsplit(" ", 1)[0] + " ..."
 
 

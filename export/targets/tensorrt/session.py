@@ -62,14 +62,14 @@ def session_configuration(plans: Sequence[EnginePlan], *, dtype: str, sparse: bo
     return found
 
 
-class _Engine(TypedDict):
+class _EngineFields(TypedDict):
     """How the graph of an engine is opened."""
 
     graph: str
     providers: list[tuple[str, dict[str, str]]]
 
 
-_CONFIGURATION: Final = TypeAdapter(dict[str, _Engine])
+_CONFIGURATION: Final = TypeAdapter(dict[str, _EngineFields])
 
 
 def read_configuration(folder: str | Path, engine: str) -> tuple[Path, list[tuple[str, dict[str, str]]]]:

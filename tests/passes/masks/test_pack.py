@@ -12,7 +12,8 @@ from tests.families import BY_NAME, captured
 
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.passes import NMSparsify, apply_passes
-from sparsepass.passes.masks.pack import MaskPack, PackedMask, compare_masks, num_words, pack_mask, pack_program, unpack_mask
+from sparsepass.passes.masks.differences import compare_masks
+from sparsepass.passes.masks.pack import MaskPack, PackedMask, num_words, pack_mask, pack_program, unpack_mask
 from sparsepass.passes.maths.pattern import NMPattern
 
 
