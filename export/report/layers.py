@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 from sparsepass.export.report.blocks import Block, Column, Drawing, Drawings, Subheading, Table, figures, words
 from sparsepass.export.report.charts import grid_chart
 from sparsepass.export.report.depth import DepthGrid, depth_grid
+from sparsepass.export.report.parts import is_number
 from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.sections import LayerEntry, OutputsEntry, PassEntry, PassesSection, is_number
+from sparsepass.export.report.sections import LayerEntry, OutputsEntry, PassEntry, PassesSection
 from sparsepass.export.report.words import dimensions, number, percent, times
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, Final, Self, final
 from pydantic import BaseModel, Field, ValidationError
 
 from sparsepass.export.report import sections
-from sparsepass.export.report.sections import Number, Part
+from sparsepass.export.report.parts import Number, Part
 from sparsepass.export.report.speed import SpeedSection
 from sparsepass.graph.support import SparsepassError
 

@@ -10,8 +10,8 @@ from sparsepass.export.report import sections
 from sparsepass.export.report.blocks import EVERYWHERE, Block, Column, Notes, Sentence, Subheading, Table, drawn, figures, words
 from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, line_chart
 from sparsepass.export.report.layers import gain_drawings, layer_facts, layer_table
+from sparsepass.export.report.parts import is_number
 from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.sections import is_number
 from sparsepass.export.report.speed import SpeedSection
 from sparsepass.export.report.words import dimensions, number, rate, size, times
 

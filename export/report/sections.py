@@ -4,39 +4,12 @@ A field without a default has to be there. A field with one may be missing: earl
 apply. Fields that no model names are kept as they are.
 """
 
-import math
-from typing import Annotated, Any, Final, TypeGuard
+from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-_TEXTS = ("inf", "-inf", "nan")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite figure, and not one of the texts inf, -inf and nan."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: object) -> object:
-    if (isinstance(value, int | float) and not isinstance(value, bool)) or value in _TEXTS:
-        return value
-    raise PydanticCustomError("number_type", "expected a number, or one of the texts inf, -inf and nan")
-
-
-Number = Annotated[
-    int | float | str,
-    PlainValidator(_number),
-    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "enum": list(_TEXTS)}]}),
-]
-"""A figure. JSON has no infinities and no NaN, so these are texts."""
-
-
-class Part(BaseModel):
-    """A section of a report, or an entry of one. It keeps the fields that it does not know. Abstract."""
-
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
+from sparsepass.export.report.parts import Number, Part, is_number
 
 
 class ModelSection(Part):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from sparsepass.export.report.sections import Number, Part, is_number
+from sparsepass.export.report.parts import Number, Part, is_number
 
 
 class SideEntry(Part):

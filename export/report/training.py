@@ -8,8 +8,9 @@ from typing import Any, Final
 from sparsepass.export.report.blocks import EVERYWHERE, Block, Drawing, Drawings, Subheading, Table, figures, words
 from sparsepass.export.report.charts import Line, Picture, grid_chart, line_chart
 from sparsepass.export.report.depth import depth_grid
+from sparsepass.export.report.parts import is_number
 from sparsepass.export.report.schema import ReportDocument
-from sparsepass.export.report.sections import RetrainingSection, TrainingEntry, is_number
+from sparsepass.export.report.sections import RetrainingSection, TrainingEntry
 from sparsepass.export.report.words import number
 
 NUM_POINTS: Final = 200

@@ -14,8 +14,9 @@ from typing import Any, Final, Literal, final
 from sparsepass.export.report import section_views
 from sparsepass.export.report.blocks import Block, Column, Drawings, Notes, Raw, Sentence, Steps, Table
 from sparsepass.export.report.layers import layer_facts, passes_view, skipped_rows
+from sparsepass.export.report.parts import is_number
 from sparsepass.export.report.schema import ReportDocument, RunEntry
-from sparsepass.export.report.sections import PassesSection, PatternSection, PlanSection, VerificationSection, is_number
+from sparsepass.export.report.sections import PassesSection, PatternSection, PlanSection, VerificationSection
 from sparsepass.export.report.speed import SpeedSection
 from sparsepass.export.report.training import training_view
 from sparsepass.export.report.words import number, rate, size

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsepass.export.stages.accuracy import accuracy as accuracy
     from sparsepass.export.stages.benching import bench as bench, measure_speed as measure_speed
     from sparsepass.export.stages.criteria import (
         CRITERIA_TITLE as CRITERIA_TITLE,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         folder_contradictions as folder_contradictions,
     )
     from sparsepass.export.stages.news import listen as listen
+    from sparsepass.export.stages.perplexities import accuracy as accuracy
     from sparsepass.export.stages.preparing import prepare as prepare, stage_name as stage_name, write_program as write_program
     from sparsepass.export.stages.recipe import (
         RetrainSection as RetrainSection,

@@ -22,7 +22,7 @@ from sparsepass.export.report import (
     run_record,
     write_report,
 )
-from sparsepass.export.stages.accuracy import Measured, accuracy
+from sparsepass.export.stages.perplexities import Measured, accuracy
 from sparsepass.export.stages.preparing import stage_name
 from sparsepass.export.stages.recipe import RetrainSection, check_named, check_retrain, is_cached
 from sparsepass.export.stages.settings import Evaluation, ModelSource, inputs_of

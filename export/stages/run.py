@@ -26,8 +26,8 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
-from sparsepass.export.stages.accuracy import Measured, accuracy
 from sparsepass.export.stages.exporting import export
+from sparsepass.export.stages.perplexities import Measured, accuracy
 from sparsepass.export.stages.preparing import prepare, stage_name, write_program
 from sparsepass.export.stages.recipe import ExportSection, Recipe, check_named
 from sparsepass.export.stages.retraining import clear_run_folder, default_run_folder, retrain_program

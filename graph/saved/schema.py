@@ -23,24 +23,24 @@ _NODES, _NODES_OF_TENSOR = 2000, 200
 """Nodes of a graph at most: a language model has ten for each of its tensors."""
 
 
-class _Fields(BaseModel):
+class _Entry(BaseModel):
     """An object of the file: no field is missing, none is unknown, and each has its type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class _BranchFields(_Fields):
+class _BranchFields(_Entry):
     k: Annotated[int, Field(ge=1)]
     weight: TensorName
     projection: TensorName | None
 
 
-class _LearnedFields(_Fields):
+class _LearnedFields(_Entry):
     logits: TensorName
     control: TensorName
 
 
-class _SparseFields(_Fields):
+class _SparseFields(_Entry):
     pattern: Annotated[str, Field(pattern=r"^\s*[0-9]{1,9}\s*:\s*[0-9]{1,9}\s*$")]
     axis: Annotated[int, Field(ge=-_MOST_AXES, lt=_MOST_AXES)]
     mask: TensorName | None
@@ -49,7 +49,7 @@ class _SparseFields(_Fields):
     changed_by: str | None = None
 
 
-class _OutcomeFields(_Fields):
+class _OutcomeFields(_Entry):
     site: str
     weight: str
     shape: list[Annotated[int, Field(ge=0)]]
@@ -58,7 +58,7 @@ class _OutcomeFields(_Fields):
     facts: dict[str, JSON]
 
 
-class _RecordFields(_Fields):
+class _RecordFields(_Entry):
     text: str
     promise: Literal["exact", "approximate"]
     outcomes: list[_OutcomeFields]
@@ -67,7 +67,7 @@ class _RecordFields(_Fields):
     seconds: float
 
 
-class _OriginFields(_Fields):
+class _OriginFields(_Entry):
     model_class: Annotated[str, Field(pattern=r"^transformers\.[A-Za-z][A-Za-z0-9_]*$")] | None
     config: dict[str, JSON] | None
     generation_config: dict[str, JSON] | None
@@ -76,7 +76,7 @@ class _OriginFields(_Fields):
     versions: dict[str, str]
 
 
-class _NodeFields(_Fields):
+class _NodeFields(_Entry):
     name: NodeName
     op: Literal["placeholder", "get_attr", "call_function", "output"]
     target: str
@@ -85,12 +85,12 @@ class _NodeFields(_Fields):
     stack: Annotated[int, Field(ge=0)] | None = None
 
 
-class _GraphFields(_Fields):
+class _GraphFields(_Entry):
     nodes: list[_NodeFields]
     stacks: list[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
 
 
-class _DocumentFields(_Fields):
+class _DocumentFields(_Entry):
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
     output_structure: JSON
     dynamic_axes: dict[InputName, list[Annotated[int, Field(ge=0, lt=_MOST_AXES)]]]

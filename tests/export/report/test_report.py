@@ -30,8 +30,8 @@ from sparsepass.export.report.document import (
     write_report,
 )
 from sparsepass.export.report.pages import render_html, render_markdown
+from sparsepass.export.report.parts import Part
 from sparsepass.export.report.schema import SCHEMA_VERSION, SECTIONS, ReportDocument, check_report, json_schema
-from sparsepass.export.report.sections import Part
 from sparsepass.export.report.view import VIEWS
 from sparsepass.export.report.words import size
 from sparsepass.export.stages.preparing import prepare, write_program
