@@ -77,5 +77,6 @@ def _same_seeds() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
 
+
 collect_ignore = ["second_device.py", "on_second_device.py"]
 """Doctests are looked for by importing, and these tell torch of a device for the whole process."""

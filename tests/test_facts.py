@@ -26,14 +26,15 @@ FACTS: dict[str, tuple[str, set[str]]] = {
         # Checkpoints and sampled text move when they are done; the builder's children know nothing of this package.
         {
             "graph/support/files.py",
+            "graph/support/temporaries.py",
+            "graph/support/checksums.py",
             "retrain/run/checkpoint.py",
-            "retrain/teacher/sample.py",
             "export/targets/tensorrt/child.py",
             "export/targets/tensorrt/through_torch_child.py",
         },
     ),
     "reading jsonl": (
-        r"json\.loads\(line\)",
+        r"parse_json\(line",
         {"graph/rows.py", "retrain/run/metrics.py"},
     ),  # the latter is its own file
     "whether a weight is the original one": (

@@ -16,6 +16,7 @@ from sparsepass import _plugins
 from sparsepass.graph import PassError, Program, Site
 from sparsepass.graph.rewrite import attach_mask
 from sparsepass.graph.saved import PROGRAM_FILE
+from sparsepass.graph.support import write_checksums
 from sparsepass.passes import Condition, Facts, GroupContext, Needs, Pass, SiteGroup, apply_passes
 
 BATCHES = BY_NAME["llama"].inputs(4, 16)
@@ -174,6 +175,7 @@ def test_who_changed_a_weight_is_state_of_the_program(text: str, tmp_path: Path)
     for state in document["sparse"].values():
         del state["changed_by"]
     file.write_text(json.dumps(document | {"format_version": 1}), encoding="utf-8")
+    write_checksums(file.parent)
     old = Program.load(tmp_path / "program")
     assert any(state.changed_by is not None for state in old.sparse.values()) == _CHANGES[text]
     assert DOWN in old.sparse
@@ -187,4 +189,5 @@ def test_training_of_format_1_counts(method: str, changed: set[str | None], tmp_
     document = json.loads(file.read_text(encoding="utf-8"))
     document |= {"format_version": 1, "retraining": [{"settings": {"method": method}}]}
     file.write_text(json.dumps(document), encoding="utf-8")
+    write_checksums(file.parent)
     assert {state.changed_by for state in Program.load(tmp_path / "program").sparse.values()} == changed

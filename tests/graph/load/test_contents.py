@@ -158,5 +158,5 @@ def test_parts_of_a_distributed_checkpoint_are_refused(folder: Path) -> None:
 def test_an_index_that_is_none_is_refused_in_words(folder: Path, index: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(SparsepassError, match=r"truncated or damaged and cannot be read|names 0 files"):
+    with pytest.raises(SparsepassError, match=r"Input should be an object|weight_map\.a: Input should|names 0 files"):
         load_model(folder)

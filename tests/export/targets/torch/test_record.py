@@ -73,9 +73,9 @@ def test_what_is_no_record_at_all_is_named(tmp_path: Path) -> None:
         read_record(tmp_path)
     for text in ("", "[1]", "{"):
         (tmp_path / RECORD_FILE).write_text(text)
-        with pytest.raises(SparsepassError, match="is damaged"):
+        with pytest.raises(SparsepassError, match=r"is damaged|cannot be read as JSON"):
             read_record(tmp_path)
-        with pytest.raises(SparsepassError, match="is damaged"):
+        with pytest.raises(SparsepassError, match=r"is damaged|cannot be read as JSON"):
             read_timings(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_times_that_cannot_be_used_are_refused(change: dict[str, Any], said: str
     ("point", "said"),
     [
         ({"dense_ms": 0.0, "sparse_ms": {"cutlass": 1.0}}, "a time at 1x1 is not positive"),
-        ({"dense_ms": 1.0, "sparse_ms": {"cutlass": float("nan")}}, "a time at 1x1 is not positive"),
+        ({"dense_ms": 1.0, "sparse_ms": {"cutlass": float("nan")}}, "it holds NaN, which is no number"),
         ({"dense_ms": 1.0, "sparse_ms": {"triton": 1.0}}, "unknown backend 'triton'"),
     ],
 )
