@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common import commit, heading, training_options
+from common import DENSE, commit, heading, training_options
 from retrain_accuracy import MAGNITUDE, SLORB, Bench, Row, gap
 
 ALL = (
@@ -102,13 +102,13 @@ def table(report: Mapping[str, Any]) -> str:
     dense = report["dense"]["perplexity"]
     rows = {name: figures(report["runs"][name], dense) for name in report["runs"]}
     seeds = max(len(found["after"]) for found in rows.values())
-    first = [run for runs in report["runs"].values() for run in runs]
-    places = sorted({f"{run['settings']['dtype']}, commit {run['commit']}" for run in first})
+    every = [run for runs in report["runs"].values() for run in runs]
+    places = sorted({f"{run['settings']['dtype']}, commit {run['commit']}" for run in every})
     lines = [
         "# What each part of AST does, SmolLM2-135M-Instruct, 2:4",
         "",
-        *heading(report | {"rows": first}),
-        f"Dense is the dequantized Q4_1 file. Computed in {'; '.join(places)}.",
+        *heading(report | {"rows": every}),
+        f"{DENSE} Computed in {'; '.join(places)}.",
         "",
         "| | start | "
         + " | ".join(f"seed {seed}" for seed in range(seeds))
@@ -153,7 +153,8 @@ def main() -> None:
             report = bench.facts() | {"runs": runs}
             (args.out / "ast_ablations.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             (args.out / "ast_ablations.md").write_text(table(report), encoding="utf-8")
-    print(table(bench.facts() | {"runs": runs}))
+    if runs:
+        print(table(bench.facts() | {"runs": runs}))
 
 
 if __name__ == "__main__":

