@@ -12,7 +12,9 @@ from sparsepass.graph.records import Origin
 from sparsepass.graph.support import CaptureError, SparsepassError, first_line
 
 # Names of code and of other weights: what stands there would be fetched.
-_FETCHED = {"auto_map", "quantization_config", "custom_pipelines", "trust_remote_code"}
+_FETCHED = {"auto_map", "custom_pipelines", "trust_remote_code"}
+# Said of a file that the weights came from: a program's own are not stored so.
+_OF_THE_SOURCE = {"quantization_config"}
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _OURS = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm", "grouped_mm"}
 # A configuration makes lists of as many entries.
@@ -119,7 +121,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
     for key, item in value.items():
         if (words := _refused(key, item)) is not None:
             raise CaptureError(f"the program's configuration has {key}: {item!r:.100}, {words}")
-    found = {key: _plain(item, depth + 1) for key, item in value.items() if (key, item) != ("return_dict", False)}
+    kept = ((key, item) for key, item in value.items() if key not in _OF_THE_SOURCE and (key, item) != ("return_dict", False))
+    found = {key: _plain(item, depth + 1) for key, item in kept}
     if found.get("use_pretrained_backbone"):
         found["use_pretrained_backbone"] = False  # its weights are the program's
     return found

@@ -27,7 +27,7 @@ def test_the_terminal_gets_words() -> None:
     table.add_row(HOSTILE)
     console.print(HOSTILE, table)
     assert not set(COMMANDS) & set(shown.getvalue())
-    assert shown.getvalue().count("[/b][red]\\x1b[2J\\u202e`|<script>alert(1)</script>](javascript:x)\\xff") == 4
+    assert shown.getvalue().count("[/b][red]\\x1b[2J\\x07\\u202e`|<script>alert(1)</script>](javascript:x)\\xff") == 4
     assert for_terminal("a\tb\nc") == "a\tb\nc"
     assert one_line("a\tb\nc") == "a\\tb\\nc"
 

@@ -56,9 +56,9 @@ def lm_eval_tasks(
         >>> lm_eval_tasks(model, tokenizer, ["hellaswag"], limit=100)["results"]  # doctest: +SKIP
         {'hellaswag': {'acc,none': 0.43, ...}}
     """
-    manager = check_tasks(tasks, include_path=include_path)
     if tokenizer is None:
         raise SparsepassError("lm-eval tasks need the model's tokenizer; the model's folder has none")
+    manager = check_tasks(tasks, include_path=include_path)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

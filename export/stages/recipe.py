@@ -335,7 +335,9 @@ def check_named(section: RetrainSection, trust_remote_code: bool, from_checkpoin
     if section.teacher_cache is not None:
         check_writable(section.teacher_cache)
     if from_checkpoint is not None and not Path(from_checkpoint).is_dir():
-        raise SparsepassError(f"checkpoint {from_checkpoint} does not exist; name a run folder, or a checkpoint in one")
+        raise SparsepassError(
+            f"checkpoint {from_checkpoint} does not exist; name a run folder (OUT.run), or a folder step-... in it"
+        )
 
 
 def is_cached(section: RetrainSection) -> bool:

@@ -19,7 +19,7 @@ from sparsepass.graph.hierarchy import Hierarchy
 from sparsepass.graph.nodes import module_path
 from sparsepass.graph.packed_folder import is_packed_module
 from sparsepass.graph.program import Program
-from sparsepass.graph.support import EquivalenceError, evaluating, first_line
+from sparsepass.graph.support import EquivalenceError, evaluating
 
 Observe = Callable[[str, Tensor], None]
 """Takes the module path of a layer and its result, in the order in which layers finish."""
@@ -156,9 +156,7 @@ class ModuleArtifact(Artifact):
         module = self._module
         args, kwargs = self._arguments(inputs)
         with torch.no_grad(), evaluating(module), named_outputs(module), _hooks(module, observe):
-            with _explained(self.description, inputs):
-                outputs = module(*args, **kwargs)
-            return flat_outputs(outputs)
+            return flat_outputs(module(*args, **kwargs))
 
     def facts(self, layer: str) -> str:
         """Nothing: a module keeps no record of its weights."""
@@ -211,7 +209,7 @@ class ProgramArtifact(Artifact):
         else:
             bound = program.flat_inputs(*((inputs,) if isinstance(inputs, Tensor) else inputs))
         flat = {name: t.to(device, examples[name].dtype) for name, t in bound.items()}
-        with torch.no_grad(), _explained(self.description, inputs), program.checked(flat):
+        with torch.no_grad(), program.checked(flat):
             leaves = program.run(flat) if observe is None else _Watching(program, observe).run(*flat.values())
         return dict(zip(program.output_names, leaves, strict=True))
 
@@ -340,17 +338,6 @@ def _flags(module: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
     if getattr(getattr(module, "config", None), "return_dict", True) is False:
         flags["return_dict"] = True
     return flags
-
-
-@contextlib.contextmanager
-def _explained(where: str, inputs: Inputs) -> Iterator[None]:
-    """Tell with which inputs a model failed: they come from files, and so may be of any size, type and value."""
-    try:
-        yield
-    except (RuntimeError, IndexError) as error:  # what torch's operators raise about their operands
-        named = inputs.items() if isinstance(inputs, Mapping) else enumerate([inputs] if isinstance(inputs, Tensor) else inputs)
-        given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in named if t is not None)
-        raise EquivalenceError(f"{where} cannot be run on these inputs ({given}): {first_line(error)}") from error
 
 
 @contextlib.contextmanager

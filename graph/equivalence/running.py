@@ -10,7 +10,7 @@ from sparsepass.graph.equivalence.artifact import Artifact, CallNumbers, Inputs,
 from sparsepass.graph.equivalence.onnx_file import OnnxFile
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import EquivalenceError, SparsepassError, check_inside
+from sparsepass.graph.support import EquivalenceError, SparsepassError, check_inside, first_line
 
 
 class Outputs(dict[str, Tensor]):
@@ -68,13 +68,10 @@ def outputs_of(artifact: Artifact, inputs: Inputs, observe: Any) -> dict[str, Te
     except SparsepassError:
         raise
     except Exception as error:  # the code of any model runs here
-        given = (
-            {name: list(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
-            if isinstance(inputs, Mapping)
-            else "positional"
-        )
+        named = inputs.items() if isinstance(inputs, Mapping) else enumerate([inputs] if isinstance(inputs, Tensor) else inputs)
+        given = ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in named if isinstance(t, Tensor))
         raise EquivalenceError(
-            f"{artifact.description} cannot be run with these inputs ({given}): {type(error).__name__}: {error}"
+            f"{artifact.description} cannot be run with these inputs ({given}): {type(error).__name__}: {first_line(error)}"
         ) from error
     if not outputs:
         raise EquivalenceError(f"{artifact.description} returns no tensors, so there is nothing to compare")

@@ -272,7 +272,8 @@ def _warn_of_changes(loaded: LoadedModel) -> None:
     if loaded.folder is None or loaded.kind == "gguf":
         return
     changes = changed_files(loaded.folder, but=(PROGRAM_FILE, TENSORS_FILE) if loaded.kind == "program" else ())
-    if changes := tuple(change for change in changes if change.kind != "missing"):  # the hub gives a part of a folder
+    # The hub gives a part of a folder, and people add a tokenizer or a licence: `verify` tells of both.
+    if changes := tuple(change for change in changes if change.kind == "changed"):
         warnings.warn(
             f"{loaded.source}: {'; '.join(map(str, changes))}; if you know why: `sparsepass verify --renew {loaded.folder}`",
             ChecksumWarning,

@@ -143,7 +143,7 @@ def test_a_new_run_starts_from_a_checkpoint_with_settings_of_its_own(place: Path
     assert not same(tmp_path / "out", place / "pruned")
     refused = run(*command, tmp_path / "nothing", "--force")
     assert refused.exit_code == 2
-    assert "holds no checkpoint; name a run folder" in refused.output
+    assert "does not exist; name a run folder" in refused.output
     own = run(
         "retrain", place / "pruned", "-o", place / "out", "-c", place / "train.yaml", "--force", "--from-checkpoint", earlier
     )

@@ -73,9 +73,9 @@ def test_what_is_no_record_at_all_is_named(tmp_path: Path) -> None:
         read_record(tmp_path)
     for text in ("", "[1]", "{"):
         (tmp_path / RECORD_FILE).write_text(text)
-        with pytest.raises(SparsepassError, match=r"is damaged|cannot be read as JSON"):
+        with pytest.raises(SparsepassError, match=r"is damaged|cannot be read as JSON|holds a list where|is empty"):
             read_record(tmp_path)
-        with pytest.raises(SparsepassError, match=r"is damaged|cannot be read as JSON"):
+        with pytest.raises(SparsepassError, match=r"is damaged|cannot be read as JSON|holds a list where|is empty"):
             read_timings(tmp_path)
 
 
