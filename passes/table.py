@@ -10,10 +10,13 @@ from sparsepass.passes.fold import Fold
 from sparsepass.passes.fold_norms import FoldNorms
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.permute_channels import PermuteChannels
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (FoldNorms, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)}
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind for kind in (FoldNorms, PermuteChannels, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
+}
 """Name -> class. A new pass is one file, one line here, one test file."""
 
 

@@ -72,6 +72,7 @@ class Pruned:
 
 
 CriterionFunction: TypeAlias = Callable[[Tensor, InputStatistics | None, NMPattern, CriterionOptions], Pruned]
+ScoreFunction: TypeAlias = Callable[[Tensor, InputStatistics | None], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ class Criterion:
         compensates: Whether the kept weights are changed to make up for the dropped ones.
         rows_are_independent: Whether each row is pruned as if it were alone, so that layers that read the same input
             can be stacked and share what is computed from it.
+        score: The score of every weight, of which the function keeps the N largest in each group; None for a criterion that
+            has no such score.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Criterion:
     needs: Literal["nothing", "norms", "gram"]
     compensates: bool
     rows_are_independent: bool
+    score: ScoreFunction | None = None
 
 
 def check_weight(weight_OI: Tensor) -> None:

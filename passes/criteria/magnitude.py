@@ -32,5 +32,16 @@ def magnitude(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
     >>> magnitude(torch.tensor([[0.5, -3.0, 1.0, 1.0]]), None, NMPattern(2, 4), CriterionOptions()).weight_OI
     tensor([[ 0., -3.,  1.,  0.]])
     """
+    return keep_masked(weight_OI, nm_mask(magnitude_score(weight_OI, statistics), pattern))
+
+
+def magnitude_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
+    """The size of each weight.
+
+    >>> import torch
+    >>> magnitude_score(torch.tensor([[0.5, -3.0]]), None)
+    tensor([[0.5000, 3.0000]])
+    """
+    del statistics
     check_weight(weight_OI)
-    return keep_masked(weight_OI, nm_mask(weight_OI.detach().abs(), pattern))
+    return weight_OI.detach().abs()

@@ -33,7 +33,8 @@ def ria(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatter
         SparsepassError: The weight holds NaN or Inf or has one axis only, I is not a multiple of M, or the statistics
             are missing or do not fit.
 
-    Source: RIA (ICLR 2024), the score with exponent 0.5, without its channel permutation; methods.md section 1.
+    Source: RIA (ICLR 2024), the score with exponent 0.5; methods.md section 1. Its channel permutation is the pass
+    `permute_channels`.
 
     Exactness: kept weights bitwise equal.
 
@@ -43,6 +44,16 @@ def ria(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatter
     tensor([[9., 2., 0., 0.],
             [0., 0., 8., 8.]])
     """
+    return keep_masked(weight_OI, nm_mask(ria_score(weight_OI, statistics), pattern))
+
+
+@torch.no_grad()
+def ria_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
+    """Each weight's share of its column and of its row, times the root of its input feature's norm.
+
+    >>> ria_score(torch.tensor([[3.0, -1.0]]), InputStatistics(num_tokens=1, sum_squares_I=torch.tensor([16.0, 1.0])))
+    tensor([[3.5000, 1.2500]])
+    """
     if weight_OI.dim() < 2:
         raise SparsepassError(f"RIA compares the rows of an [out, in] matrix, got shape {tuple(weight_OI.shape)}")
     known = check_statistics(weight_OI, statistics, criterion="ria", gram=False)
@@ -50,7 +61,7 @@ def ria(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatter
     size_OI = weight_OI.detach().to(dtype).abs()
     share_OI = size_OI / _nonzero(size_OI.sum(-2, keepdim=True)) + size_OI / _nonzero(size_OI.sum(-1, keepdim=True))
     root_norms_I = known.sum_squares_I.to(device=weight_OI.device, dtype=dtype).sqrt().sqrt()
-    return keep_masked(weight_OI, nm_mask(share_OI * root_norms_I, pattern))
+    return share_OI * root_norms_I
 
 
 def _nonzero(sum_X: Tensor) -> Tensor:

@@ -8,18 +8,25 @@ from typing import Final
 from sparsepass._plugins import extended_by_rows
 from sparsepass.passes.criteria.alps import alps
 from sparsepass.passes.criteria.criterion import Criterion, CriterionFunction, CriterionOptions, Pruned
-from sparsepass.passes.criteria.magnitude import magnitude
+from sparsepass.passes.criteria.magnitude import magnitude, magnitude_score
 from sparsepass.passes.criteria.proxsparse import proxsparse
-from sparsepass.passes.criteria.ria import ria
+from sparsepass.passes.criteria.ria import ria, ria_score
 from sparsepass.passes.criteria.sparsegpt import sparsegpt
-from sparsepass.passes.criteria.wanda import wanda
+from sparsepass.passes.criteria.wanda import wanda, wanda_score
 
 __all__ = ["CRITERIA", "Criterion", "CriterionFunction", "CriterionOptions", "Pruned"]
 
 _ROWS: Final = (
-    Criterion(name="magnitude", function=magnitude, needs="nothing", compensates=False, rows_are_independent=True),
-    Criterion(name="wanda", function=wanda, needs="norms", compensates=False, rows_are_independent=True),
-    Criterion(name="ria", function=ria, needs="norms", compensates=False, rows_are_independent=False),
+    Criterion(
+        name="magnitude",
+        function=magnitude,
+        needs="nothing",
+        compensates=False,
+        rows_are_independent=True,
+        score=magnitude_score,
+    ),
+    Criterion(name="wanda", function=wanda, needs="norms", compensates=False, rows_are_independent=True, score=wanda_score),
+    Criterion(name="ria", function=ria, needs="norms", compensates=False, rows_are_independent=False, score=ria_score),
     Criterion(name="proxsparse", function=proxsparse, needs="gram", compensates=False, rows_are_independent=True),
     Criterion(name="sparsegpt", function=sparsegpt, needs="gram", compensates=True, rows_are_independent=True),
     Criterion(name="alps", function=alps, needs="gram", compensates=True, rows_are_independent=True),

@@ -34,7 +34,16 @@ def wanda(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NMPatt
     >>> wanda(torch.tensor([[0.5, -3.0, 1.0, 1.0]]), statistics, NMPattern(2, 4), CriterionOptions()).weight_OI
     tensor([[ 0.5000, -3.0000,  0.0000,  0.0000]])
     """
+    return keep_masked(weight_OI, nm_mask(wanda_score(weight_OI, statistics), pattern))
+
+
+def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
+    """The size of each weight times the norm of its input feature, in fp32 (fp64 for a weight in fp64).
+
+    >>> wanda_score(torch.tensor([[0.5, -3.0]]), InputStatistics(num_tokens=1, sum_squares_I=torch.tensor([100.0, 1.0])))
+    tensor([[5., 3.]])
+    """
     known = check_statistics(weight_OI, statistics, criterion="wanda", gram=False)
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     norms_I = known.sum_squares_I.to(device=weight_OI.device, dtype=dtype).sqrt()
-    return keep_masked(weight_OI, nm_mask(weight_OI.detach().to(dtype).abs() * norms_I, pattern))
+    return weight_OI.detach().to(dtype).abs() * norms_I

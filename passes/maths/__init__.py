@@ -10,6 +10,7 @@ from sparsepass.passes.maths.pattern import (
     nm_mask,
     num_violations,
 )
+from sparsepass.passes.maths.permutation import PermutationMethod, best_order, kept_score
 from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
 from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
 from sparsepass.passes.maths.statistics import InputStatistics, dampings, relative_error
@@ -17,8 +18,10 @@ from sparsepass.passes.maths.statistics import InputStatistics, dampings, relati
 __all__ = [
     "InputStatistics",
     "NMPattern",
+    "PermutationMethod",
     "Trained",
     "add_prior",
+    "best_order",
     "canonical_zeros",
     "dampings",
     "first_logits",
@@ -26,6 +29,7 @@ __all__ = [
     "fixed_projection",
     "keep_largest",
     "keep_largest_of_groups",
+    "kept_score",
     "nm_mask",
     "num_violations",
     "relative_error",
