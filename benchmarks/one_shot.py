@@ -10,6 +10,7 @@ criteria.json and criteria.md.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import commit, without_folders
@@ -42,15 +43,22 @@ JOBS = [
 ]
 
 
-def main() -> None:
-    """Measure the rows, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(doc: str | None, jobs: Sequence[Job], name: str, title: str) -> None:
+    """Measure rows as the command line asks for, and write the table as JSON and as a page.
+
+    Args:
+        doc: What the script does.
+        jobs: All rows that there are.
+        name: Of the files.
+        title: Of the page.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", default=PYTHON_DOCS)
     parser.add_argument("--eval-text", default=PYTHON_DOCS)
     parser.add_argument("--num-sequences", type=int, default=64)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, help="evaluate only so many tokens")
-    parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS])
+    parser.add_argument("--only", nargs="+", choices=[job.name for job in jobs])
     parser.add_argument("--work", type=Path, help="folder that keeps finished rows")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -59,16 +67,16 @@ def main() -> None:
         calibration=Calibration(data=args.calibration, num_sequences=args.num_sequences, context=args.context),
         evaluation=Evaluation(text=args.eval_text, context=args.context, max_tokens=args.max_tokens),
     )
-    jobs = [job for job in JOBS if args.only is None or job.name in args.only]
+    chosen = [job for job in jobs if args.only is None or job.name in args.only]
     with listen(lambda line: print(line, file=sys.stderr, flush=True)):
-        found = criteria_table(settings, jobs, work=args.work)
+        found = criteria_table(settings, chosen, work=args.work)
     found = without_folders(found) | {"commit": commit()}
-    page = f"# One-shot 2:4 pruning of SmolLM2-135M-Instruct\n\nCommit {found['commit']}.\n{criteria_page(found)}"
+    page = f"# {title}\n\nCommit {found['commit']}.\n{criteria_page(found)}"
     args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "criteria.json", json.dumps(found, indent=1) + "\n")
-    write_text(args.out / "criteria.md", page)
+    write_text(args.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    write_text(args.out / f"{name}.md", page)
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    measure(__doc__, JOBS, "criteria", "One-shot 2:4 pruning of SmolLM2-135M-Instruct")
