@@ -7,6 +7,7 @@ from sparsepass.passes.fold import Fold
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.manager import apply_passes
 from sparsepass.passes.nm_sparsify import NMSparsify
+from sparsepass.passes.permute_channels import PermuteChannels
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 from sparsepass.passes.table import PASSES, parse_pipeline, pipeline_to_text
@@ -21,6 +22,7 @@ __all__ = [
     "NMSparsify",
     "Needs",
     "Pass",
+    "PermuteChannels",
     "Reconstruct",
     "SLoRB",
     "SiteGroup",

@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # What is applied before the graph is printed first, and then. reconstruct works in the same call as what makes masks.
 _TEXTS = {
     "fold_norms": ("", "fold_norms"),
+    "permute_channels": ("", "permute_channels"),
     "nm_sparsify": ("", "nm_sparsify"),
     "slorb": ("nm_sparsify", "slorb{k=4}"),
     "learn_masks": ("nm_sparsify", "learn_masks"),

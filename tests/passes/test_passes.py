@@ -33,6 +33,7 @@ from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 # What stands before a pass so that it has something to do, and its own options for models this small.
 _BEFORE = {
     "fold_norms": "",
+    "permute_channels": "",
     "nm_sparsify": "",
     "slorb": "nm_sparsify",
     "learn_masks": "nm_sparsify",
