@@ -62,7 +62,7 @@ def test_a_layer_with_the_name_of_markup_is_reported_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["verify", "report", "masks", "eval", "plan", "prune", "compare", "export", "unpack", "bench"]
+    "command", ["verify", "report", "masks", "eval", "plan", "channels", "prune", "compare", "export", "unpack", "bench"]
 )
 def test_every_command_tells_of_a_hostile_path_in_words(command: str, tmp_path: Path) -> None:
     place = f"{tmp_path}/[/b]\x1b[2J\u202e"

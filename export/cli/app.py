@@ -7,6 +7,7 @@ import typer
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.bench import bench_command
+from sparsepass.export.cli.channels import channels_command
 from sparsepass.export.cli.check import compare_command, eval_command
 from sparsepass.export.cli.criteria import OldJson, criteria_command
 from sparsepass.export.cli.export import export_command
@@ -102,6 +103,9 @@ app.command("bench", short_help="How fast is a model, and how large?")(support.c
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
 app.command("unpack", short_help="Write the plain folder of a packed one.")(support.clean(unpack_command))
+app.command("channels", short_help="Where do channels come from, and what can be done to them?")(
+    support.clean(channels_command)
+)
 app.command("masks", short_help="Write, show or compare masks apart from the weights.")(support.clean(masks_command))
 _CRITERIA_SHORT = "Compare pruning criteria on a model, on one calibration."
 app.command("criteria", cls=OldJson, short_help=_CRITERIA_SHORT)(support.clean(criteria_command))

@@ -13,13 +13,17 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from sparsepass.graph.channels.labels import Ints, Labels
 from sparsepass.graph.channels.values import Channels, Leaf, distinct, rows_met, shape_of, varying
 from sparsepass.graph.nodes import module_path, op_name, tensor_of
+from sparsepass.graph.placement import moved
 from sparsepass.graph.program import Program
 
 _aten = torch.ops.aten
+_HERE = torch.device("cpu")
+"""Labels and data are computed here, wherever the program is: on a GPU, or on the meta device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +100,14 @@ class Walk:
         tensor = tensor_of(self.program.graph_module, name)
         if isinstance(tensor, torch.nn.Parameter):
             return Leaf(name, torch.arange(tensor.numel()).reshape(tensor.shape))
-        return tensor if not tensor.is_meta else _standing_in(tensor)
+        return _standing_in(tensor) if tensor.is_meta else tensor.to(_HERE)
 
     def _call(self, rules: Mapping[str, Callable[..., Any]], node: fx.Node, args: tuple[Any, ...], kwargs: Any) -> Any:
         if node.target is operator.getitem:
             return args[0][args[1]]
         found = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs), is_leaf=is_tensor) if is_tensor(leaf)]
         if all(isinstance(leaf, Tensor) for leaf in found):
+            args, kwargs = tree_map(lambda leaf: moved(leaf, _HERE), (args, kwargs))
             return node.target(*args, **kwargs)  # type: ignore[operator]
         rule = rules.get(op_name(node))
         result = rule(self, args, kwargs) if rule is not None else NotImplemented

@@ -46,6 +46,7 @@ def every(place: Path, out: Path) -> dict[str, list[Any]]:
     settings = [word for one in _TRAIN for word in ("--set", one)]
     return {
         "plan": ["plan", place / "tiny", "--gpu", "a100", "--seq", 16, "--new-tokens", 8, "--min-gain", "1"],
+        "channels": ["channels", place / "tiny"],
         "prune": ["prune", place / "tiny", "-o", out / "p", *calibration(place), *evaluation],
         "retrain": ["retrain", place / "pruned", "-o", out / "r", "--data", text, *settings, *evaluation],
         "run": ["run", place / "recipe.yaml", "--out", out / "recipe"],

@@ -1,0 +1,163 @@
+"""The command `channels`."""
+
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from sparsepass.export.cli import support
+from sparsepass.export.cli.output import print_json, print_text
+
+if TYPE_CHECKING:
+    from sparsepass.graph.channels import ChannelFlow, ChannelPlace
+
+_WIDTH: Final = 80
+_MEANING: Final = {
+    "free": "any order",
+    "within blocks": "any order within a block",
+    "pairs": "any order, each channel with its several positions",
+}
+
+
+def channels_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder, hub id, config .json, .gguf file, or saved program. Weights are not needed.",
+            show_default=False,
+        ),
+    ],
+    gguf_file: support.GgufFile = None,
+    as_json: support.AsJson = False,
+) -> None:
+    """Print where the channels of MODEL are made, who reads them, and what can be done to them without any effect.
+
+    Groups of channels that can change places (`permute_channels` uses them), groups that can carry a factor (`fold_norms` does),
+    and for all others the reason why they cannot. Found in the graph, for any architecture. An axis of a tensor is written as
+    weight[axis]. Groups that differ in numbers only, such as those of the same place in each block, are one entry; --json has
+    each by itself.
+
+    Exit code: 0 done, 2 wrong usage or unreadable input.
+    """
+    from sparsepass.export.plan import load_for_plan
+    from sparsepass.graph.channels import channel_flow
+
+    flow = channel_flow(load_for_plan(model, gguf_file=gguf_file))
+    if as_json:
+        print_json("channels", _as_json(flow))
+    else:
+        print_text("\n".join(_text(flow)))
+
+
+def _as_json(flow: "ChannelFlow") -> dict[str, Any]:
+    def places(found: "Sequence[ChannelPlace]") -> dict[str, Any]:
+        return {
+            key: [{"tensor": place.tensor, "axes": list(place.axes)} for place in found if place.reads == reads]
+            for key, reads in (("made_by", False), ("read_by", True))
+        }
+
+    def reasons(found: "Mapping[tuple[str, tuple[int, ...]], str]") -> list[dict[str, Any]]:
+        return [{"tensor": name, "axes": list(axes), "reason": reason} for (name, axes), reason in found.items()]
+
+    return {
+        "permutations": [
+            {"order": group.order, "num_channels": group.num_channels} | places(group.places) for group in flow.permutations
+        ],
+        "scalings": [{"num_factors": group.num_factors} | places(group.places) for group in flow.scalings],
+        "not_permuted": reasons(flow.refused),
+        "not_scaled": reasons(flow.unscaled),
+    }
+
+
+def _text(flow: "ChannelFlow") -> Iterator[str]:
+    yield "Channels that can change places"
+    yield from _groups((f"{g.num_channels} channels, {_MEANING[g.order]}", g.places) for g in flow.permutations)
+    yield "\nChannels that stay in their places"
+    yield from _reasons(flow.refused)
+    yield "\nChannels that can carry a factor"
+    yield from _groups((f"{g.num_factors} factors", g.places) for g in flow.scalings)
+    yield "\nChannels that can carry no factor"
+    yield from _reasons(flow.unscaled)
+
+
+def _groups(found: "Iterable[tuple[str, Sequence[ChannelPlace]]]") -> Iterator[str]:
+    """An entry for each kind of group: those whose names differ in numbers only."""
+    kinds: dict[tuple[Any, ...], list[Sequence[ChannelPlace]]] = {}
+    for title, places in found:
+        alike = tuple(dict.fromkeys((_template(place.tensor), place.axes, place.reads) for place in places))
+        kinds.setdefault((title, alike), []).append(places)
+    for (title, _), groups in kinds.items():
+        yield f"  {title}" + (f", {len(groups)} groups" if len(groups) > 1 else "")
+        for word, reads in (("made by", False), ("read by", True)):
+            names = [_name(place.tensor, place.axes) for places in groups for place in places if place.reads == reads]
+            yield from _wrapped(f"    {word} ", _together(names))
+    if not kinds:
+        yield "  none"
+
+
+def _reasons(found: "Mapping[tuple[str, tuple[int, ...]], str]") -> Iterator[str]:
+    kinds: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for (tensor, axes), reason in found.items():
+        name = _name(tensor, axes)
+        kinds.setdefault((_template(name), _template(reason)), []).append((name, reason))
+    for its in kinds.values():
+        yield from _wrapped("  ", _together([name for name, _ in its]))
+        yield from _wrapped("    ", _together([reason for _, reason in its]))
+    if not kinds:
+        yield "  none"
+
+
+def _name(tensor: str, axes: Sequence[int]) -> str:
+    return f"{tensor}[{','.join(map(str, axes))}]"
+
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=[.)\[]|$)")
+"""A part of a path that is a number."""
+
+
+def _template(text: str) -> str:
+    return _NUMBER.sub("*", text)
+
+
+def _together(texts: Iterable[str]) -> list[str]:
+    """Texts that differ in numbers only, as one text with ranges, where it means exactly these.
+
+    >>> _together(["h.0.a", "h.1.a", "h.2.a", "b"])
+    ['h.0-2.a', 'b']
+    """
+    by_template: dict[str, list[str]] = {}
+    for text in dict.fromkeys(texts):
+        by_template.setdefault(_template(text), []).append(text)
+    made = []
+    for alike in by_template.values():
+        numbers = [sorted({int(number) for number in column}) for column in zip(*map(_NUMBER.findall, alike), strict=True)]
+        if prod(map(len, numbers)) == len(alike):
+            ranges = iter(map(_ranges, numbers))
+            made.append(_NUMBER.sub(lambda _, left=ranges: next(left), alike[0]))
+        else:
+            made += alike
+    return made
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers, neighbours as ranges.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    found = []
+    for _, run in groupby(enumerate(numbers), key=lambda each: each[1] - each[0]):
+        first, *others = [number for _, number in run]
+        found.append(f"{first}-{others[-1]}" if others else str(first))
+    return ",".join(found)
+
+
+def _wrapped(lead: str, texts: Sequence[str]) -> list[str]:
+    """Texts behind a word, in lines that fit 80 columns; names of tensors are broken only where they are longer than that."""
+    indent = " " * len(lead)
+    return textwrap.wrap(", ".join(texts), _WIDTH, initial_indent=lead, subsequent_indent=indent, break_on_hyphens=False)
