@@ -79,6 +79,8 @@ class Pass(ABC):
     prepares: ClassVar[bool] = False
     """Whether an exact pass leaves the model's function but not its values: outputs are then equal but for rounding. Statistics
     of inputs that it needs are gathered for all sites before it rewrites the first."""
+    keeps_hidden_states: ClassVar[bool] = True
+    """Whether what flows between blocks stays comparable, channel by channel, with the model before the pass."""
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

@@ -65,6 +65,7 @@ class PermuteChannels(Pass):
     name = "permute_channels"
     promise = "exact"
     prepares = True
+    keeps_hidden_states = False
 
     pattern: str = "2:4"
     criterion: str | None = None

@@ -36,7 +36,7 @@ from sparsepass.retrain.run import (
     tracking,
 )
 from sparsepass.retrain.state import TrainingState, random_states, set_random_states
-from sparsepass.retrain.teacher import Teacher, online_teacher
+from sparsepass.retrain.teacher import Teacher, check_hidden, online_teacher
 from sparsepass.retrain.trainee import make_trainee
 
 _LOG = logging.getLogger(__name__)
@@ -150,6 +150,7 @@ class Training:
         self._validate_every = config.validate_every or max(1, self.num_steps // 10)
         self._checkpoint_every = config.checkpoint_every or self._validate_every
         torch.manual_seed(config.seed)
+        check_hidden(program, teacher, config)
         self._identity = _identity(program, config, self.num_steps)
         self.trainee = make_trainee(program, config, self.accelerator, unpadded=data.unpadded)
         self.guide = online_teacher(teacher, config, self.accelerator, unpadded=data.unpadded)

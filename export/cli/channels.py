@@ -37,10 +37,9 @@ def channels_command(
 ) -> None:
     """Print where the channels of MODEL are made, who reads them, and what can be done to them without any effect.
 
-    Groups of channels that can change places (`permute_channels` uses them), groups that can carry a factor (`fold_norms` does),
-    and for all others the reason why they cannot. Found in the graph, for any architecture. An axis of a tensor is written as
-    weight[axis]. Groups that differ in numbers only, such as those of the same place in each block, are one entry; --json has
-    each by itself.
+    Groups of channels that can change places (the pass permute_channels uses them), groups that can carry a factor (fold_norms
+    does), and for all others the reason why not. Found in the graph, for any architecture. An axis of a tensor is written as
+    weight[axis]. Groups whose names differ in numbers only are one entry; --json has each by itself.
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
     """

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError, capture
+from sparsepass.passes.table import passes_table
 from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import Batch
 from sparsepass.retrain.loss import FullDistribution, TeacherTargets
@@ -174,6 +175,28 @@ class OnlineParts:
         with recording(self.states) as states:
             targets = self.teacher.targets(batch.input_ids, batch.attention_mask, torch.tensor(batch.indices))
         return targets, states or None
+
+
+def check_hidden(program: Program, teacher: nn.Module | Teacher | None, config: RetrainConfig) -> None:
+    """Make sure that hidden states of a program can be compared with the teacher's, if they are to be.
+
+    Raises:
+        SparsepassError: If passes have changed what the channels between blocks are, and the teacher's are others.
+    """
+    mine, theirs = (_changes(model) for model in (program, teacher))
+    if config.hidden_weight and mine != theirs:
+        raise SparsepassError(
+            f"hidden_weight compares channels of hidden states, and {', '.join(mine or theirs)} has changed what they are; give a "
+            "teacher after the same passes (apply_passes on the dense model), or set hidden_weight: 0"
+        )
+
+
+def _changes(model: nn.Module | Teacher | None) -> list[str]:
+    """The passes of a program that leave its hidden states not comparable with those before."""
+    known = passes_table()
+    texts = [record.text for record in model.history] if isinstance(model, Program) else []
+    named = [(known.get(text.partition("{")[0]), text) for text in texts]
+    return [text for kind, text in named if kind is not None and not kind.keeps_hidden_states]
 
 
 def online_teacher(

@@ -9,14 +9,17 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
+from tests.families import BY_NAME, captured
 from torch import Tensor, nn
 
 from sparsepass.graph import SparsepassError
+from sparsepass.passes import apply_passes
+from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.loss.divergence import FullDistribution, TeacherTargets, TopKDistribution, row_losses
 from sparsepass.retrain.loss.objective import distillation_loss, next_token_targets
 from sparsepass.retrain.teacher.cache import top_k, write_teacher_cache
 from sparsepass.retrain.teacher.cached import MANIFEST_FILE, CachedTeacher, CacheManifest
-from sparsepass.retrain.teacher.online import OnlineTeacher
+from sparsepass.retrain.teacher.online import OnlineTeacher, check_hidden
 
 S, T, V, H = 10, 6, 23, 5
 
@@ -348,3 +351,17 @@ def test_the_teacher_in_memory_takes_no_gradient() -> None:
 class _Flat(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return torch.zeros(input_ids.numel(), 3)
+
+
+def test_hidden_states_in_another_order_are_not_compared() -> None:
+    dense = captured("llama")
+    student = apply_passes(dense, ["permute_channels", "nm_sparsify{criterion=magnitude}"])
+    config = RetrainConfig(hidden_weight=0.1)
+    for teacher in (dense, BY_NAME["llama"].model()):
+        with pytest.raises(
+            SparsepassError, match=r"compares channels of hidden states, and permute_channels\{.*\} has changed"
+        ):
+            check_hidden(student, teacher, config)
+    check_hidden(student, apply_passes(dense, "permute_channels"), config)
+    check_hidden(student, dense, RetrainConfig(hidden_weight=0))
+    check_hidden(apply_passes(dense, "nm_sparsify{criterion=magnitude}"), dense, config)
