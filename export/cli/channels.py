@@ -3,7 +3,6 @@
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -149,11 +148,13 @@ def _ranges(numbers: Sequence[int]) -> str:
     >>> _ranges([0, 1, 2, 5])
     '0-2,5'
     """
-    found = []
-    for _, run in groupby(enumerate(numbers), key=lambda each: each[1] - each[0]):
-        first, *others = [number for _, number in run]
-        found.append(f"{first}-{others[-1]}" if others else str(first))
-    return ",".join(found)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _wrapped(lead: str, texts: Sequence[str]) -> list[str]:

@@ -186,8 +186,8 @@ def check_hidden(program: Program, teacher: nn.Module | Teacher | None, config: 
     mine, theirs = (_changes(model) for model in (program, teacher))
     if config.hidden_weight and mine != theirs:
         raise SparsepassError(
-            f"hidden_weight compares channels of hidden states, and {', '.join(mine or theirs)} has changed what they are; give a "
-            "teacher after the same passes (apply_passes on the dense model), or set hidden_weight: 0"
+            f"hidden_weight compares channels of hidden states, and {', '.join(mine or theirs)} has changed what they are; "
+            "give a teacher after the same passes (apply_passes on the dense model), or set hidden_weight: 0"
         )
 
 

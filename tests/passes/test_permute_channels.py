@@ -13,7 +13,9 @@ from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
 from sparsepass.graph.channels import channel_flow
 from sparsepass.passes import PermuteChannels, apply_passes
 from sparsepass.passes.criteria import CRITERIA
-from sparsepass.passes.maths import NMPattern, kept_score
+from sparsepass.passes.data import calibration_batches
+from sparsepass.passes.engine import SiteGroup, site_groups, sweep
+from sparsepass.passes.maths import InputStatistics, NMPattern, kept_score
 
 NAMES = [family.name for family in FAMILIES]
 MOVED = {
@@ -90,21 +92,15 @@ def test_the_mask_keeps_what_was_promised(criterion: str) -> None:
                 assert share == pytest.approx(facts[site.name][key], abs=2e-6), site.name
 
 
-def _statistics(program: Program, inputs: dict[str, Tensor]) -> dict[str, "object"]:
-    from sparsepass.passes.data import calibration_batches
-    from sparsepass.passes.engine import site_groups, sweep
-
+def _statistics(program: Program, inputs: dict[str, Tensor]) -> dict[str, InputStatistics]:
     batches = list(calibration_batches(inputs, input_names=program.input_names).batches())
-    found: dict[str, object] = {}
-    sites = [site for site in program.sites() if site.left_alone is None]
-    sweep(
-        program,
-        batches,
-        site_groups(sites),
-        lambda group, known: found.update({s.weight: known[0] for s in group.sites}),
-        gram=False,
-        compute="float32",
-    )
+    found: dict[str, InputStatistics] = {}
+
+    def keep(group: SiteGroup, statistics: tuple[InputStatistics, ...]) -> None:
+        found.update({site.weight: statistics[0] for site in group.sites})
+
+    groups = site_groups([site for site in program.sites() if site.left_alone is None])
+    sweep(program, batches, groups, keep, gram=False, compute="float32")
     return found
 
 

@@ -21,10 +21,11 @@ def test_all_that_was_found_is_in_the_json(name: str, tmp_path: Path) -> None:
     assert [(each["order"], each["num_channels"]) for each in found["permutations"]] == [
         (group.order, group.num_channels) for group in flow.permutations
     ]
-    for each, group in zip([*found["permutations"], *found["scalings"]], [*flow.permutations, *flow.scalings], strict=True):
+    places = [group.places for group in flow.permutations] + [group.places for group in flow.scalings]
+    for each, its in zip([*found["permutations"], *found["scalings"]], places, strict=True):
         for key, reads in (("made_by", False), ("read_by", True)):
             told = [(place["tensor"], tuple(place["axes"])) for place in each[key]]
-            assert told == [(place.tensor, place.axes) for place in group.places if place.reads == reads]
+            assert told == [(place.tensor, place.axes) for place in its if place.reads == reads]
     for key, reasons in (("not_permuted", flow.refused), ("not_scaled", flow.unscaled)):
         assert {(each["tensor"], tuple(each["axes"])): each["reason"] for each in found[key]} == dict(reasons)
 
