@@ -8,14 +8,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
-from sparsepass.graph.channels import ChannelGroup, ChannelPlace, channel_flow, permuted
+from sparsepass.graph.channels import ChannelFlow, ChannelGroup, ChannelPlace, channel_flow, permuted
 from sparsepass.graph.support import nearest
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, matches
 from sparsepass.passes.conditions import Condition
@@ -125,10 +126,10 @@ class PermuteChannels(Pass):
 
     def groups(self, program: Program, sites: Sequence[Site]) -> list[SiteGroup]:
         """Layers that read the same channels, wherever in the model they stand."""
-        reading = _reading(program)
+        known = _known(program)
         found: list[tuple[set[int], list[Site]]] = []
         for site in sites:
-            mine, members = {id(channels) for channels in _of(site, reading)}, [site]
+            mine, members = {id(channels) for channels in known.read_by(site)}, [site]
             for other in [other for other in found if other[0] & mine]:
                 found.remove(other)
                 mine, members = mine | other[0], other[1] + members
@@ -137,8 +138,8 @@ class PermuteChannels(Pass):
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
         """Find an order for each group of channels that these layers read, and move them."""
-        reading = _reading(program)
-        channels = {id(found): found for site in group.sites for found in _of(site, reading) if not self._stays(found, program)}
+        known = _known(program)
+        channels = {id(found): found for site in group.sites for found in known.read_by(site) if not self._stays(found, known)}
         pattern = NMPattern.parse(self.pattern)
         # The score of one layer at a time is held: together they may be as large as the model.
         score_of = functools.lru_cache(maxsize=1)(functools.partial(self._score, program, context))
@@ -172,19 +173,19 @@ class PermuteChannels(Pass):
 
     def _unmovable(self, site: Site, program: Program) -> str | None:
         """Why no channel that a layer reads can move, or None if some can."""
-        found = _of(site, _reading(program))
+        known = _known(program)
+        found = known.read_by(site)
         if not found:
             refused = channel_flow(program).refused
             reasons = [refused[site.weight, axes] for axes in _axes(site) if (site.weight, axes) in refused]
             return reasons[0] if reasons else "no two channels that it reads can change places"
-        stays = [self._stays(channels, program) for channels in found]
+        stays = [self._stays(channels, known) for channels in found]
         return None if None in stays else stays[0]
 
-    def _stays(self, channels: ChannelGroup, program: Program) -> str | None:
+    def _stays(self, channels: ChannelGroup, known: "_Known") -> str | None:
         """Why a group of channels stays as it is."""
         m = NMPattern.parse(self.pattern).m
-        by_weight = {site.weight: site for site in program.sites()}
-        sites = [by_weight[place.tensor] for place in channels.places if place.tensor in by_weight]
+        sites = [known.sites[place.tensor] for place in channels.places if place.tensor in known.sites]
         for site in sites:
             if any(matches(pattern, site) for pattern in self.ignore):
                 return f"{site.name} makes or reads the same channels and is to be ignored"
@@ -202,11 +203,9 @@ class PermuteChannels(Pass):
         assert by_magnitude is not None
         if matrix.dim() == 3 and statistics:  # as nm_sparsify does, by magnitude where no token came
             pairs = zip(matrix, statistics, strict=True)
-            score = torch.stack([(function if known.num_tokens else by_magnitude)(one, known) for one, known in pairs])
-        else:
-            score = function(matrix, statistics[0] if statistics else None)
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
-        return score / score.sum(dtype=torch.float64).clamp(min=torch.finfo(score.dtype).tiny).to(score.dtype)
+            scores = [_shares((function if known.num_tokens else by_magnitude)(one, known)) for one, known in pairs]
+            return torch.stack(scores) / len(scores)
+        return _shares(function(matrix, statistics[0] if statistics else None))
 
     def _kept(self, reader: "_Reader", order: _Places) -> float:
         """The share of a layer's score that is kept of the channels of a group, in some order."""
@@ -255,6 +254,13 @@ class _Reader:
         return score.reshape(-1, self.site.in_features)[::step, torch.from_numpy(positions)].T
 
 
+def _shares(score: Tensor) -> Tensor:
+    """Scores that add up to one, or to zero."""
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    total = score.sum(dtype=torch.float64)
+    return score / (total if total else 1)
+
+
 def _axes(site: Site) -> list[tuple[int, ...]]:
     """Along which axes of a weight the channels run that it reads: experts share them, or have their own."""
     return [(site.nm_axis,), (0, site.nm_axis)] if site.layout.startswith("experts") else [(site.nm_axis,)]
@@ -264,18 +270,37 @@ def _places_read(site: Site, channels: ChannelGroup) -> list[ChannelPlace]:
     return [place for place in channels.places if place.reads and place.tensor == site.weight and place.axes in _axes(site)]
 
 
-def _reading(program: Program) -> dict[tuple[str, tuple[int, ...]], list[ChannelGroup]]:
-    """Weight and axes -> the groups of channels that it reads there."""
-    found: dict[tuple[str, tuple[int, ...]], list[ChannelGroup]] = {}
-    for channels in channel_flow(program).permutations:
-        for place in channels.places:
-            if place.reads:
-                found.setdefault((place.tensor, place.axes), []).append(channels)
-    return found
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What the graph of a program tells.
+
+    Attributes:
+        sites: Weight -> its site.
+        reading: Weight and axes -> the groups of channels that it reads there.
+    """
+
+    sites: Mapping[str, Site]
+    reading: Mapping[tuple[str, tuple[int, ...]], Sequence[ChannelGroup]]
+
+    def read_by(self, site: Site) -> list[ChannelGroup]:
+        """The groups of channels that a layer reads."""
+        return [channels for axes in _axes(site) for channels in self.reading.get((site.weight, axes), ())]
 
 
-def _of(site: Site, reading: Mapping[tuple[str, tuple[int, ...]], list[ChannelGroup]]) -> list[ChannelGroup]:
-    return [channels for axes in _axes(site) for channels in reading.get((site.weight, axes), ())]
+_KNOWN: "WeakKeyDictionary[fx.Graph, tuple[ChannelFlow, _Known]]" = WeakKeyDictionary()
+"""Each layer is asked for, and the graph stays the same meanwhile: so does its channel flow."""
+
+
+def _known(program: Program) -> _Known:
+    graph, flow = program.graph_module.graph, channel_flow(program)
+    if graph not in _KNOWN or _KNOWN[graph][0] is not flow:
+        reading: dict[tuple[str, tuple[int, ...]], list[ChannelGroup]] = {}
+        for channels in flow.permutations:
+            for place in channels.places:
+                if place.reads:
+                    reading.setdefault((place.tensor, place.axes), []).append(channels)
+        _KNOWN[graph] = flow, _Known(sites={site.weight: site for site in program.sites()}, reading=reading)
+    return _KNOWN[graph][1]
 
 
 def _slots(places: Sequence[ChannelPlace], m: int) -> _Places | None:
