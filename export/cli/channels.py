@@ -135,8 +135,8 @@ def _together(texts: Iterable[str]) -> list[str]:
     for alike in by_template.values():
         numbers = [sorted({int(number) for number in column}) for column in zip(*map(_NUMBER.findall, alike), strict=True)]
         if prod(map(len, numbers)) == len(alike):
-            ranges = iter(map(_ranges, numbers))
-            made.append(_NUMBER.sub(lambda _, left=ranges: next(left), alike[0]))
+            between = zip(_NUMBER.split(alike[0]), [*map(_ranges, numbers), ""], strict=True)
+            made.append("".join(part + ranges for part, ranges in between))
         else:
             made += alike
     return made

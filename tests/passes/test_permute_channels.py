@@ -55,11 +55,6 @@ def test_every_family_keeps_its_outputs_and_more_score(name: str, method: str) -
 def test_calibrated_criteria_in_float32(name: str, criterion: str) -> None:
     family = BY_NAME[name]
     before = captured(name)
-    if name == "convnet":
-        with pytest.raises(PassError, match=rf"convolution in 16 groups: {criterion}|no layer"):
-            apply_passes(
-                before, f"permute_channels{{criterion={criterion},targets=depthwise}}", calibration=family.inputs(4, 8)
-            )
     after = apply_passes(
         before, ["permute_channels{criterion=" + criterion + "}", f"nm_sparsify{{criterion={criterion}}}"],
         calibration=family.inputs(4, 8), compute="float32",
@@ -68,7 +63,7 @@ def test_calibrated_criteria_in_float32(name: str, criterion: str) -> None:
     assert validation is not None
     assert validation["relative_error"] <= 1e-5
     assert after.history[0].calibration is not None
-    assert after.recipe.startswith(f'permute_channels{{pattern="2:4",criterion={criterion}') or criterion in after.recipe
+    assert after.recipe.startswith(f"permute_channels{{pattern=2:4,criterion={criterion},method=assignment}},nm_sparsify{{")
     for outcome in after.history[0].outcomes:
         assert outcome.reason or outcome.facts
 
@@ -122,7 +117,7 @@ def test_a_tied_embedding_moves_with_the_residual_stream() -> None:
     assert before.aliases == after.aliases
     assert not torch.equal(before.tensor("model.embed_tokens.weight"), after.tensor("model.embed_tokens.weight"))
     assert after.tensor("lm_head.weight") is after.tensor("model.embed_tokens.weight")
-    assert "lm_head" in after.report().skipped()
+    assert "tied to the embedding" in after.report().skipped()["model.embed_tokens"]
 
 
 def test_experts_move_within_themselves() -> None:
@@ -216,5 +211,5 @@ def test_groups_of_whole_models_are_found_from_the_graph() -> None:
     program = captured("llama")
     item = PermuteChannels(criterion="magnitude")
     groups = item.groups(program, item.choose(program)[0])
-    assert [len(group.sites) for group in groups] == [10, 1, 1, 1, 1]
+    assert sorted(len(group.sites) for group in groups) == [1, 1, 1, 1, 10]
     assert len(channel_flow(program).permutations) == 7
