@@ -243,8 +243,12 @@ class Report:
         for site in self.sites:
             if site.weight in self.sparse:
                 continue
-            said = [o.reason for record in self.history for o in record.outcomes if o.site == site.name and o.reason]
-            reasons[site.name] = said[0] if said else site.left_alone or "no pass has rewritten it"
+            said = [
+                (r.promise == "exact", o.reason) for r in self.history for o in r.outcomes if o.site == site.name and o.reason
+            ]
+            # What an exact pass left alone says less of masks than what a later pass did.
+            told = min(said, key=lambda each: each[0])[1] if said else None
+            reasons[site.name] = told or site.left_alone or "no pass has rewritten it"
         return reasons | dict(self.idle)
 
     def to_dict(self) -> dict[str, Any]:

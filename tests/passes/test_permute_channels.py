@@ -151,6 +151,12 @@ def test_reasons() -> None:
         apply_passes(captured("llama"), "permute_channels{targets=*.layers.0.mlp.*,ignore=down_proj}")
 
 
+def test_why_a_layer_is_not_sparse_is_what_the_pass_that_makes_masks_says() -> None:
+    program = apply_passes(captured("bert"), ["permute_channels", "nm_sparsify{criterion=magnitude,ignore=query}"])
+    skipped = program.report().skipped()
+    assert skipped["encoder.layer.0.attention.self.query"] == "ignored by 'query'"
+
+
 class Best(nn.Module):
     """Weights that no order improves."""
 
