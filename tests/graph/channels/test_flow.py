@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.families import BY_NAME, FAMILIES, tensors_of
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
-from sparsepass.graph import Program, capture
+from sparsepass.graph import Program, capture, capture_without_weights
 from sparsepass.graph.channels import ChannelFlow, channel_flow, permuted, scaled
 from sparsepass.passes import apply_passes
 
@@ -214,3 +215,14 @@ def test_each_step_by_itself_lets_something_through() -> None:
         flow = channel_flow(program)
         allowed[step] = (len(flow.permutations), len(flow.scalings))
     assert allowed == {"relu": (2, 2), "gated": (3, 3), "in_heads": (4, 3), "attention": (2, 1), "outer": (2, 3)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_a_program_without_weights_has_the_same_flow(name: str, tmp_path: Path) -> None:
+    model = BY_NAME[name].model()
+    assert isinstance(model, PreTrainedModel)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    expected = channel_flow(capture(model, example_inputs=BY_NAME[name].inputs(2, 8)))
+    found = channel_flow(capture_without_weights(tmp_path))
+    assert (found.lines(), found.refused, found.unscaled) == (expected.lines(), expected.refused, expected.unscaled)
