@@ -108,6 +108,8 @@ class Walk:
         found = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs), is_leaf=is_tensor) if is_tensor(leaf)]
         if all(isinstance(leaf, Tensor) for leaf in found):
             args, kwargs = tree_map(lambda leaf: moved(leaf, _HERE), (args, kwargs))
+            if node.target is _aten.histc.default and not args[0].is_floating_point():  # a graph for a GPU has it so
+                return node.target(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
             return node.target(*args, **kwargs)  # type: ignore[operator]
         rule = rules.get(op_name(node))
         result = rule(self, args, kwargs) if rule is not None else NotImplemented
