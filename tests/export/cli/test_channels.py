@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from tests.export.cli.commands import run
+from tests.export.tiny import WORDS, save_tiny_llama
 from tests.families import captured
 
 from sparsepass.export.cli.channels import _together
+from sparsepass.graph import Program
 from sparsepass.graph.channels import channel_flow
 
 
@@ -65,3 +67,14 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     result = run("channels", tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "does not exist" in result.stderr
+
+
+def test_channels_are_permuted_before_pruning(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "tiny")
+    (tmp_path / "words.txt").write_text(f"{WORDS}\n" * 400, encoding="utf-8")
+    calibration = ["--calibration", tmp_path / "words.txt", "--num-sequences", 4, "--context", 16]
+    passes = "permute_channels{criterion=wanda,method=greedy},nm_sparsify{criterion=wanda}"
+    assert run("prune", tmp_path / "tiny", "-o", tmp_path / "out", "--passes", passes, *calibration).exit_code == 0
+    first, second = Program.load(tmp_path / "out").history
+    assert (first.text.split("{")[0], second.text.split("{")[0]) == ("permute_channels", "nm_sparsify")
+    assert all("kept_after" in each.facts for each in first.outcomes if each.action == "rewritten")
