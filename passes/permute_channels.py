@@ -148,7 +148,7 @@ class PermuteChannels(Pass):
         orders: list[tuple[ChannelGroup, _Places]] = []
         for found in channels.values():
             readers = [
-                _Reader(site=site, place=place, score_of=score_of)
+                _ScoredLayer(site=site, place=place, score_of=score_of)
                 for site in group.sites
                 for place in _places_read(site, found)
             ]
@@ -207,14 +207,14 @@ class PermuteChannels(Pass):
             return torch.stack(scores) / len(scores)
         return _shares(function(matrix, statistics[0] if statistics else None))
 
-    def _kept(self, reader: "_Reader", order: _Places) -> float:
+    def _kept(self, reader: "_ScoredLayer", order: _Places) -> float:
         """The share of a layer's score that is kept of the channels of a group, in some order."""
         pattern = NMPattern.parse(self.pattern)
         slots = _slots([reader.place], pattern.m)
         assert slots is not None
         return sum(kept_score(reader.scores(column), pattern) for column in reader.place.positions[order[slots]].T)
 
-    def _search(self, readers: "Sequence[_Reader]") -> _Places:
+    def _search(self, readers: "Sequence[_ScoredLayer]") -> _Places:
         """The best order that is found for the channels of a group."""
         pattern = NMPattern.parse(self.pattern)
         slots = _slots([reader.place for reader in readers], pattern.m)
@@ -227,7 +227,7 @@ class PermuteChannels(Pass):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reader:
+class _ScoredLayer:
     """A layer that reads channels of a group.
 
     Attributes:
