@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.support import name_matches, nearest
 from sparsepass.passes.conditions import Condition
-from sparsepass.passes.engine import BlockRun, SiteGroup
+from sparsepass.passes.engine import BlockRun, Joined, SiteGroup, StatisticsOf, site_groups
 from sparsepass.passes.maths import InputStatistics
 
 Needs = Literal["nothing", "inputs", "norms", "gram"]
@@ -39,12 +39,14 @@ class GroupContext:
 
     Attributes:
         statistics: Statistics of the group's input: one, or one for each expert; empty without calibration.
+        inputs: The same for each weight, for a pass that prepares: its sites need not read the same input.
         originals: Weight name -> the dense model's weight. It lacks the weights that an earlier run has changed.
         measure: Whether the pass should measure, for the report, what takes time and changes nothing.
         block: The block that the group is, for a pass that rewrites whole blocks.
     """
 
     statistics: tuple[InputStatistics, ...] = ()
+    inputs: StatisticsOf = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     measure: bool = True
     block: BlockRun | None = None
@@ -105,6 +107,11 @@ class Pass(ABC):
     def block_work(self) -> BlockWork | None:
         """How the pass works on a block; None if it rewrites groups of sites."""
         return None
+
+    def joined(self, program: Program, sites: Sequence[Site]) -> Sequence[Joined]:
+        """Which chosen sites are rewritten together, for a pass that prepares, needs calibration, and changes what has run."""
+        del program
+        return [Joined(sites=g.sites, tensors=tuple(site.weight for site in g.sites)) for g in site_groups(sites)]
 
     @property
     def requires(self) -> Mapping[Condition, str]:

@@ -26,7 +26,17 @@ from sparsepass.graph.support import find_device, item_progress, one_at_a_time, 
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
-from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
+from sparsepass.passes.engine import (
+    Block,
+    BlockRun,
+    ComputeDtype,
+    SiteGroup,
+    StatisticsOf,
+    find_blocks,
+    site_groups,
+    sweep,
+    sweep_joined,
+)
 from sparsepass.passes.maths import InputStatistics
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.preconditions import check_pipeline
@@ -171,7 +181,7 @@ class _Run:
         self._batches: list[CalibrationBatch] = []
 
     def all(self) -> None:
-        """Run every pass. Consecutive passes that read statistics share one sweep.
+        """Run every pass. Consecutive passes that read statistics share one sweep; one that prepares the model has its own.
 
         A pass that rewrites whole blocks needs the dense model's blocks, so all passes before it run in its sweep.
         """
@@ -181,7 +191,7 @@ class _Run:
             self._inputs, self._inputs_name = self._validation_inputs()
             self._start = self._previous = self._outputs()
         before_blocks = max((i for i, item in enumerate(self.pipeline) if item.block_work), default=-1)
-        in_sweep = [p.needs != "nothing" or (i <= before_blocks and not p.prepares) for i, p in enumerate(self.pipeline)]
+        in_sweep = [not p.prepares and (p.needs != "nothing" or i <= before_blocks) for i, p in enumerate(self.pipeline)]
         calibrated = {id(p) for p, inside in zip(self.pipeline, in_sweep, strict=True) if inside}
         for is_calibrated, items in groupby(self.pipeline, key=lambda p: id(p) in calibrated):
             if is_calibrated:
@@ -195,11 +205,28 @@ class _Run:
         chosen, skipped = item.choose(self.program)
         _require_work(item, chosen, skipped)
         facts: dict[str, Facts] = {}
-        with item_progress(self._progress, item.name, len(chosen)) as advance:
-            for group in site_groups(chosen):
-                with self._lent(group):
-                    facts |= _rewrite(item, self.program, group, GroupContext(measure=self._validates))
-                advance(group.sites[0].name)
+
+        def rewrite(group: SiteGroup, inputs: StatisticsOf) -> None:
+            with self._lent(group):
+                facts.update(_rewrite(item, self.program, group, GroupContext(inputs=inputs, measure=self._validates)))
+
+        joined = item.joined(self.program, chosen)
+        with item_progress(self._progress, item.name, len(joined)) as advance:
+            if item.needs == "nothing":
+                for one in joined:
+                    rewrite(SiteGroup(sites=one.sites), {})
+                    advance(one.sites[0].name)
+            else:
+                sweep_joined(
+                    self.program,
+                    self._batches,
+                    joined,
+                    lambda one, inputs: rewrite(SiteGroup(sites=one.sites), inputs),
+                    gram=item.needs == "gram",
+                    compute=self._compute,
+                    device=self._device,
+                    advance=advance,
+                )
         _finish(self.program, item.name)
         self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
 

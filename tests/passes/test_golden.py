@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # What is applied before the graph is printed first, and then. reconstruct works in the same call as what makes masks.
 _TEXTS = {
     "fold_norms": ("", "fold_norms"),
+    "awq_scale": ("", "awq_scale"),
     "nm_sparsify": ("", "nm_sparsify"),
     "slorb": ("nm_sparsify", "slorb{k=4}"),
     "learn_masks": ("nm_sparsify", "learn_masks"),
@@ -58,7 +59,7 @@ def test_the_graph_before_and_after(name: str) -> None:
     program = capture(net.eval(), batches[0])
     if before:
         program = apply_passes(program, before)
-    calibration = [(batch,) for batch in batches] if name == "reconstruct" else None
+    calibration = [(batch,) for batch in batches] if name in ("reconstruct", "awq_scale") else None
     after = apply_passes(program, text, calibration=calibration)
     found = f"# before\n{printed(program)}\n\n# {text}\n{printed(after)}\n"
     file = GOLDEN / f"{name}.txt"

@@ -33,6 +33,7 @@ from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 # What stands before a pass so that it has something to do, and its own options for models this small.
 _BEFORE = {
     "fold_norms": "",
+    "awq_scale": "",
     "nm_sparsify": "",
     "slorb": "nm_sparsify",
     "learn_masks": "nm_sparsify",
@@ -40,7 +41,7 @@ _BEFORE = {
     "reconstruct": "",
 }
 _OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
-_CALIBRATED = ("reconstruct",)
+_CALIBRATED = ("reconstruct", "awq_scale")
 _NOTHING_TO_DO = {"fold_norms": ("bert", "convnet")}
 _NAMES = [family.name for family in FAMILIES]
 
