@@ -60,9 +60,9 @@ class Rounded:
     """
 
     grid: RoundingGrid
-    numbers_OGK: Tensor
-    scales_OG: Tensor
-    zeros_OG: Tensor | None
+    numbers_OGK: Tensor  # noqa: N815
+    scales_OG: Tensor  # noqa: N815
+    zeros_OG: Tensor | None  # noqa: N815
     columns: int
 
     @property

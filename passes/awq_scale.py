@@ -101,6 +101,7 @@ class AWQScale(Pass):
         layers = [_Layer.of(program, site, context.inputs[site.weight]) for site in group.sites]
         before = [layer.error(self.grid) for layer in layers]
         chosen: dict[str, list[float]] = {site.name: [] for site in group.sites}
+        found: list[tuple[ScaleGroup, Tensor]] = []
         for scaling in _read_by(group.sites, program):
             exponent, factors_F = self._search(scaling, layers)
             for index, layer in enumerate(layers):
@@ -108,7 +109,7 @@ class AWQScale(Pass):
                     chosen[layer.site.name].append(exponent)
                     layers[index] = layer.behind(scaling, factors_F)
             if exponent:
-                self._absorb(program, scaling, factors_F)
+                found.append((scaling, factors_F))
         facts: dict[str, Facts] = {}
         for layer, start in zip(layers, before, strict=True):
             exponents = chosen[layer.site.name]
@@ -120,6 +121,8 @@ class AWQScale(Pass):
             if not any(exponents):
                 known["note"] = "no factors lowered the error, so everything stays as it was"
             facts[layer.site.name] = known
+        for scaling, factors_F in found:  # the layers above hold the weights themselves, so not before
+            self._absorb(program, scaling, factors_F)
         return facts
 
     def _search(self, scaling: ScaleGroup, layers: Sequence["_Layer"]) -> tuple[float, Tensor]:
@@ -159,7 +162,8 @@ class _Layer:
 
     Attributes:
         site: The layer.
-        weight: Its weight as a matrix, behind its mask, float32; the scaled one is ``weight * multiplier``.
+        weight: Its weight as a matrix, behind its mask, float32 and not to be written into; the scaled one is
+            ``weight * multiplier``.
         multiplier: ``[1, I]``, or ``[E, 1, I]``.
         statistics: Of its inputs, before any scaling.
     """
