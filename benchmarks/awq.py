@@ -56,11 +56,10 @@ def summed(program: Program) -> dict[str, Any]:
     reasons: dict[str, int] = {}
     for outcome in outcomes:
         if outcome.action == "skipped":
-            reason = outcome.reason.partition(" (")[0]
+            reason = outcome.reason.partition(" (")[0].partition(", which is")[0]
             reasons[reason] = reasons.get(reason, 0) + 1
     return {
         "num_layers": len(facts),
-        "num_scaled": sum("note" not in found for found in facts),
         "before": sum(float(found["error_before"]) ** 2 for found in facts),
         "after": sum(float(found["error_after"]) ** 2 for found in facts),
         "moved": (program.history[-1].validation or {}).get("relative_error"),
@@ -164,14 +163,14 @@ def page(report: dict[str, Any]) -> str:
             "|---|---|",
             *(f"| {row['title']} | {row['value']:.4f} |" for row in found["rows"]),
             "",
-            "Summed squared error of layer outputs, each relative to its output, of layers whose inputs can carry factors:",
+            "Summed squared error of layer outputs, each relative to its output, of the layers that were scaled:",
             "",
-            "| | layers | scaled | before | after | ratio | outputs moved by | seconds |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | layers | before | after | ratio | outputs moved by | seconds |",
+            "|---|---|---|---|---|---|---|",
         ]
         for title, one in found["layers"].items():
             lines.append(
-                f"| {title} | {one['num_layers']} | {one['num_scaled']} | {one['before']:.4f} | {one['after']:.4f} | "
+                f"| {title} | {one['num_layers']} | {one['before']:.4f} | {one['after']:.4f} | "
                 f"{one['after'] / one['before']:.3f} | {one['moved']:.1e} | {one['seconds']:.0f} |"
             )
         skipped = found["layers"]["dense"]["skipped"]

@@ -15,8 +15,10 @@ from sparsepass.graph.program import masked_weight, with_sparse
 from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.support import item_to_text
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
-from sparsepass.passes.engine import Joined, SiteGroup
+from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import EXPONENTS, InputStatistics, awq_factors, output_size, rounding_error
+
+_NOT_LOWERED = "no factors lower the error that rounding makes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class AWQScale(Pass):
     2. Factors are ``a^r``, with a the root mean square of a channel on the calibration data, and its mean over the places where
        the channel is read. For each group of channels r is what leaves the least output error of its readers, when their
        weights are rounded to the nearest, of 0, 0.05, ..., 0.95.
-    3. Leaves a group as it is where no r but 0 lowers the error, and says so.
+    3. Leaves a group as it is where no r but 0 lowers the error, with that reason.
     4. Leaves layers alone whose inputs can carry no factors, with the reason from channel flow, and where a layer that makes or
        reads the same channels is to be ignored.
     5. Runs once over a layer, since a second search would begin from the scaled weights.
@@ -78,15 +80,15 @@ class AWQScale(Pass):
         if not scalings:
             reasons = [why for (tensor, _), why in channel_flow(program).unscaled.items() if tensor == site.weight]
             return reasons[0] if reasons else "nothing that makes its input can carry factors"
-        if self._has_scaled(site, program):
-            return f"an earlier {self.name} has scaled its input"
+        if self._has_searched(site, program):
+            return f"an earlier {self.name} has searched its factors"
         touched = {place.tensor for scaling in scalings for place in scaling.places}
         for other in program.sites() if self.ignore else ():
             if other.weight in touched and any(matches(pattern, other) for pattern in self.ignore):
                 return f"{other.name} makes or reads the same channels and is to be ignored"
         return None
 
-    def joined(self, program: Program, sites: Sequence[Site]) -> Sequence[Joined]:
+    def groups(self, program: Program, sites: Sequence[Site]) -> list[SiteGroup]:
         """Sites that read channels in common."""
         found: list[tuple[list[Site], set[str]]] = []
         for site in sites:
@@ -94,11 +96,11 @@ class AWQScale(Pass):
             same = [known for known in found if known[1] & tensors]
             found = [known for known in found if not known[1] & tensors]
             found.append(([*(one for known in same for one in known[0]), site], tensors.union(*(known[1] for known in same))))
-        return [Joined(sites=tuple(its), tensors=tuple(sorted(tensors))) for its, tensors in found]
+        return [SiteGroup(sites=tuple(its)) for its, _ in found]
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
         """Search the factors of all channels that a group of sites reads, one after the other, and put them in their places."""
-        layers = [_Layer.of(program, site, context.inputs[site.weight]) for site in group.sites]
+        layers = [_Layer.of(program, site, context.by_weight[site.weight]) for site in group.sites]
         before = [layer.error(self.grid) for layer in layers]
         chosen: dict[str, list[float]] = {site.name: [] for site in group.sites}
         found: list[tuple[ScaleGroup, Tensor]] = []
@@ -113,14 +115,13 @@ class AWQScale(Pass):
         facts: dict[str, Facts] = {}
         for layer, start in zip(layers, before, strict=True):
             exponents = chosen[layer.site.name]
-            known: dict[str, float | int | str] = {
+            if not any(exponents):
+                context.unchanged[layer.site.name] = f"{_NOT_LOWERED}, which is {layer.relative(start):.3g}"
+            facts[layer.site.name] = {
                 "exponent": exponents[0] if len(exponents) == 1 else ", ".join(map(str, exponents)),
                 "error_before": layer.relative(start),
                 "error_after": layer.relative(layer.error(self.grid)),
             }
-            if not any(exponents):
-                known["note"] = "no factors lowered the error, so everything stays as it was"
-            facts[layer.site.name] = known
         for scaling, factors_F in found:  # the layers above hold the weights themselves, so not before
             self._absorb(program, scaling, factors_F)
         return facts
@@ -147,9 +148,9 @@ class AWQScale(Pass):
             if state is not None and state.mask is not None and state.changed_by is None:
                 with_sparse(program, place.tensor, changed_by=item_to_text(self.name, self))
 
-    def _has_scaled(self, site: Site, program: Program) -> bool:
+    def _has_searched(self, site: Site, program: Program) -> bool:
         return any(
-            outcome.site == site.name and outcome.action == "rewritten"
+            outcome.site == site.name and (outcome.action == "rewritten" or outcome.reason.startswith(_NOT_LOWERED))
             for record in program.history
             if record.text.partition("{")[0] == self.name
             for outcome in record.outcomes

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.support import name_matches, nearest
 from sparsepass.passes.conditions import Condition
-from sparsepass.passes.engine import BlockRun, Joined, SiteGroup, StatisticsOf, site_groups
+from sparsepass.passes.engine import BlockRun, SiteGroup, site_groups
 from sparsepass.passes.maths import InputStatistics
 
 Needs = Literal["nothing", "inputs", "norms", "gram"]
@@ -39,17 +39,19 @@ class GroupContext:
 
     Attributes:
         statistics: Statistics of the group's input: one, or one for each expert; empty without calibration.
-        inputs: The same for each weight, for a pass that prepares: its sites need not read the same input.
         originals: Weight name -> the dense model's weight. It lacks the weights that an earlier run has changed.
         measure: Whether the pass should measure, for the report, what takes time and changes nothing.
         block: The block that the group is, for a pass that rewrites whole blocks.
+        by_weight: Weight name -> the statistics of its input, of all chosen sites, for a pass that `prepares`.
+        unchanged: Site name -> why it stays as it is after all. A pass adds what it finds out from values alone.
     """
 
     statistics: tuple[InputStatistics, ...] = ()
-    inputs: StatisticsOf = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     measure: bool = True
     block: BlockRun | None = None
+    by_weight: Mapping[str, tuple[InputStatistics, ...]] = field(default_factory=dict)
+    unchanged: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class Pass(ABC):
     name: ClassVar[str]
     promise: ClassVar[Literal["exact", "approximate"]]
     prepares: ClassVar[bool] = False
-    """Whether an exact pass leaves the model's function but not its values: outputs are then equal but for rounding."""
+    """Whether an exact pass leaves the model's function but not its values: outputs are then equal but for rounding. Statistics
+    of inputs that it needs are gathered for all sites before it rewrites the first."""
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -108,11 +111,6 @@ class Pass(ABC):
         """How the pass works on a block; None if it rewrites groups of sites."""
         return None
 
-    def joined(self, program: Program, sites: Sequence[Site]) -> Sequence[Joined]:
-        """Which chosen sites are rewritten together, for a pass that prepares, needs calibration, and changes what has run."""
-        del program
-        return [Joined(sites=g.sites, tensors=tuple(site.weight for site in g.sites)) for g in site_groups(sites)]
-
     @property
     def requires(self) -> Mapping[Condition, str]:
         """Conditions that some site must meet when the pass runs -> why."""
@@ -144,6 +142,11 @@ class Pass(ABC):
         """What is wrong with a site that the pass has rewritten, or None if it is as promised."""
         del site, program
         return None
+
+    def groups(self, program: Program, sites: Sequence[Site]) -> list[SiteGroup]:
+        """The chosen sites as groups that are rewritten together, by a pass that `prepares`."""
+        del program
+        return site_groups(sites)
 
     @abstractmethod
     def refusal(self, site: Site, program: Program) -> str | None:

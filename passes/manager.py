@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from sparsepass.graph import PassError, Program, SparsepassError, capture
+from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
 from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.equivalence import Difference, difference
 from sparsepass.graph.limits import default_context
@@ -27,17 +26,7 @@ from sparsepass.graph.support import find_device, item_progress, one_at_a_time, 
 from sparsepass.passes.base import NEEDS_ORDER, Facts, GroupContext, Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import CalibrationBatch, CalibrationData, calibration_batches
-from sparsepass.passes.engine import (
-    Block,
-    BlockRun,
-    ComputeDtype,
-    SiteGroup,
-    StatisticsOf,
-    find_blocks,
-    site_groups,
-    sweep,
-    sweep_joined,
-)
+from sparsepass.passes.engine import Block, BlockRun, ComputeDtype, SiteGroup, find_blocks, site_groups, sweep
 from sparsepass.passes.maths import InputStatistics
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.preconditions import check_pipeline
@@ -182,9 +171,10 @@ class _Run:
         self._batches: list[CalibrationBatch] = []
 
     def all(self) -> None:
-        """Run every pass. Consecutive passes that read statistics share one sweep; one that prepares the model has its own.
+        """Run every pass. Consecutive passes that read statistics share one sweep.
 
-        A pass that rewrites whole blocks needs the dense model's blocks, so all passes before it run in its sweep.
+        A pass that rewrites whole blocks needs the dense model's blocks, so all passes before it run in its sweep. A pass that
+        prepares has a sweep of its own: what it rewrites reaches back to operations that have run.
         """
         if self.calibration is not None:
             self._batches = list(self.calibration.batches())
@@ -206,30 +196,37 @@ class _Run:
         chosen, skipped = item.choose(self.program)
         _require_work(item, chosen, skipped)
         facts: dict[str, Facts] = {}
-
-        def rewrite(group: SiteGroup, inputs: StatisticsOf) -> None:
-            with self._lent(group):
-                facts.update(_rewrite(item, self.program, group, GroupContext(inputs=inputs, measure=self._validates)))
-
-        joined = item.joined(self.program, chosen)
-        with item_progress(self._progress, item.name, len(joined)) as advance:
-            if item.needs == "nothing":
-                for one in joined:
-                    rewrite(SiteGroup(sites=one.sites), {})
-                    advance(one.sites[0].name)
-            else:
-                sweep_joined(
-                    self.program,
-                    self._batches,
-                    joined,
-                    lambda one, inputs: rewrite(SiteGroup(sites=one.sites), inputs),
-                    gram=item.needs == "gram",
-                    compute=self._compute,
-                    device=self._device,
-                    advance=advance,
-                )
+        known = {} if item.needs == "nothing" else self._gathered(item, chosen)
+        groups = item.groups(self.program, chosen)
+        with item_progress(self._progress, item.name, len(groups)) as advance:
+            for group in groups:
+                context = GroupContext(measure=self._validates, by_weight=known)
+                # Layers all over the model may be most of it: they stay where they are.
+                with self._lent(group) if len(site_groups(group.sites)) == 1 else nullcontext():
+                    found = _rewrite(item, self.program, group, context)
+                facts |= {name: its for name, its in found.items() if name not in context.unchanged}
+                skipped |= context.unchanged
+                advance(group.sites[0].name)
+        _require_work(item, list(facts), skipped)
         _finish(self.program, item.name)
         self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
+
+    def _gathered(self, item: Pass, chosen: Sequence[Site]) -> dict[str, tuple[InputStatistics, ...]]:
+        """Statistics of what the chosen sites read, by their weights."""
+        known: dict[str, tuple[InputStatistics, ...]] = {}
+        groups = site_groups(chosen)
+        with item_progress(self._progress, f"{item.name}: calibration", len(groups)) as advance:
+            sweep(
+                self.program,
+                self._batches,
+                groups,
+                lambda group, statistics: known.update({site.weight: statistics for site in group.sites}),
+                gram=item.needs == "gram",
+                compute=self._compute,
+                device=self._device,
+                advance=advance,
+            )
+        return known
 
     def _sweep(self, items: tuple[Pass, ...]) -> None:
         assert self.calibration is not None
@@ -339,7 +336,7 @@ class _Run:
         against = self._previous if item.promise == "exact" else self._start
         found = difference(against, now)
         self._previous = now
-        if item.promise == "exact" and not _is_kept(item, found, self.program):
+        if item.promise == "exact" and not _is_kept(item, found, self.program, now):
             raise PassError(
                 item.name,
                 "validation",
@@ -382,16 +379,15 @@ class _Run:
         self.program.history = (*self.program.history, record)
 
 
-def _is_kept(item: Pass, found: Difference, program: Program) -> bool:
+def _is_kept(item: Pass, found: Difference, program: Program, outputs: Mapping[str, Tensor]) -> bool:
     """Whether outputs are as an exact pass promises: equal, or equal but for the rounding of weights that it computes anew."""
     if not item.prepares:
         return found.max_error == 0
-    # A model of float64 whose norms cast to float32 is as exact as those.
-    told = tree_leaves([(node.args, node.kwargs) for node in program.graph_module.graph.nodes])
-    types = {known for known in told if isinstance(known, torch.dtype) and known.is_floating_point}
-    types |= {tensor.dtype for tensor in program.tensors().values() if tensor.is_floating_point()}
     bounds = {torch.float64: 1e-9, torch.float32: 1e-5}
-    return found.relative_error <= max((bounds.get(dtype, math.inf) for dtype in types), default=0.0)
+    # Norms of many models compute in float32, whatever the weights are.
+    arguments = (leaf for node in program.graph_module.graph.nodes for leaf in (*node.args, *node.kwargs.values()))
+    types = {tensor.dtype for tensor in outputs.values()} | {leaf for leaf in arguments if isinstance(leaf, torch.dtype)}
+    return found.relative_error <= max((bounds.get(dtype, math.inf) for dtype in types if dtype.is_floating_point), default=0.0)
 
 
 def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
@@ -402,6 +398,8 @@ def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupConte
     """
     for site in group.sites:
         state = program.sparse.get(site.weight)
+        if state is None and item.prepares:
+            continue  # it shares its context with no pass that would ask
         if site.weight not in context.originals and (state is None or state.changed_by is None):
             context.originals[site.weight] = program.tensor(site.weight).detach().clone()
     try:

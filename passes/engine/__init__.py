@@ -2,18 +2,14 @@
 
 from sparsepass.passes.engine.blocks import Block, SiteGroup, find_blocks, site_groups
 from sparsepass.passes.engine.calibration import BlockRun, sweep
-from sparsepass.passes.engine.preparing import Joined, StatisticsOf, sweep_joined
 from sparsepass.passes.engine.runner import ComputeDtype
 
 __all__ = [
     "Block",
     "BlockRun",
     "ComputeDtype",
-    "Joined",
     "SiteGroup",
-    "StatisticsOf",
     "find_blocks",
     "site_groups",
     "sweep",
-    "sweep_joined",
 ]

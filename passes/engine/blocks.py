@@ -14,7 +14,7 @@ from sparsepass.graph import Program, Site
 
 @dataclass(frozen=True, kw_only=True)
 class SiteGroup:
-    """Sites that read the same activation, rewritten together.
+    """Sites that are rewritten together: those that read the same activation, but for passes with groups of their own.
 
     Attributes:
         sites: In graph order; a site that is used more than once is alone in its group.
