@@ -107,7 +107,7 @@ def output_error(program: Program, name: str, activations: Tensor) -> float:
 def test_an_outlier_channel_costs_much_less() -> None:
     net, x = planted()
     before = capture(net, x[:2])
-    after = apply_passes(before, "awq_scale", calibration=[(x,)])
+    after = apply_passes(before, "awq_scale{targets=up}", calibration=[(x,)])  # without down, which would scale the rows of up
     found = scaled_layers(after)["up"]
     assert found["error_after"] < 0.4 * found["error_before"]
     # What is reported is what a forward pass shows.
@@ -142,7 +142,9 @@ def test_nothing_is_applied_that_lowers_no_error() -> None:
     assert torch.equal(program.tensor("norm.weight"), net.norm.weight)
 
 
-@pytest.mark.parametrize("passes", ["nm_sparsify", "nm_sparsify{criterion=wanda},slorb{k=4}", "nm_sparsify,fold"])
+@pytest.mark.parametrize(
+    "passes", ["nm_sparsify", "nm_sparsify{criterion=wanda},slorb{k=4,projection=trainable}", "nm_sparsify,fold"]
+)
 def test_zeros_stay_zeros(passes: str) -> None:
     batch = BY_NAME["qwen2"].inputs(4, 8)
     before = apply_passes(captured("qwen2"), passes, calibration=batch)
@@ -157,6 +159,16 @@ def test_zeros_stay_zeros(passes: str) -> None:
     inputs = BY_NAME["qwen2"].inputs(3, 7)
     with torch.no_grad():
         torch.testing.assert_close(after(**inputs).logits, before(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_projection_takes_no_factors() -> None:
+    """A branch that sums blocks of the input would see other sums."""
+    program = apply_passes(
+        captured("qwen2"), "nm_sparsify,slorb{k=4,targets=down_proj}", calibration=BY_NAME["qwen2"].inputs(4, 8)
+    )
+    skipped = apply_passes(program, "awq_scale", calibration=BY_NAME["qwen2"].inputs(4, 8)).report().skipped()
+    assert "sum runs over channels" in skipped["model.layers.0.mlp.down_proj"]
+    assert "model.layers.0.mlp.up_proj" not in skipped
 
 
 def test_a_masked_layer_that_only_makes_channels_is_noted_as_changed() -> None:
@@ -197,7 +209,7 @@ def test_options_that_no_grid_has(options: str, told: str) -> None:
 
 def test_pruning_behind_it_sees_the_scaled_model() -> None:
     batch = BY_NAME["llama"].inputs(4, 8)
-    alone = apply_passes(captured("llama"), "awq_scale", calibration=batch)
+    alone = apply_passes(captured("llama"), "awq_scale", calibration=batch, compute="float32")
     both = apply_passes(captured("llama"), "awq_scale,nm_sparsify{criterion=wanda}", calibration=batch, compute="float32")
     weight = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(alone.tensor(weight), both.tensor(weight))
