@@ -1,6 +1,6 @@
 """What rounding to int4 costs with and without `awq_scale`: SmolLM2-135M-Instruct and all-MiniLM-L6-v2.
 
-    python benchmarks/awq.py [--calibration FILE --eval-text FILE] [--pruned] [--only smollm2|minilm] [--out DIR]
+    python benchmarks/awq.py [--calibration FILE --eval-text FILE] [--layers-only] [--pruned] [--only smollm2|minilm]
 
 Each layer that passes take is rounded to the nearest in the graph (`round_to_nearest`), with and without scaling before; with
 --pruned the same after 2:4 pruning. Reported are the summed squared errors of the outputs of the layers that are scaled, each
@@ -36,7 +36,7 @@ from sparsepass.passes import apply_passes
 from sparsepass.passes.data import PYTHON_DOCS, default_text
 
 PRUNING = "nm_sparsify{criterion=sparsegpt}"
-_PARAGRAPHS, _LEAST_CHARACTERS = 256, 80
+_PARAGRAPHS, _LEAST_CHARACTERS = 64, 80
 
 
 def rounded(program: Program, grid: RoundingGrid) -> Program:
@@ -93,21 +93,24 @@ def rows(loaded: LoadedModel, args: argparse.Namespace, measure: Callable[[torch
     }
     grid = RoundingGrid(bits=4, group_size=args.group_size)
     text = f"awq_scale{{group_size={args.group_size}}}"
-    dense = capture(loaded.model)
     found: list[dict[str, Any]] = []
 
-    def add(title: str, program: torch.nn.Module, **more: Any) -> None:
-        found.append({"title": title, "value": measure(program), **more})
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    def add(title: str, program: torch.nn.Module) -> None:
+        if not args.layers_only:
+            found.append({"title": title, "value": measure(program)})
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
 
     sums = {}
+    program = capture(loaded.model)
     for name in ("dense", "2:4") if args.pruned else ("dense",):
-        program = dense if name == "dense" else apply_passes(dense, PRUNING, validate=False, **options)
-        add(name, program)
-        add(f"{name}, int4", rounded(program, grid))
+        if name == "2:4":
+            program = apply_passes(program, PRUNING, validate=False, **options)
         started = time.perf_counter()
         scaled = apply_passes(program, text, **options)
         sums[name] = summed(scaled) | {"seconds": time.perf_counter() - started}
+        print(json.dumps(sums[name]), file=sys.stderr, flush=True)
+        add(name, program)
+        add(f"{name}, int4", rounded(program, grid))
         add(f"{name}, awq_scale, int4", rounded(scaled, grid))
     return {"rows": found, "layers": sums, "group_size": args.group_size}
 
@@ -159,10 +162,9 @@ def page(report: dict[str, Any]) -> str:
             f"Symmetric int4, groups of {found['group_size']} input channels, scales in bfloat16, round to nearest, weights "
             "only; embeddings and heads stay.",
             "",
-            f"| | {found['measure']} |",
-            "|---|---|",
+            *([f"| | {found['measure']} |", "|---|---|"] if found["rows"] else []),
             *(f"| {row['title']} | {row['value']:.4f} |" for row in found["rows"]),
-            "",
+            *([""] if found["rows"] else []),
             "Summed squared error of layer outputs, each relative to its output, of the layers that were scaled:",
             "",
             "| | layers | before | after | ratio | outputs moved by | seconds |",
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, help="evaluate only so many tokens")
     parser.add_argument("--pruned", action="store_true", help=f"the same after {PRUNING} too")
+    parser.add_argument("--layers-only", action="store_true", help="errors of layers, and nothing of the whole model")
     parser.add_argument("--only", choices=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
