@@ -100,7 +100,7 @@ class AWQScale(Pass):
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
         """Search the factors of all channels that a group of sites reads, one after the other, and put them in their places."""
-        layers = [_Layer.of(program, site, context.by_weight[site.weight]) for site in group.sites]
+        layers = [_SearchedLayer.of(program, site, context.by_weight[site.weight]) for site in group.sites]
         before = [layer.error(self.grid) for layer in layers]
         chosen: dict[str, list[float]] = {site.name: [] for site in group.sites}
         found: list[tuple[ScaleGroup, Tensor]] = []
@@ -126,7 +126,7 @@ class AWQScale(Pass):
             self._absorb(program, scaling, factors_F)
         return facts
 
-    def _search(self, scaling: ScaleGroup, layers: Sequence["_Layer"]) -> tuple[float, Tensor]:
+    def _search(self, scaling: ScaleGroup, layers: Sequence["_SearchedLayer"]) -> tuple[float, Tensor]:
         """The exponent that leaves the least error, and the factors that go into what makes the channels."""
         readers = [layer for layer in layers if layer.reads(scaling)]
         sizes_F = _sizes(scaling, readers)
@@ -158,7 +158,7 @@ class AWQScale(Pass):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Layer:
+class _SearchedLayer:
     """A layer while factors are searched.
 
     Attributes:
@@ -175,15 +175,15 @@ class _Layer:
     statistics: tuple[InputStatistics, ...]
 
     @staticmethod
-    def of(program: Program, site: Site, statistics: tuple[InputStatistics, ...]) -> "_Layer":
+    def of(program: Program, site: Site, statistics: tuple[InputStatistics, ...]) -> "_SearchedLayer":
         device = statistics[0].device
         weight = site.to_matrix(masked_weight(program, site.weight)).to(device, torch.float32)
-        return _Layer(site=site, weight=weight, multiplier=torch.ones_like(weight[..., :1, :]), statistics=statistics)
+        return _SearchedLayer(site=site, weight=weight, multiplier=torch.ones_like(weight[..., :1, :]), statistics=statistics)
 
     def reads(self, scaling: ScaleGroup) -> bool:
         return any(place.reads and place.tensor == self.site.weight for place in scaling.places)
 
-    def behind(self, scaling: ScaleGroup, factors_F: Tensor) -> "_Layer":
+    def behind(self, scaling: ScaleGroup, factors_F: Tensor) -> "_SearchedLayer":
         """The layer when its inputs are multiplied by factors."""
         stored = self.site.from_matrix(self.multiplier.expand_as(self.weight))
         for place in scaling.places:
@@ -211,7 +211,7 @@ def _read_by(sites: Sequence[Site], program: Program) -> list[ScaleGroup]:
     ]
 
 
-def _sizes(scaling: ScaleGroup, layers: Sequence[_Layer]) -> Tensor:
+def _sizes(scaling: ScaleGroup, layers: Sequence[_SearchedLayer]) -> Tensor:
     """The root mean square of each channel: its mean over all places that read it, which count by their tokens."""
     total_F = torch.zeros(scaling.num_factors)
     tokens_F = torch.zeros(scaling.num_factors)
