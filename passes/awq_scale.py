@@ -78,7 +78,8 @@ class AWQScale(Pass):
             return f"a convolution in {site.groups} groups has no statistics for each group"
         scalings = _read_by([site], program)
         if not scalings:
-            reasons = [why for (tensor, _), why in channel_flow(program).unscaled.items() if tensor == site.weight]
+            unscaled = channel_flow(program).unscaled.items()
+            reasons = [why for (tensor, axes), why in unscaled if tensor == site.weight and site.nm_axis in axes]
             return reasons[0] if reasons else "nothing that makes its input can carry factors"
         if self._has_searched(site, program):
             return f"an earlier {self.name} has searched its factors"

@@ -199,6 +199,13 @@ def test_what_cannot_be_scaled_is_told() -> None:
     assert llama["model.layers.0.mlp.down_proj"].startswith("model.layers.0.mlp.up_proj makes or reads the same channels")
 
 
+def test_the_reason_is_that_of_the_input_and_not_of_the_output() -> None:
+    chosen, skipped = AWQScale().choose(captured("whisper"))
+    assert "model.decoder.layers.0.encoder_attn.q_proj" in {site.name for site in chosen}
+    assert skipped["model.encoder.conv1"] == "it reads an input of the model"  # and a GELU reads what it makes
+    assert skipped["model.encoder.conv2"] == "what it reads is not made by weights that could take a change up"
+
+
 def test_a_second_run_is_refused() -> None:
     batch = BY_NAME["llama"].inputs(4, 8)
     program = apply_passes(captured("llama"), "awq_scale", calibration=batch)
