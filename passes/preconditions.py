@@ -39,6 +39,7 @@ def check_pipeline(program: Program, pipeline: Sequence[Pass]) -> None:
     for index, item in enumerate(pipeline):
         mine = [site.weight for site in sites if item.left_out(site) is None]
         _check(item, pipeline[:index], [program.sparse[weight] for weight in mine if weight in program.sparse])
+        _check_blocks(item, pipeline[:index])
         item.check(program, pipeline[:index])
 
 
@@ -58,6 +59,21 @@ def _check(item: Pass, before: Sequence[Pass], states: Sequence[SparseState]) ->
         known = [name for name, kind in passes_table().items() if condition in _provided(kind)]
         told = " or ".join(known) or "a pass that provides it"
         raise PassError(item.name, "pipeline", f"{why.format(makers=told)}; put {told} before it")
+
+
+def _check_blocks(item: Pass, before: Sequence[Pass]) -> None:
+    """A pass over whole blocks compares with the dense model, in one run with whatever prunes it: nothing goes between."""
+    if item.block_work is None:
+        return
+    maker = next((earlier for earlier in before if Condition.MASKED in earlier.provides), None)
+    between = [later for later in before[before.index(maker) :] if later.prepares] if maker is not None else []
+    if maker is not None and between:
+        raise PassError(
+            item.name,
+            "pipeline",
+            f"{between[0].name} stands between {maker.name} and {item.name}, which would then compare with the pruned model; "
+            f"put {between[0].name} before {maker.name}, or into a call of its own afterwards",
+        )
 
 
 def _clash(item: Pass, maker: Pass, condition: Condition) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from sparsepass._plugins import extended
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.support import build, item_to_text, parse_items
+from sparsepass.passes.awq_scale import AWQScale
 from sparsepass.passes.base import Pass
 from sparsepass.passes.fold import Fold
 from sparsepass.passes.fold_norms import FoldNorms
@@ -15,7 +16,7 @@ from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 
 PASSES: dict[str, type[Pass]] = {
-    kind.name: kind for kind in (FoldNorms, PermuteChannels, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
+    kind.name: kind for kind in (FoldNorms, PermuteChannels, AWQScale, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
 }
 """Name -> class. A new pass is one file, one line here, one test file."""
 

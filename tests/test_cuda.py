@@ -27,6 +27,7 @@ _CALIBRATION = torch.randint(3, 96, (16, 32), generator=torch.Generator().manual
 _PASSES = [f"nm_sparsify{{criterion={name}}}" for name in CRITERIA] + [
     "nm_sparsify{criterion=sparsegpt},slorb{k=8}",
     "nm_sparsify{criterion=sparsegpt},reconstruct{steps=4}",
+    "awq_scale,nm_sparsify{criterion=sparsegpt}",
 ]
 
 

@@ -208,6 +208,18 @@ def _reasons(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints]) ->
     return found
 
 
+def taken(tensor: torch.Tensor, place: ChannelPlace) -> torch.Tensor:
+    """What stands at the places of a group in a stored tensor: [channels, times], then the tensor's other axes.
+
+    Args:
+        tensor: As the program holds it, or anything of that shape.
+        place: Where the channels lie in it.
+    """
+    axes = place.axes
+    moved = tensor.movedim(axes, tuple(range(len(axes))))
+    return moved.reshape(-1, *moved.shape[len(axes) :])[torch.from_numpy(place.positions)]
+
+
 def permuted(tensor: torch.Tensor, place: ChannelPlace, order: Ints) -> torch.Tensor:
     """A stored tensor with the channels of a group in another order.
 

@@ -13,14 +13,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from sparsepass.graph.rounding import RoundingGrid, round_to_nearest
 from sparsepass.graph.support import SparsepassError
 
 Values = Literal["bf16", "fp16", "int8", "int4"]
 
 FLOATS: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_ENDS = {"int8": (-127, 127), "int4": (-8, 7)}
 _CHUNK = 1 << 22  # weights that are worked on at once: what is made in between stays far below an 8B model's layer
 
 
@@ -309,24 +308,12 @@ def _cast(kept_OK: Tensor, values: Values) -> Tensor:
 
 def _round(kept_OK: Tensor, values: Values, size: int, scales_OG: Tensor | None) -> tuple[Tensor, Tensor]:
     """Integers ``[O, K]`` (int4: two to a byte) and their scales ``[O, G]``, one for each `size` values."""
-    least, most = _ENDS[values]
-    grouped_OGK = functional.pad(kept_OK, (0, -kept_OK.shape[1] % size)).unflatten(-1, (-1, size))
-    if scales_OG is None:
-        scales_OG = _rounded_up(grouped_OGK.abs().amax(-1) / most)
-    scales_OG = scales_OG.to(torch.bfloat16)
-    if not scales_OG.isfinite().all():
-        raise SparsepassError(f"a scale of {values} is not finite; give finite ones, or leave scales out")
-    steps_OGK = grouped_OGK / scales_OG.float().where(scales_OG != 0, 1.0)[..., None]
-    rounded_OK = steps_OGK.round_().clamp_(least, most).flatten(-2)[:, : kept_OK.shape[1]]
+    rounded = round_to_nearest(kept_OK, RoundingGrid(bits=8 if values == "int8" else 4, group_size=size), scales_OG)
+    numbers_OK = rounded.numbers_OI
     if values == "int8":
-        return rounded_OK.to(torch.int8), scales_OG
-    nibbles_OK = (rounded_OK + 8).to(torch.uint8)
-    return nibbles_OK[:, 0::2] | nibbles_OK[:, 1::2] << 4, scales_OG
-
-
-def _rounded_up(scales: Tensor) -> Tensor:
-    """The least bfloat16 that is not below each of some numbers, which are not negative."""
-    return (scales.view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(torch.bfloat16)
+        return numbers_OK, rounded.scales_OG
+    nibbles_OK = (numbers_OK + 8).to(torch.uint8)
+    return nibbles_OK[:, 0::2] | nibbles_OK[:, 1::2] << 4, rounded.scales_OG
 
 
 _NOT_2_4 = 255

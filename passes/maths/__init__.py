@@ -1,5 +1,6 @@
-"""Tensor maths that know no graph: patterns, statistics, low-rank branches, reconstruction."""
+"""Tensor maths that know no graph: patterns, statistics, scales, low-rank branches, reconstruction."""
 
+from sparsepass.passes.maths.awq import EXPONENTS, awq_factors, rounding_error
 from sparsepass.passes.maths.pattern import (
     NMPattern,
     add_prior,
@@ -13,15 +14,17 @@ from sparsepass.passes.maths.pattern import (
 from sparsepass.passes.maths.permutation import PermutationMethod, best_order, kept_score
 from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
 from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
-from sparsepass.passes.maths.statistics import InputStatistics, dampings, relative_error
+from sparsepass.passes.maths.statistics import InputStatistics, dampings, output_size, relative_error
 
 __all__ = [
+    "EXPONENTS",
     "InputStatistics",
     "NMPattern",
     "PermutationMethod",
     "Trained",
     "add_prior",
     "best_order",
+    "awq_factors",
     "canonical_zeros",
     "dampings",
     "first_logits",
@@ -32,7 +35,9 @@ __all__ = [
     "kept_score",
     "nm_mask",
     "num_violations",
+    "output_size",
     "relative_error",
+    "rounding_error",
     "slorb_least_squares",
     "slorb_mean_init",
     "token_error",

@@ -289,13 +289,13 @@ def relative_error(parts: Iterable[tuple[Tensor, Tensor]], statistics: Sequence[
     error = total = 0.0
     for index, (missing_OI, weight_OI) in enumerate(parts):
         known = statistics[index] if statistics else None
-        error += _output_size(missing_OI, known)
-        total += _output_size(weight_OI, known)
+        error += output_size(missing_OI, known)
+        total += output_size(weight_OI, known)
     return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
-def _output_size(weight_OI: Tensor, known: InputStatistics | None) -> float:
-    """Sum of squares of all outputs."""
+def output_size(weight_OI: Tensor, known: InputStatistics | None) -> float:
+    """Sum of squares of all outputs over the calibration tokens; of the weight itself without any."""
     if known is not None and known.gram_II is not None:
         return float(((weight_OI @ known.gram_II) * weight_OI).sum())
     return float((weight_OI if known is None else weight_OI * known.norms()).square().sum())

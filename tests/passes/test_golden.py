@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 _TEXTS = {
     "fold_norms": ("", "fold_norms"),
     "permute_channels": ("", "permute_channels"),
+    "awq_scale": ("", "awq_scale"),
     "nm_sparsify": ("", "nm_sparsify"),
     "slorb": ("nm_sparsify", "slorb{k=4}"),
     "learn_masks": ("nm_sparsify", "learn_masks"),
@@ -59,7 +60,7 @@ def test_the_graph_before_and_after(name: str) -> None:
     program = capture(net.eval(), batches[0])
     if before:
         program = apply_passes(program, before)
-    calibration = [(batch,) for batch in batches] if name == "reconstruct" else None
+    calibration = [(batch,) for batch in batches] if name in ("reconstruct", "awq_scale") else None
     after = apply_passes(program, text, calibration=calibration)
     found = f"# before\n{printed(program)}\n\n# {text}\n{printed(after)}\n"
     file = GOLDEN / f"{name}.txt"

@@ -34,6 +34,7 @@ from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 _BEFORE = {
     "fold_norms": "",
     "permute_channels": "",
+    "awq_scale": "",
     "nm_sparsify": "",
     "slorb": "nm_sparsify",
     "learn_masks": "nm_sparsify",
@@ -41,7 +42,7 @@ _BEFORE = {
     "reconstruct": "",
 }
 _OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
-_CALIBRATED = ("reconstruct",)
+_CALIBRATED = ("reconstruct", "awq_scale")
 _NOTHING_TO_DO = {"fold_norms": ("bert", "convnet")}
 _NAMES = [family.name for family in FAMILIES]
 
@@ -293,6 +294,9 @@ def _odd() -> nn.Module:
         ("reconstruct", torch.ones(4, 8, dtype=torch.long), "same call as nm_sparsify"),
         ("nm_sparsify,reconstruct", None, "needs calibration data"),
         ("nm_sparsify,fold,reconstruct", torch.ones(4, 8, dtype=torch.long), "put reconstruct before fold"),
+        ("nm_sparsify,fold_norms,reconstruct", torch.ones(4, 8, dtype=torch.long), "put fold_norms before nm_sparsify"),
+        ("nm_sparsify,awq_scale,reconstruct", torch.ones(4, 8, dtype=torch.long), "put awq_scale before nm_sparsify"),
+        ("awq_scale", None, "needs calibration data"),
         ("nm_sparsify,reconstruct,reconstruct", torch.ones(4, 8, dtype=torch.long), "twice"),
         ("nm_sparsify,reconstruct,slorb{k=4}", torch.ones(4, 8, dtype=torch.long), "put slorb before reconstruct"),
         ("nm_sparsify,reconstruct{batch_size=8}", torch.ones(4, 8, dtype=torch.long), "got 1 batch"),

@@ -1,0 +1,95 @@
+"""The grid that weights are rounded to, against the definition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+from sparsepass.graph import SparsepassError
+from sparsepass.graph.packed import pack, unpack
+from sparsepass.graph.rounding import RoundingGrid, round_to_nearest
+
+
+def slow(weight: Tensor, grid: RoundingGrid) -> Tensor:
+    """One group after the other, one weight after the other."""
+    size = grid.group_size or weight.shape[1]
+    result = torch.zeros(weight.shape)
+    for row in range(weight.shape[0]):
+        for first in range(0, weight.shape[1], size):
+            group = [float(value) for value in weight[row, first : first + size]]
+            least, most = grid.ends
+            low, high = min(0.0, *group), max(0.0, *group)
+            width = (high - low) / most if not grid.symmetric else max(high, -low) / most
+            scale = torch.tensor(width, dtype=torch.float32).to(torch.bfloat16)
+            if float(scale) < float(torch.tensor(width, dtype=torch.float32)):
+                scale = torch.nextafter(scale, torch.tensor(math.inf, dtype=torch.bfloat16))
+            step = float(scale) or 1.0
+            zero = 0 if grid.symmetric else max(least, min(most, round(-low / step)))
+            for column, value in enumerate(group):
+                number = max(least, min(most, round(float(torch.tensor(value) / step)) + zero))
+                result[row, first + column] = (number - zero) * float(scale)
+    return result
+
+
+GRIDS = st.builds(
+    RoundingGrid, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([0, 4, 8, 64]), symmetric=st.booleans()
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(GRIDS, st.integers(1, 3), st.integers(1, 21), st.integers(0, 1000), st.sampled_from([0.0, 1.0, -1.0]))
+def test_it_equals_the_definition(grid: RoundingGrid, rows: int, columns: int, seed: int, shift: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) + shift
+    weight[torch.rand(rows, columns, generator=generator) < 0.4] = 0
+    rounded = round_to_nearest(weight, grid)
+    torch.testing.assert_close(rounded.weight_OI, slow(weight, grid), rtol=1e-6, atol=0)
+    assert not bool(rounded.weight_OI[weight == 0].any()), "zeros are kept"
+    assert rounded.numbers_OI.shape == weight.shape
+    least, most = grid.ends
+    assert least <= int(rounded.numbers_OI.min()) <= int(rounded.numbers_OI.max()) <= most
+    assert rounded.numbers_OI.dtype == (torch.int8 if grid.symmetric else torch.uint8)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(GRIDS, st.integers(0, 1000))
+def test_no_weight_moves_by_more_than_a_step(grid: RoundingGrid, seed: int) -> None:
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+    rounded = round_to_nearest(weight, grid)
+    steps = rounded.scales_OG.float().repeat_interleave(grid.group_size or 16, dim=1)[:, :16]
+    assert bool(((rounded.weight_OI - weight).abs() <= steps * (0.5 if grid.symmetric else 1.0) * (1 + 1e-5)).all())
+
+
+def test_axes_before_the_rows_are_rows() -> None:
+    weight = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    whole = round_to_nearest(weight, RoundingGrid(group_size=8)).weight_OI
+    assert all(torch.equal(whole[i], round_to_nearest(weight[i], RoundingGrid(group_size=8)).weight_OI) for i in range(2))
+
+
+@pytest.mark.parametrize("values", ["int4", "int8"])
+def test_the_packed_form_has_the_same_values(values: str) -> None:
+    """Zeros decide nothing, so a 2:4 weight is rounded alike with and without them."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight.view(4, 16, 4)[..., 2:] = 0
+    grid = RoundingGrid(bits=4 if values == "int4" else 8, group_size=32)
+    assert torch.equal(
+        unpack(pack(weight, values=values, group_size=32)),  # type: ignore[arg-type]
+        round_to_nearest(weight, grid).weight_OI,
+    )
+
+
+def test_scales_that_are_given() -> None:
+    rounded = round_to_nearest(torch.tensor([[1.0, 0.4]]), RoundingGrid(group_size=2), torch.tensor([[0.5]]))
+    assert rounded.weight_OI.tolist() == [[1.0, 0.5]]
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    with pytest.raises(SparsepassError, match="not finite"):
+        round_to_nearest(torch.tensor([[math.inf, 1.0]]), RoundingGrid())
+
+
+def test_a_group_of_zeros() -> None:
+    assert not bool(round_to_nearest(torch.zeros(2, 8), RoundingGrid()).weight_OI.any())
+    assert not bool(round_to_nearest(torch.zeros(2, 8), RoundingGrid(symmetric=False)).weight_OI.any())
