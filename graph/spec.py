@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from sparsepass.graph.lengths import holds
-from sparsepass.graph.records import BranchState, SparseState
+from sparsepass.graph.nodes import cut_of, linear_that_reads
+from sparsepass.graph.records import BranchState, FusedPart, SparseState
 from sparsepass.graph.support import ProgramFormatError
 
 
@@ -30,6 +31,7 @@ class ProgramFacts(Protocol):
     graph_module: fx.GraphModule
     aliases: dict[str, str]
     sparse: dict[str, SparseState]
+    fused: dict[str, tuple[FusedPart, ...]]
     example_inputs: dict[str, Tensor]
     dynamic_axes: dict[str, tuple[int, ...]]
     limits: tuple[str, ...]
@@ -62,6 +64,7 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
     3. A mask is bool, has its weight's shape, keeps N of M along its axis at most, and the graph applies it.
     4. A mask that is being learned has its logits and its control, and the graph reads them beside it.
     5. A branch is whole: the graph reads S, shape [out, in/k], and X, shape [in/k, in], if it is trainable.
+    6. A fused weight has the rows of its parts, and the graph multiplies by it once and cuts the result into them.
 
     Args:
         program: Not changed.
@@ -90,6 +93,8 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
         yield from _mask(weight, state, tensors, applied, patterns=patterns)
         if state.branch is not None:
             yield from _branch(weight, state, state.branch, tensors, read)
+    for weight, parts in program.fused.items():
+        yield from _fused(weight, parts, program.sparse.get(weight), tensors, graph)
 
 
 def num_broken_groups(kept: Tensor, n: int, m: int, axis: int) -> int:
@@ -179,3 +184,26 @@ def _branch(
             yield Violation(weight, f"the graph does not read {name} of its branch")
         elif tensors[name].shape != shape:
             yield Violation(weight, f"{name} of its branch has shape {list(shape)}, got {list(tensors[name].shape)}")
+
+
+def _fused(
+    weight: str, parts: tuple[FusedPart, ...], state: SparseState | None, tensors: dict[str, Tensor], graph: fx.Graph
+) -> Iterator[Violation]:
+    rows = tuple(part.rows for part in parts)
+    if weight not in tensors or tensors[weight].dim() != 2 or tensors[weight].shape[0] != sum(rows):
+        yield Violation(weight, f"it is fused of {len(parts)} layers with {sum(rows)} rows, and the program has no such weight")
+        return
+    linear = linear_that_reads(graph, weight)
+    if linear is None or cut_of(linear, rows) is None:
+        yield Violation(weight, "it is fused, and the graph does not multiply by it once and cut the result into its parts")
+        return
+    if state is not None and state.axis not in (-1, 1):
+        yield Violation(weight, f"it is fused along its rows, and {state.pattern} runs along axis {state.axis}")
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    has_bias = isinstance(bias, fx.Node)
+    if any((part.bias is not None) != has_bias for part in parts):
+        yield Violation(weight, f"it is fused, and {'not all of' if has_bias else 'some of'} its parts have a bias")
+    elif isinstance(bias, fx.Node):
+        is_own = bias.op == "get_attr" and [n for n in graph.nodes if n.op == "get_attr" and n.target == bias.target] == [bias]
+        if not is_own or len(bias.users) != 1 or tensors[str(bias.target)].shape != (sum(rows),):
+            yield Violation(weight, f"it is fused, and its bias is not one of {sum(rows)} numbers of its own")

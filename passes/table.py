@@ -8,12 +8,15 @@ from sparsepass.graph.support import build, item_to_text, parse_items
 from sparsepass.passes.base import Pass
 from sparsepass.passes.fold import Fold
 from sparsepass.passes.fold_norms import FoldNorms
+from sparsepass.passes.fuse_siblings import FuseSiblings
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 
-PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in (FoldNorms, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)}
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind for kind in (FoldNorms, FuseSiblings, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
+}
 """Name -> class. A new pass is one file, one line here, one test file."""
 
 

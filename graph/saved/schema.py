@@ -49,6 +49,13 @@ class _SparseFields(_Entry):
     changed_by: str | None = None
 
 
+class _FusedFields(_Entry):
+    weight: TensorName
+    bias: TensorName | None
+    rows: Annotated[int, Field(ge=1)]
+    levels: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+
 class _OutcomeFields(_Entry):
     site: str
     weight: str
@@ -99,6 +106,7 @@ class _DocumentFields(_Entry):
     parameters: dict[TensorName, bool]
     origin: _OriginFields
     sparse: dict[TensorName, _SparseFields]
+    fused: dict[TensorName, Annotated[list[_FusedFields], Field(min_length=2)]] = {}
     history: list[_RecordFields]
     retraining: list[dict[str, JSON]] = []
     training: bool
@@ -145,6 +153,13 @@ def _check_references(document: _DocumentFields, tensors: Collection[str]) -> No
     for alias, name in document.aliases.items():
         if alias in tensors or alias in folders or name not in tensors:
             raise ProgramFormatError(f"aliases: {alias} cannot be another name of {name}")
+    known = {*tensors, *document.aliases}
+    for part in (part for parts in document.fused.values() for part in parts):
+        for name in (part.weight, part.bias):
+            above = set() if name is None else {name[:end] for end, letter in enumerate(name) if letter == "."}
+            if name in known or name in folders or above & known:
+                raise ProgramFormatError(f"fused: a layer gets its {name} again, and there is one of that name")
+            known |= {name} if name is not None else set()
     names = [node.name for node in document.graph.nodes]
     if len(names) > (most := _NODES + _NODES_OF_TENSOR * len(tensors)):
         raise ProgramFormatError(f"graph.nodes: {len(names):,} nodes over {len(tensors):,} tensors, and {most:,} are the most")

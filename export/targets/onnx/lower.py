@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, Kind, OnnxArtifact, StoredWeight
 from sparsepass.export.targets.onnx.capture import (
@@ -37,7 +37,7 @@ from sparsepass.graph.lengths import unusual
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.rewrite import finish, fold_mask
+from sparsepass.graph.rewrite import finish, fold_mask, shared_copy
 from sparsepass.graph.support import SparsepassError, closest, quiet_export
 from sparsepass.passes.maths import canonical_zeros
 
@@ -278,11 +278,7 @@ def _plain(program: Program, wanted: torch.dtype) -> Piece:
 
 def _folded(program: Program) -> Program:
     """A program with folded masks that shares every other tensor with the given one, which stays as it is."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph_module.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    shared = program.sharing(graph_module=fx.GraphModule(program.graph_module, graph))
+    shared = shared_copy(program)
     for weight, state in program.sparse.items():
         if state.mask is not None:
             fold_mask(shared, weight)
