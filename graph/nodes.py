@@ -100,7 +100,7 @@ def linear_behind(reading: list[fx.Node]) -> fx.Node | None:
 
 
 def cut_of(linear: fx.Node, sizes: tuple[int, ...]) -> fx.Node | None:
-    """The split of a linear's result, with its branch added if it has one, into these sizes; None if it is not all that reads it."""
+    """The split into these sizes that alone reads a linear's result, with its branch added if it has one; None if there is none."""
     result = linear
     for _ in range(2):
         if len(result.users) != 1:

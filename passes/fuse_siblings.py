@@ -63,16 +63,17 @@ class FuseSiblings(Pass):
         return found
 
 
-def siblings(program: Program, *, mixed_biases: bool = False) -> tuple[tuple[str, ...], ...]:
+def siblings(program: Program, *, as_modules: bool = False) -> tuple[tuple[str, ...], ...]:
     """Weights of the layers that `fuse_siblings` would fuse, group by group, in the graph's order.
 
     Args:
         program: Not changed.
-        mixed_biases: Whether layers with and without a bias may stand together.
+        as_modules: Whether the layers stay modules of their own that are computed in one call: then some may have a bias and
+            some none, and each a trained projection of its own.
     """
-    facts = _Facts.of(program)
-    able = [s for s in program.sites() if s.left_alone is None and _unable(s, program, facts) is None]
-    kinds = [kind for group in site_groups(able) for kind in _kinds(program, group.sites, facts, mixed_biases).values()]
+    facts = _Facts.of(program, as_modules=as_modules)
+    able = [site for site in program.sites() if site.left_alone is None and _unable(site, program, facts) is None]
+    kinds = [kind for group in site_groups(able) for kind in _kinds(program, group.sites, facts).values()]
     return tuple(tuple(site.weight for site in kind) for kind in kinds if len(kind) > 1)
 
 
@@ -84,21 +85,23 @@ class _Facts:
         reading: Name of a tensor -> the nodes that read it from the program.
         order: Node -> its number.
         written: Nodes whose values are changed in place, and the number of the node that does it.
+        as_modules: See `siblings`.
     """
 
     reading: Mapping[str, list[fx.Node]]
     order: Mapping[fx.Node, int]
     written: tuple[tuple[fx.Node, int], ...]
+    as_modules: bool
 
     @classmethod
-    def of(cls, program: Program) -> "_Facts":
+    def of(cls, program: Program, *, as_modules: bool = False) -> "_Facts":
         reading: dict[str, list[fx.Node]] = {}
         order = {node: number for number, node in enumerate(program.graph_module.graph.nodes)}
         for node in order:
             if node.op == "get_attr":
                 reading.setdefault(str(node.target), []).append(node)
         written = tuple((value, number) for node, number in order.items() for value in writes_into(node))
-        return cls(reading=reading, order=order, written=written)
+        return cls(reading=reading, order=order, written=written, as_modules=as_modules)
 
     def writes(self, node: fx.Node) -> list[int]:
         """Numbers of the nodes that change the memory of a node's value."""
@@ -154,7 +157,8 @@ def _unable(site: Site, program: Program, facts: _Facts) -> str | None:
     if linear.kwargs or (len(linear.args) > 2 and not _is_own_bias(linear.args[2], site, program, facts)):
         return "its bias is computed, or not its own"
     state = program.sparse.get(site.weight)
-    if state is not None and state.branch is not None and state.branch.projection is not None:
+    branch = None if state is None else state.branch
+    if branch is not None and branch.projection is not None and not facts.as_modules:
         return "the projection of its SLoRB branch is trained, and is for this layer alone"
     if facts.writes(_result(linear, program, site)):
         return "its result is changed in place"
@@ -179,15 +183,15 @@ Kind = tuple[str, ...]
 """What layers have to have in common, in words that complete "this one ..."."""
 
 
-def _kinds(program: Program, sites: Sequence[Site], facts: _Facts, mixed_biases: bool = False) -> dict[Kind, list[Site]]:
+def _kinds(program: Program, sites: Sequence[Site], facts: _Facts) -> dict[Kind, list[Site]]:
     """Layers that read one input, by what they have to have in common."""
     found: dict[Kind, list[Site]] = {}
     for site in sites:
-        found.setdefault(_kind(program, site, facts, mixed_biases), []).append(site)
+        found.setdefault(_kind(program, site, facts), []).append(site)
     return found
 
 
-def _kind(program: Program, site: Site, facts: _Facts, mixed_biases: bool) -> Kind:
+def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
     linear = linear_behind(facts.reading[site.weight])
     assert linear is not None
     x = linear.args[0]
@@ -204,7 +208,7 @@ def _kind(program: Program, site: Site, facts: _Facts, mixed_biases: bool) -> Ki
         f"stands in {block}" if block else "stands in no block",
         f"is {str(weight.dtype).removeprefix('torch.')}",
         f"is {'a parameter' if isinstance(weight, nn.Parameter) else 'no parameter'}",
-        f"has {'no' if site.bias is None and not mixed_biases else 'a'} bias",
+        f"has {'no' if site.bias is None and not facts.as_modules else 'a'} bias",
         f"is {pattern}",
         f"has {'no SLoRB branch' if branch is None else f'a SLoRB branch with k={branch.k}'}",
         f"reads it after {num_writes} changes in place",

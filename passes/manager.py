@@ -331,7 +331,8 @@ class _Run:
         self, item: Pass, facts: Mapping[str, Facts], skipped: Mapping[str, str], seconds: float, measured: Any
     ) -> None:
         outcomes = []
-        for whole, site in ((whole, site) for whole in self.program.sites() for site in layers_of(self.program, whole)):
+        layers = [(layer, site) for site in self.program.sites() for layer in layers_of(self.program, site)]
+        for site, whole in layers:
             measured_at = next((name for name in (site.name, whole.name) if name in facts), None)
             done = measured_at is not None
             reason = "" if done else skipped.get(whole.name) or item.reason(whole, self.program) or "not reached"
