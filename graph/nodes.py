@@ -100,7 +100,7 @@ def linear_behind(reading: list[fx.Node]) -> fx.Node | None:
 
 
 def cut_of(linear: fx.Node, sizes: tuple[int, ...]) -> fx.Node | None:
-    """The split into these sizes that alone reads a linear's result, with its branch added if it has one; None if there is none."""
+    """The split into these sizes that alone reads a linear's result, with its branch added if it has one; None without one."""
     result = linear
     for _ in range(2):
         if len(result.users) != 1:

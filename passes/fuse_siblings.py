@@ -56,10 +56,8 @@ class FuseSiblings(Pass):
         del context
         found: dict[str, Facts] = {}
         for alike in _kinds(program, group.sites, _Facts.of(program)).values():
-            fused = fuse(program, alike)
-            for site in alike:
-                others = ", ".join(other.name for other in alike if other is not site)
-                found[site.name] = {"fused_with": others, "fused_as": fused.name}
+            name = fuse(program, alike).name
+            found |= {site.name: {"fused_as": name} for site in alike}
         return found
 
 
