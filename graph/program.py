@@ -240,7 +240,10 @@ class Program(nn.Module):
     def delete_tensor(self, name: str) -> None:
         """Remove a parameter or buffer that no node reads any more."""
         path, _, attribute = name.rpartition(".")
-        delattr(self.graph_module.get_submodule(path), attribute)
+        delattr(module := self.graph_module.get_submodule(path), attribute)
+        while path and not (module._parameters or module._buffers or module._modules):
+            path, _, attribute = path.rpartition(".")
+            delattr(module := self.graph_module.get_submodule(path), attribute)
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag `training`. The graph stays as captured: see the class."""

@@ -6,12 +6,13 @@ import torch
 from tests.retrain.runs import LEARN_MASKS, learn, masks, run, validation_loss
 
 from sparsepass.graph import Program, split_siblings
+from sparsepass.passes import apply_passes
 
 RECIPE = "nm_sparsify,slorb{k=8},fuse_siblings"
 
 
 def test_a_run_is_that_of_the_layers_apart(tmp_path: Path) -> None:
-    fused, plain = run(recipe=RECIPE, folder=tmp_path / "run", double=True), run(double=True)
+    fused, plain = run(recipe=RECIPE, folder=tmp_path / "fused", double=True), run(folder=tmp_path / "plain", double=True)
     assert len(fused.fused) == 4
     assert fused.sparse[next(iter(fused.fused))].changed_by == "retrain"
     apart = split_siblings(fused)
@@ -19,6 +20,10 @@ def test_a_run_is_that_of_the_layers_apart(tmp_path: Path) -> None:
     assert all(torch.equal(mask, masks(plain)[name]) for name, mask in masks(apart).items())
     for name, tensor in plain.tensors().items():
         assert torch.allclose(apart.tensor(name), tensor, rtol=1e-6, atol=1e-9), name
+    later = apply_passes(plain, "fuse_siblings")  # of a trained program
+    assert later.sparse.keys() == fused.sparse.keys()
+    assert all(state.changed_by == "retrain" for state in split_siblings(later).sparse.values())
+    assert torch.allclose(later.tensor(next(iter(fused.fused))), fused.tensor(next(iter(fused.fused))), rtol=1e-6, atol=1e-9)
     fused.save(tmp_path / "program")
     assert validation_loss(Program.load(tmp_path / "program")) == validation_loss(fused)
     model = fused.to_model()
