@@ -202,8 +202,12 @@ def _take(program: Program, weight: str) -> _Beside | None:
     if state is None:
         return None
     branch, learned = state.branch, state.learned
-    names = (state.mask, learned and learned.logits, branch and branch.weight, branch and branch.projection)
-    mask, logits, weight_OR, projection = (None if name is None else program.tensor(name).detach() for name in names)
+
+    def read(name: str | None) -> Tensor | None:
+        return None if name is None else program.tensor(name).detach()
+
+    mask, logits = read(state.mask), read(None if learned is None else learned.logits)
+    weight_OR, projection = (None, None) if branch is None else (read(branch.weight), read(branch.projection))
     if branch is not None:
         detach_branch(program, weight)
     if learned is not None:

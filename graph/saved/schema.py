@@ -155,11 +155,11 @@ def _check_references(document: _DocumentFields, tensors: Collection[str]) -> No
             raise ProgramFormatError(f"aliases: {alias} cannot be another name of {name}")
     known = {*tensors, *document.aliases}
     for part in (part for parts in document.fused.values() for part in parts):
-        for name in (part.weight, part.bias):
-            above = set() if name is None else {name[:end] for end, letter in enumerate(name) if letter == "."}
-            if name in known or name in folders or above & known:
-                raise ProgramFormatError(f"fused: a layer gets its {name} again, and there is one of that name")
-            known |= {name} if name is not None else set()
+        for own in filter(None, (part.weight, part.bias)):
+            above = {own[:end] for end, letter in enumerate(own) if letter == "."}
+            if own in known or own in folders or above & known:
+                raise ProgramFormatError(f"fused: a layer gets its {own} again, and there is one of that name")
+            known.add(own)
     names = [node.name for node in document.graph.nodes]
     if len(names) > (most := _NODES + _NODES_OF_TENSOR * len(tensors)):
         raise ProgramFormatError(f"graph.nodes: {len(names):,} nodes over {len(tensors):,} tensors, and {most:,} are the most")

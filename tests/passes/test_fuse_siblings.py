@@ -11,7 +11,7 @@ import torch
 from tests.families import BY_NAME, captured, tensors_of
 from torch import Tensor, nn
 
-from sparsepass.graph import PassError, Program, ProgramFormatError, capture
+from sparsepass.graph import PassError, Program, ProgramFormatError, capture, compare
 from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import masked_weight
 from sparsepass.passes import apply_passes
@@ -250,7 +250,9 @@ class Reshaping(nn.Module):
         self.a, self.b = nn.Linear(16, 8, bias=False), nn.Linear(16, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.a(x).view(x.shape[0], -1).sum(-1) + self.b(x).transpose(0, 1).transpose(0, 1).view(-1, 2).sum()
+        rows: Tensor = self.a(x).view(x.shape[0], -1).sum(-1)
+        more: Tensor = self.b(x).transpose(0, 1).transpose(0, 1).view(-1, 2).sum()
+        return rows + more
 
 
 def test_views_of_a_part_that_would_not_do_become_copies() -> None:
@@ -286,8 +288,7 @@ def test_layers_of_several_modules_are_fused_and_the_module_tree_is_whole() -> N
         tree = program.hierarchy()
         assert torch.equal(tree(x), program(x))
         assert torch.allclose(before(x), program(x), rtol=1e-5, atol=1e-6)
-    children = {name for name, _ in tree.tree.named_children()}
-    assert children == {"norm", "attention", "mlp"}
+    assert {name.split(".")[1] for name, _ in tree.named_modules() if "." in name} == {"norm", "attention", "mlp"}
 
 
 def test_later_passes_work_on_the_fused_layers_and_speak_of_the_layers() -> None:
@@ -329,6 +330,15 @@ def test_norms_are_folded_into_fused_layers() -> None:
     after = apply_passes(program, "fuse_siblings,fold_norms")
     assert error(program, after, "llama") < 1e-5
     assert bool((after.tensor("model.layers.0.input_layernorm.weight") == 1).all())
+
+
+def test_a_comparison_finds_the_layers_by_their_names() -> None:
+    model = BY_NAME["llama"].model()
+    program = apply_passes(model, "fuse_siblings,nm_sparsify{targets=mlp.gate_proj_up_proj}")
+    found = compare(model, program, BY_NAME["llama"].inputs(2, 8))
+    layers = {layer.name for layer in found.layers}
+    assert {f"{ATTENTION}.k_proj", f"{MLP}.up_proj"} <= layers
+    assert found.first_divergence == f"{MLP}.gate_proj"
 
 
 def test_groups_are_told_without_fusing() -> None:
