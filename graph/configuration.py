@@ -55,11 +55,20 @@ def configuration_of(origin: Origin) -> Any:
     facts = _plain(origin.config)
     attentions = facts.pop("output_attentions", False)
     with told_as_configuration(origin):
-        config = kind.config_class.from_dict(facts)
+        config = _config_class(kind, facts.get("model_type")).from_dict(facts)
         if attentions:
             config._attn_implementation = "eager"  # the only implementation that a configuration allows with it
             config.output_attentions = True
     return config
+
+
+def _config_class(kind: Any, model_type: Any) -> Any:
+    """That of the configuration's own type: models of several types share a class, and each type has its names of weights."""
+    from transformers import CONFIG_MAPPING
+
+    if kind.config_class.model_type == model_type or model_type not in CONFIG_MAPPING:
+        return kind.config_class
+    return CONFIG_MAPPING[model_type]
 
 
 def generation_config_of(origin: Origin) -> Any:

@@ -1,9 +1,11 @@
 """A plan for people: tables for the terminal."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
@@ -99,20 +101,23 @@ def layers_table(plan: Plan, rows: Sequence[LayerRow]) -> Table:
     load = plan.points[0].load
     at = f"batch {load.batch}" + (f", {load.seq} tokens" if plan.shape.takes_tokens else "")
     items = [row.first for row in rows]
+    around = _around([name for row in rows for name in row.names])
+    named = [
+        f"{row.count} of {_dimensions(row.first.matmul)}\n{_shortened([name.removeprefix(around) for name in row.names])}"
+        for row in rows
+    ]
     columns: _Columns = [
-        ("", [str(row.count) for row in rows]),
-        (Column("layers", overflow="fold"), [_shortened(row.names) for row in rows]),
-        ("out x in", [_dimensions(item.matmul) for item in items]),
+        (Column(f"layers of {around.removesuffix('.')}" if around else "layers", overflow="fold"), named),
         (Column("plan"), [Text("2:4", "green") if item.decision == "2:4" else "dense" for item in items]),
         ("run us" if plan.shape.kind == "encoder" else "prefill us", [_pair(item.prefill_s) for item in items]),
     ]
     intensities = [_number(item.prefill_intensity) for item in items]
     if plan.points[0].decode is not None:
         columns.append(("decode us", [_pair(item.decode_s) if item.decode_s is not None else "" for item in items]))
-        later = ["" if item.decode_intensity is None else f", {_number(item.decode_intensity)}" for item in items]
+        later = ["" if item.decode_intensity is None else f"\n{_number(item.decode_intensity)}" for item in items]
         intensities = [f"{first}{second}" for first, second in zip(intensities, later, strict=True)]
     columns.append(("op/byte", intensities))
-    pays = [ranges(item.pays_at) if item.prefill_s[1] is not None else "" for item in items]
+    pays = [ranges(item.pays_at).replace(" and ", "\n") if item.prefill_s[1] is not None else "" for item in items]
     columns.append((Column("2:4 pays at", overflow="fold"), pays))
     return _table(f"Layers (times at {at}; op/byte: arithmetic intensity)", columns)
 
@@ -221,9 +226,20 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
+def _around(names: Sequence[str]) -> str:
+    """What most names begin with, the dot included: the stack of layers. Empty if fewer than half have it.
+
+    >>> _around(("model.layers.*.mlp.up_proj", "model.layers.*.self_attn.q_proj", "lm_head"))
+    'model.layers.*.'
+    """
+    stacks = Counter(name[: name.index("*.") + 2] for name in names if "*." in name)
+    found, count = stacks.most_common(1)[0] if stacks else ("", 0)
+    return found if 2 * count >= len(names) else ""
+
+
 def _table(title: str, columns: _Columns) -> Table:
     headings = [Column(heading, justify="right") if isinstance(heading, str) else heading for heading, _ in columns]
-    table = Table(*headings, title=title, title_justify="left", show_edge=False)
+    table = Table(*headings, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for row in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*row)
     return table
@@ -242,7 +258,7 @@ def _pair(seconds: tuple[float, float | None]) -> str:
     dense, sparse = seconds
     if sparse is None:
         return _number(dense * 1e6)
-    return f"{_number(dense * 1e6)} > {_number(sparse * 1e6)}, {_times(dense / sparse)}"
+    return f"{_number(dense * 1e6)} > {_number(sparse * 1e6)}\n{_times(dense / sparse)}"
 
 
 def _times(factor: float) -> str:

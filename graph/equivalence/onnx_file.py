@@ -27,7 +27,7 @@ from sparsepass.graph.equivalence.widened import widened_copy
 from sparsepass.graph.external_data import check_external_data
 from sparsepass.graph.lengths import refused
 from sparsepass.graph.onnx_reading import read_proto
-from sparsepass.graph.support import EquivalenceError
+from sparsepass.graph.support import EquivalenceError, first_line
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}
 _SHAPES = {"Shape", "Size", "NonZero"}
@@ -136,7 +136,7 @@ class OnnxFile(Artifact):
             values = session.run_with_ort_values(names, {name: _to_ort(t) for name, t in feeds.items()})
         except Exception as error:  # onnxruntime's own errors derive from Exception alone
             raise EquivalenceError(
-                f"onnxruntime cannot run {self._path}: {error}. Inputs: "
+                f"onnxruntime cannot run {self._path}: {first_line(error)[:300]}. Inputs: "
                 + ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in feeds.items())
             ) from error
         return [_from_ort(value) for value in values]

@@ -236,7 +236,7 @@ def names_fit(target: torch._ops.OpOverload, num_args: int, keywords: Iterable[s
     """What is wrong with the number of arguments and the keywords, as torch.export writes them; None if nothing is.
 
     Example:
-        >>> names_fit(torch.ops.aten.add.Tensor, 2, ["alpha"]), names_fit(torch.ops.aten.add.Tensor, 1, ["other"])
+        >>> names_fit(torch.ops.aten.add.Tensor, 2, ["alpha"]), names_fit(torch.ops.aten.add.Tensor, 2, ["other"])
         (None, "it has no keyword 'other'")
     """
     arguments = target._schema.arguments

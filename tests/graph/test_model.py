@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tests.architectures.tiny import tiny_model
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import nn
 
@@ -139,3 +141,15 @@ def test_dtype_and_settings_come_along() -> None:
 def test_a_plain_module_says_what_to_do_instead() -> None:
     with pytest.raises(CaptureError, match=r"plain nn.Module.*program.hierarchy\(\)"):
         captured("convnet").to_model()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "SarvamMoEConfig"), reason="transformers is older than the model")
+def test_a_class_that_several_types_share_keeps_the_type_of_its_configuration(tmp_path: Path) -> None:
+    """The names of stored weights go by the type: SarvamMoE's are not those of Glm4Moe, whose class it has."""
+    model: Any = tiny_model("sarvam_moe")
+    program = apply_passes(model, ["nm_sparsify{criterion=magnitude}"], validate=False)
+    program.save(tmp_path / "program")
+    again: Any = Program.load(tmp_path / "program").to_model()
+    assert type(again) is type(model)
+    assert again.config.model_type == "sarvam_moe"
+    assert again.config.to_dict() == model.config.to_dict()

@@ -301,10 +301,10 @@ def test_ctrl_c_leaves_the_old_output_and_exits_with_130(place: Path, tmp_path: 
     (out / "old").write_text("old")
     write_checksums(out)
     code = (
-        "import signal, time\n"
+        "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are born without it
         "import sparsepass.passes.manager as manager\n"
-        "def slow(*_): print('running', flush=True); time.sleep(60)\n"
+        "def slow(*_): print('running', file=sys.__stdout__, flush=True); time.sleep(60)\n"  # sys.stdout is kept for results
         "manager._rewrite = slow\n"
         "from sparsepass.export.cli.app import main\n"
         "main()\n"

@@ -49,8 +49,17 @@ def test_the_page_says_it_at_a_glance(program: Program) -> None:
     assert "on H100 80GB SXM, runtime ideal, bf16 weights, SLoRB k=16 (fixed)" in text
     assert "SLoRB: with the branches prefill gains" in text
     assert "--passes 'nm_sparsify" in text
-    assert text.count("model.layers.*") >= 3
+    assert "layers of model.layers.*" in text
+    assert "self_attn.q_proj, .o_proj" in text
     assert "1 dense: output head" in text
+
+
+def test_no_number_and_no_name_is_broken_in_80_columns(program: Program) -> None:
+    text = printed(program, 80, gpu="h100", batches=(1, 16), seqs=(512,))
+    layers = text[text.index("Layers (times") :].splitlines()
+    assert max(map(len, layers[:14])) <= 80
+    assert [line for line in layers if line.startswith("self_attn.q_proj")]
+    assert all(line.split()[-1] in ("always", "never", "tokens") for line in layers if " > " in line)
 
 
 def test_layers_of_one_shape_are_one_row(program: Program) -> None:
