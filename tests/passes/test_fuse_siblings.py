@@ -334,7 +334,7 @@ def test_norms_are_folded_into_fused_layers() -> None:
 
 def test_a_comparison_finds_the_layers_by_their_names() -> None:
     model = BY_NAME["llama"].model()
-    program = apply_passes(model, "fuse_siblings,nm_sparsify{targets=mlp.gate_proj_up_proj}")
+    program = apply_passes(model, 'fuse_siblings,nm_sparsify{targets=["gate_proj","up_proj"]}')
     found = compare(model, program, BY_NAME["llama"].inputs(2, 8))
     layers = {layer.name for layer in found.layers}
     assert {f"{ATTENTION}.k_proj", f"{MLP}.up_proj"} <= layers

@@ -257,7 +257,7 @@ def converted(program: Program, wanted: torch.dtype) -> nn.Module:
 def _fused(program: Program, wanted: torch.dtype) -> nn.Module:
     """`converted`, with the layers fused that are in the program."""
     model = converted(program, wanted)
-    fuse_layers(model, program.fused)
+    fuse_layers(model, only_whole_modules(program).fused)
     return model
 
 

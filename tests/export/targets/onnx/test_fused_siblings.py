@@ -16,7 +16,14 @@ PASSES = "nm_sparsify,slorb{k=8}"
 
 @pytest.mark.parametrize(
     ("name", "dtype", "num_splits"),
-    [("llama", None, 4), ("llama", torch.float16, 4), ("opt", None, 2), ("vit", None, 2), ("whisper", None, 4)],
+    [
+        ("llama", None, 4),
+        ("llama", torch.float16, 4),
+        ("opt", None, 2),
+        ("vit", None, 2),
+        ("vit", torch.float16, 2),
+        ("whisper", None, 4),
+    ],
 )
 def test_one_product_and_one_split_for_each_group(
     name: str, dtype: torch.dtype | None, num_splits: int, tmp_path: Path
