@@ -376,6 +376,21 @@ def test_an_edited_file_is_refused(change: Callable[[list[dict[str, Any]]], obje
         Program.load(tmp_path / "program")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda document: document["aliases"].update({"other.weight": f"{QKV}.weight"}), "tied to another"),
+        (lambda document: document["sparse"].pop(f"{QKV}.weight"), "does not apply its mask and its branch, and nothing else"),
+        (lambda document: document["sparse"][f"{QKV}.weight"].update(branch=None), "does not apply its mask and its branch"),
+    ],
+)
+def test_an_edited_file_with_masks_is_refused(change: Callable[[dict[str, Any]], object], told: str, tmp_path: Path) -> None:
+    apply_passes(captured("llama"), "nm_sparsify,slorb{k=4},fuse_siblings", validate=False).save(tmp_path / "program")
+    _edited(tmp_path / "program", change)
+    with pytest.raises(ProgramFormatError, match=told):
+        Program.load(tmp_path / "program")
+
+
 def test_a_program_without_fused_layers_is_written_as_before(tmp_path: Path) -> None:
     captured("llama").save(tmp_path / "program")
     assert "fused" not in json.loads((tmp_path / "program" / "program.json").read_text())
