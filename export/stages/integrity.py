@@ -1,6 +1,5 @@
 """What belongs to a model beside its numbers: that a folder's files tell one story, and that two folders tell the same."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from sparsepass.export.report import ReportDocument, find_report
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.saved import PROGRAM_FILE
+from sparsepass.graph.support import INFINITIES, read_json, read_object
 
 _IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -51,7 +51,7 @@ def folder_contradictions(folder: Path) -> tuple[str, ...]:
     """
     if not (folder / PROGRAM_FILE).is_file():
         return ()
-    document = json.loads((folder / PROGRAM_FILE).read_text(encoding="utf-8"))
+    document = read_object(folder / PROGRAM_FILE, advice="copy the folder again")
     nodes = {node["name"]: node for node in document["graph"]["nodes"]}
     masked = [nodes[node["args"][0]["node"]]["target"] for node in nodes.values() if str(node["target"]).startswith(_MASKED)]
     found = [
@@ -76,8 +76,9 @@ def _of_report(report: ReportDocument, program: Mapping[str, Any]) -> Iterator[s
             f"{len(program['sparse'])}"
         )
     trained = 0 if report.retraining is None else len(report.retraining.runs)
-    if trained != len(program["retraining"]):
-        yield f"report.json tells of {trained} trainings, and {PROGRAM_FILE} of {len(program['retraining'])}"
+    known = len(program.get("retraining", ()))
+    if trained != known:
+        yield f"report.json tells of {trained} trainings, and {PROGRAM_FILE} of {known}"
 
 
 def companion_differences(a: Side, b: Side) -> tuple[str, ...]:
@@ -164,10 +165,7 @@ def _json(side: Side, name: str) -> Mapping[str, Any]:
     """A JSON file of a side; empty if it has none."""
     if side.folder is None or not (side.folder / name).is_file():
         return {}
-    try:
-        found = json.loads((side.folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SparsepassError(f"{side.folder / name} cannot be read as JSON ({error}); copy the folder again") from error
+    found = read_json(side.folder / name, allowed=INFINITIES, advice="copy the folder again")
     return found if isinstance(found, Mapping) else {}
 
 

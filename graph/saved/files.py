@@ -10,11 +10,9 @@ import safetensors.torch
 from torch import Tensor
 
 from sparsepass.graph.saved.schema import FORMAT_VERSION, check_document
-from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside, load_tensors
+from sparsepass.graph.support import ProgramFormatError, SparsepassError, changed_files, check_inside, load_tensors, read_json
 
 PROGRAM_FILE, TENSORS_FILE = "program.json", "program.safetensors"
-_DEEPEST = 64
-"""Lists and objects within each other: far more than any program has."""
 
 
 def write_state(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -47,7 +45,7 @@ def read_state(place: Path) -> tuple[Any, dict[str, Tensor]]:
     file = place / PROGRAM_FILE
     if not file.is_file():
         raise ProgramFormatError(f"{place} holds no {PROGRAM_FILE}, so it is not a saved program; check the path")
-    document = _parsed(file)
+    document = read_json(file, error=ProgramFormatError, advice="save the program again")
     version = document.get("format_version") if isinstance(document, dict) else None
     if type(version) is not int or not 0 < version <= FORMAT_VERSION:
         raise ProgramFormatError(
@@ -69,39 +67,3 @@ def check_as_written(place: Path) -> None:
             f"{place}: {'; '.join(map(str, changes))}; get the folder anew or, if you know why it changed, run "
             f"`sparsepass verify --renew {place}`"
         )
-
-
-def _parsed(file: Path) -> Any:
-    """JSON as the standard has it: UTF-8, each key once, finite numbers, not nested without end."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object, parse_constant=_constant)
-        _check_depth(document)
-    except (ValueError, RecursionError) as error:
-        raise ProgramFormatError(f"{file} is damaged ({_reason(error)}); save the program again") from error
-    return document
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice in an object")
-    return found
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _check_depth(document: Any) -> None:
-    level = [document]
-    for _ in range(_DEEPEST):
-        nested = [value for value in level if isinstance(value, dict | list)]
-        level = [inner for value in nested for inner in (value.values() if isinstance(value, dict) else value)]
-        if not level:
-            return
-    raise ValueError("nested too deeply")

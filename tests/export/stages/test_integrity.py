@@ -287,6 +287,14 @@ def test_loading_refuses_an_edited_program_and_warns_of_the_rest(written: Path, 
         load_model(place)
 
 
+def test_fields_that_a_program_may_leave_out_are_none(written: Path, tmp_path: Path) -> None:
+    place = tmp_path / "program"
+    shutil.copytree(written / "program", place)
+    of_json("program.json", lambda document: (document.pop("retraining"), document.pop("limits")))(place)
+    code, said = run("verify", place, "--renew")
+    assert code == 0, said
+
+
 def test_the_pages_of_a_report_may_be_rendered_anew(written: Path, tmp_path: Path) -> None:
     place = damaged(written, tmp_path, "program", lambda p: None)
     assert run("report", place)[0] == 0
