@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sparsepass.graph.support import SparsepassError, opened, shown
+from sparsepass.graph.support import SparsepassError, is_file_name, opened, shown
 
 if TYPE_CHECKING:
     import onnx
@@ -209,7 +209,7 @@ def _faults_of_external(tensor: "onnx.TensorProto", expected: int, what: str, fo
         return
     offset, length = map(int, numbers)
     file = folder / told["location"]
-    size = file.stat().st_size if "\0" not in told["location"] and file.is_file() else None
+    size = file.stat().st_size if is_file_name(told["location"]) and file.is_file() else None
     if size is not None and (length != expected or offset + length > size):
         yield (
             f"external data of weight {tensor.name!r} is cut off: {shown(file)} holds {size} bytes, and the weight needs "

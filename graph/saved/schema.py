@@ -65,11 +65,22 @@ class _OutcomeFields(_Entry):
     facts: dict[str, JSON]
 
 
+class _NotFiniteFields(_Entry):
+    float: Literal["nan", "inf", "-inf"]
+
+
+class _ValidationFields(_Entry):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    relative_error: float | _NotFiniteFields
+    kl: float | _NotFiniteFields | None = None
+
+
 class _RecordFields(_Entry):
     text: str
     promise: Literal["exact", "approximate"]
     outcomes: list[_OutcomeFields]
-    validation: dict[str, JSON] | None
+    validation: _ValidationFields | None
     calibration: dict[str, JSON] | None
     seconds: float
 

@@ -31,7 +31,7 @@ from sparsepass.graph.support.files import (
     weights_files,
     write_text,
 )
-from sparsepass.graph.support.inside import check_inside, file_inside
+from sparsepass.graph.support.inside import check_inside, file_inside, is_file_name
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
@@ -92,6 +92,7 @@ __all__ = [
     "free_bytes",
     "give_back_freed_memory",
     "how_to_install",
+    "is_file_name",
     "is_open",
     "item_progress",
     "item_to_text",

@@ -3,6 +3,8 @@
 1. A folder's checksums lie in it, in `CHECKSUMS_FILE`: a table of every file below it, with size and SHA-256.
 2. A folder below with checksums of its own is one entry, whose name ends in a slash; its files are left to those.
 3. They protect from accidents and from edits that nobody told of. Who edits a file can write its checksum anew.
+4. While files that change later (a report) are written, the table names them, so that a run that is killed in the middle leaves
+   no folder that looks edited.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Literal, final
 
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.graph.support.temporaries import temporary_file, umask, waiting_for
+from sparsepass.graph.support.temporaries import sweep, temporary_file, umask, waiting_for
 
 CHECKSUMS_FILE: Final = "sparsepass.sha256.json"
 _FORMAT: Final = 1
@@ -90,6 +92,12 @@ def read_checksums(folder: Path) -> dict[str, Entry] | None:
     Raises:
         SparsepassError: If they cannot be read.
     """
+    found = _read(folder)
+    return None if found is None else found[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Entry], frozenset[str]] | None:
+    """The checksums, and the files and folders that were being written when a run was killed."""
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         return None
@@ -97,7 +105,8 @@ def read_checksums(folder: Path) -> dict[str, Entry] | None:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] > _FORMAT:
             raise SparsepassError(f"{path} is of format {document['format']}, newer than this sparsepass reads; upgrade it")
-        return {_inside(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()}
+        files = {_inside(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()}
+        return files, frozenset(_inside(name) for name in document.get("being_written", ()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, SparsepassError):
             raise
@@ -115,9 +124,11 @@ def changed_files(folder: Path, names: Collection[str] | None = None, *, but: Co
     Raises:
         SparsepassError: If the checksums cannot be read.
     """
-    known = read_checksums(folder)
-    if known is None:
+    table = _read(folder)
+    if table is None:
         return ()
+    known, being_written = table
+    but = {*but, *_below(folder, being_written), *(name for name in known if PurePosixPath(name).parts[0] in being_written)}
     there = [name for name in _files(folder) if name not in but]
     asked = there if names is None else [name for name in there if name in names]
     found = _entries(folder, asked, known)
@@ -148,11 +159,15 @@ def checksums_follow(folder: Path, parts: Collection[str]) -> Iterator[None]:
     """
     with waiting_for(folder):
         known = read_checksums(folder)
-        amiss = set() if known is None else {change.file for change in changed_files(folder, _below(folder, parts))}
-        yield
-        if known is not None:
-            written = [name for name in _below(folder, parts) if name not in amiss]
-            _write(folder, known | _entries(folder, written))
+        if known is None:
+            yield
+            return
+        amiss = {change.file for change in changed_files(folder, _below(folder, parts))}
+        _write(folder, known, being_written=parts)
+        try:
+            yield
+        finally:
+            _write(folder, known | _entries(folder, [name for name in _below(folder, parts) if name not in amiss]))
 
 
 def _below(folder: Path, parts: Collection[str]) -> list[str]:
@@ -195,11 +210,15 @@ def _entries(folder: Path, names: Collection[str], expected: Mapping[str, Entry]
         return dict(zip(names, pool.map(entry, names), strict=True))
 
 
-def _write(folder: Path, entries: Mapping[str, Entry]) -> None:
+def _write(folder: Path, entries: Mapping[str, Entry], *, being_written: Collection[str] = ()) -> None:
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(entries.items())}
+    document: dict[str, object] = {"format": _FORMAT, "files": files}
+    if being_written:
+        document["being_written"] = sorted(being_written)
     path = folder / CHECKSUMS_FILE
+    sweep(path)
     with temporary_file(path) as beside:
-        beside.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         beside.chmod(0o666 & ~umask())
         os.replace(beside, path)
 

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from sparsepass._terminal import one_line
 from sparsepass.graph.support.checksums import write_checksums
 from sparsepass.graph.support.errors import SparsepassError
-from sparsepass.graph.support.inside import file_inside
+from sparsepass.graph.support.inside import file_inside, is_file_name
 from sparsepass.graph.support.places import LOST_AND_FOUND, Inputs, check_free, stays
 from sparsepass.graph.support.reading import INFINITIES, read_object, weight_map
 from sparsepass.graph.support.temporaries import OLD, sweep, temporary_file, temporary_folder, umask
@@ -214,10 +215,12 @@ def weights_entry(folder: Path) -> Path | None:
         )
     if named := _named_weights(folder):
         path = folder / named
-        if not named.endswith((".safetensors", ".safetensors.index.json")) or not path.is_file() or ".." in path.parts:
+        is_named = is_file_name(named) and named.endswith((".safetensors", ".safetensors.index.json"))
+        if not is_named or not path.is_file() or ".." in path.parts:
             raise SparsepassError(
-                f"{folder / 'config.json'} says that the weights lie in {named} (transformers_weights): expected a safetensors "
-                "file, or the index of several, that is in the folder; copy it there, or take that line out"
+                f"{folder / 'config.json'} says that the weights lie in {one_line(named[:200])} (transformers_weights): "
+                "expected a safetensors file, or the index of several, that is in the folder; copy it there, or take that line "
+                "out"
             )
         return path
     return next((path for path in (folder / WEIGHTS_FILE, folder / WEIGHTS_INDEX) if path.is_file()), None)

@@ -8,6 +8,8 @@ from typing import Final
 
 from sparsepass.graph.support.errors import SparsepassError
 
+_NAME_BYTES: Final = 255
+_PATH_LENGTH: Final = 1000
 _DEPTH: Final = 3
 """Folders below a model's that are looked into: those of its modules, adapters and samples."""
 
@@ -43,8 +45,22 @@ def file_inside(folder: Path, name: str, told_by: str) -> Path:
     """
     if not isinstance(name, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise SparsepassError(f"{told_by} names {name!r}, which lies outside the model's folder; do not trust this download")
+    if not is_file_name(name):
+        raise SparsepassError(f"{told_by} names {name!r:.100}, which is no name of a file; copy or download the model again")
     _check(folder / name, folder, _roots(folder))
     return folder / name
+
+
+def is_file_name(name: str) -> bool:
+    r"""Whether a file may have that name: no control characters, and not too long for a file system.
+
+    Example:
+        >>> is_file_name("a/model.safetensors"), is_file_name("a\nb"), is_file_name("é" * 200)
+        (True, False, False)
+    """
+    return (
+        name.isprintable() and all(len(part.encode()) <= _NAME_BYTES for part in Path(name).parts) and len(name) < _PATH_LENGTH
+    )
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:
