@@ -4,8 +4,9 @@
     python docs/draw_architecture.py --check    # exits with 1 if the committed picture is not that of the code
 
 A room is a sub-package, or a file that lies in one of the four folders itself. Each room stands above all that it imports;
-an arrow that ran back up would be a circle, and then nothing is drawn. graph/program.py, hierarchy.py and model.py import each
-other on purpose (a program gives its hierarchy and its model, imported when asked for) and are drawn as one.
+an arrow that ran back up would be a circle, and then nothing is drawn. graph/program.py, hierarchy.py, model.py, fusion.py and
+rewrite.py import each other on purpose (a program gives its hierarchy, its model and its layers apart, imported when asked for)
+and are drawn as one.
 """
 
 import sys
@@ -17,7 +18,7 @@ import grimp
 PICTURE = Path(__file__).with_name("architecture.svg")
 FOLDERS = ("export", "retrain", "passes", "graph")
 _WIDTH, _HEIGHT, _GAP, _MARGIN, _ROW = 118, 34, 16, 24, 84
-_ONE = ("sparsepass.graph.program", "sparsepass.graph.hierarchy", "sparsepass.graph.model")
+_ONE = tuple(f"sparsepass.graph.{name}" for name in ("program", "hierarchy", "model", "fusion", "rewrite"))
 _TONES = {"graph": "#4c78a8", "passes": "#54a24b", "retrain": "#e8963e", "export": "#b279a2"}
 
 

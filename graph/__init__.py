@@ -3,6 +3,7 @@
 from sparsepass.graph.capture import capture
 from sparsepass.graph.equivalence import Comparison, Difference, assert_equivalent, compare
 from sparsepass.graph.fill import capture_without_weights, fill
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import Program
 from sparsepass.graph.saved import Operators
 from sparsepass.graph.sites import Site
@@ -24,4 +25,5 @@ __all__ = [
     "capture_without_weights",
     "compare",
     "fill",
+    "split_siblings",
 ]

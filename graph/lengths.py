@@ -8,13 +8,13 @@ import ast
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from sparsepass.graph.support import ProgramFormatError
+from sparsepass.graph.support import ProgramFormatError, SparsepassError
 
 Sizes = Mapping[str, Sequence[int]]
 
@@ -188,6 +188,30 @@ def refused(limits: tuple[str, ...], shapes: tuple[tuple[str, tuple[int, ...]], 
     sizes = dict(shapes)
     limit = broken(limits, sizes)
     return refusal(limits, limit, sizes) if limit is not None else None
+
+
+def check_input(name: str, value: Any, example: Tensor, dynamic: Collection[int]) -> None:
+    """Refuse an input of another size than the graph has built in: it could broadcast to a wrong result instead of failing.
+
+    Args:
+        name: Of the input.
+        value: What was given for it.
+        example: What it was captured with.
+        dynamic: Axes that may vary.
+
+    Raises:
+        SparsepassError: It names both shapes.
+    """
+    if not isinstance(value, Tensor):
+        raise SparsepassError(f"the program's input {name!r} is a tensor, got a {type(value).__name__}")
+    sizes = ["any" if axis in dynamic else str(size) for axis, size in enumerate(example.shape)]
+    if value.dim() != example.dim() or any(
+        size != example.shape[axis] for axis, size in enumerate(value.shape) if axis not in dynamic
+    ):
+        raise SparsepassError(
+            f"the program's input {name!r} has shape [{', '.join(sizes)}], got {list(value.shape)}; capture the model "
+            "again with example_inputs (of at least 2 along each axis that varies) or dynamic_axes that allow it"
+        )
 
 
 def refusal(limits: Sequence[str], limit: str, sizes: Sizes) -> str:

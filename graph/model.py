@@ -14,6 +14,7 @@ from sparsepass.graph.configuration import (
     generation_config_of,
     told_as_configuration,
 )
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import CaptureError, default_dtype, one_at_a_time
 
@@ -86,8 +87,10 @@ def to_model(program: Program) -> nn.Module:
         CaptureError: If the program comes from a plain nn.Module or from code outside transformers, whose class cannot be
             built again.
 
-    Exactness: bitwise the program's outputs without SLoRB; with it, up to the rounding of the last addition.
+    Exactness: bitwise the program's outputs without SLoRB; with it, up to the rounding of the last addition. Layers that
+    are fused in the program are apart in the model, which moves the outputs by rounding.
     """
+    program = split_siblings(program)
     model = skeleton(program)
     state = {}
     for name in model.state_dict():

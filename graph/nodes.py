@@ -49,6 +49,72 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
+def memory_sharers(node: fx.Node) -> set[fx.Node]:
+    """A node and the nodes whose values may lie in the same memory: what it is a view of, and views of that."""
+    found, unseen = {node}, [node]
+    while unseen:
+        current = unseen.pop()
+        source = current.args[0] if _is_view(current) else None
+        near = [user for user in current.users if _is_view(user) and user.args[0] is current]
+        for other in [*near, *([source] if isinstance(source, fx.Node) else [])]:
+            if other not in found:
+                found.add(other)
+                unseen.append(other)
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return op_name(node) == "getitem"
+    schema = node.target._schema
+    return any(value.alias_info is not None for value in schema.returns) and isinstance(next(iter(node.args), None), fx.Node)
+
+
+def writes_into(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an operation changes in place."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments]
+    return [value for value, is_written in zip(node.args, written, strict=False) if is_written and isinstance(value, fx.Node)]
+
+
+def linear_that_reads(graph: fx.Graph, weight: str) -> fx.Node | None:
+    """The one linear that multiplies by a stored weight, which may be behind a mask; None where something else reads it too."""
+    return linear_behind([node for node in graph.nodes if node.op == "get_attr" and node.target == weight])
+
+
+def linear_behind(reading: list[fx.Node]) -> fx.Node | None:
+    """See `linear_that_reads`.
+
+    Args:
+        reading: The nodes that read the weight from the program.
+    """
+    while len(reading) == 1 and len(reading[0].users) == 1:
+        (source,), (user,) = reading, reading[0].users
+        if user.target is _aten.linear.default:
+            return user if user.args[1] is source and source not in (user.args[0], *user.args[2:]) else None
+        if op_name(user) not in ("masked_weight", "learned_weight") or user.args[0] is not source:
+            return None
+        reading = [user]
+    return None
+
+
+def cut_of(linear: fx.Node, sizes: tuple[int, ...]) -> fx.Node | None:
+    """The split into these sizes that alone reads a linear's result, with its branch added if it has one; None without one."""
+    result = linear
+    for _ in range(2):
+        if len(result.users) != 1:
+            return None
+        (user,) = result.users
+        if user.target is _aten.split_with_sizes.default:
+            is_cut = user.args[0] is result and user.args[2:] == (-1,) and tuple(user.args[1]) == sizes  # type: ignore[arg-type]
+            return user if is_cut and all(op_name(part) == "getitem" for part in user.users) else None
+        if user.target is not _aten.add.Tensor or user.args[0] is not result:
+            return None
+        result = user
+    return None
+
+
 def splits_of(node: fx.Node, width: int) -> tuple[int, ...]:
     """Sizes of the chunks into which the last axis of a matmul's result is cut at once, if it is."""
     frontier = [node]

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
-from sparsepass.graph.lengths import refused
+from sparsepass.graph.lengths import check_input, refused
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
+    FusedPart,
     Origin,
     PassRecord,
     Report,
     SparseState,
     changes_told_by_history,
     from_json,
+    fused_part_from_json,
     pass_record_from_json,
     sparse_state_from_json,
     to_json,
@@ -68,6 +70,7 @@ class Program(nn.Module):
         aliases: Other name -> name in the graph, for parameters with several names.
         origin: The source model's class and configuration.
         sparse: Weight name -> what passes did to it.
+        fused: Name of a fused weight -> the layers that it stands for; see `sparsepass.graph.fusion`.
         history: Every pass applied, with its configuration and evidence.
         retraining: What `retrain` did, one JSON object a run: settings, data, validations, flips.
         guard: What a program that was read from a file may take; None for one that was made here.
@@ -84,6 +87,7 @@ class Program(nn.Module):
         aliases: Mapping[str, str] | None = None,
         origin: Origin | None = None,
         sparse: Mapping[str, SparseState] | None = None,
+        fused: Mapping[str, tuple[FusedPart, ...]] | None = None,
         history: tuple[PassRecord, ...] = (),
         retraining: tuple[Mapping[str, Any], ...] = (),
     ) -> None:
@@ -96,6 +100,7 @@ class Program(nn.Module):
         self.aliases = dict(aliases or {})
         self.origin = origin or Origin()
         self.sparse = dict(sparse or {})
+        self.fused = dict(fused or {})
         self.history = history
         self.retraining = retraining
         self.training = False
@@ -167,27 +172,13 @@ class Program(nn.Module):
             value = given.get(name)
             if value is None:
                 value = self._default(name, given)
-            self._check_input(name, value)
+            check_input(name, value, self.example_inputs[name], self.dynamic_axes.get(name, ()))
             bound[name] = value
         shapes = tuple((name, tuple(value.shape)) for name, value in bound.items())
         is_traced = not all(type(size) is int for _, shape in shapes for size in shape)
         if not is_traced and (words := refused(self.limits, shapes)):
             raise SparsepassError(f"{words}; capture the model again with example_inputs of such sizes")
         return bound
-
-    def _check_input(self, name: str, value: Any) -> None:
-        """The graph has fixed sizes built in: another size could broadcast to a wrong result instead of failing."""
-        if not isinstance(value, Tensor):
-            raise SparsepassError(f"the program's input {name!r} is a tensor, got a {type(value).__name__}")
-        expected, dynamic = self.example_inputs[name].shape, self.dynamic_axes.get(name, ())
-        sizes = ["any" if axis in dynamic else str(size) for axis, size in enumerate(expected)]
-        if value.dim() != len(expected) or any(
-            size != expected[axis] for axis, size in enumerate(value.shape) if axis not in dynamic
-        ):
-            raise SparsepassError(
-                f"the program's input {name!r} has shape [{', '.join(sizes)}], got {list(value.shape)}; capture the model "
-                "again with example_inputs (of at least 2 along each axis that varies) or dynamic_axes that allow it"
-            )
 
     def _default(self, name: str, given: Mapping[str, Any]) -> Tensor:
         source = given.get(name.replace("attention_mask", "input_ids").replace("token_type_ids", "input_ids"))
@@ -202,7 +193,8 @@ class Program(nn.Module):
         branches = [state.branch for state in self.sparse.values() if state.branch is not None]
         ours = {name for branch in branches for name in (branch.weight, branch.projection)}
         found = find_sites(self.graph_module, output_heads=self.origin.output_heads, aliases=self.aliases)
-        return tuple(site for site in found if site.weight not in ours)
+        apart = {weight: tuple(part.weight for part in parts) for weight, parts in self.fused.items()}
+        return tuple(replace(site, parts=apart.get(site.weight, ())) for site in found if site.weight not in ours)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the graph, persistent or not, by name. Tied names are in `aliases`."""
@@ -248,7 +240,10 @@ class Program(nn.Module):
     def delete_tensor(self, name: str) -> None:
         """Remove a parameter or buffer that no node reads any more."""
         path, _, attribute = name.rpartition(".")
-        delattr(self.graph_module.get_submodule(path), attribute)
+        delattr(module := self.graph_module.get_submodule(path), attribute)
+        while path and not (module._parameters or module._buffers or module._modules):
+            path, _, attribute = path.rpartition(".")
+            delattr(module := self.graph_module.get_submodule(path), attribute)
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag `training`. The graph stays as captured: see the class."""
@@ -272,9 +267,11 @@ class Program(nn.Module):
         return self
 
     def report(self) -> Report:
-        """What each pass did at each site, and why not; `str()` of it is a table."""
-        idle = idle_layers(self.graph_module, self.tensors())
-        return Report(history=self.history, sites=self.sites(), sparse=self.sparse, idle=idle)
+        """What each pass did at each site, and why not; `str()` of it is a table. Fused layers are told one by one."""
+        from sparsepass.graph.fusion import split_siblings
+
+        apart, idle = split_siblings(self), idle_layers(self.graph_module, self.tensors())
+        return Report(history=self.history, sites=apart.sites(), sparse=apart.sparse, idle=idle)
 
     def hierarchy(self) -> nn.Module:
         """The model's original module tree, its layers as modules, over this program's own parameters.
@@ -369,6 +366,7 @@ class Program(nn.Module):
             "history": to_json(self.history),
             "retraining": to_json(self.retraining),
             "training": self.training,
+            **({"fused": to_json(self.fused)} if self.fused else {}),  # earlier versions read programs without it
         }
 
     def _saved_tensors(self) -> dict[str, Tensor]:
@@ -397,6 +395,7 @@ def _from_state(
         aliases=document["aliases"],
         origin=Origin(**(origin | lists)),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
+        fused={w: tuple(map(fused_part_from_json, parts)) for w, parts in document.get("fused", {}).items()},
         history=tuple(pass_record_from_json(record) for record in document["history"]),
         retraining=tuple(from_json(list(document.get("retraining", ())))),
     )

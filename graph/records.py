@@ -75,6 +75,28 @@ class SparseState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedPart:
+    """One of the layers that a fused weight stands for.
+
+    Attributes:
+        weight: Name that its weight had, and gets again.
+        bias: Name of its bias; None if it has none. The parts of one weight all have one, or none has.
+        rows: Rows of the fused weight that are its own.
+        levels: The modules that it stood in, as path and class name, below the module that all parts stand in.
+    """
+
+    weight: str
+    bias: str | None
+    rows: int
+    levels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Module path."""
+        return self.weight.removesuffix(".weight")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteOutcome:
     """What one pass did at one site, and why not, if it did nothing.
 
@@ -180,6 +202,11 @@ def sparse_state_from_json(document: JSON) -> SparseState:
             "learned": LearnedState(**learned) if learned else None,
         }
     )
+
+
+def fused_part_from_json(document: JSON) -> FusedPart:
+    """Undo `to_json` for a `FusedPart`."""
+    return FusedPart(**{**document, "levels": tuple((path, kind) for path, kind in document["levels"])})
 
 
 def changes_told_by_history(history: Iterable[PassRecord], retraining: Iterable[Mapping[str, Any]]) -> dict[str, str]:

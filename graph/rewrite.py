@@ -6,6 +6,7 @@ every new node takes the stack of the operation it serves and stands right besid
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -111,12 +112,23 @@ def fold_mask(program: Program, weight: str, *, inplace: bool = False) -> None:
     assert state.mask is not None
     if state.learned is not None:
         detach_logits(program, weight)
-    graph = program.graph_module.graph
     folded = masked_weight(program, weight)
     if inplace:
         program.write_tensor(weight, folded)
     else:
         program.set_tensor(weight, folded)
+    detach_mask(program, weight)
+
+
+def detach_mask(program: Program, weight: str) -> None:
+    """Take a mask out of the graph: what reads the weight sees all of it.
+
+    Args:
+        program: Changed in place.
+        weight: One with a mask that is not being learned.
+    """
+    state, graph = program.sparse[weight], program.graph_module.graph
+    assert state.mask is not None
     for node in list(graph.nodes):
         if node.target is _MASKED and node.args[1].target == state.mask:
             source, mask_node = node.args
@@ -170,6 +182,51 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
         node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
         _inherit(node, weight_node, branch, total)
     with_sparse(program, site.weight, branch=state)
+
+
+def detach_branch(program: Program, weight: str) -> None:
+    """Undo `attach_branch`.
+
+    Args:
+        program: Changed in place.
+        weight: One with a branch.
+    """
+    state, graph = program.sparse[weight].branch, program.graph_module.graph
+    assert state is not None
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target != state.weight:
+            continue
+        (branch,) = node.users
+        (total,) = branch.users
+        total.replace_all_uses_with(total.args[0])
+        kept, unread = total.args[0], [total]
+        while unread:  # the sum of segments goes with the last sibling
+            dead = unread.pop()
+            if not dead.users and dead.op != "placeholder":
+                sources = [source for source in dead.all_input_nodes if source is not kept]
+                graph.erase_node(dead)
+                unread += sources
+    for name in state.weight, state.projection:
+        if name is not None:
+            program.delete_tensor(name)
+    with_sparse(program, weight, branch=None)
+
+
+def shared_copy(program: Program, **changes: Any) -> Program:
+    """A program with a graph of its own that shares every tensor with the given one, which stays as it is.
+
+    Args:
+        program: Not changed, whatever is done to the graph of the copy.
+        changes: Fields that are to be another, such as ``sparse``.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph_module.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    shared = program.sharing(graph_module=fx.GraphModule(program.graph_module, graph), **changes)
+    for name in program.tensors().keys() - shared.tensors().keys():  # GraphModule keeps only what the graph reads
+        shared.set_tensor(name, program.tensor(name))
+    return shared
 
 
 def beside(site: Site, name: str) -> str:

@@ -56,6 +56,7 @@ class Site:
         bias: Name of the bias, if any.
         ties: Other names of the same parameter.
         splits: Sizes into which the output is split right away (fused QKV, fused gate/up); empty if it is not.
+        parts: Weights of the layers that it stands for, if the pass `fuse_siblings` has made it.
         module_type: Class name of the module that owns it, such as ``Linear``.
         inputs: Graph nodes of the activations it reads, one for each use.
         nodes: Graph nodes of the operations that use it.
@@ -75,6 +76,7 @@ class Site:
     bias: str | None = None
     ties: tuple[str, ...] = ()
     splits: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
     module_type: str = ""
     inputs: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()

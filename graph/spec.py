@@ -1,14 +1,15 @@
 """The rules that every program keeps, as code. They are checked after every pass and whenever a program is read."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from sparsepass.graph.lengths import holds
-from sparsepass.graph.records import BranchState, SparseState
+from sparsepass.graph.nodes import cut_of, linear_that_reads
+from sparsepass.graph.records import BranchState, FusedPart, SparseState
 from sparsepass.graph.support import ProgramFormatError
 
 
@@ -30,6 +31,7 @@ class ProgramFacts(Protocol):
     graph_module: fx.GraphModule
     aliases: dict[str, str]
     sparse: dict[str, SparseState]
+    fused: dict[str, tuple[FusedPart, ...]]
     example_inputs: dict[str, Tensor]
     dynamic_axes: dict[str, tuple[int, ...]]
     limits: tuple[str, ...]
@@ -62,6 +64,7 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
     3. A mask is bool, has its weight's shape, keeps N of M along its axis at most, and the graph applies it.
     4. A mask that is being learned has its logits and its control, and the graph reads them beside it.
     5. A branch is whole: the graph reads S, shape [out, in/k], and X, shape [in/k, in], if it is trainable.
+    6. A fused weight has the rows of its parts, and the graph multiplies by it once and cuts the result into them.
 
     Args:
         program: Not changed.
@@ -90,6 +93,8 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
         yield from _mask(weight, state, tensors, applied, patterns=patterns)
         if state.branch is not None:
             yield from _branch(weight, state, state.branch, tensors, read)
+    for weight, parts in program.fused.items():
+        yield from _fused(weight, parts, program.sparse.get(weight), tensors, program.aliases.values(), graph)
 
 
 def num_broken_groups(kept: Tensor, n: int, m: int, axis: int) -> int:
@@ -179,3 +184,53 @@ def _branch(
             yield Violation(weight, f"the graph does not read {name} of its branch")
         elif tensors[name].shape != shape:
             yield Violation(weight, f"{name} of its branch has shape {list(shape)}, got {list(tensors[name].shape)}")
+
+
+def _fused(
+    weight: str,
+    parts: tuple[FusedPart, ...],
+    state: SparseState | None,
+    tensors: dict[str, Tensor],
+    aliases: Collection[str],
+    graph: fx.Graph,
+) -> Iterator[Violation]:
+    rows = tuple(part.rows for part in parts)
+    if weight in aliases:
+        yield Violation(weight, "it is fused, and tied to another")
+    if weight not in tensors or tensors[weight].dim() != 2 or tensors[weight].shape[0] != sum(rows):
+        yield Violation(weight, f"it is fused of {len(parts)} layers with {sum(rows)} rows, and the program has no such weight")
+        return
+    linear = linear_that_reads(graph, weight)
+    cut = None if linear is None else cut_of(linear, rows)
+    if linear is None or cut is None:
+        yield Violation(weight, "it is fused, and the graph does not multiply by it once and cut the result into its parts")
+        return
+    if state is not None and state.axis not in (-1, 1):
+        yield Violation(weight, f"it is fused along its rows, and {state.pattern} runs along axis {state.axis}")
+    if _stands_between(linear, cut) != (state and state.mask, state and state.branch and state.branch.weight):
+        yield Violation(weight, "it is fused, and the graph does not apply its mask and its branch, and nothing else, to it")
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    has_bias = isinstance(bias, fx.Node)
+    if any((part.bias is not None) != has_bias for part in parts):
+        yield Violation(weight, f"it is fused, and {'not all of' if has_bias else 'some of'} its parts have a bias")
+    elif isinstance(bias, fx.Node):
+        is_own = bias.op == "get_attr" and [n for n in graph.nodes if n.op == "get_attr" and n.target == bias.target] == [bias]
+        if not is_own or len(bias.users) != 1 or tensors[str(bias.target)].shape != (sum(rows),):
+            yield Violation(weight, f"it is fused, and its bias is not one of {sum(rows)} numbers of its own")
+
+
+def _stands_between(linear: fx.Node, cut: fx.Node) -> tuple[str | None, str | None]:
+    """Names of the mask that is applied to a linear's weight, and of the branch that is added to its result; ? for others."""
+    weight, total = linear.args[1], cut.args[0]
+    mask = branch = None
+    if isinstance(weight, fx.Node) and weight.op != "get_attr":
+        mask = _name_of(weight.args[1]) if isinstance(weight.args[0], fx.Node) and weight.args[0].op == "get_attr" else "?"
+    if isinstance(total, fx.Node) and total is not linear:
+        added = total.args[1]
+        is_branch = isinstance(added, fx.Node) and len(added.users) == 1 and added.target is torch.ops.aten.linear.default
+        branch = _name_of(added.args[1]) if isinstance(added, fx.Node) and is_branch else "?"
+    return mask, branch
+
+
+def _name_of(node: object) -> str:
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" and len(node.users) == 1 else "?"

@@ -169,10 +169,13 @@ class Pass(ABC):
             The chosen sites, and site name -> reason for every other one.
 
         Raises:
-            PassError: If a pattern matches no site, or a site that is targeted by its exact name cannot be rewritten.
+            PassError: If a pattern matches no site, or some of the layers that a fused site stands for and not all, or a site
+                that is targeted by its exact name cannot be rewritten.
         """
         sites = program.sites()
         for which in ("targets", "ignore"):
+            if said := next(filter(None, (_only_a_part(getattr(self, which), site) for site in sites)), None):
+                raise PassError(self.name, which, f"{said}; name all of them, or put {self.name} before fuse_siblings")
             for pattern in getattr(self, which):
                 if not any(matches(pattern, site) for site in sites):
                     near = nearest(pattern, [site.name for site in sites])
@@ -213,8 +216,27 @@ def matches(pattern: str, site: Site) -> bool:
     """Whether a pattern means a site.
 
     It may be what `name_matches` takes for its path, weight name or tied names; the last parts of its path (``q_proj``,
-    ``mlp.up_proj``), unless they are a number alone; or the class of its module.
+    ``mlp.up_proj``), unless they are a number alone; or the class of its module. A fused site also has the names of its layers.
     """
-    names = [site.name, site.weight, *site.ties, *(tie.removesuffix(".weight") for tie in site.ties)]
-    is_end_of_path = not pattern.isdigit() and site.name.endswith(f".{pattern}")
-    return is_end_of_path or pattern == site.module_type or name_matches(pattern, names)
+    own = [site.weight, *site.ties, *(tie.removesuffix(".weight") for tie in site.ties)]
+    return pattern == site.module_type or _is_called(pattern, site.name, own) or any(_is_layer(pattern, w) for w in site.parts)
+
+
+def _is_called(pattern: str, name: str, others: Sequence[str]) -> bool:
+    is_end_of_path = not pattern.isdigit() and name.endswith(f".{pattern}")
+    return is_end_of_path or name_matches(pattern, [name, *others])
+
+
+def _is_layer(pattern: str, weight: str) -> bool:
+    return _is_called(pattern, weight.removesuffix(".weight"), [weight])
+
+
+def _only_a_part(patterns: Sequence[str], site: Site) -> str | None:
+    """Which layers of a fused site patterns mean, in words, if these are some and not all of them."""
+    named = [weight for weight in site.parts if any(_is_layer(pattern, weight) for pattern in patterns)]
+    left = [weight for weight in site.parts if weight not in named]
+    is_whole = any(p == site.module_type or _is_called(p, site.name, [site.weight]) for p in patterns)
+    if not named or not left or is_whole:
+        return None
+    some, others = (", ".join(weight.removesuffix(".weight") for weight in weights) for weights in (named, left))
+    return f"{some} {'is' if len(named) == 1 else 'are'} fused with {others}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture
 from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.equivalence import Difference, difference
+from sparsepass.graph.fusion import layers_of
 from sparsepass.graph.limits import default_context
 from sparsepass.graph.placement import lent, streamed
 from sparsepass.graph.program import with_sparse
@@ -355,9 +356,11 @@ class _Run:
         self, item: Pass, facts: Mapping[str, Facts], skipped: Mapping[str, str], seconds: float, measured: Any
     ) -> None:
         outcomes = []
-        for site in self.program.sites():
-            done = site.name in facts
-            reason = "" if done else skipped.get(site.name) or item.reason(site, self.program) or "not reached"
+        layers = [(layer, site) for site in self.program.sites() for layer in layers_of(self.program, site)]
+        for site, whole in layers:
+            measured_at = next((name for name in (site.name, whole.name) if name in facts), None)
+            done = measured_at is not None
+            reason = "" if done else skipped.get(whole.name) or item.reason(whole, self.program) or "not reached"
             outcomes.append(
                 SiteOutcome(
                     site=site.name,
@@ -365,7 +368,7 @@ class _Run:
                     shape=site.shape,
                     action="rewritten" if done else "skipped",
                     reason=reason,
-                    facts=dict(facts.get(site.name, {})),
+                    facts=dict(facts[measured_at]) if measured_at is not None else {},
                 )
             )
         record = PassRecord(

@@ -9,6 +9,7 @@ from sparsepass.passes.awq_scale import AWQScale
 from sparsepass.passes.base import Pass
 from sparsepass.passes.fold import Fold
 from sparsepass.passes.fold_norms import FoldNorms
+from sparsepass.passes.fuse_siblings import FuseSiblings
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.permute_channels import PermuteChannels
@@ -16,7 +17,8 @@ from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.slorb import SLoRB
 
 PASSES: dict[str, type[Pass]] = {
-    kind.name: kind for kind in (FoldNorms, PermuteChannels, AWQScale, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
+    kind.name: kind
+    for kind in (FoldNorms, PermuteChannels, AWQScale, FuseSiblings, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
 }
 """Name -> class. A new pass is one file, one line here, one test file."""
 

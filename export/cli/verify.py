@@ -258,11 +258,13 @@ def _check_program(folder: Path, pattern: str | None, ignore: tuple[str, ...]) -
     """Check a saved program: what its graph reads is the weight with its mask, and no file holds that."""
     from sparsepass.export.pattern import check_pattern
     from sparsepass.graph import Program, SparsepassError
+    from sparsepass.graph.fusion import split_siblings
     from sparsepass.graph.program import masked_weight
 
     program = Program.load(folder, check_patterns=False)
     if not program.sparse:
         raise SparsepassError(f"{folder} is a program without sparse weights; apply nm_sparsify first (sparsepass prune)")
+    program = split_siblings(program)
     stored = program.tensors()
     weights = {site.weight: stored[site.weight] for site in program.sites() if site.weight in stored}
     axes = {}

@@ -29,6 +29,7 @@ from sparsepass.export.pattern.cause import Cause, likely_cause, wrong_axis
 from sparsepass.export.pattern.checkpoints import safetensors_candidates, safetensors_files, tensor_candidates
 from sparsepass.export.pattern.onnx import onnx_candidates, onnx_files, read_onnx
 from sparsepass.export.pattern.report import PatternEntry, PatternReport, Verdict
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, item_progress, shows_progress
 from sparsepass.passes.maths import NMPattern
@@ -305,6 +306,7 @@ def _open(
 ) -> tuple[str, Iterable[Candidate]]:
     """Name the source and find its candidates."""
     if isinstance(source, Program):
+        source = split_siblings(source)
         weights = {name: masked_weight(source, name) for name, t in source.tensors().items() if isinstance(t, nn.Parameter)}
         layers = [site for site in source.sites() if site.weight in weights and site.layout not in ("embedding", "computed")]
         own = {site.weight: site.nm_axis for site in layers}

@@ -98,10 +98,12 @@ def layer_sparsity(program: "Program") -> dict[str, LayerEntry]:
     """
     import torch
 
+    from sparsepass.graph.fusion import split_siblings
     from sparsepass.graph.program import masked_weight
 
     counted: dict[str, float] = {}
     found: dict[str, LayerEntry] = {}
+    program = split_siblings(program)
     for site in program.sites():
         state = program.sparse.get(site.weight)
         if state is None:

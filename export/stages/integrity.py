@@ -7,6 +7,7 @@ from typing import Any, Final, final
 
 from sparsepass.export.report import ReportDocument, find_report
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import INFINITIES, read_json, read_object
 
@@ -92,7 +93,7 @@ def companion_differences(a: Side, b: Side) -> tuple[str, ...]:
 def _of_states(a: Side, b: Side) -> Iterator[str]:
     if not (isinstance(a.model, Program) and isinstance(b.model, Program)):
         return
-    one, other = ({name: state.pattern for name, state in side.model.sparse.items()} for side in (a, b))
+    one, other = ({n: state.pattern for n, state in split_siblings(side.model).sparse.items()} for side in (a, b))
     for name in dict.fromkeys([*one, *other]):
         if one.get(name) != other.get(name):
             yield f"{name} is {one.get(name, 'dense')} in {a.name}, and {other.get(name, 'dense')} in {b.name}"

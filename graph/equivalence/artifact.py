@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph.admission import named_outputs
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.hierarchy import Hierarchy
-from sparsepass.graph.nodes import module_path
+from sparsepass.graph.nodes import cut_of, linear_that_reads, module_path
 from sparsepass.graph.packed_folder import is_packed_module
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import EquivalenceError, evaluating
@@ -215,12 +216,13 @@ class ProgramArtifact(Artifact):
 
     def facts(self, layer: str) -> str:
         """What passes did to the layer's weight."""
-        by_name = {node.name: node for node in self._program.graph_module.graph.nodes}
+        program = split_siblings(self._program)
+        by_name = {node.name: node for node in program.graph_module.graph.nodes}
         said = []
-        for site in self._program.sites():
+        for site in program.sites():
             if layer not in {site.name, *(canonical_path(module_path(by_name[name])) for name in site.nodes)}:
                 continue
-            state = self._program.sparse.get(site.weight)
+            state = program.sparse.get(site.weight)
             if state is None:
                 said.append(f"{site.weight} {list(site.shape)} is dense")
                 continue
@@ -239,7 +241,13 @@ class _Watching(fx.Interpreter):
         nodes = list(program.graph_module.graph.nodes)
         weighted = {name for site in program.sites() for name in site.nodes}
         weighted |= {node.name for node in nodes if node.target is torch.ops.aten.embedding.default}
-        self._layers = layer_results([_step(node, weighted) for node in nodes])
+        self._layers = dict(layer_results([_step(node, weighted) for node in nodes]))
+        for weight, parts in program.fused.items():  # beside the fused layer: an ONNX file has that one
+            linear = linear_that_reads(program.graph_module.graph, weight)
+            cut = None if linear is None else cut_of(linear, tuple(part.rows for part in parts))
+            self._layers |= {
+                node.name: canonical_path(parts[int(str(node.args[1]))].name) for node in (cut.users if cut else ())
+            }
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; see `fx.Interpreter`."""

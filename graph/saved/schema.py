@@ -49,6 +49,13 @@ class _SparseFields(_Entry):
     changed_by: str | None = None
 
 
+class _FusedFields(_Entry):
+    weight: TensorName
+    bias: TensorName | None
+    rows: Annotated[int, Field(ge=1)]
+    levels: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+
 class _OutcomeFields(_Entry):
     site: str
     weight: str
@@ -110,6 +117,7 @@ class _DocumentFields(_Entry):
     parameters: dict[TensorName, bool]
     origin: _OriginFields
     sparse: dict[TensorName, _SparseFields]
+    fused: dict[TensorName, Annotated[list[_FusedFields], Field(min_length=2)]] = {}
     history: list[_RecordFields]
     retraining: list[dict[str, JSON]] = []
     training: bool
@@ -156,6 +164,13 @@ def _check_references(document: _DocumentFields, tensors: Collection[str]) -> No
     for alias, name in document.aliases.items():
         if alias in tensors or alias in folders or name not in tensors:
             raise ProgramFormatError(f"aliases: {alias} cannot be another name of {name}")
+    known = {*tensors, *document.aliases}
+    for part in (part for parts in document.fused.values() for part in parts):
+        for own in filter(None, (part.weight, part.bias)):
+            above = {own[:end] for end, letter in enumerate(own) if letter == "."}
+            if own in known or own in folders or above & known:
+                raise ProgramFormatError(f"fused: a layer gets its {own} again, and there is one of that name")
+            known.add(own)
     names = [node.name for node in document.graph.nodes]
     if len(names) > (most := _NODES + _NODES_OF_TENSOR * len(tensors)):
         raise ProgramFormatError(f"graph.nodes: {len(names):,} nodes over {len(tensors):,} tensors, and {most:,} are the most")

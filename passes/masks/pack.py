@@ -30,6 +30,7 @@ from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.support import check_as, check_place, counted, open_tensors, parse_json, replaced_file, shown
 from sparsepass.passes.maths import NMPattern
 
@@ -273,6 +274,7 @@ def pack_program(program: Program, *, about: str = "") -> MaskPack:
     """
     if not program.sparse:
         raise SparsepassError("the program has no masks; apply nm_sparsify first")
+    program = split_siblings(program)
     by_weight = {site.weight: site for site in program.sites()}
     masks = {}
     for name, state in counted(list(program.sparse.items()), "masks"):

@@ -17,6 +17,7 @@ _TEXTS = {
     "fold_norms": ("", "fold_norms"),
     "permute_channels": ("", "permute_channels"),
     "awq_scale": ("", "awq_scale"),
+    "fuse_siblings": ("nm_sparsify", "fuse_siblings"),
     "nm_sparsify": ("", "nm_sparsify"),
     "slorb": ("nm_sparsify", "slorb{k=4}"),
     "learn_masks": ("nm_sparsify", "learn_masks"),
@@ -28,9 +29,9 @@ _TEXTS = {
 class _Block(nn.Module):
     """Two siblings on one input, and a layer after them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(8, 8, bias=False), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.gate, self.up, self.down = nn.Linear(8, 8, bias=bias), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.gate(x).relu() * self.up(x))  # type: ignore[no-any-return]
@@ -52,7 +53,7 @@ def test_the_graph_before_and_after(name: str) -> None:
     before, text = _TEXTS[name]
     torch.manual_seed(0)
     batches = [torch.randn(2, 3, 8) for _ in range(2)]
-    net = nn.Sequential(_Block())
+    net = nn.Sequential(_Block(bias=name == "fuse_siblings"))
     if name == "fold_norms":
         norm = nn.LayerNorm(8)
         norm.weight.data.fill_(2)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
 from sparsepass.export.targets.older import add_older_keys
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program
@@ -146,6 +147,7 @@ def lower_hf(
             "the target hf writes a checkpoint for a class of transformers, and this program was captured from a plain "
             "nn.Module (or from code outside transformers); use the target onnx, or keep it as a program (program.save)"
         )
+    program = split_siblings(program)
     branches = branched(program)
     with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check
 from sparsepass.export.targets.hf.lower import auto_class, stored_weights
 from sparsepass.graph.admission import in_float64, plain_settings
 from sparsepass.graph.equivalence import difference
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import package_version, quiet_loading
 from sparsepass.passes.maths import NMPattern, num_violations
@@ -44,6 +45,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
     Returns:
         Findings as JSON: ``holds``, ``failures`` (one sentence each), and the figures behind them.
     """
+    program = split_siblings(program)
     given = {name: t.to(program.device) for name, t in (inputs or program.example_inputs).items()}
     with quiet_loading():
         model = load_plain(folder).to(program.device)

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, Kind, OnnxArtifact, StoredWeight
 from sparsepass.export.targets.onnx.capture import (
@@ -33,11 +33,12 @@ from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
 from sparsepass.export.targets.onnx.guards import add_guards
 from sparsepass.export.targets.onnx.ties import without_ties
 from sparsepass.graph import capture
+from sparsepass.graph.fused_model import fuse_layers, only_whole_modules
 from sparsepass.graph.lengths import unusual
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.rewrite import finish, fold_mask
+from sparsepass.graph.rewrite import finish, fold_mask, shared_copy
 from sparsepass.graph.support import SparsepassError, closest, quiet_export
 from sparsepass.passes.maths import canonical_zeros
 
@@ -115,6 +116,8 @@ def lower_onnx(
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
     if program.device.type != "cpu":
         program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
+    if program.origin.model_class is not None:
+        program = only_whole_modules(program)
     with quiet_export("torch.onnx", "transformers", "onnxscript", "onnx_ir"):
         program, told = without_ties(program)
         kind, pieces, notes = _pieces(program, wanted, past)
@@ -218,12 +221,12 @@ def _generative(program: Program, wanted: torch.dtype) -> tuple[Kind, tuple[Piec
     if config.get("is_encoder_decoder"):
         if "decoder_input_ids" not in inputs:
             raise CacheUnsupportedError("the program was captured without decoder_input_ids")
-        return "encoder-decoder-with-past", encoder_decoder_pieces(converted(program, wanted), _cast(inputs, wanted)), ()
+        return "encoder-decoder-with-past", encoder_decoder_pieces(_fused(program, wanted), _cast(inputs, wanted)), ()
     if other := sorted(set(inputs) - _TOKENS):
         raise CacheUnsupportedError(f"the program also takes {', '.join(other)}, and only text models get a cache so far")
     if "input_ids" not in inputs:
         raise CacheUnsupportedError("the program was captured without input_ids")
-    piece = decoder_piece(converted(program, wanted), inputs["input_ids"])
+    piece = decoder_piece(_fused(program, wanted), inputs["input_ids"])
     window = config.get("sliding_window")
     said = f"sliding window of {window}: the whole past is taken and returned, and the attention mask applies the window"
     return "decoder-with-past", (piece,), (said,) if window and config.get("use_sliding_window", True) else ()
@@ -251,6 +254,13 @@ def converted(program: Program, wanted: torch.dtype) -> nn.Module:
     return model
 
 
+def _fused(program: Program, wanted: torch.dtype) -> nn.Module:
+    """`converted`, with the layers fused that are in the program."""
+    model = converted(program, wanted)
+    fuse_layers(model, only_whole_modules(program).fused)
+    return model
+
+
 def plain_program(program: Program, wanted: torch.dtype) -> Program:
     """A program without masks (folded into the weights) and in the wanted dtype; the given one stays as it is.
 
@@ -265,7 +275,7 @@ def plain_program(program: Program, wanted: torch.dtype) -> Program:
                 f"{wanted}; convert the module before capturing it (module.to({wanted}))"
             )
         inputs = _cast(program.example_inputs, wanted)
-        program = capture(converted(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
+        program = capture(_fused(program, wanted), inputs, dynamic_axes=program.dynamic_axes, inplace=True)
     return _folded(program)
 
 
@@ -278,11 +288,7 @@ def _plain(program: Program, wanted: torch.dtype) -> Piece:
 
 def _folded(program: Program) -> Program:
     """A program with folded masks that shares every other tensor with the given one, which stays as it is."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph_module.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    shared = program.sharing(graph_module=fx.GraphModule(program.graph_module, graph))
+    shared = shared_copy(program)
     for weight, state in program.sparse.items():
         if state.mask is not None:
             fold_mask(shared, weight)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsepass.graph import capture
+from sparsepass.graph.fused_model import fuse_layers
 from sparsepass.graph.lengths import broken
 from sparsepass.graph.nodes import module_path
 from sparsepass.graph.program import Program
@@ -69,7 +70,9 @@ def without_ties(program: Program) -> tuple[Program, tuple[str, ...]]:
     if said is None:
         return program, ()
     with contextlib.suppress(SparsepassError):
-        short = capture(program.to_model(), few)
+        model = program.to_model()
+        fuse_layers(model, program.fused)
+        short = capture(model, few)
         if not picks(short):
             folded = {name: replace(state, mask=None, learned=None) for name, state in program.sparse.items()}
             told = f"the graph is that of short inputs, because on longer ones {said}"

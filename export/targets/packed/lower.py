@@ -22,12 +22,14 @@ from sparsepass.export.targets.hf import auto_class, save_model, settle_config
 from sparsepass.export.targets.packed.card import card
 from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey, tables
 from sparsepass.export.targets.packed.times import OneTokenTimes, one_token_times
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.packed import FLOATS, Int8Embedding, PackedWeight, pack, unpack
 from sparsepass.graph.packed_folder import INTEGERS, PackedSettings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, counted, package_version, quiet_loading
+from sparsepass.passes.fuse_siblings import siblings
 from sparsepass.passes.maths import canonical_zeros, relative_error
 
 if TYPE_CHECKING:
@@ -189,6 +191,7 @@ def lower_packed(
         )
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program has no weights yet, so there is nothing to pack; fill it first")
+    program = split_siblings(program)
     model: PreTrainedModel = skeleton(program)  # type: ignore[assignment]
     layers = survey(program, model)
     packed = {layer.weight: layer for layer in layers if not layer.reason}
@@ -205,7 +208,7 @@ def lower_packed(
         embeddings=tuple(embeddings.values()),
         values=values,  # type: ignore[arg-type]
         group_size=group_size if values in INTEGERS else 0,
-        groups=groups(layers),
+        groups=groups(layers, siblings(program, as_modules=True)),
         branches={layer.name: layer.branch for layer in packed.values() if layer.branch is not None},
         transposed=tuple(layer.name for layer in packed.values() if layer.transposed),
     )

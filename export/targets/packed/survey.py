@@ -36,7 +36,6 @@ class LayerChoice:
         transposed: Whether the dense weight is stored [in, out].
         branch: Its SLoRB branch, if it has one.
         pattern: N:M that a pass has given it; empty for none.
-        inputs: Graph nodes that it reads.
         reason: Why it stays dense; empty if it is packed.
     """
 
@@ -46,7 +45,6 @@ class LayerChoice:
     transposed: bool = False
     branch: BranchSettings | None = None
     pattern: str = ""
-    inputs: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -94,7 +92,6 @@ def survey(program: Program, model: "PreTrainedModel") -> tuple[LayerChoice, ...
                 transposed=transposed,
                 branch=branch,
                 pattern="" if state is None else state.pattern,
-                inputs=site.inputs,
                 reason=reason,
             )
         )
@@ -106,19 +103,23 @@ def survey(program: Program, model: "PreTrainedModel") -> tuple[LayerChoice, ...
     return tuple(found)
 
 
-def groups(layers: Iterable[LayerChoice]) -> tuple[tuple[str, ...], ...]:
-    """Names of the packed layers; those that read one and the same value of the graph, and nothing else, stand together.
+def groups(layers: Iterable[LayerChoice], siblings: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    """Names of the packed layers; siblings stand together.
+
+    Args:
+        layers: All layers.
+        siblings: Weights of layers that read one input, group by group; see `sparsepass.passes.fuse_siblings.siblings`.
 
     Example:
-        >>> q, k, o = (LayerChoice(layer=n, name=n, shape=(8, 8), inputs=(i,)) for n, i in (("q", "x"), ("k", "x"), ("o", "y")))
-        >>> groups([q, k, o])
+        >>> q, k, o = (LayerChoice(layer=n, name=n, shape=(8, 8)) for n in ("q", "k", "o"))
+        >>> groups([q, k, o], [("q.weight", "k.weight")])
         (('q', 'k'), ('o',))
     """
-    found: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    group_of = {weight: number for number, group in enumerate(siblings) for weight in group}
+    found: dict[object, list[str]] = defaultdict(list)
     for layer in layers:
         if not layer.reason:
-            key = (layer.inputs, layer.shape[1]) if len(layer.inputs) == 1 else (layer.layer,)
-            found[key].append(layer.name)
+            found[group_of.get(layer.weight, layer.layer)].append(layer.name)
     return tuple(map(tuple, found.values()))
 
 

@@ -13,6 +13,7 @@ from sparsepass.export.targets.contract import Check
 from sparsepass.export.targets.hf import check_outputs, load_plain
 from sparsepass.export.targets.packed.stored import StoredFolder, stored_folder
 from sparsepass.export.targets.packed.survey import LayerChoice, matrix_of
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.packed import FLOATS, PackedLinear, PackedWeight, check, unpack
 from sparsepass.graph.packed_folder import INTEGERS, is_packed_module
 from sparsepass.graph.program import Program, masked_weight
@@ -41,6 +42,7 @@ def verify_packed(program: Program, folder: Path, artifact: "PackedArtifact") ->
         folder: Where it was written.
         artifact: What `lower_packed` returned.
     """
+    program = split_siblings(program)
     with stored_folder(folder) as stored:
         pattern, weights = _check_files(program, stored, artifact)
     with quiet_loading():

@@ -22,6 +22,7 @@ from sparsepass.export.targets.torch.kernels import check_device, check_dtype, c
 from sparsepass.export.targets.torch.layer import choose, survey
 from sparsepass.export.targets.torch.measure import default_shapes, measure_layers
 from sparsepass.export.targets.torch.record import RECORD_FILE, LayerRecord, Measured, Record, read_timings, write_record
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
@@ -103,6 +104,7 @@ def write_torch(
         SparsepassError: If the type, a pattern or the GPU has no kernels, the times cannot be read, or the target hf cannot
             write the program.
     """
+    program = split_siblings(program)
     check_patterns(program)
     own = next((t.dtype for t in program.tensors().values() if t.is_floating_point()), torch.float32)
     wanted = own if dtype is None else parse_dtype(dtype)

@@ -12,6 +12,7 @@ from sparsepass.export.targets.torch.layer import apply_record, load_dense
 from sparsepass.export.targets.torch.measure import probe
 from sparsepass.export.targets.torch.record import Record, read_record
 from sparsepass.graph.equivalence import compare
+from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError
 
@@ -29,6 +30,7 @@ def verify_torch(program: Program, folder: Path, record: Record) -> tuple[Check,
     Returns:
         The checks ``packing`` and ``kernels``.
     """
+    program = split_siblings(program)
     return (_check_packing(program, record), _check_kernels(program, folder))
 
 
