@@ -44,8 +44,6 @@ _BEFORE = {
 }
 _OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
 _CALIBRATED = ("reconstruct", "awq_scale")
-_NOTHING_TO_DO = {"fold_norms": ("bert", "convnet")}
-_CALIBRATED = ("reconstruct",)
 _NOTHING_TO_DO = {"fold_norms": ("bert", "convnet"), "fuse_siblings": ("phi3", "gpt2", "gpt_neox", "convnet")}
 _NAMES = [family.name for family in FAMILIES]
 
