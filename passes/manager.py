@@ -197,6 +197,7 @@ class _Run:
         chosen, skipped = item.choose(self.program)
         _require_work(item, chosen, skipped)
         facts: dict[str, Facts] = {}
+        tried: dict[str, str] = {}
         known = {} if item.needs == "nothing" else self._gathered(item, chosen)
         groups = item.groups(self.program, chosen)
         with item_progress(self._progress, item.name, len(groups)) as advance:
@@ -206,11 +207,11 @@ class _Run:
                 with self._lent(group) if len(site_groups(group.sites)) == 1 else nullcontext():
                     found = _rewrite(item, self.program, group, context)
                 facts |= {name: its for name, its in found.items() if name not in context.unchanged}
-                skipped |= context.unchanged
+                tried |= context.unchanged
                 advance(group.sites[0].name)
-        _require_work(item, list(facts), skipped)
+        _require_work(item, [*facts, *tried], skipped)
         _finish(self.program, item.name)
-        self._record(item, facts, skipped, time.perf_counter() - started, self._measure(item))
+        self._record(item, facts, {**skipped, **tried}, time.perf_counter() - started, self._measure(item))
 
     def _gathered(self, item: Pass, chosen: Sequence[Site]) -> dict[str, tuple[InputStatistics, ...]]:
         """Statistics of what the chosen sites read, by their weights."""
