@@ -21,10 +21,23 @@ JOBS = [
             ", permuted greedily": "permute_channels{{criterion={},method=greedy}},",
         }.items()
     ),
-    Job(name="sparsegpt", passes="nm_sparsify{criterion=sparsegpt}"),
-    Job(name="sparsegpt, folded", passes="fold_norms,nm_sparsify{criterion=sparsegpt}"),
-    Job(name="sparsegpt, permuted", passes="permute_channels,nm_sparsify{criterion=sparsegpt}"),
-    Job(name="sparsegpt, folded and permuted", passes="fold_norms,permute_channels,nm_sparsify{criterion=sparsegpt}"),
+    *(
+        Job(name=f"sparsegpt{name}{before}", passes=f"{passes}nm_sparsify{{criterion=sparsegpt{options}}}")
+        for name, options in {
+            "": "",
+            ", by energy": ",order=energy",
+            ", own damping": ",damping_of=own",
+            ", by energy, own damping": ",order=energy,damping_of=own",
+            ", refined": ",refine=10",
+            ", refined, by energy, own damping of 5%": ",refine=10,order=energy,damping_of=own,damping=0.05",
+        }.items()
+        for before, passes in {
+            "": "",
+            ", folded": "fold_norms,",
+            ", permuted": "permute_channels,",
+            ", folded and permuted": "fold_norms,permute_channels,",
+        }.items()
+    ),
 ]
 
 if __name__ == "__main__":
