@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from sparsepass._terminal import one_line
 from sparsepass.graph.support import CaptureError, ProgramFormatError
 
 _DEEPEST = 16
@@ -121,15 +122,16 @@ def _is_model_output(kind: type) -> bool:
 
 def _output_class(path: str) -> type:
     module, _, name = path.rpartition(".")
+    shown = one_line(path[:200])
     if not _HOME_OF_OUTPUTS.fullmatch(module):
-        raise ProgramFormatError(f"a program may only build output classes of transformers, not {path:.200}")
+        raise ProgramFormatError(f"a program may only build output classes of transformers, not {shown}")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ProgramFormatError(
-            f"the program returns a {path:.200}, which the installed transformers does not have; install the version it was "
+            f"the program returns a {shown}, which the installed transformers does not have; install the version it was "
             "made with (see program.json)"
         ) from error
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and _is_model_output(kind)):
-        raise ProgramFormatError(f"a program may only build output classes of transformers, and {path:.200} is none")
+        raise ProgramFormatError(f"a program may only build output classes of transformers, and {shown} is none")
     return kind

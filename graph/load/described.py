@@ -23,6 +23,7 @@ LOADING_ERRORS: Final = (
 
 _MAX_NUMBER: Final = 1 << 53
 _MAX_LAYERS: Final = 1024
+_NUM_LAYERS: Final = re.compile(r"(^|\.)(n_layers?|num_(\w+_)?layers|depth)$")
 _LAYERS: Final = re.compile(r"(^|_)(layers?|depths?|blocks?)$")
 _SLACK: Final = 1 << 26
 """Elements that a model may have beside those of its files: buffers that are computed, a head that is tied."""
@@ -76,6 +77,8 @@ def check_numbers(document: Mapping[str, Any], where: "Path | str") -> None:
         sparsepass.SparsepassError: config.json: num_hidden_layers is 1000000000, expected at most 1024; copy it again
     """
     for place, number in _numbers(document, ""):
+        if number < 0 and _NUM_LAYERS.search(place):
+            raise SparsepassError(f"{shown(where)}: {place} is {number}, and no model has fewer than no layers; copy it again")
         largest = _MAX_LAYERS if _LAYERS.search(place.partition("[")[0]) else _MAX_NUMBER
         if abs(number) > largest:
             value = str(number) if number.bit_length() < 100 else "a number of more than 30 digits"

@@ -9,6 +9,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any, BinaryIO, Final, final
 
+from sparsepass._terminal import one_line
 from sparsepass.graph.support import SparsepassError, first_line, how_to_install, opened
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -16,6 +17,7 @@ _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT: Final = 32
 _MAX_AXES: Final = 4
+_BLOCK: Final = re.compile(r"(?:\w+\.)?blk\.([0-9]{1,6})\.")
 
 
 def check_gguf(path: Path, name: str) -> int:
@@ -53,8 +55,14 @@ def check_gguf(path: Path, name: str) -> int:
             f"{path} is part {number + 1} of {count} of a GGUF file that was split, and transformers reads whole files: put "
             f"the parts together first, llama-gguf-split --merge {_first_part(path)} whole.gguf, and load that"
         )
-    if not isinstance(facts.get("general.architecture"), str):
+    if not isinstance(architecture := facts.get("general.architecture"), str):
         raise SparsepassError(f"{path} does not say of which architecture its model is; it holds no whole model")
+    told = facts.get(f"{architecture}.block_count")
+    if header.num_blocks and isinstance(told, int) and told > header.num_blocks:
+        raise SparsepassError(
+            f"{path} says that its model has {told} blocks ({one_line(architecture)}.block_count) and holds "
+            f"{header.num_blocks}; download it again"
+        )
     return num_elements
 
 
@@ -85,10 +93,14 @@ class _Header:
     Args:
         file: Behind the magic number.
         size: Bytes of the file.
+
+    Attributes:
+        num_blocks: One more than the last block that a tensor belongs to, once the tensors are checked.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
+        self.num_blocks = 0
         version, self._num_tensors, self._num_facts = self._numbers("<IQQ")
         if not 2 <= version <= 3:
             raise _HeaderError(f"it is of version {version}, and 2 and 3 are read")
@@ -131,6 +143,8 @@ class _Header:
             if shape[0] % block or offset % alignment:
                 raise _HeaderError(f"the tensor {name!r} has the shape {shape} and lies at {offset}")
             total += math.prod(shape)
+            if belongs := _BLOCK.match(name):
+                self.num_blocks = max(self.num_blocks, int(belongs[1]) + 1)
             places[name] = offset, offset + math.prod(shape) // block * num_bytes
         begin = -(-self._file.tell() // alignment) * alignment
         end = 0
