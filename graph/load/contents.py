@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsepass._terminal import one_line
 from sparsepass.graph.support import SparsepassError, check_tensors
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -60,13 +61,14 @@ def _check(found: Mapping[str, tuple[str, list[int]]], name: str) -> None:
         is_weight = dtype not in _FLOATS and key.endswith((".weight", "_proj"))
         if (is_weight and not dtype.startswith("F8")) or _PACKED.search(key):
             raise SparsepassError(
-                f"model {name} is quantized or compressed, although its config.json does not say so: {key} is {dtype} {shape}, "
-                "and pruning needs the floating-point weights; start from the checkpoint it was made from"
+                f"model {name} is quantized or compressed, although its config.json does not say so: {one_line(key)} is "
+                f"{one_line(dtype)} {shape}, and pruning needs the floating-point weights; start from the checkpoint it was "
+                "made from"
             )
         if is_weight and (scale := next((key + each for each in _SCALES if key + each in found), _beside(key, found))):
             raise SparsepassError(
-                f"model {name} is quantized: {key} is {dtype}, and {scale} beside it says how large its values really are; "
-                "start from the checkpoint it was made from"
+                f"model {name} is quantized: {one_line(key)} is {one_line(dtype)}, and {one_line(scale)} beside it says how "
+                "large its values really are; start from the checkpoint it was made from"
             )
     if found and all(key.startswith("module.") for key in found):
         raise _wrapped(name, next(iter(found)), "module")
