@@ -57,7 +57,7 @@ class PermuteChannels(Pass):
     Raises:
         SparsepassError: If the pattern cannot be, or the criterion is unknown or has no score.
 
-    Source: RIA (ICLR 2024); methods.md section 1 of the design notes.
+    Source: RIA (Zhang et al., ICLR 2024), section on channel permutation; the greedy form is our own.
 
     Exactness: values move and are never computed anew, so outputs are equal but for the order in which sums are taken: 1e-9 in
     float64 and 1e-5 in float32, relative, measured on the outputs.

@@ -4,9 +4,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Annotated, Any, Final
-
-import typer
+from typing import TYPE_CHECKING, Any, Final
 
 from sparsepass.export.cli import support
 from sparsepass.export.cli.output import print_json, print_text
@@ -23,14 +21,7 @@ _MEANING: Final = {
 
 
 def channels_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder, hub id, config .json, .gguf file, or saved program. Weights are not needed.",
-            show_default=False,
-        ),
-    ],
+    model: support.ModelWithoutWeights,
     gguf_file: support.GgufFile = None,
     as_json: support.AsJson = False,
 ) -> None:

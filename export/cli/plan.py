@@ -10,14 +10,7 @@ from sparsepass.export.cli.report import AddTo, add_to, check_report
 
 
 def plan_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder, hub id, config .json, .gguf file, or saved program. Weights are not needed.",
-            show_default=False,
-        ),
-    ],
+    model: support.ModelWithoutWeights,
     gpu: Annotated[
         str,
         typer.Option(

@@ -81,6 +81,14 @@ AllowUnchecked = Annotated[
 NoValidate = Annotated[
     bool, typer.Option("--no-validate", help="Do not measure after each pass how far the outputs moved. Saves time.")
 ]
+ModelWithoutWeights = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder, hub id, config .json, .gguf file, or saved program. Weights are not needed.",
+        show_default=False,
+    ),
+]
 GgufFile = Annotated[str | None, typer.Option("--gguf-file", help="Name of the .gguf file, if MODEL holds several.")]
 TrustRemoteCode = Annotated[
     bool,
