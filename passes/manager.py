@@ -388,10 +388,11 @@ def _is_kept(item: Pass, found: Difference, program: Program, outputs: Mapping[s
     if not item.prepares:
         return found.max_error == 0
     bounds = {torch.float64: 1e-9, torch.float32: 1e-5}
+    types = {tensor.dtype for tensor in outputs.values() if tensor.is_floating_point()}
     # Norms of many models compute in float32, whatever the weights are.
-    arguments = (leaf for node in program.graph_module.graph.nodes for leaf in (*node.args, *node.kwargs.values()))
-    types = {tensor.dtype for tensor in outputs.values()} | {leaf for leaf in arguments if isinstance(leaf, torch.dtype)}
-    return found.relative_error <= max((bounds.get(dtype, math.inf) for dtype in types if dtype.is_floating_point), default=0.0)
+    if any(torch.float32 in (*node.args, *node.kwargs.values()) for node in program.graph_module.graph.nodes):
+        types.add(torch.float32)
+    return found.relative_error <= max((bounds.get(dtype, math.inf) for dtype in types), default=0.0)
 
 
 def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:

@@ -75,7 +75,8 @@ def test_each_group_of_four_has_two_zeros_in_the_file(folder: Path, program: Pro
     assert len(layers) == 30 * 7 == len(program.sparse)
     for name, tensor in layers.items():
         assert bool(((tensor.view(tensor.shape[0], -1, 4) != 0).sum(-1) <= 2).all()), name
-    assert bool((tensors["model.embed_tokens.weight"] != 0).float().mean() > 0.9)  # some are 0 in the 4-bit source
+    embedding = tensors["model.embed_tokens.weight"]  # 1% of it is 0 in the 4-bit source
+    assert float(((embedding.view(len(embedding), -1, 4) != 0).sum(-1) > 2).float().mean()) > 0.99
 
 
 def test_onnxruntime_says_the_words_that_transformers_says(folder: Path, program: Program, tmp_path: Path) -> None:
