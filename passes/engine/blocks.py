@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import fx
 
 from sparsepass.graph import Program, Site
+from sparsepass.graph.nodes import writes_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,15 +154,8 @@ def _refusal(block: Block, *, overlaps: bool) -> str | None:
         return f"the operations of its block {block.name} are mixed with those of another block"
     inside = set(block.nodes())
     for node in block.nodes():
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            written = [
-                value
-                for value, argument in zip(node.args, target._schema.arguments, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node)
-            ]
-            if any(value not in inside for value in written):
-                return f"its block {block.name} writes into its inputs ({node.name}), so it cannot be run again"
+        if any(value not in inside for value in writes_into(node)):
+            return f"its block {block.name} writes into its inputs ({node.name}), so it cannot be run again"
     if not block.outputs():
         return f"nothing reads what its block {block.name} computes"
     return None
