@@ -97,7 +97,6 @@ def run_until(
 
 
 def _run(arguments: Sequence[str], log: int, hook: Callable[[str, tuple[object, ...]], None], file_bytes: int | None) -> int:
-    os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
