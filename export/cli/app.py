@@ -1,5 +1,6 @@
 """The command line: `sparsepass`, and `sparse-export`, which is `sparsepass export`."""
 
+import sys
 from dataclasses import replace
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from sparsepass.export.cli.check import compare_command, eval_command
 from sparsepass.export.cli.criteria import OldJson, criteria_command
 from sparsepass.export.cli.export import export_command
 from sparsepass.export.cli.masks import masks_command
+from sparsepass.export.cli.output import complain
 from sparsepass.export.cli.plan import plan_command
 from sparsepass.export.cli.report import report_command
 from sparsepass.export.cli.retrain import retrain_command, run_command
@@ -118,11 +120,18 @@ export_app.command()(_export_command)
 
 def main() -> None:
     """Run `sparsepass`."""
-    support.quiet_bars()
-    app(prog_name="sparsepass")
+    _run(app, "sparsepass")
 
 
 def sparse_export() -> None:
     """Run `sparse-export`."""
+    _run(export_app, "sparse-export")
+
+
+def _run(command: typer.Typer, name: str) -> None:
     support.quiet_bars()
-    export_app(prog_name="sparse-export")
+    try:
+        command(prog_name=name)
+    except KeyboardInterrupt:  # while options were still read; see support.clean for the rest
+        complain("interrupted")
+        sys.exit(support.INTERRUPTED)

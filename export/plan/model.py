@@ -179,6 +179,11 @@ def model_shape(program: Program) -> ModelShape:
     for site in sites:
         if site.layout in ("embedding", "computed") or not site.nodes:
             continue
+        if 0 in site.shape:
+            raise SparsepassError(
+                f"{site.name} is of shape {'x'.join(map(str, site.shape))}: without inputs or outputs there is nothing to "
+                "plan; check the sizes in the model's configuration"
+            )
         rows = extent(sum(math.prod(run[node]) for node in site.nodes) / site.out_features / batch for run in runs)
         experts = site.shape[0] if site.layout in ("experts", "experts_transposed") else 1
         layers.append(

@@ -19,7 +19,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _STEPS = frozenset(
     ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "shutil.rmtree")
 )
-_COUNT = struct.Struct("q")
+_COUNT = struct.Struct("qq")
+"""Steps so far, and whether the command has begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Ended:
     Attributes:
         code: Exit code, or minus the signal that ended it.
         steps: How many steps in the file system it took, as far as it came.
-        seconds: Time from the fork to the end.
+        seconds: Time that the command took, with its end.
         said: What it wrote to standard output and standard error.
     """
 
@@ -54,7 +55,7 @@ def run_until(
         arguments: As a shell would give them.
         place: Folder whose steps count: opening a file to write it, renaming, removing, making and removing a folder.
         step: Before which of them the child gets the signal; None for none.
-        seconds: After how much time it gets the signal; None for never.
+        seconds: After how much time of the command it gets the signal; None for never.
         by: The signal.
         file_bytes: The largest file that it can write.
 
@@ -65,12 +66,11 @@ def run_until(
     steps = mmap.mmap(-1, _COUNT.size)
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    started = time.monotonic()
     child = os.fork()
     if child == 0:
         code = 99
         try:
-            code = _run(arguments, writing, _hook(place, steps, step, by), file_bytes)
+            code = _run(arguments, writing, steps, _hook(place, steps, step, by), file_bytes)
         except BaseException:  # noqa: BLE001  (the child ends here, whatever it was)
             traceback.print_exc()
         finally:
@@ -78,25 +78,33 @@ def run_until(
             sys.stderr.flush()
             os._exit(code)
     os.close(writing)
-    said, ended = b"", 0
+    said, ended, forked = b"", 0, time.monotonic()
+    started = forked
     while not ended:
         time.sleep(0.002)
         ended, status = os.waitpid(child, os.WNOHANG)
         with contextlib.suppress(BlockingIOError):
             while more := os.read(reading, 1 << 16):
                 said += more
+        started = started if _COUNT.unpack(steps[:])[1] else time.monotonic()
         spent = time.monotonic() - started
         if seconds is not None and spent >= seconds and not ended:
             os.kill(child, by)
             seconds = None
-        if spent > SECONDS and not ended:
+        if time.monotonic() - forked > SECONDS and not ended:
             os.kill(child, signal.SIGKILL)
     os.close(reading)
-    count = _COUNT.unpack(steps[:])[0]
+    count, _ = _COUNT.unpack(steps[:])
     return Ended(code=os.waitstatus_to_exitcode(status), steps=count, seconds=spent, said=said.decode(errors="replace"))
 
 
-def _run(arguments: Sequence[str], log: int, hook: Callable[[str, tuple[object, ...]], None], file_bytes: int | None) -> int:
+def _run(
+    arguments: Sequence[str],
+    log: int,
+    steps: mmap.mmap,
+    hook: Callable[[str, tuple[object, ...]], None],
+    file_bytes: int | None,
+) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -108,6 +116,7 @@ def _run(arguments: Sequence[str], log: int, hook: Callable[[str, tuple[object, 
     if file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    steps[:] = _COUNT.pack(0, 1)
     try:
         main()
     except SystemExit as ended:
@@ -132,7 +141,7 @@ def _hook(place: Path, steps: mmap.mmap, step: int | None, by: signal.Signals) -
         name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         if name and (name.startswith(root) or not os.path.isabs(name)):
             count = _COUNT.unpack(steps[:])[0] + 1
-            steps[:] = _COUNT.pack(count)
+            steps[:] = _COUNT.pack(count, 1)
             if count == step:
                 os.kill(os.getpid(), by)
 

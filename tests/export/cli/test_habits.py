@@ -11,6 +11,7 @@ from tests.export.cli.documentation import commands
 from tests.export.tiny import WORDS, save_tiny_llama
 from typer.testing import Result
 
+from sparsepass.export.cli import main
 from sparsepass.export.cli.output import JSON_KEYS
 
 _RECIPE = """
@@ -129,3 +130,16 @@ def test_verbose_says_what_is_logged(place: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sparsepass.export.pattern.check_pattern", check)
     assert "looking at" in run("verify", place / "tiny", "--verbose", "--ignore", "*").stderr
     assert "looking at" not in run("verify", place / "tiny", "--ignore", "*").stderr
+
+
+def test_an_interrupt_before_a_command_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsepass.export.cli.app.app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["Error: interrupted"]

@@ -345,6 +345,12 @@ def test_configurations_with_numbers_that_json_lacks_are_planned(tmp_path: Path)
         }
 
 
+def test_layers_without_inputs_are_refused(tmp_path: Path) -> None:
+    folder = saved_config(tmp_path, "llama", TINY | {"hidden_size": 0}, "LlamaForCausalLM")
+    with pytest.raises(SparsepassError, match=r"q_proj is of shape \d+x0: without inputs or outputs"):
+        plan(folder, gpu="a100")
+
+
 @pytest.mark.parametrize(("pattern", "runs"), [("1:4", True), ("2:8", True), ("4:8", False)])
 def test_only_patterns_that_are_2_4_too_run_on_hardware(pattern: str, runs: bool) -> None:
     sparse = apply_passes(capture(Stack(), torch.randn(2, 64)), f"nm_sparsify{{pattern={pattern}}}")
