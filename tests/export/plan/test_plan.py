@@ -346,7 +346,7 @@ def test_configurations_with_numbers_that_json_lacks_are_planned(tmp_path: Path)
 
 
 def test_layers_without_inputs_are_refused(tmp_path: Path) -> None:
-    folder = saved_config(tmp_path, "llama", TINY | {"hidden_size": 0}, "LlamaForCausalLM")
+    folder = saved_config(tmp_path, "llama", TINY | {"hidden_size": 0, "head_dim": 8}, "LlamaForCausalLM")
     with pytest.raises(SparsepassError, match=r"q_proj is of shape \d+x0: without inputs or outputs"):
         plan(folder, gpu="a100")
 
