@@ -52,15 +52,13 @@ def report_command(
     Exit code: 0 it was rendered, 2 wrong usage or unreadable input.
     """
     from sparsepass.export.cli.show import answers_text, summary
-    from sparsepass.export.report import PAGES, read_report, write_pages
-    from sparsepass.graph.support import checksums_follow
+    from sparsepass.export.report import PAGES, changed_report, read_report, write_pages
 
     folder = out or (place if place.is_dir() else place.parent)
     check_report(folder)
     document = read_report(place)
-    folder.mkdir(parents=True, exist_ok=True)
-    with checksums_follow(folder, PAGES):
-        write_pages(folder, document)
+    with changed_report(folder, PAGES) as pages:
+        write_pages(pages, document)
     if as_json:
         print_json("report", {"out": str(folder), "report": document})
         return

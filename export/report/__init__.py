@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         OF_FILES as OF_FILES,
         PAGES as PAGES,
         add_to_report as add_to_report,
+        changed_report as changed_report,
         find_report as find_report,
         measurement as measurement,
         new_report as new_report,

@@ -5,7 +5,8 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,8 @@ from sparsepass.graph.support import (
     package_version,
     read_json,
     replaced_file,
+    replaced_folder,
+    waiting_for,
 )
 
 REPORT_FILE, PAGE_FILE, HTML_FILE, RECIPE_FILE = "report.json", "report.md", "report.html", "recipe.txt"
@@ -152,11 +155,28 @@ def add_to_report(
                 f"{place} is not empty and holds no report; name a folder that sparsepass wrote, or a new one"
             )
         document = new_report()
-    place.mkdir(parents=True, exist_ok=True)
-    with checksums_follow(place, (*PAGES, REPORT_FILE)):
-        document = find_report(place) or document  # another process may have added to it meanwhile
+    with changed_report(place, (*PAGES, REPORT_FILE)) as folder:
+        document = find_report(folder) or document  # another process may have added to it meanwhile
         run = run_record(stage, command=command, seconds=seconds)
-        return _write(place, {**document, **sections, "runs": [*document["runs"], run]})
+        return _write(folder, {**document, **sections, "runs": [*document["runs"], run]})
+
+
+@contextmanager
+def changed_report(folder: Path, parts: Collection[str]) -> Iterator[Path]:
+    """Give a folder to write files of a report into, while others who write them wait.
+
+    Args:
+        folder: Where they are to be. A new or empty one is there when all of them are.
+        parts: Their names. In a folder that stands, its checksums follow them.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_for(folder.parent):
+        if not folder.is_dir() or not any(folder.iterdir()):
+            with replaced_folder(folder, checksums=False) as beside:
+                yield beside
+            return
+    with checksums_follow(folder, parts):
+        yield folder
 
 
 def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:

@@ -155,7 +155,8 @@ class Trial:
 def _is_whole(path: Path) -> bool:
     if path.is_dir():
         reports = [path / "report.json"] if (path / "report.json").exists() else []
-        return read_checksums(path) is not None and not changed_files(path) and all(map(_is_whole, reports))
+        # A folder that holds a report alone has no checksums.
+        return bool(reports or read_checksums(path)) and not changed_files(path) and all(map(_is_whole, reports))
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             return bool(file.keys()) and "sparsepass" in (file.metadata() or {})
@@ -169,10 +170,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file, or of all files in a folder; None for what is not there."""
+    """Of a file, or of all files in a folder but hidden ones; None for what is not there."""
     if not path.exists():
         return None
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    files = sorted(each for each in path.rglob("[!.]*") if each.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
