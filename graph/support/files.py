@@ -44,6 +44,8 @@ def replaced_folder(out: str | Path, *, force: bool = False, inputs: Inputs = ()
     target = Path(out).absolute()
     if checksums:
         check_free(target, force=force, inputs=inputs)
+    else:
+        sweep(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # What cannot be moved itself gets its content moved in: a mount point (a container's volume), a folder in one of others.
     room = target if stays(target) else target.parent
