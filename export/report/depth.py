@@ -1,6 +1,7 @@
 """Layers by their place in the model's depth: one row a kind of layer, one column a block."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -68,5 +69,5 @@ def depth_grid(names: Iterable[str]) -> DepthGrid:
 def _split(name: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
     """The path before the first number, the number, and the path after it."""
     parts = tuple(name.removesuffix(".weight").split("."))
-    at = next((index for index, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
+    at = next((index for index, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
     return ((), None, parts) if at is None else (parts[:at], int(parts[at]), parts[at + 1 :])

@@ -125,7 +125,7 @@ def joined_names(names: Iterable[str]) -> str:
     """
     groups: dict[str, list[int]] = {}
     for name in names:
-        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        match = re.match(r"(.*?\.)([0-9]{1,9})(\..*)", name)
         key = f"{match[1]}\0{match[3]}" if match else name
         groups.setdefault(key, []).extend([int(match[2])] if match else [])
     shown = [key.replace("\0", _ranges(sorted(set(numbers)))) for key, numbers in groups.items()]

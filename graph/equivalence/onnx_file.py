@@ -196,7 +196,7 @@ def _derived(info: Any, named: Mapping[str, Tensor], where: str) -> Tensor:
 
 def _empty_cache(name: str, dims: Sequence[int | str], batch: int, where: str) -> Tensor:
     # transformers' exporter writes the axes that do not vary as parameters named "2" or "8".
-    sizes = [int(dim) if isinstance(dim, int) or dim.isdecimal() else None for dim in dims]
+    sizes = [int(dim) if isinstance(dim, int) or (dim.isdecimal() and len(dim) < 20) else None for dim in dims]
     varying = [axis for axis, size in enumerate(sizes) if size is None and axis > 0]
     if len(varying) != 1:
         raise EquivalenceError(

@@ -22,6 +22,7 @@ from sparsepass.export.report.charts import (
     value_scale,
 )
 from sparsepass.export.report.depth import depth_grid
+from sparsepass.export.report.layers import joined_names
 
 FIGURES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=9)
 
@@ -132,3 +133,9 @@ def test_figures_on_an_axis_are_short() -> None:
         value = source.uniform(-1, 1) * 10 ** source.randint(-9, 9)
         assert len(figure(value)) <= 9
         assert float(figure(value).replace(",", "")) == pytest.approx(value, rel=6e-3)
+
+
+def test_names_with_more_digits_than_python_reads_are_names() -> None:
+    name = f"h.{'9' * 5000}.up"
+    assert name in depth_grid([name, "h.1.up"]).places
+    assert joined_names([name, "h.1.up", "h.2.up"]) == f"{name}, h.1-2.up"
