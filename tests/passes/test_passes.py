@@ -33,6 +33,7 @@ from sparsepass.passes.maths.pattern import NMPattern, is_nm, nm_mask
 # What stands before a pass so that it has something to do, and its own options for models this small.
 _BEFORE = {
     "fold_norms": "",
+    "rotate": "",
     "permute_channels": "",
     "awq_scale": "",
     "fuse_siblings": "",
@@ -42,9 +43,16 @@ _BEFORE = {
     "fold": "nm_sparsify",
     "reconstruct": "",
 }
-_OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
-_CALIBRATED = ("reconstruct", "awq_scale")
-_NOTHING_TO_DO = {"fold_norms": ("bert", "convnet"), "fuse_siblings": ("phi3", "gpt2", "gpt_neox", "convnet")}
+_OPTIONS = {
+    "slorb": "slorb{k=4}", "rotate": "rotate{steps=3}",
+    "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}",
+}  # fmt: skip
+_CALIBRATED = ("reconstruct", "awq_scale", "rotate")
+_NOTHING_TO_DO = {
+    "fold_norms": ("bert", "convnet"),
+    "rotate": ("convnet",),
+    "fuse_siblings": ("phi3", "gpt2", "gpt_neox", "convnet"),
+}
 _NAMES = [family.name for family in FAMILIES]
 
 
@@ -298,6 +306,14 @@ def _odd() -> nn.Module:
         ("nm_sparsify,fold_norms,reconstruct", torch.ones(4, 8, dtype=torch.long), "put fold_norms before nm_sparsify"),
         ("nm_sparsify,awq_scale,reconstruct", torch.ones(4, 8, dtype=torch.long), "put awq_scale before nm_sparsify"),
         ("awq_scale", None, "needs calibration data"),
+        ("rotate", None, "needs calibration data"),
+        (
+            "nm_sparsify,rotate",
+            torch.ones(4, 8, dtype=torch.long),
+            "destroy the N:M pattern: nm_sparsify makes masks; put rotate",
+        ),
+        ("rotate{form=layers}", None, "form expects one of model, blocks, got 'layers'"),
+        ("rotate{steps=0}", None, "steps must be at least 1, got 0"),
         ("nm_sparsify,reconstruct,reconstruct", torch.ones(4, 8, dtype=torch.long), "twice"),
         ("nm_sparsify,reconstruct,slorb{k=4}", torch.ones(4, 8, dtype=torch.long), "put slorb before reconstruct"),
         ("nm_sparsify,reconstruct{batch_size=8}", torch.ones(4, 8, dtype=torch.long), "got 1 batch"),
