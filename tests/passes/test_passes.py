@@ -83,7 +83,7 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
     reference = copy.deepcopy(before)
     if family in _NOTHING_TO_DO.get(name, ()):
         with pytest.raises(PassError, match="no layer can be rewritten"):
-            apply_passes(before, text)
+            apply_passes(before, text, calibration=calibration)
         return
     program = apply_passes(before, text, calibration=calibration)
     assert _same(before, reference, family), "the given program was changed"
@@ -312,7 +312,7 @@ def _odd() -> nn.Module:
             torch.ones(4, 8, dtype=torch.long),
             "destroy the N:M pattern: nm_sparsify makes masks; put rotate",
         ),
-        ("rotate{form=layers}", None, "form expects one of model, blocks, got 'layers'"),
+        ("rotate{form=layers}", None, "form='layers' is not known; known: 'blocks', 'model'"),
         ("rotate{steps=0}", None, "steps must be at least 1, got 0"),
         ("nm_sparsify,reconstruct,reconstruct", torch.ones(4, 8, dtype=torch.long), "twice"),
         ("nm_sparsify,reconstruct,slorb{k=4}", torch.ones(4, 8, dtype=torch.long), "put slorb before reconstruct"),

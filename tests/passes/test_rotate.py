@@ -1,6 +1,7 @@
 """Rotating channels: outputs stay, what weights count is concentrated, the form says what the program looks like."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tests.graph.channels.test_flow import CASTS_TO_FLOAT32, distance, family_pr
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsepass.graph import CaptureError, PassError, Program, capture
+from sparsepass.graph import CaptureError, PassError, Program, SparsepassError, capture
 from sparsepass.graph.channels import channel_flow
 from sparsepass.graph.sites import BETWEEN_BLOCKS
 from sparsepass.passes import Rotate, apply_passes
@@ -217,3 +218,17 @@ def test_progress_has_a_step_for_each_of_adam(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().err + caplog.text
     assert "rotate" in shown
     assert "7/7" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"form": "layers"}, "form expects one of model, blocks, got 'layers'"),
+        ({"salience": "magnitude"}, "salience expects one of sparsegpt, wanda, got 'magnitude'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": 1.0}, "lr must lie between 0 and 1, got 1.0"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(SparsepassError, match=told):
+        Rotate(**options)
