@@ -3,6 +3,7 @@
 # make test-lowest  a part of the tests with the lowest torch and transformers that pyproject.toml allows, in .venv-lowest
 # make quick  the tests that take little time: what to run between edits
 # make fuzz   damaged files of every kind for 30 minutes on two cores (MINUTES=5); what fails goes to tests/fuzz/corpus
+# make kills  every command that writes, ended at 30 places by SIGKILL, SIGTERM and SIGINT, and run again: an hour
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
 # make docs   what is made: tables of options, reference of the report, list of architectures, picture of the rooms
 # make clean  remove what the above made
@@ -31,7 +32,7 @@ LOWEST_TESTS := tests/graph/test_capture.py tests/graph/test_program.py tests/gr
 # The kernels for packed weights are compiled when the package is installed.
 NATIVE := setup.py $(wildcard graph/native/*.cpp graph/native/*.h)
 
-.PHONY: demo test test-isa test-lowest quick fuzz lint wheel docs clean help
+.PHONY: demo test test-isa test-lowest quick fuzz kills lint wheel docs clean help
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
@@ -55,6 +56,10 @@ quick: $(VENV)/.test
 MINUTES ?= 30
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz --minutes $(MINUTES)
+
+PLACES ?= 30
+kills: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.interrupted --places $(PLACES)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/python -m ruff check

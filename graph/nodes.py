@@ -70,9 +70,14 @@ def _is_view(node: fx.Node) -> bool:
     return any(value.alias_info is not None for value in schema.returns) and isinstance(next(iter(node.args), None), fx.Node)
 
 
+def is_mutable(target: object) -> bool:
+    """Whether an operator changes one of its arguments in place."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
 def writes_into(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values an operation changes in place."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload):
         return []
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments]
     return [value for value, is_written in zip(node.args, written, strict=False) if is_written and isinstance(value, fx.Node)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -93,6 +94,7 @@ class _Row:
 
     name: str
     perplexity: float
+    by_text: dict[str, float] = field(default_factory=dict)
     relative_error: float | None
     kl: float | None
     num_sparse: int
@@ -229,10 +231,13 @@ def criteria_rows(document: dict[str, Any]) -> tuple[list[str], tuple[str, ...],
         "relative error of the model's outputs on the first calibration sequences. Memory: peak of the process while the "
         "passes ran, the model included. Time: the passes alone; of this run, and no claim.",
     ]
+    texts = list(rows[0].get("by_text", {}))
+    texts = texts if len(texts) > 1 else []
     cells = [
         (
             row["name"],
             f"{row['perplexity']:.2f}",
+            *(f"{row['by_text'][text]:.2f}" for text in texts),
             f"{row['times_dense']:.2f}",
             "" if row["relative_error"] is None else f"{row['relative_error']:.3f}",
             "" if row["kl"] is None else f"{row['kl']:.3f}",
@@ -242,7 +247,7 @@ def criteria_rows(document: dict[str, Any]) -> tuple[list[str], tuple[str, ...],
         )
         for row in rows
     ]
-    headings = ("passes", "perplexity", "times dense", "error", "KL", "layers", "seconds", "GiB")
+    headings = ("passes", "perplexity", *map(_name, texts), "times dense", "error", "KL", "layers", "seconds", "GiB")
     return head, headings, cells
 
 
@@ -368,15 +373,17 @@ def measure(settings: CriteriaSettings, job: Job) -> dict[str, Any]:
         if program.history[-1].validation is not None:
             facts |= {name: program.history[-1].validation[name] for name in ("relative_error", "kl")}
     peak_bytes = _peak_bytes(device)
-    found = settings.evaluation.measure(model, loaded.tokenizer, device)
+    found = {one.name: one.measure(model, loaded.tokenizer, device) for one in settings.evaluation.each()}
+    num_tokens = sum(one.num_tokens for one in found.values())
     return {
         "name": job.name,
         **facts,
-        "perplexity": found.value,
-        "num_tokens": found.num_tokens,
-        "eval_dtype": found.dtype,
+        "perplexity": math.exp(sum(one.nll_mean * one.num_tokens for one in found.values()) / num_tokens),
+        "by_text": {name: one.value for name, one in found.items()},
+        "num_tokens": num_tokens,
+        "eval_dtype": next(iter(found.values())).dtype,
         "seconds": seconds,
-        "eval_seconds": found.seconds,
+        "eval_seconds": sum(one.seconds for one in found.values()),
         "peak_bytes": peak_bytes,
         "threads": torch.get_num_threads(),
     }

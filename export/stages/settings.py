@@ -167,6 +167,17 @@ class Evaluation:
             return "Python's documentation topics (evaluation part)"
         return str(self.text) if isinstance(self.text, str | Path) else f"{self.text.numel()} token ids"
 
+    def each(self) -> "tuple[Evaluation, ...]":
+        """How each of several texts is measured by itself, on its share of the tokens.
+
+        Example:
+            >>> [(one.text, one.max_tokens) for one in Evaluation(text=["a.txt", "b.txt"], max_tokens=4096).each()]
+            [('a.txt', 2048), ('b.txt', 2048)]
+        """
+        texts = self.text if isinstance(self.text, tuple) else (self.text,)
+        share = None if self.max_tokens is None else self.max_tokens // len(texts)
+        return tuple(replace(self, text=one, max_tokens=share) for one in texts)
+
     def check(self) -> None:
         """Raise unless the text is there and can be read, before anything expensive runs.
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sparsepass.graph.capture import program_from_graph_module
+from sparsepass.graph.nodes import writes_into
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import Report
 from sparsepass.graph.support import SparsepassError
@@ -164,10 +165,7 @@ def _fixed_batch(program: Program) -> int | None:
 
 
 def _writes_into_inputs(program: Program) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and _is_input(node.args[0])
-        for node in program.graph_module.graph.nodes
-    )
+    return any(_is_input(value) for node in program.graph_module.graph.nodes for value in writes_into(node))
 
 
 def _is_input(value: object) -> bool:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from sparsepass.graph.channels import ops
 from sparsepass.graph.channels.labels import Ints, Labels
 from sparsepass.graph.channels.values import Channels, Leaf, distinct, rows_met, shape_of, varying
-from sparsepass.graph.nodes import module_path, op_name, tensor_of
+from sparsepass.graph.nodes import is_mutable, module_path, op_name, tensor_of
 from sparsepass.graph.placement import moved
 from sparsepass.graph.program import Program
 
@@ -95,7 +95,7 @@ class Walk:
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = self._call(rules, node, args, kwargs)
-                if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                if is_mutable(node.target):
                     env[node.args[0]] = env[node]
             for source in node.all_input_nodes:
                 if last[source] is node:

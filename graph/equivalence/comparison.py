@@ -281,7 +281,7 @@ def assert_equivalent(
     failed = comparison.failures(atol=atol, rtol=rtol, max_kl=max_kl, exact=exact)
     if failed:
         located = compare(first, second, inputs, tolerance=0.0 if exact else rtol)
-        raise EquivalenceError(_message(failed, located, first, second))
+        raise _failure(failed, located, first, second)
     return comparison
 
 
@@ -327,7 +327,7 @@ def _drop_unequal_calls(found: dict[str, TensorDifference], layers: Mapping[str,
             not_compared[name] = f"called {calls_a[path]} times in one and {calls_b[path]} times in the other"
 
 
-def _message(failed: tuple[str, ...], found: Comparison, a: Artifact, b: Artifact) -> str:
+def _failure(failed: tuple[str, ...], found: Comparison, a: Artifact, b: Artifact) -> EquivalenceError:
     kl = "" if found.kl is None else f", KL {found.kl:.3g}"
     lines = [
         f"{b.description} is not equivalent to {a.description} on these inputs:",
@@ -364,7 +364,7 @@ def _message(failed: tuple[str, ...], found: Comparison, a: Artifact, b: Artifac
             "  no layer is known on both sides, so the place cannot be told: export the ONNX file with "
             "torch.onnx.export (dynamo=True), which records module names, and compare artifacts of the same model"
         )
-    return "\n".join(lines)
+    return EquivalenceError(lines[0], lines=lines[1:])
 
 
 def _row(found: TensorDifference) -> tuple[str, ...]:

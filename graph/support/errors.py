@@ -3,11 +3,36 @@
 They give `sparsepass` as their module, where users import them from, so a traceback names that.
 """
 
+from collections.abc import Iterable
+
 
 class SparsepassError(ValueError):
-    """A user's mistake, or an input that cannot be handled; the base of every error this library raises on purpose."""
+    r"""A user's mistake, or an input that cannot be handled; the base of every error this library raises on purpose.
+
+    Args:
+        message: What was wrong and what to do. What a file or a name brought along that would break the line (line breaks,
+            control characters, halves of surrogate pairs) is escaped.
+        lines: More about it, each a line of its own below.
+
+    Example:
+        >>> print(SparsepassError("no layer 'a\nb'", lines=["known: 'c'"]))
+        no layer 'a\nb'
+        known: 'c'
+    """
 
     __module__ = "sparsepass"
+
+    def __init__(self, message: str = "", *, lines: Iterable[str] = ()) -> None:
+        super().__init__(_in_one_line(message))
+        self.lines = tuple(map(_in_one_line, lines))
+
+    def __str__(self) -> str:
+        """The message, and the lines below it."""
+        return "\n".join((super().__str__(), *self.lines))
+
+
+def _in_one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 class CaptureError(SparsepassError):

@@ -96,6 +96,7 @@ def find_blocks(program: Program, groups: Sequence[SiteGroup]) -> tuple[list[Blo
         The blocks in graph order, and site name -> reason for sites whose block cannot be run alone.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from sparsepass.graph import capture
         >>> program = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()), torch.randn(2, 8))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from sparsepass.graph import PassError, Program, SparsepassError
 from sparsepass.graph.attention import ATTENTION, is_causal_mask, mask_of, told_causal
+from sparsepass.graph.nodes import is_mutable
 from sparsepass.graph.placement import moved
 from sparsepass.graph.support import fast_low_precision
 from sparsepass.passes.data import CalibrationBatch
@@ -191,7 +192,8 @@ class Runner:
         if node.op != "call_function" or not node.all_input_nodes:
             return False
         if node not in self._known_constants:  # asked in graph order, so that it never goes deep
-            is_constant = all(self._is_constant(n) for n in node.all_input_nodes) and not any(map(_writes, node.users))
+            is_written = any(is_mutable(user.target) for user in node.users)
+            is_constant = not is_written and all(self._is_constant(n) for n in node.all_input_nodes)
             self._known_constants[node] = is_constant
         return self._known_constants[node]
 
@@ -264,9 +266,3 @@ def _low_precision(compute: ComputeDtype, program: Program, device: torch.device
     if compute not in ("bfloat16", "float16", "float32"):
         raise SparsepassError(f"compute dtype {compute!r} is not known; use auto, bfloat16, float16 or float32")
     return None if compute == "float32" else getattr(torch, compute)
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an operator changes one of its arguments."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

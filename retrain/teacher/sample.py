@@ -196,7 +196,7 @@ def _kept_apart(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         SparsepassError: If another run writes it, or has finished the file meanwhile.
     """
-    beside = path.with_name(f"{path.name}.partial")
+    beside = _beside(path)
     hidden = path.with_name(f".{beside.name}")  # as it was called before
     if hidden.is_file() and not hidden.is_symlink() and not beside.exists():
         hidden.replace(beside)
@@ -243,8 +243,28 @@ def check_file(out: str | Path, *, force: bool = False, inputs: Inputs = ()) -> 
         raise SparsepassError(
             f"sampled text is written as rows of token ids and text: name a file that ends in .jsonl, not {path}"
         )
+    _remove_what_is_done(path)
     check_place(path, force=force, inputs=inputs, is_ours=_is_sampled)
     return path
+
+
+def _beside(path: Path) -> Path:
+    """Where a run keeps its rows."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _remove_what_is_done(path: Path) -> None:
+    """Remove the rows beside a file that holds them all: a run was killed between the two."""
+    beside = _beside(path)
+    if beside.is_symlink() or not (beside.is_file() and path.is_file()):
+        return
+    with beside.open("rb") as rows, path.open("rb") as file, suppress(OSError):
+        if (
+            lock_now(rows.fileno()) is not None
+            and rows.readline()
+            and all(a == b for a, b in itertools.zip_longest(rows, file))
+        ):
+            beside.unlink()
 
 
 def _is_sampled(path: Path) -> bool:

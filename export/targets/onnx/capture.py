@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.export.targets.onnx.artifact import Role
 from sparsepass.graph.capture import run_exporter
+from sparsepass.graph.nodes import is_mutable
 from sparsepass.graph.support import SparsepassError, first_line, one_at_a_time
 
 Axes = tuple[str | None, ...]
@@ -364,7 +365,7 @@ def _one_trace() -> Iterator[None]:
     def decompose(exported: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
         _make_translatable(exported.graph_module)
         calls = [node for node in exported.graph.nodes if node.op == "call_function"]
-        if all("val" in node.meta and registry.is_registered(node.target) and not _is_mutable(node.target) for node in calls):
+        if all("val" in node.meta and registry.is_registered(node.target) and not is_mutable(node.target) for node in calls):
             return exported
         return original(exported, registry)  # type: ignore[no-any-return]
 
@@ -429,10 +430,6 @@ def _count_by_comparing(scatter: fx.Node, result: Tensor) -> None:
         found = graph.call_function(aten.sum.dim_IntList, (same, [0]), {"dtype": result.dtype})
     scatter.replace_all_uses_with(found)
     graph.erase_node(scatter)
-
-
-def _is_mutable(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _reason(error: BaseException) -> str:

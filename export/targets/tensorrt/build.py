@@ -220,7 +220,8 @@ def run_child(command: list[str], request: Mapping[str, Any], *, log: Path, time
                 _end(child)
                 raise BuildError(
                     f"{what} was not built within {timeout_s:g} s, and the builder was ended; allow more with --timeout, or "
-                    f"give smaller --profile ranges. {_last_lines(log)}"
+                    f"give smaller --profile ranges",
+                    lines=_last_lines(log),
                 ) from None
             except BaseException:
                 _end(child)
@@ -228,11 +229,11 @@ def run_child(command: list[str], request: Mapping[str, Any], *, log: Path, time
         if answer.is_file():
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             if "error" in found:
-                more = f". {_last_lines(log)}" if found["log_tells_more"] else ""
-                raise BuildError(f"{what} cannot be built: {found['error']}{more}")
+                more = _last_lines(log) if found["log_tells_more"] else ()
+                raise BuildError(f"{what} cannot be built: {found['error']}", lines=more)
             return found
         seconds = time.monotonic() - started
-        raise BuildError(f"{what} cannot be built: the builder {_ended(code)} after {seconds:.0f} s. {_last_lines(log)}")
+        raise BuildError(f"{what} cannot be built: the builder {_ended(code)} after {seconds:.0f} s", lines=_last_lines(log))
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
@@ -254,9 +255,9 @@ def _ended(code: int) -> str:
     return f"crashed with {name}{memory}"
 
 
-def _last_lines(log: Path) -> str:
+def _last_lines(log: Path) -> list[str]:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         text = file.read().decode("utf-8", errors="replace")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()][-_NUM_LINES_SHOWN:]
-    return "The log ends with:\n" + "\n".join(f"  {line[:300]}" for line in lines) if lines else "Its log is empty."
+    return ["The log ends with:", *(f"  {line[:300]}" for line in lines)] if lines else ["Its log is empty."]

@@ -229,7 +229,7 @@ def _notes(installed: Installed, artifact: OnnxArtifact, here: tuple[Gpu, ...]) 
             f"run sparse is not shown by this build; {RUNTIMES['tensorrt'].install} on a GPU times sparse tactics and reports"
         )
     if not here:
-        notes.append(abilities(here))
+        notes.append("\n".join(abilities(here)))
     return tuple(notes)
 
 

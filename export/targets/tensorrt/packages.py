@@ -135,19 +135,19 @@ def choose(name: str | None, gpus: tuple[Gpu, ...]) -> Installed:
     if name is not None:
         installed = find(name)
         if installed is None:
-            raise SparsepassError(f"{name} is not installed; {RUNTIMES[name].install}\n{abilities(gpus)}")
+            raise SparsepassError(f"{name} is not installed; {RUNTIMES[name].install}", lines=abilities(gpus))
         if installed.runtime.needs_gpu and not gpus:
-            raise SparsepassError(f"{name} {installed.version} builds on a GPU only, and none is here\n{abilities(gpus)}")
+            raise SparsepassError(f"{name} {installed.version} builds on a GPU only, and none is here", lines=abilities(gpus))
         return installed
     for each in ("tensorrt", "tensorrt-rtx"):
         installed = find(each)
         if installed is not None and (gpus or not installed.runtime.needs_gpu):
             return installed
     best = RUNTIMES["tensorrt" if gpus else "tensorrt-rtx"]
-    raise SparsepassError(f"no TensorRT that can build here is installed; {best.install}\n{abilities(gpus)}")
+    raise SparsepassError(f"no TensorRT that can build here is installed; {best.install}", lines=abilities(gpus))
 
 
-def abilities(gpus: tuple[Gpu, ...]) -> str:
+def abilities(gpus: tuple[Gpu, ...]) -> list[str]:
     """Tell what each package can do on this machine, one line each."""
     lines = [f"On this machine ({', '.join(f'{gpu.name}, SM{gpu.sm}' for gpu in gpus) or 'no GPU'}):"]
     for row in RUNTIMES.values():
@@ -161,7 +161,7 @@ def abilities(gpus: tuple[Gpu, ...]) -> str:
         lines.append(f"- {state}: {able}")
     if not gpus:
         lines.append("- No engine can be run here, so outputs, times and the kernels that were taken stay unknown.")
-    return "\n".join(lines)
+    return lines
 
 
 def gpus() -> tuple[Gpu, ...]:

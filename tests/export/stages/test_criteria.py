@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(subprocess, "run", run)
     return measured
+
+
+@pytest.mark.usefixtures("here")
+def test_several_texts_have_a_column_each(folder: Path) -> None:
+    (folder / "other.txt").write_text("".join(reversed(WORDS)) * 9, encoding="utf-8")
+    texts = [str(folder / "valid.txt"), str(folder / "other.txt")]
+    apart = [criteria_table(_settings(folder, text=text), [])["rows"][0] for text in texts]
+    settings = _settings(folder)
+    both = replace(settings, evaluation=replace(settings.evaluation, text=texts, max_tokens=200))
+    found = criteria_table(both, [])
+    (row,) = found["rows"]
+    assert row["by_text"] == {text: one["perplexity"] for text, one in zip(texts, apart, strict=True)}
+    assert apart[0]["perplexity"] != apart[1]["perplexity"]
+    assert min(row["by_text"].values()) < row["perplexity"] < max(row["by_text"].values())
+    assert row["num_tokens"] == sum(one["num_tokens"] for one in apart)
+    assert "| passes | perplexity | valid.txt | other.txt | times dense |" in criteria_page(found)
+    assert f"| {row['by_text'][texts[1]]:.2f} | 1.00 |" in criteria_page(found)
 
 
 def test_a_row_is_measured_in_a_process_of_its_own(folder: Path) -> None:

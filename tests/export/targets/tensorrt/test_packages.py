@@ -69,7 +69,7 @@ def test_a_machine_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     without(monkeypatch, "torch-tensorrt")
     with pytest.raises(SparsepassError, match="builds on a GPU only, and none is here"):
         choose("tensorrt", ())
-    said = abilities(())
+    said = "\n".join(abilities(()))
     assert "it cannot build here, for want of a GPU; elsewhere it times dense and sparse tactics" in said
     assert "outputs, times and the kernels that were taken stay unknown" in said
     without(monkeypatch, "tensorrt-rtx")
