@@ -38,6 +38,17 @@ JOBS = [
             ", folded and permuted": "fold_norms,permute_channels,",
         }.items()
     ),
+    *(
+        Job(name=f"{criterion}{name}", passes=f"{passes}nm_sparsify{{criterion={criterion}}}")
+        for criterion in ("wanda", "sparsegpt", "alps")
+        for name, passes in {
+            **({"": "", ", folded": "fold_norms,"} if criterion == "alps" else {}),
+            ", rotated": "rotate{{salience={0}}},",
+            ", rotated block by block": "rotate{{salience={0},form=blocks}},",
+            ", rotated and permuted": "rotate{{salience={0}}},permute_channels,",
+        }.items()
+        for passes in [passes.format("wanda" if criterion == "wanda" else "sparsegpt")]
+    ),
 ]
 
 if __name__ == "__main__":

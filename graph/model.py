@@ -16,6 +16,7 @@ from sparsepass.graph.configuration import (
 )
 from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.program import Program, masked_weight
+from sparsepass.graph.sites import BETWEEN_BLOCKS
 from sparsepass.graph.support import CaptureError, default_dtype, one_at_a_time
 
 # Modules without a tensor of their own: activations, dropout, lists.
@@ -85,11 +86,17 @@ def to_model(program: Program) -> nn.Module:
 
     Raises:
         CaptureError: If the program comes from a plain nn.Module or from code outside transformers, whose class cannot be
-            built again.
+            built again, or has no place for what a pass has put between blocks.
 
     Exactness: bitwise the program's outputs without SLoRB; with it, up to the rounding of the last addition. Layers that
     are fused in the program are apart in the model, which moves the outputs by rounding.
     """
+    between = [name for name in program.tensors() if name.rpartition(".")[2] == BETWEEN_BLOCKS]
+    if between:
+        raise CaptureError(
+            f"its blocks are joined by {len(between)} rotations ({between[0]}, ...), for which the model's own class has no "
+            "place; call the program itself, or rotate with form=model"
+        )
     program = split_siblings(program)
     model = skeleton(program)
     state = {}

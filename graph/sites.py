@@ -17,6 +17,9 @@ from sparsepass.graph.roles import role_of
 
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
+BETWEEN_BLOCKS = "rotation_between_blocks"
+"""Last part of the name of a weight that rotates the residual stream from one block to the next."""
+
 _aten = torch.ops.aten
 _MASKED = {torch.ops.sparsepass.masked_weight.default, torch.ops.sparsepass.learned_weight.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default, _aten.mT.default}
@@ -354,6 +357,8 @@ def _reason(
     out_features: int,
 ) -> str | None:
     weight = main.weight or ""
+    if weight.rpartition(".")[2] == BETWEEN_BLOCKS:
+        return "rotation between two blocks: pruning it would undo what rotated weights around it rely on"
     if not in_features or not out_features:
         return f"it has no weights: {in_features} inputs, {out_features} outputs"
     layouts = {use.layout for use in uses}

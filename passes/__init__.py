@@ -12,6 +12,7 @@ from sparsepass.passes.manager import apply_passes
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.permute_channels import PermuteChannels
 from sparsepass.passes.reconstruct import Reconstruct
+from sparsepass.passes.rotate import Rotate
 from sparsepass.passes.slorb import SLoRB
 from sparsepass.passes.table import PASSES, parse_pipeline, pipeline_to_text
 
@@ -30,6 +31,7 @@ __all__ = [
     "Pass",
     "PermuteChannels",
     "Reconstruct",
+    "Rotate",
     "SLoRB",
     "SiteGroup",
     "apply_passes",

@@ -1,7 +1,7 @@
 """What a pass is, and which sites it rewrites."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -44,6 +44,7 @@ class GroupContext:
         block: The block that the group is, for a pass that rewrites whole blocks.
         by_weight: Weight name -> the statistics of its input, of all chosen sites, for a pass that `prepares`.
         unchanged: Site name -> why it stays as it is after all. A pass adds what it finds out from values alone.
+        advance: Says that one of `Pass.num_steps` is done, with a word on it.
     """
 
     statistics: tuple[InputStatistics, ...] = ()
@@ -52,6 +53,7 @@ class GroupContext:
     block: BlockRun | None = None
     by_weight: Mapping[str, tuple[InputStatistics, ...]] = field(default_factory=dict)
     unchanged: dict[str, str] = field(default_factory=dict)
+    advance: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,11 @@ class Pass(ABC):
     @abstractmethod
     def needs(self) -> Needs:
         """What the pass must know of each site's input."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of calls of `GroupContext.advance` for each group, by a pass that `prepares` and takes long for one."""
+        return 0
 
     @property
     def block_work(self) -> BlockWork | None:

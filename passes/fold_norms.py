@@ -56,8 +56,7 @@ class FoldNorms(Pass):
         for site in group.sites:
             norm = _norm_before(site, program)
             assert isinstance(norm, ScaleGroup)
-            gain = _gain(program, norm)
-            _fold(program, norm, gain)
+            gain = fold_gain(program, norm)
             found[site.name] = {"largest_gain": float(gain.abs().max()), "smallest_gain": float(gain.abs().min())}
         return found
 
@@ -69,12 +68,22 @@ def _norm_before(site: Site, program: Program) -> ScaleGroup | str:
     for group in flow.scalings:
         if not any((place.tensor, place.axes, place.reads) == (site.weight, axes, True) for place in group.places):
             continue
-        makers = [place for place in group.places if not place.reads]
-        vectors = [max(program.tensor(place.tensor).shape) == program.tensor(place.tensor).numel() for place in makers]
-        if all(vectors) and all(place.positions.shape == (group.num_factors, 1) for place in makers):
+        if _is_made_by_norm(program, group):
             return group
         return "what it reads is made by a layer, not by a norm"
     return flow.unscaled.get((site.weight, axes), "what it reads is not made by a norm")
+
+
+def norms_with_gain(program: Program) -> dict[str, ScaleGroup]:
+    """Name of a norm's gain -> the factors that it can give away to what reads it."""
+    groups = [group for group in channel_flow(program).scalings if _is_made_by_norm(program, group)]
+    return {next(place.tensor for place in group.places if not place.reads): group for group in groups}
+
+
+def _is_made_by_norm(program: Program, group: ScaleGroup) -> bool:
+    makers = [place for place in group.places if not place.reads]
+    vectors = [max(program.tensor(place.tensor).shape) == program.tensor(place.tensor).numel() for place in makers]
+    return all(vectors) and all(place.positions.shape == (group.num_factors, 1) for place in makers)
 
 
 def _vector(program: Program, place: ChannelPlace) -> Tensor:
@@ -88,7 +97,17 @@ def _gain(program: Program, norm: ScaleGroup) -> Tensor:
     return _vector(program, next(place for place in norm.places if not place.reads))
 
 
-def _fold(program: Program, norm: ScaleGroup, gain: Tensor) -> None:
+def fold_gain(program: Program, norm: ScaleGroup) -> Tensor:
+    """Multiply the gain of a norm into what reads it, and leave a gain of 1.
+
+    Args:
+        program: Changed in place.
+        norm: From `norms_with_gain`.
+
+    Returns:
+        The gain as it was, in float64, one number for each factor.
+    """
+    gain = _gain(program, norm)
     place, *biases = [place for place in norm.places if not place.reads]
     moves = [bias.tensor for bias in _moving(program, norm)]
     # A gain of 0 cannot be divided out of a bias that stays: such channels keep both.
@@ -111,6 +130,7 @@ def _fold(program: Program, norm: ScaleGroup, gain: Tensor) -> None:
             tensor = program.tensor(one.tensor).detach()
             taken = scaled(tensor.double(), replace(one, reads=False), factors)
             program.write_tensor(one.tensor, taken.to(tensor.dtype))
+    return gain
 
 
 def _readers(program: Program, norm: ScaleGroup) -> list[Site | None]:

@@ -200,9 +200,9 @@ class _Run:
         tried: dict[str, str] = {}
         known = {} if item.needs == "nothing" else self._gathered(item, chosen)
         groups = item.groups(self.program, chosen)
-        with item_progress(self._progress, item.name, len(groups)) as advance:
+        with item_progress(self._progress, item.name, len(groups) * (1 + item.num_steps)) as advance:
             for group in groups:
-                context = GroupContext(measure=self._validates, by_weight=known)
+                context = GroupContext(measure=self._validates, by_weight=known, advance=advance)
                 # Layers all over the model may be most of it: they stay where they are.
                 with self._lent(group) if len(site_groups(group.sites)) == 1 else nullcontext():
                     found = _rewrite(item, self.program, group, context)

@@ -10,7 +10,7 @@ from sparsepass.export.cli import support
 from sparsepass.export.cli.output import print_json, print_text
 
 if TYPE_CHECKING:
-    from sparsepass.graph.channels import ChannelFlow, ChannelPlace
+    from sparsepass.graph.channels import ChannelFlow, ChannelPlace, RotationGroup
 
 _WIDTH: Final = 80
 _MEANING: Final = {
@@ -27,8 +27,9 @@ def channels_command(
 ) -> None:
     """Print where the channels of MODEL are made, who reads them, and what can be done to them without any effect.
 
-    Groups of channels that can change places (the pass permute_channels uses them), groups that can carry a factor (fold_norms
-    does), and for all others the reason why not. Found in the graph, for any architecture. An axis of a tensor is written as
+    Groups of channels that can change places (the pass permute_channels uses them), that can carry a factor (fold_norms does),
+    that an orthogonal matrix can mix (rotate does) and that can be taken out where they are zero, and for all others the reason
+    why not. Found in the graph, for any architecture. An axis of a tensor is written as
     weight[axis]. Groups whose names differ in numbers only are one entry; --json has each by itself.
 
     Exit code: 0 done, 2 wrong usage or unreadable input.
@@ -58,33 +59,59 @@ def _as_json(flow: "ChannelFlow") -> dict[str, Any]:
             {"order": group.order, "num_channels": group.num_channels} | places(group.places) for group in flow.permutations
         ],
         "scalings": [{"num_factors": group.num_factors} | places(group.places) for group in flow.scalings],
+        "rotations": [
+            {
+                "num_channels": group.num_channels,
+                "keeps_mean": group.keeps_mean,
+                "even_gains": [{"tensor": place.tensor, "axes": list(place.axes)} for place in group.gains],
+            }
+            | places(group.places)
+            for group in flow.rotations
+        ],
+        "removals": [{"num_channels": group.num_channels} | places(group.places) for group in flow.removals],
         "not_permuted": reasons(flow.refused),
         "not_scaled": reasons(flow.unscaled),
+        "not_rotated": reasons(flow.unmixed),
+        "not_removed": reasons(flow.kept),
     }
 
 
 def _text(flow: "ChannelFlow") -> Iterator[str]:
     yield "Channels that can change places"
-    yield from _groups((f"{g.num_channels} channels, {_MEANING[g.order]}", g.places) for g in flow.permutations)
+    yield from _groups((f"{g.num_channels} channels, {_MEANING[g.order]}", g.places, ()) for g in flow.permutations)
     yield "\nChannels that stay in their places"
     yield from _reasons(flow.refused)
     yield "\nChannels that can carry a factor"
-    yield from _groups((f"{g.num_factors} factors", g.places) for g in flow.scalings)
+    yield from _groups((f"{g.num_factors} factors", g.places, ()) for g in flow.scalings)
     yield "\nChannels that can carry no factor"
     yield from _reasons(flow.unscaled)
+    yield "\nChannels that an orthogonal matrix can mix"
+    yield from _groups((f"{g.num_channels} channels{_condition(g)}", g.places, g.gains) for g in flow.rotations)
+    yield "\nChannels that are not mixed"
+    yield from _reasons(flow.unmixed)
+    yield "\nChannels that can be taken out where they are zero"
+    yield from _groups((f"{g.num_channels} channels", g.places, ()) for g in flow.removals)
+    yield "\nChannels that are not taken out"
+    yield from _reasons(flow.kept)
 
 
-def _groups(found: "Iterable[tuple[str, Sequence[ChannelPlace]]]") -> Iterator[str]:
+def _condition(group: "RotationGroup") -> str:
+    """What has to hold of gains and of the matrix."""
+    keeping = ", keeping their mean" if group.keeps_mean else ""
+    return keeping + (", where gains are one number each" if group.gains else "")
+
+
+def _groups(found: "Iterable[tuple[str, Sequence[ChannelPlace], Sequence[ChannelPlace]]]") -> Iterator[str]:
     """An entry for each kind of group: those whose names differ in numbers only."""
-    kinds: dict[tuple[Any, ...], list[Sequence[ChannelPlace]]] = {}
-    for title, places in found:
-        alike = tuple(dict.fromkeys((_template(place.tensor), place.axes, place.reads) for place in places))
-        kinds.setdefault((title, alike), []).append(places)
+    kinds: dict[tuple[Any, ...], list[tuple[Sequence[ChannelPlace], Sequence[ChannelPlace]]]] = {}
+    for title, places, gains in found:
+        alike = tuple(dict.fromkeys((_template(place.tensor), place.axes, place.reads) for place in (*places, *gains)))
+        kinds.setdefault((title, alike), []).append((places, gains))
     for (title, _), groups in kinds.items():
         yield f"  {title}" + (f", {len(groups)} groups" if len(groups) > 1 else "")
-        for word, reads in (("made by", False), ("read by", True)):
-            names = [_name(place.tensor, place.axes) for places in groups for place in places if place.reads == reads]
-            yield from _wrapped(f"    {word} ", _together(names))
+        made, read = ([place for places, _ in groups for place in places if place.reads == reads] for reads in (False, True))
+        for word, its in (("made by", made), ("read by", read), ("gains", [place for _, gains in groups for place in gains])):
+            yield from _wrapped(f"    {word} ", _together(_name(place.tensor, place.axes) for place in its))
     if not kinds:
         yield "  none"
 

@@ -1,14 +1,28 @@
-"""Where channels come from, who reads them, and what can be done to them: permutations and factors that change no result."""
+"""Where channels come from, who reads them, and what can be done to them: changes that leave every result as it is."""
 
 from sparsepass.graph.channels.flow import (
     ChannelFlow,
     ChannelGroup,
-    ChannelPlace,
+    RemovalGroup,
+    RotationGroup,
     ScaleGroup,
     channel_flow,
-    permuted,
-    scaled,
-    taken,
+    uneven_gains,
 )
+from sparsepass.graph.channels.places import ChannelPlace, permuted, rotated, scaled, taken, without
 
-__all__ = ["ChannelFlow", "ChannelGroup", "ChannelPlace", "ScaleGroup", "channel_flow", "permuted", "scaled", "taken"]
+__all__ = [
+    "ChannelFlow",
+    "ChannelGroup",
+    "ChannelPlace",
+    "RemovalGroup",
+    "RotationGroup",
+    "ScaleGroup",
+    "channel_flow",
+    "permuted",
+    "rotated",
+    "scaled",
+    "taken",
+    "uneven_gains",
+    "without",
+]

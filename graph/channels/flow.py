@@ -1,39 +1,22 @@
 """Channel flow: where the channels of a program are made, who reads them, and what can be done to them without any effect."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import fx
 
-from sparsepass.graph.channels.labels import Classes, Ints, mixed
+from sparsepass.graph.channels.labels import Barred, Classes, Ints, mixed
+from sparsepass.graph.channels.places import ChannelPlace, taken
 from sparsepass.graph.channels.rules import RULES
 from sparsepass.graph.channels.walk import Slot, Walk
 from sparsepass.graph.program import Program
 
+_NO_REASON: Final = "it is not both made and read by weights, or no other channel meets the same things"
+
 Order = Literal["free", "within blocks", "pairs"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelPlace:
-    """Where channels of a group lie in one stored tensor.
-
-    Attributes:
-        tensor: Its name.
-        axes: The axes that the channels run along; several count as one, flat.
-        reads: Whether the tensor sums over them; otherwise it makes them, or is applied element by element.
-        offset: What the graph adds to the tensor before it is used, as in ``1 + weight``.
-        positions: Flat positions along the axes, [channels, times]: a channel that several query heads share lies there often.
-    """
-
-    tensor: str
-    axes: tuple[int, ...]
-    reads: bool
-    offset: float
-    positions: Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +56,75 @@ class ScaleGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RotationGroup:
+    """Channels that may be mixed by one orthogonal matrix.
+
+    Attributes:
+        places: Every stored tensor that has to follow.
+        gains: Where parameters are multiplied into the channels: each of them has to hold one number for all channels, as the
+            gain of a norm does once it has been folded into what reads it. See `uneven_gains`.
+        keeps_mean: Whether the matrix has to leave the vector of ones as it is, since a mean over the channels is subtracted.
+    """
+
+    places: tuple[ChannelPlace, ...]
+    gains: tuple[ChannelPlace, ...]
+    keeps_mean: bool
+
+    @property
+    def num_channels(self) -> int:
+        """Channels that can be mixed."""
+        return len(self.places[0].positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalGroup:
+    """Channels that can be taken out, each by itself, where they are zero: where all that makes them holds zeros.
+
+    Attributes:
+        places: Every stored tensor that becomes narrower.
+    """
+
+    places: tuple[ChannelPlace, ...]
+
+    @property
+    def num_channels(self) -> int:
+        """Channels that could be taken out."""
+        return len(self.places[0].positions)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChannelFlow:
     """What can be done to the channels of a program.
 
     Attributes:
         permutations: Groups whose channels may change places.
         scalings: Groups whose channels may carry factors.
+        rotations: Groups whose channels may be mixed.
+        removals: Groups whose channels can be taken out where they are zero.
         refused: Tensor and axes -> why channels there stay in their places.
         unscaled: Tensor and axes -> why channels there carry no factor.
+        unmixed: Tensor and axes -> why channels there are not mixed.
+        kept: Tensor and axes -> why channels there are not taken out.
     """
 
     permutations: tuple[ChannelGroup, ...]
     scalings: tuple[ScaleGroup, ...]
+    rotations: tuple[RotationGroup, ...]
+    removals: tuple[RemovalGroup, ...]
     refused: Mapping[tuple[str, tuple[int, ...]], str]
     unscaled: Mapping[tuple[str, tuple[int, ...]], str]
+    unmixed: Mapping[tuple[str, tuple[int, ...]], str]
+    kept: Mapping[tuple[str, tuple[int, ...]], str]
 
     def lines(self) -> list[str]:
         """A line for each group: what may be done, how many channels, who makes them, and who reads them."""
         found = [f"permute, {group.order}: {_line(group.places)}" for group in self.permutations]
-        return found + [f"scale: {_line(group.places)}" for group in self.scalings]
+        found += [f"scale: {_line(group.places)}" for group in self.scalings]
+        for group in self.rotations:
+            gains = ", ".join(place.tensor for place in group.gains)
+            words = ", keeping the mean" * group.keeps_mean + f", if even: {gains}" * bool(gains)
+            found.append(f"rotate{words}: {_line(group.places)}")
+        return found + [f"remove: {_line(group.places)}" for group in self.removals]
 
 
 def channel_flow(program: Program) -> ChannelFlow:
@@ -132,12 +165,100 @@ def _walked(program: Program) -> ChannelFlow:
         pairs = min(place.positions.shape[1] for place in found) > 1
         order: Order = "pairs" if pairs else "within blocks" if counts[_kind(found)] > 1 else "free"
         groups.append(ChannelGroup(places=found, order=order))
+    rotations, unmixed = _rotations(walk, slots, places)
+    removals, kept = _removals(walk, slots, places)
     return ChannelFlow(
         permutations=tuple(groups),
         scalings=tuple(ScaleGroup(places=found) for found in factors),
+        rotations=rotations,
+        removals=removals,
         refused=_reasons(slots, places, [slot.places for slot in slots]),
         unscaled=_reasons(slots, scales, [slot.scales for slot in slots]),
+        unmixed=unmixed,
+        kept=kept,
     )
+
+
+_Reasons = dict[tuple[str, tuple[int, ...]], str]
+
+
+def _rotations(walk: Walk, slots: Sequence[Slot], classes: Classes) -> tuple[tuple[RotationGroup, ...], _Reasons]:
+    """Channels that change places, and that all they meet is linear in and treats alike."""
+    barred = _barred(walk, slots, classes, "mixing")
+    for slot in slots:
+        if (slot.tensor, slot.axes) in walk.gains & walk.vectors:
+            barred |= dict.fromkeys(_members(slot, classes), f"{slot.tensor} is both added and multiplied")
+    shaded = replace(classes, color=classes.color + mixed(classes.mixed_color))
+    off_mean, found = classes.barred["mixing off the mean"], []
+    for places in _groups(slots, shaded, [slot.places for slot in slots], apart=True, barred=barred):
+        # A channel lies in one place, or in several blocks that are laid out alike.
+        starts = [place.positions - place.positions[:, :1] for place in places]
+        if any((start != start[0]).any() for start in starts) or min(start.shape[1] for start in starts) > 1:
+            continue
+        gains = tuple(place for place in places if (place.tensor, place.axes) in walk.gains)
+        others = tuple(place for place in places if (place.tensor, place.axes) not in walk.gains)
+        first = next(slot for slot in slots if (slot.tensor, slot.axes) == (places[0].tensor, places[0].axes))
+        its = classes.of_label[first.places[places[0].positions[:, 0]]]
+        found.append(RotationGroup(places=others, gains=gains, keeps_mean=not off_mean.keys().isdisjoint(its.tolist())))
+    return tuple(found), _why_not(slots, classes, barred, [group.places + group.gains for group in found])
+
+
+def _removals(walk: Walk, slots: Sequence[Slot], classes: Classes) -> tuple[tuple[RemovalGroup, ...], _Reasons]:
+    """Channels that nothing on their way counts."""
+    barred = _barred(walk, slots, classes, "removal")
+    for slot in slots:
+        if len(slot.axes) > 1:
+            barred = dict.fromkeys(_members(slot, classes), "it lies along several axes of a tensor") | barred
+    for parts in walk.even:
+        counts = [np.bincount(classes.of_label[part.reshape(-1)], minlength=len(classes.color)) for part in parts]
+        uneven = np.flatnonzero(np.any([count != counts[0] for count in counts], axis=0)).tolist()
+        barred = dict.fromkeys(uneven, "it is in one of several parts of one size") | barred
+    barred = dict.fromkeys(np.flatnonzero(classes.has_children).tolist(), "others move with it") | barred
+    groups = _groups(slots, classes, [slot.places for slot in slots], apart=False, barred=barred)
+    return tuple(RemovalGroup(places=found) for found in groups), _why_not(slots, classes, barred, groups)
+
+
+def _members(slot: Slot, classes: Classes) -> list[int]:
+    found: list[int] = np.unique(classes.of_label[slot.places]).tolist()
+    return found
+
+
+def _barred(walk: Walk, slots: Sequence[Slot], classes: Classes, what: Barred) -> dict[int, str]:
+    barred = dict(classes.barred[what])
+    for slot in slots:
+        if slot.tensor in walk.masks:
+            barred |= dict.fromkeys(_members(slot, classes), f"{slot.tensor} stands behind a mask")
+    return barred
+
+
+def _why_not(
+    slots: Sequence[Slot], classes: Classes, barred: Mapping[int, str], groups: Sequence[Sequence[ChannelPlace]]
+) -> _Reasons:
+    """A reason for each tensor and axes that no group has."""
+    taking_part = {(place.tensor, place.axes) for places in groups for place in places}
+    found: _Reasons = {}
+    for slot in slots:
+        if (slot.tensor, slot.axes) in taking_part or (slot.tensor, slot.axes) in found:
+            continue
+        its = _members(slot, classes)
+        reasons = [known[one] for known in (classes.pinned, barred) for one in its if one in known]
+        found[slot.tensor, slot.axes] = reasons[0] if reasons else _NO_REASON
+    return found
+
+
+def uneven_gains(program: Program, group: RotationGroup) -> list[str]:
+    """The parameters that keep the channels of a group from being mixed, since they hold different numbers for them.
+
+    Args:
+        program: Whose values are looked at.
+        group: From the channel flow of its graph.
+    """
+    found = []
+    for place in group.gains:
+        values = taken(program.tensor(place.tensor).detach(), place)
+        if bool((values != values[:1, :1]).any()):
+            found.append(place.tensor)
+    return found
 
 
 def _line(places: Sequence[ChannelPlace]) -> str:
@@ -157,8 +278,10 @@ def _kind(found: Sequence[ChannelPlace]) -> tuple[object, ...]:
     return tuple((place.tensor, place.axes, place.reads) for place in found)
 
 
-def _groups(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, apart: bool) -> list[tuple[ChannelPlace, ...]]:
-    """Classes that lie in the same tensors as often, and meet the same things."""
+def _groups(
+    slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, apart: bool, barred: Collection[int] = ()
+) -> list[tuple[ChannelPlace, ...]]:
+    """Classes that lie in the same tensors as often, and meet the same things; barred ones are left out."""
     count = len(classes.color)
     color = classes.color.copy() if apart else np.zeros(count, dtype=np.uint64)
     members = [classes.of_label[found] for found in labels]
@@ -169,7 +292,7 @@ def _groups(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], *, 
             color += np.where(times > 0, mixed(times * np.uint64(2_654_435_761) + np.uint64(number + 1)), np.uint64(0))
         (reads if slot.reads else makes)[found] = True
     open_ = np.ones(count, dtype=np.bool_) & makes & reads
-    open_[list(classes.pinned)] = False
+    open_[[*classes.pinned, *barred]] = False
     open_[classes.of_label[0]] = False
     if apart:
         open_ &= ~classes.has_children
@@ -206,50 +329,3 @@ def _reasons(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints]) ->
                 found[slot.tensor, slot.axes] = classes.pinned[one]
                 break
     return found
-
-
-def taken(tensor: torch.Tensor, place: ChannelPlace) -> torch.Tensor:
-    """What stands at the places of a group in a stored tensor: [channels, times], then the tensor's other axes.
-
-    Args:
-        tensor: As the program holds it, or anything of that shape.
-        place: Where the channels lie in it.
-    """
-    axes = place.axes
-    moved = tensor.movedim(axes, tuple(range(len(axes))))
-    return moved.reshape(-1, *moved.shape[len(axes) :])[torch.from_numpy(place.positions)]
-
-
-def permuted(tensor: torch.Tensor, place: ChannelPlace, order: Ints) -> torch.Tensor:
-    """A stored tensor with the channels of a group in another order.
-
-    Args:
-        tensor: As the program holds it.
-        place: Where the channels lie in it.
-        order: ``order[i]``: which channel comes to the place of channel i.
-    """
-    axes = place.axes
-    moved = tensor.movedim(axes, tuple(range(len(axes))))
-    flat = moved.reshape(-1, *moved.shape[len(axes) :]).clone()
-    source = flat[torch.from_numpy(place.positions[order].reshape(-1))]
-    flat[torch.from_numpy(place.positions.reshape(-1))] = source
-    return flat.reshape(moved.shape).movedim(tuple(range(len(axes))), axes)
-
-
-def scaled(tensor: torch.Tensor, place: ChannelPlace, factors: torch.Tensor) -> torch.Tensor:
-    """A stored tensor that takes up factors of a group: multiplied where it makes the channels, divided where it reads them.
-
-    Args:
-        tensor: As the program holds it.
-        place: Where the channels lie in it.
-        factors: One for each, [factors].
-    """
-    axes = place.axes
-    moved = tensor.movedim(axes, tuple(range(len(axes))))
-    flat = moved.reshape(-1, *moved.shape[len(axes) :]).clone()
-    positions = torch.from_numpy(place.positions)
-    each = factors.to(flat).unsqueeze(1).expand(positions.shape).reshape(-1, *([1] * (flat.dim() - 1)))
-    rows = flat[positions.reshape(-1)]
-    changed = rows / each if place.reads else (rows + place.offset) * each - place.offset
-    flat[positions.reshape(-1)] = changed
-    return flat.reshape(moved.shape).movedim(tuple(range(len(axes))), axes)

@@ -4,13 +4,17 @@ A label is a whole number above 0. Two labels that are joined are one class of c
 done to the other.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
+Barred = Literal["mixing", "mixing off the mean", "removal"]
+"""What channels may not bear that change places: an orthogonal matrix, one that moves their mean, being taken out."""
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -31,13 +35,17 @@ class Classes:
         of_label: Class of each label; label 0 stands for no channel and has class 0.
         color: Of each class; classes of different colors meet different things.
         pinned: Class -> why it stays where it is.
+        mixed_color: Classes that have the same color, and another one here, change places and are not mixed.
         has_children: Whether others move with a class, as the channels of a head do with the head.
+        barred: What classes may not bear -> class -> why.
     """
 
     of_label: Ints
     color: Hashes
+    mixed_color: Hashes
     pinned: dict[int, str]
     has_children: npt.NDArray[np.bool_]
+    barred: Mapping[Barred, Mapping[int, str]]
 
 
 class Labels:
@@ -49,7 +57,9 @@ class Labels:
         self._joined: list[Ints] = []
         self._links: list[Ints] = []
         self._colors: list[tuple[Ints, Hashes]] = []
+        self._mixed_colors: list[tuple[Ints, Hashes]] = []
         self._pins: list[tuple[Ints, str]] = []
+        self._bars: list[tuple[Barred, Ints, str]] = []
 
     def fresh(self, count: int) -> Ints:
         """So many new labels."""
@@ -72,11 +82,11 @@ class Labels:
         if pairs.size:
             self._links.append(np.unique(pairs, axis=1))
 
-    def tell_apart(self, labels: Ints, hashes: Hashes) -> None:
-        """Note what labels meet: classes that meet different things do not change places."""
+    def tell_apart(self, labels: Ints, hashes: Hashes, *, mixed_only: bool = False) -> None:
+        """Note what labels meet: classes that meet different things do not change places, or are only not mixed."""
         kept = labels > 0
         if kept.any():
-            self._colors.append((labels[kept], mixed(hashes[kept])))
+            (self._mixed_colors if mixed_only else self._colors).append((labels[kept], mixed(hashes[kept])))
 
     def pin(self, labels: Ints, reason: str) -> None:
         """Let labels stay where they are."""
@@ -84,6 +94,12 @@ class Labels:
         if (found := found[found > 0]).size:
             self._pins.append((found, reason))
             self._fixed[found] = True
+
+    def bar(self, what: Barred, labels: Ints, reason: str) -> None:
+        """Note what labels may not bear."""
+        found = np.unique(labels)
+        if (found := found[found > 0]).size:
+            self._bars.append((what, found, reason))
 
     def unpinned(self, labels: Ints) -> Ints:
         """The same labels, 0 in the place of those that have been pinned so far themselves."""
@@ -98,9 +114,10 @@ class Labels:
         matrix = coo_array((np.ones(pairs.shape[1], dtype=np.bool_), (pairs[0], pairs[1])), shape=(self._next, self._next))
         count, of_label = connected_components(matrix, directed=False)
         of_label = of_label.astype(np.int64)
-        color = np.zeros(count, dtype=np.uint64)
-        for labels, hashes in self._colors:
-            np.add.at(color, of_label[labels], hashes)
+        color, mixed_color = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.uint64)
+        for shade, notes in ((color, self._colors), (mixed_color, self._mixed_colors)):
+            for labels, hashes in notes:
+                np.add.at(shade, of_label[labels], hashes)
         has_children = np.zeros(count, dtype=np.bool_)
         if self._links:
             links = np.unique(of_label[np.concatenate(self._links, axis=1)], axis=1)
@@ -111,4 +128,8 @@ class Labels:
         for labels, reason in self._pins:
             for found in np.unique(of_label[labels]).tolist():
                 pinned.setdefault(found, reason)
-        return Classes(of_label, color, pinned, has_children)
+        barred: dict[Barred, dict[int, str]] = {"mixing": {}, "mixing off the mean": {}, "removal": {}}
+        for what, labels, reason in self._bars:
+            for found in np.unique(of_label[labels]).tolist():
+                barred[what].setdefault(found, reason)
+        return Classes(of_label, color, mixed_color, pinned, has_children, barred)

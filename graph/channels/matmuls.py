@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsepass.graph.channels import bars
+from sparsepass.graph.channels.labels import Ints
 from sparsepass.graph.channels.values import Channels, Leaf, rows_met, shape_of, varying
 from sparsepass.graph.channels.walk import Slot, Walk
 from sparsepass.graph.nodes import op_name, tensor_of
@@ -41,13 +43,18 @@ def _read(walk: Walk, slot: Slot, value: Channels | Tensor) -> None:
         return
     walk.places.join(value.places.numpy(), np.broadcast_to(slot.places, value.shape))
     walk.scales.join(value.scales.numpy(), np.broadcast_to(slot.scales, value.shape))
-    for labels, slotted, found in ((value.places, slot.places, walk.places), (value.scales, slot.scales, walk.scales)):
-        if not bool(labels.any()):
-            found.pin(slotted, "what it reads is not made by weights that could take a change up")
+    _pin_unmade(walk, value, np.broadcast_to(slot.places, value.shape), np.broadcast_to(slot.scales, value.shape))
+
+
+def _pin_unmade(walk: Walk, value: Channels, places: Ints, scales: Ints) -> None:
+    """Where a weight reads what nothing takes a change up of, it takes none up either."""
+    for labels, slotted, found in ((value.places, places, walk.places), (value.scales, scales, walk.scales)):
+        found.pin(slotted[labels.numpy() == 0], "what it reads is not made by weights that could take a change up")
 
 
 def _with_bias(walk: Walk, result: Channels, bias: Any) -> Channels:
     if isinstance(bias, Leaf):
+        bars.added(walk, result.places, [bias], has_constant=False)
         taken = walk.adopt(bias, result.places)
         walk.scales.join(result.scales.numpy(), taken.scales.numpy())
     return result
@@ -83,6 +90,7 @@ def convolution(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         places = value.places.movedim(1, -1)
         walk.places.join(places.numpy(), np.broadcast_to(made.places, places.shape))
         walk.pin_scales(value, "a convolution of a group a channel reads it")
+        bars.bar(walk, places, "a convolution of a group a channel reads it")
     else:
         return NotImplemented
     return _with_bias(walk, result, bias).each(lambda labels: labels.movedim(-1, 1))
@@ -107,8 +115,12 @@ def grouped(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     scales = slot.scales.reshape(experts, -1)[expert.numpy()]
     walk.places.join(value.places.numpy(), places)
     walk.scales.join(value.scales.numpy(), scales)
+    _pin_unmade(walk, value, places, scales)
     unseen = np.setdiff1d(np.arange(experts), np.unique(expert.numpy()))
     made = walk.slot(use.weight, (0, makes), reads=False)
+    walk.vectors.add((made.tensor, made.axes))
+    for one in (slot, made):
+        bars.bar(walk, torch.from_numpy(one.places), "it is a channel of one of several experts of one size", mixing=False)
     for one in (slot, made):  # no token went to these experts
         walk.places.pin(one.places.reshape(experts, -1)[unseen], "no example token goes to this expert")
         walk.scales.pin(one.scales.reshape(experts, -1)[unseen], "no example token goes to this expert")
@@ -142,6 +154,10 @@ def product(walk: Walk, first: Channels | Tensor, second: Channels | Tensor) -> 
     if rank - 1 in ours or rank - 2 in theirs:
         left, right = _summed(walk, one, two, first, second)
     places = walk.combine(left, right).expand(*batch, one.shape[-2], two.shape[-1])
+    if isinstance(second, Tensor) and second.dim() - 1 in varying(second):
+        made = walk.places.fresh(two.shape[-1])
+        walk.places.pin(made, "fixed numbers make it")
+        places = walk.combine(places, torch.from_numpy(made))
     scales = torch.zeros_like(places)
     kept = None
     if not (rank - 1 in ours or rank - 2 in theirs):
@@ -176,12 +192,15 @@ def _summed(
         if inside and (tangled or (isinstance(other, Channels) and not (here and there))):
             walk.places.pin(value.places.numpy(), "it is summed against what has no such channels")
         elif inside and isinstance(other, Tensor):
+            bars.bar(walk, value.places, "it is summed against fixed numbers")
             labels = value.places.movedim(axis, -1)[..., :1, :]
             data = other.movedim(-2, -1) if axis == -1 else other
             shape = torch.broadcast_shapes(labels.shape, data.shape)
             walk.places.tell_apart(*rows_met(labels.expand(shape), data.expand(shape), walk.salt))
     left, right = one.places[..., :1, :], two.places.transpose(-1, -2)[..., :1, :]
     met = walk.combine(left, right) if here and there else left if here else right
+    if here and there and varying(left) != varying(right):
+        bars.bar(walk, torch.cat([left.flatten(), right.flatten()]), "it is summed against what has other channels")
     head, overlap = walk.blocks(met, [rank - 1])
     if overlap:
         walk.places.pin(met.numpy(), "blocks of it overlap")

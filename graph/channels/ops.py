@@ -9,6 +9,9 @@ LAYOUT = {
 }  # fmt: skip
 """Each element of the result is one of the argument."""
 
+PICKING = {"index", "index_select", "gather", "take_along_dim", "repeat_interleave"}
+"""Some of these elements may be there more often than others."""
+
 WRAPPERS = {"masked_weight"}
 """A weight behind its mask is the weight."""
 
@@ -35,6 +38,9 @@ REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_
 """Symmetric in what they reduce."""
 
 LINEAR_REDUCTIONS = {"mean", "sum"}
+
+KEEP_SQUARES = LAYOUT | SAME | LINEAR_REDUCTIONS
+"""What squares of channels may meet before they are added up, if the channels are to be mixed."""
 
 SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
 

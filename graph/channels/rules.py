@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.channels import ops
+from sparsepass.graph.channels import bars, ops
 from sparsepass.graph.channels.matmuls import attention, convolution, embedding, grouped, linear, matmul
 from sparsepass.graph.channels.values import Channels, Leaf, shape_of, varying
 from sparsepass.graph.channels.walk import Walk, is_tensor
@@ -39,10 +40,12 @@ def _layout(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     places, scales = moved(value.places), moved(value.scales)
     if isinstance(places, Tensor):
         walk.meet_part(places, value.places, 0)
-        return Channels(places, scales)
+        bars.laid_out(walk, value, others, kwargs, [places])
+        return replace(value, places=places, scales=scales)
     for number, part in enumerate(places):
         walk.meet_part(part, value.places, number)
-    return [Channels(place, scale) for place, scale in zip(places, scales, strict=True)]
+    bars.laid_out(walk, value, others, kwargs, places)
+    return [replace(value, places=place, scales=scale) for place, scale in zip(places, scales, strict=True)]
 
 
 def _wrapper(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -64,7 +67,10 @@ def _same(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _positive(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if isinstance(args[0], Channels) and len(args) == 1 else _curved(walk, args, kwargs)
+    if not isinstance(args[0], Channels) or len(args) > 1:
+        return _curved(walk, args, kwargs)
+    bars.curved(walk, args[0], (), kwargs)
+    return args[0]
 
 
 def _curved(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -75,10 +81,13 @@ def _curved(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     if isinstance(value, Leaf):
         return Leaf(value.name, value.index, None)
     walk.pin_scales(value, f"{op_name(walk.node)} is not linear")
-    return value.without_scales()
+    bars.curved(walk, value, others, kwargs)
+    return replace(value.without_scales(), is_squared=bars.squares(walk, args))
 
 
-def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Tensor], list[float]]:
+def _operands(
+    walk: Walk, args: Sequence[Any], *, are_factors: bool = False
+) -> tuple[list[Channels], list[Tensor], list[float]]:
     """Channels, data and numbers that an operation meets element by element; parameters take the others' channels."""
     tensors = [leaf for leaf in args if is_tensor(leaf)]
     shape = torch.broadcast_shapes(*(shape_of(leaf) for leaf in tensors))
@@ -92,7 +101,7 @@ def _operands(walk: Walk, args: Sequence[Any]) -> tuple[list[Channels], list[Ten
     channels: list[Channels] = []
     for leaf in tensors:
         if isinstance(leaf, Leaf):
-            channels.append(walk.adopt(leaf, places))
+            channels.append(walk.adopt(leaf, places, is_gain=are_factors and any(isinstance(one, Channels) for one in tensors)))
         elif isinstance(leaf, Channels):
             channels.append(Channels(places, leaf.scales.expand(shape)))
         else:
@@ -122,6 +131,7 @@ def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     channels, data, numbers = _operands(walk, args)
     places = channels[0].places
     fixed = any(numbers) or any(bool(leaf.any()) for leaf in data if leaf is not condition)
+    bars.added(walk, places, [leaf for leaf in args if isinstance(leaf, Channels | Leaf)], has_constant=fixed)
     scales = channels[0].scales
     for other in channels[1:]:
         walk.scales.join(scales.numpy(), other.scales.numpy())
@@ -146,7 +156,9 @@ def _product(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
         return NotImplemented
     if (alone := _stored_alone(walk, args)) is not None:
         return alone
-    channels, _, _ = _operands(walk, args)
+    channels, _, _ = _operands(walk, args, are_factors=True)
+    bars.multiplied(walk, channels[0].places, args)
+    squared = bars.squares(walk, args)
     channels = [Channels(v.places, torch.from_numpy(walk.scales.unpinned(v.scales.numpy()))) for v in channels]
     divides = op_name(walk.node) == "div" and not isinstance(args[1], int | float | Tensor)
     chosen: Channels | None = None
@@ -161,7 +173,7 @@ def _product(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
                 walk.pin_scales(value, "it is multiplied by itself")
                 value = value.without_scales()
             chosen = value
-    return chosen if chosen is not None else channels[0].without_scales()
+    return replace(chosen if chosen is not None else channels[0].without_scales(), is_squared=squared)
 
 
 def _axes(value: Channels, asked: Any) -> list[int]:
@@ -186,6 +198,7 @@ def _reduction(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             places, scales_vary = value.places, set()
     else:
         places = value.places
+    bars.reduced(walk, value, axes, along_channels=bool(reduced))
     for axis in axes:
         places = places.narrow(axis, 0, 1)
     if name in ops.LINEAR_REDUCTIONS and not scales_vary and not reduced:
@@ -200,7 +213,7 @@ def _reduction(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if not keeps:
         for axis in sorted(axes, reverse=True):
             places, scales = places.squeeze(axis), scales.squeeze(axis)
-    return Channels(places, scales)
+    return Channels(places, scales, is_squared=value.is_squared and not reduced)
 
 
 def _one_result(walk: Walk, value: Channels, reduced: Sequence[int]) -> Channels:
@@ -226,6 +239,7 @@ def _softmax(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
         if overlap:
             return NotImplemented
     walk.pin_scales(value, "softmax is not linear")
+    bars.bar(walk, value.places, "softmax is not linear, and counts them")
     return value.without_scales()
 
 
@@ -240,14 +254,19 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             return NotImplemented
         places = walk.of_itself(stored[0], value.shape)
         walk.meet_data(places, value)
+        bars.bar(walk, places, "it is multiplied by an input of the model")
     else:
         places = value.places
         walk.pin_scales(value, f"{op_name(walk.node)} divides it by its own size")
         if places.dim() - 1 in varying(places) and walk.blocks(places, [places.dim() - 1])[1]:
             return NotImplemented
-    taken = [walk.adopt(leaf, places) for leaf in stored]
+        bars.normalized(walk, value)
+    gain = args[2] if len(args) > 2 else None
+    taken = [walk.adopt(leaf, places, is_gain=leaf is gain) for leaf in stored]
+    if any(leaf.offset != 0 for leaf in stored):
+        bars.bar(walk, places, "a gain or bias is not applied as it is stored")
     scales = torch.zeros_like(places)
-    if isinstance(args[2] if len(args) > 2 else None, Leaf):
+    if isinstance(gain, Leaf):
         scales = taken[0].scales
         for other in taken[1:]:
             walk.scales.join(scales.numpy(), other.scales.numpy())
@@ -284,6 +303,7 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             found.append(Channels(places, like))
             continue
         like = first.places.narrow(axis, 0, 1).expand(like.shape)
+        bars.added(walk, like, [part], has_constant=isinstance(part, Tensor) and bool(part.any()))
         if isinstance(part, Leaf):
             part = walk.adopt(part, like)
         elif isinstance(part, Tensor):
@@ -354,10 +374,18 @@ def _index_put(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     base = base if isinstance(base, Channels) else Channels(nothing, nothing)
     if isinstance(values, Tensor):
         return NotImplemented
+    bars.bar(
+        walk,
+        torch.cat([base.places.flatten(), values.places.flatten()]),
+        "it is put beside others",
+        mixing=bool(base.places.any()),
+    )
     return Channels(torch.index_put(base.places, indices, values.places), torch.index_put(base.scales, indices, values.scales))
 
 
 def _size(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    if isinstance(args[0], Channels) and args[1] % args[0].places.dim() in varying(args[0].places):
+        bars.bar(walk, args[0].places, "their number is computed with", mixing=False)
     return int(shape_of(args[0])[args[1]])
 
 

@@ -1,7 +1,7 @@
 """What a value is to the walk that follows channels: data, a parameter as it is stored, or something that has channels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,12 @@ class Channels:
     Attributes:
         places: Label of each element's channel; 0 where an element belongs to none.
         scales: Label of the factor that each element may carry; 0 where it may carry none.
+        is_squared: Whether elements are squares of the channels, which an orthogonal matrix leaves their sum of.
     """
 
     places: Tensor
     scales: Tensor
+    is_squared: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -45,11 +47,11 @@ class Channels:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Channels":
         """The same change of both."""
-        return Channels(change(self.places), change(self.scales))
+        return replace(self, places=change(self.places), scales=change(self.scales))
 
     def without_scales(self) -> "Channels":
         """The same channels, with no factor."""
-        return Channels(self.places, torch.zeros_like(self.scales))
+        return replace(self, scales=torch.zeros_like(self.scales))
 
 
 def varying(labels: Tensor) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from sparsepass.graph.channels import ops
 from sparsepass.graph.channels.labels import Ints, Labels
 from sparsepass.graph.channels.values import Channels, Leaf, distinct, rows_met, shape_of, varying
 from sparsepass.graph.nodes import is_mutable, module_path, op_name, tensor_of
@@ -62,6 +63,9 @@ class Walk:
         slots: Where channels lie in stored tensors.
         masks: Weight -> the mask that it stands behind.
         salt: Another number at each operation.
+        gains: Slots whose channels' numbers are multiplied into others, tensor and axes.
+        vectors: Slots that make channels by themselves.
+        even: Parts of one value that have to stay equally long.
     """
 
     def __init__(self, program: Program) -> None:
@@ -72,6 +76,9 @@ class Walk:
         self.node: fx.Node
         self._lost: dict[str, str] = {}
         self.salt = 0
+        self.gains: set[tuple[str, tuple[int, ...]]] = set()
+        self.vectors: set[tuple[str, tuple[int, ...]]] = set()
+        self.even: list[tuple[Ints, ...]] = []
 
     def run(self, rules: Mapping[str, Callable[..., Any]]) -> None:
         """Walk the whole graph, each operation by the rule of its name."""
@@ -111,6 +118,9 @@ class Walk:
             if node.target is _aten.histc.default and not args[0].is_floating_point():  # a graph for a GPU has it so
                 return node.target(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
             return node.target(*args, **kwargs)  # type: ignore[operator]
+        for leaf in found:
+            if isinstance(leaf, Channels) and leaf.is_squared and op_name(node) not in ops.KEEP_SQUARES:
+                self.places.bar("mixing", leaf.places.numpy(), f"it is squared, and {op_name(node)} reads that{self.here}")
         rule = rules.get(op_name(node))
         result = rule(self, args, kwargs) if rule is not None else NotImplemented
         return self.unknown(args, kwargs) if result is NotImplemented else result
@@ -181,10 +191,17 @@ class Walk:
     def born(self, shape: Sequence[int], slot: Slot) -> Channels:
         """A value whose last axis are a slot's channels."""
         places = torch.from_numpy(slot.places).expand(*shape)
+        self.vectors.add((slot.tensor, slot.axes))
         return Channels(places, torch.from_numpy(slot.scales).expand(*shape))
 
-    def adopt(self, stored: Leaf, like: Tensor) -> Channels:
-        """A parameter that meets labelled channels element by element, in their shape: it holds the same channels."""
+    def adopt(self, stored: Leaf, like: Tensor, *, is_gain: bool = False) -> Channels:
+        """A parameter that meets labelled channels element by element, in their shape: it holds the same channels.
+
+        Args:
+            stored: The parameter.
+            like: Labels of what it meets.
+            is_gain: Whether it is multiplied with them.
+        """
         shape = torch.broadcast_shapes(stored.index.shape, like.shape)
         index, like = stored.index.expand(shape), like.expand(shape)
         axes, names = set(varying(like)), []
@@ -196,6 +213,7 @@ class Walk:
         if not names:
             return Channels(torch.zeros_like(like), torch.zeros_like(like))
         slot = self.slot(stored.name, tuple(names), reads=False, offset=stored.offset or 0.0)
+        (self.gains if is_gain else self.vectors).add((slot.tensor, slot.axes))
         flat = np.ravel_multi_index([where[axis] for axis in names], [size[axis] for axis in names])
         self.places.join(slot.places[flat], like.numpy())
         scales = slot.scales[flat]
@@ -211,21 +229,31 @@ class Walk:
         if not axes:
             return torch.zeros(shape, dtype=torch.int64)
         slot = self.slot(stored.name, axes, reads=False, offset=stored.offset or 0.0)
+        self.vectors.add((slot.tensor, slot.axes))
         return torch.from_numpy(slot.places[stored.index.expand(shape).numpy()])
 
     def meet_data(self, labels: Tensor, data: Tensor) -> None:
         """Channels meet data element by element: those that meet different values are told apart."""
         shape = torch.broadcast_shapes(labels.shape, data.shape)
+        sizes = [1] * (len(shape) - data.dim()) + list(data.shape)
         labels, data = labels.expand(shape), data.expand(shape)
+        if any(sizes[axis] > 1 for axis in varying(labels)):
+            reason = f"it meets numbers for each channel that no parameter holds{self.here}"
+            self.places.bar("removal", labels.numpy(), reason)
         if set(varying(data)) & set(varying(labels)):
             self.places.tell_apart(*rows_met(labels, data, self.salt))
 
     def meet_part(self, labels: Tensor, whole: Tensor, number: int) -> None:
-        """Some elements go on by themselves: channels that are among them are told apart from those that are not."""
-        if labels.numel() < whole.numel():
-            found, times = np.unique(labels.numpy(), return_counts=True)
-            salt = np.uint64((self.salt * 1_000_003 + number) & 0xFFFFFFFF)
-            self.places.tell_apart(found, times.astype(np.uint64) * np.uint64(2_654_435_761) + salt)
+        """Some elements go on by themselves: channels that are among them more often are told apart from the others."""
+        if labels.numel() >= whole.numel() and op_name(self.node) not in ops.PICKING:
+            return
+        found, times = np.unique(labels.numpy(), return_counts=True)
+        if labels.numel() >= whole.numel():
+            every, before = np.unique(whole.numpy(), return_counts=True)
+            if len(found) == len(every) and (times * before[0] == before * times[0]).all():
+                return
+        salt = np.uint64((self.salt * 1_000_003 + number) & 0xFFFFFFFF)
+        self.places.tell_apart(found, times.astype(np.uint64) * np.uint64(2_654_435_761) + salt)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
         """Labels of what is computed element by element from two values.

@@ -13,6 +13,7 @@ from sparsepass.passes.maths.pattern import (
 )
 from sparsepass.passes.maths.permutation import PermutationMethod, best_order, kept_score
 from sparsepass.passes.maths.reconstruct import Trained, fit, token_error
+from sparsepass.passes.maths.rotation import TurnedLayer, entropies, learn_rotations, rotation_from, salience_entropy
 from sparsepass.passes.maths.slorb import fixed_projection, slorb_least_squares, slorb_mean_init
 from sparsepass.passes.maths.statistics import InputStatistics, dampings, output_size, relative_error
 
@@ -22,22 +23,27 @@ __all__ = [
     "NMPattern",
     "PermutationMethod",
     "Trained",
+    "TurnedLayer",
     "add_prior",
     "awq_factors",
     "best_order",
     "canonical_zeros",
     "dampings",
+    "entropies",
     "first_logits",
     "fit",
     "fixed_projection",
     "keep_largest",
     "keep_largest_of_groups",
     "kept_score",
+    "learn_rotations",
     "nm_mask",
     "num_violations",
     "output_size",
     "relative_error",
+    "rotation_from",
     "rounding_error",
+    "salience_entropy",
     "slorb_least_squares",
     "slorb_mean_init",
     "token_error",

@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # What is applied before the graph is printed first, and then. reconstruct works in the same call as what makes masks.
 _TEXTS = {
     "fold_norms": ("", "fold_norms"),
+    "rotate": ("", "rotate{form=blocks,steps=2}"),
     "permute_channels": ("", "permute_channels"),
     "awq_scale": ("", "awq_scale"),
     "fuse_siblings": ("nm_sparsify", "fuse_siblings"),
@@ -35,6 +36,21 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.gate(x).relu() * self.up(x))  # type: ignore[no-any-return]
+
+
+class _Chain(nn.Module):
+    """Blocks on a residual stream that can be rotated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)  # type: ignore[no-any-return]
 
 
 def printed(program: Program) -> str:
@@ -58,10 +74,10 @@ def test_the_graph_before_and_after(name: str) -> None:
         norm = nn.LayerNorm(8)
         norm.weight.data.fill_(2)
         net = nn.Sequential(norm, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    program = capture(net.eval(), batches[0])
+    program = capture((_Chain() if name == "rotate" else net).eval(), batches[0])
     if before:
         program = apply_passes(program, before)
-    calibration = [(batch,) for batch in batches] if name in ("reconstruct", "awq_scale") else None
+    calibration = [(batch,) for batch in batches] if name in ("reconstruct", "awq_scale", "rotate") else None
     after = apply_passes(program, text, calibration=calibration)
     found = f"# before\n{printed(program)}\n\n# {text}\n{printed(after)}\n"
     file = GOLDEN / f"{name}.txt"

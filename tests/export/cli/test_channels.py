@@ -23,12 +23,23 @@ def test_all_that_was_found_is_in_the_json(name: str, tmp_path: Path) -> None:
     assert [(each["order"], each["num_channels"]) for each in found["permutations"]] == [
         (group.order, group.num_channels) for group in flow.permutations
     ]
+    assert [(each["num_channels"], each["keeps_mean"]) for each in found["rotations"]] == [
+        (group.num_channels, group.keeps_mean) for group in flow.rotations
+    ]
+    assert [[place["tensor"] for place in each["even_gains"]] for each in found["rotations"]] == [
+        [place.tensor for place in group.gains] for group in flow.rotations
+    ]
     places = [group.places for group in flow.permutations] + [group.places for group in flow.scalings]
-    for each, its in zip([*found["permutations"], *found["scalings"]], places, strict=True):
+    places += [group.places for group in flow.rotations] + [group.places for group in flow.removals]
+    entries = [each for kind in ("permutations", "scalings", "rotations", "removals") for each in found[kind]]
+    for each, its in zip(entries, places, strict=True):
         for key, reads in (("made_by", False), ("read_by", True)):
             told = [(place["tensor"], tuple(place["axes"])) for place in each[key]]
             assert told == [(place.tensor, place.axes) for place in its if place.reads == reads]
-    for key, reasons in (("not_permuted", flow.refused), ("not_scaled", flow.unscaled)):
+    reasons_of = {
+        "not_permuted": flow.refused, "not_scaled": flow.unscaled, "not_rotated": flow.unmixed, "not_removed": flow.kept,
+    }  # fmt: skip
+    for key, reasons in reasons_of.items():
         assert {(each["tensor"], tuple(each["axes"])): each["reason"] for each in found[key]} == dict(reasons)
 
 
@@ -40,7 +51,7 @@ def test_the_text_fits_80_columns_and_names_every_reason(name: str, tmp_path: Pa
     assert max(len(line) for line in text.splitlines()) <= 80
     words = " ".join(text.split())
     flow = channel_flow(program)
-    for reason in {*flow.refused.values(), *flow.unscaled.values()}:
+    for reason in {*flow.refused.values(), *flow.unscaled.values(), *flow.unmixed.values(), *flow.kept.values()}:
         kind = reason.split(" (")[0]
         assert " ".join(kind.split()) in words, kind
 

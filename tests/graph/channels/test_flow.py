@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tests.families import BY_NAME, FAMILIES, tensors_of
+from numpy.typing import NDArray
+from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparsepass.graph import Program, capture, capture_without_weights
-from sparsepass.graph.channels import ChannelFlow, channel_flow, permuted, scaled
+from sparsepass.graph.channels import ChannelFlow, ChannelPlace, channel_flow, permuted, rotated, scaled, uneven_gains, without
 from sparsepass.passes import apply_passes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,6 +38,58 @@ def changed(program: Program, flow: ChannelFlow, seed: int = 0) -> tuple[Program
         for place in factors.places:
             scaled_.set_tensor(place.tensor, scaled(scaled_.tensor(place.tensor).detach(), place, values))
     return moved, scaled_
+
+
+def turned(program: Program, flow: ChannelFlow, seed: int = 0) -> Program:
+    """The program with random orthogonal matrices wherever the flow allows them, whatever gains hold."""
+    moved = copy.deepcopy(program)
+    for number, group in enumerate(flow.rotations):
+        assert not uneven_gains(program, group)
+        matrix = orthogonal(group.num_channels, seed + number, keeps_mean=group.keeps_mean)
+        for place in group.places:
+            stored = moved.tensor(place.tensor).detach()
+            moved.set_tensor(place.tensor, rotated(stored.double(), place, matrix).to(stored.dtype))
+    return moved
+
+
+def orthogonal(size: int, seed: int, *, keeps_mean: bool) -> Tensor:
+    """A random orthogonal matrix; one that has ones for a fixed point, if it keeps the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(size - keeps_mean, size - keeps_mean, generator=generator, dtype=torch.float64)
+    free: Tensor = torch.linalg.qr(start).Q
+    if not keeps_mean:
+        return free
+    start = torch.cat([torch.ones(size, 1), torch.randn(size, size - 1, generator=generator)], 1).double()
+    basis: Tensor = torch.linalg.qr(start).Q
+    one = torch.ones(1, 1, dtype=torch.float64)
+    turned_: Tensor = basis @ torch.block_diag(one, free) @ basis.T
+    return turned_
+
+
+def with_even_gains(program: Program, flow: ChannelFlow) -> Program:
+    """The program with one number for all channels in every gain that rotations ask it of."""
+    even = copy.deepcopy(program)
+    for place in [place for group in flow.rotations for place in group.gains]:
+        even.set_tensor(place.tensor, torch.full_like(even.tensor(place.tensor).detach(), 0.7))
+    return even
+
+
+def cleared_and_cut(program: Program, flow: ChannelFlow, seed: int = 0) -> tuple[Program, Program]:
+    """The program with a third of the channels zero that can be taken out, and with them taken out."""
+    random = np.random.default_rng(seed)
+    cleared, cut = copy.deepcopy(program), copy.deepcopy(program)
+    gone: dict[str, list[tuple[ChannelPlace, NDArray[np.int64]]]] = {}
+    for group in flow.removals:
+        channels = random.permutation(group.num_channels)[: max(1, group.num_channels // 3)]
+        for place in group.places:
+            gone.setdefault(place.tensor, []).append((place, channels))
+            if not place.reads:
+                zeros = torch.from_numpy(place.positions[channels].reshape(-1))
+                stored = cleared.tensor(place.tensor).detach().clone()
+                cleared.set_tensor(place.tensor, stored.index_fill_(place.axes[0], zeros, -place.offset))
+    for name, its in gone.items():
+        cut.set_tensor(name, without(cleared.tensor(name).detach(), its))
+    return cleared, cut
 
 
 def distance(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -80,6 +133,10 @@ def test_what_is_allowed_changes_nothing(name: str) -> None:
         expected = tensors_of(program(**inputs))
         for other in changed(program, flow):
             assert distance(expected, tensors_of(other(**inputs))) < bound
+        even = with_even_gains(program, flow)
+        assert distance(tensors_of(even(**inputs)), tensors_of(turned(even, flow)(**inputs))) < bound
+        cleared, cut = cleared_and_cut(program, flow)
+        assert distance(tensors_of(cleared(**inputs)), tensors_of(cut(**inputs))) < bound
 
 
 def test_factors_that_a_residual_reader_forbids_are_refused() -> None:
@@ -89,6 +146,49 @@ def test_factors_that_a_residual_reader_forbids_are_refused() -> None:
     assert not [name for name in makers if "LayerNorm" in name]
     reason = flow.unscaled["encoder.layer.0.attention.output.LayerNorm.weight", (0,)]
     assert reason == "layer_norm divides it by its own size (encoder.layer.0.output.LayerNorm)"
+
+
+def test_what_is_not_mixed_or_taken_out_says_why() -> None:
+    llama, bert, gpt2, mixtral = (channel_flow(family_program(name)[0]) for name in ("llama", "bert", "gpt2", "mixtral"))
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert llama.unmixed[down, (1,)] == "silu is not linear (model.layers.0.mlp.act_fn)"
+    assert llama.kept[down, (0,)] == "mean runs over its channels, and counts them (model.layers.0.input_layernorm)"
+    value = "model.layers.0.self_attn.v_proj.weight"
+    assert llama.kept[value, (0,)] == "it is a channel of one of several blocks of one size (model.layers.0.self_attn)"
+    assert llama.unmixed["model.layers.0.self_attn.q_proj.weight", (0,)].startswith("it is not both made and read by weights")
+    assert bert.unmixed["encoder.layer.0.output.dense.weight", (0,)] == "it is an output of the model"
+    fc = "transformer.h.0.mlp.c_fc.weight"
+    assert gpt2.kept[fc, (1,)] == "view has the number of its channels in it (transformer.h.0.mlp.c_fc)"
+    experts = "model.layers.0.mlp.experts.down_proj"
+    assert mixtral.kept[experts, (0, 2)] == "it is a channel of one of several experts of one size (model.layers.0.mlp.experts)"
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_every_axis_is_mixed_or_taken_out_or_says_why_not(name: str) -> None:
+    flow = channel_flow(captured(name))
+    places = [[place for group in flow.rotations for place in (*group.places, *group.gains)],
+              [place for group in flow.removals for place in group.places]]  # fmt: skip
+    moving = [group.places for group in flow.permutations] + [group.places for group in flow.scalings]
+    every = {(place.tensor, place.axes) for its in moving for place in its}
+    for its, reasons in zip(places, (flow.unmixed, flow.kept), strict=True):
+        assert {(place.tensor, place.axes) for place in its}.isdisjoint(reasons)
+        assert every <= {(place.tensor, place.axes) for place in its} | reasons.keys()
+        assert all(reasons.values())
+
+
+def test_an_uneven_gain_is_named() -> None:
+    program = family_program("llama")[0]
+    stream = max(channel_flow(program).rotations, key=lambda group: group.num_channels)
+    assert uneven_gains(program, stream) == [place.tensor for place in stream.gains]
+    assert uneven_gains(captured("llama"), stream) == []
+
+
+def test_masks_are_neither_mixed_nor_cut() -> None:
+    flow = channel_flow(apply_passes(captured("llama"), "nm_sparsify"))
+    assert flow.unmixed["model.layers.0.self_attn.o_proj.weight", (1,)].endswith("_proj.weight stands behind a mask")
+    assert flow.kept["model.layers.0.mlp.down_proj.weight", (1,)].endswith("_proj.weight stands behind a mask")
+    assert not flow.rotations
+    assert not flow.removals
 
 
 def test_masks_are_permuted_with_their_weights() -> None:
@@ -113,6 +213,8 @@ class RandomNet(nn.Module):
         self.gains = nn.ParameterList(torch.randn(8) for _ in steps)
         self.heads = nn.ParameterList(torch.randn(2, 4) for _ in steps)
         self.register_buffer("fixed", torch.randn(8))
+        self.square: Tensor
+        self.register_buffer("square", torch.randn(8, 8))
         self.embedding = nn.Embedding(11, 8)
         self.head = nn.Linear(8, 5)
 
@@ -187,6 +289,41 @@ class RandomNet(nn.Module):
         first, second = layers[0](x)[..., :4], layers[1](x)[..., :2]
         return layers[2]((first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2))  # type: ignore[no-any-return]
 
+    def _by_numbers(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        return layers[1](layers[0](x) * (x @ self.square))  # type: ignore[no-any-return]
+
+    def _scaled(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x) * 0.5
+        return layers[1](y * torch.sigmoid(layers[2](x)[..., :1]) - x.mean(-1, keepdim=True) * y)  # type: ignore[no-any-return]
+
+    def _unit(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)
+        return layers[1](y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1))  # type: ignore[no-any-return]
+
+    def _norm(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        return layers[1](functional.layer_norm(layers[0](x), (8,)))  # type: ignore[no-any-return]
+
+    def _centred(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)
+        return layers[1](y - y.mean(-1, keepdim=True))  # type: ignore[no-any-return]
+
+    def _cubed(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)
+        return layers[1](y * (y.pow(2) * y).mean(-1, keepdim=True))  # type: ignore[no-any-return]
+
+    def _halves(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        first, second = layers[0](x).chunk(2, -1)
+        return layers[1](torch.cat([torch.relu(first) * second, second], -1))  # type: ignore[no-any-return]
+
+    def _twice(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)[..., [0, 1, 1, 2, 3, 4, 5, 6]]
+        return layers[1](layers[0](x) / (1 + y.pow(2).mean(-1, keepdim=True)))  # type: ignore[no-any-return]
+
+    def _shared_heads(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        v = layers[0](x)[..., :4].unsqueeze(1)
+        weights = torch.softmax(layers[1](x).view(*x.shape[:-1], 2, 4).transpose(1, 2) @ v.transpose(-1, -2), -1)
+        return layers[2]((weights @ v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
     def _unknown(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
         return x + torch.cumsum(layers[0](x), -1)
 
@@ -202,19 +339,26 @@ def test_random_graphs(steps: list[str]) -> None:
     program = capture(net, example_inputs=torch.arange(12).reshape(2, 6) % 11)
     inputs = torch.arange(15).reshape(3, 5) % 11
     with torch.no_grad():
-        expected = [program(inputs)]
-        for other in changed(program, channel_flow(program)):
+        expected, flow = [program(inputs)], channel_flow(program)
+        for other in changed(program, flow):
             assert distance(expected, [other(inputs)]) < 1e-9
+        even = with_even_gains(program, flow)
+        assert distance([even(inputs)], [turned(even, flow)(inputs)]) < 1e-9
+        cleared, cut = cleared_and_cut(program, flow)
+        assert distance([cleared(inputs)], [cut(inputs)]) < 1e-9
 
 
 def test_each_step_by_itself_lets_something_through() -> None:
     """A guard against refusing everything: what single steps allow between layers of their own."""
     allowed = {}
-    for step in ("relu", "gated", "in_heads", "attention", "outer"):
+    for step in ("relu", "gated", "in_heads", "attention", "outer", "unit", "norm", "rms", "shared_heads", "halves"):
         program = capture(RandomNet([step]).double().eval(), example_inputs=torch.arange(12).reshape(2, 6) % 11)
         flow = channel_flow(program)
-        allowed[step] = (len(flow.permutations), len(flow.scalings))
-    assert allowed == {"relu": (2, 2), "gated": (3, 3), "in_heads": (4, 3), "attention": (2, 1), "outer": (2, 3)}
+        allowed[step] = tuple(map(len, (flow.permutations, flow.scalings, flow.rotations, flow.removals)))
+    assert allowed == {
+        "relu": (2, 2, 1, 2), "gated": (3, 3, 2, 3), "in_heads": (4, 3, 4, 2), "attention": (2, 1, 2, 0), "outer": (2, 3, 2, 2),
+        "unit": (3, 2, 3, 3), "norm": (3, 2, 3, 2), "rms": (1, 1, 1, 0), "shared_heads": (2, 2, 2, 2), "halves": (3, 3, 2, 3),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
@@ -225,4 +369,6 @@ def test_a_program_without_weights_has_the_same_flow(name: str, tmp_path: Path) 
     model.config.save_pretrained(tmp_path)
     expected = channel_flow(capture(model, example_inputs=BY_NAME[name].inputs(2, 8)))
     found = channel_flow(capture_without_weights(tmp_path))
-    assert (found.lines(), found.refused, found.unscaled) == (expected.lines(), expected.refused, expected.unscaled)
+    assert found.lines() == expected.lines()
+    for reasons in ("refused", "unscaled", "unmixed", "kept"):
+        assert getattr(found, reasons) == getattr(expected, reasons)
