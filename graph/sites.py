@@ -18,7 +18,11 @@ from sparsepass.graph.roles import role_of
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
 _aten = torch.ops.aten
-_MASKED = {torch.ops.sparsepass.masked_weight.default, torch.ops.sparsepass.learned_weight.default}
+_MASKED = {
+    torch.ops.sparsepass.masked_weight.default,
+    torch.ops.sparsepass.learned_weight.default,
+    torch.ops.sparsepass.quantized_weight.default,
+}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default, _aten.mT.default}
 _MATMULS = {_aten.mm.default, _aten.matmul.default, _aten.bmm.default}
 _CONVS = {

@@ -36,7 +36,7 @@ from sparsepass.passes.table import parse_pipeline, pass_to_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED)
+_PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED, Condition.QUANTIZED)
 _VALIDATION_SEQUENCES = 2
 _LOG = logging.getLogger(__name__)
 
@@ -300,10 +300,11 @@ class _Run:
             if index:
                 _require_work(item, list(facts[item.name]), reasons[item.name])
             # Each pass of a sweep is measured as if the later ones had not run: their branches are switched off. Training of
-            # whole blocks cannot be switched off, so the passes before it have no measurement of their own.
+            # whole blocks cannot be switched off, nor can rounding, so the passes before have no measurement of their own.
             touched = {name for later in items[index + 1 :] for name in facts[later.name]}
             with without_branches(self.program, {site.weight for site in self.program.sites() if site.name in touched}):
-                measured = None if any(later in by_block for later in items[index + 1 :]) else self._measure(item)
+                lasting = [later for later in items[index + 1 :] if later in by_block or Condition.QUANTIZED in later.provides]
+                measured = None if lasting else self._measure(item)
             self._record(item, facts[item.name], reasons[item.name], seconds, measured)
 
     def _validation_inputs(self) -> tuple[dict[str, Tensor], str]:
@@ -313,9 +314,10 @@ class _Run:
         return self.program.example_inputs, "example inputs"
 
     def _lent(self, group: SiteGroup, more: Sequence[str] = ()) -> AbstractContextManager[None]:
-        """The weights of a group, with masks and branches that they have, on the device that is computed on."""
+        """The weights of a group, with all that stands beside them, on the device that is computed on."""
         weights = [site.weight for site in group.sites]
-        beside = [name for weight in weights if weight in self.program.sparse for name in self.program.sparse[weight].names]
+        known = (self.program.sparse, self.program.quantized)
+        beside = [name for states in known for weight in weights if weight in states for name in states[weight].names]
         return lent(self.program, [*weights, *beside, *more], self._device)
 
     @torch.no_grad()
@@ -415,7 +417,8 @@ def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupConte
         raise PassError(item.name, ", ".join(site.name for site in group.sites), str(error)) from error
     for site in group.sites:
         state = program.sparse.get(site.weight)
-        missing = [made for made in item.provides if made in _PROVIDED and (state is None or not made.holds(state))]
+        grid = program.quantized.get(site.weight)
+        missing = [made for made in item.provides if made in _PROVIDED and not made.holds(state, grid)]
         broken = f"the layer is not {missing[0].name.lower()}" if missing else item.ensures(site, program)
         if broken:
             raise PassError(item.name, site.name, f"it has not done what it promises: {broken}; this is a defect of the pass")

@@ -41,6 +41,7 @@ _BEFORE = {
     "learn_masks": "nm_sparsify",
     "fold": "nm_sparsify",
     "reconstruct": "",
+    "quantize": "nm_sparsify",
 }
 _OPTIONS = {"slorb": "slorb{k=4}", "reconstruct": "nm_sparsify{criterion=magnitude},reconstruct{steps=2}"}
 _CALIBRATED = ("reconstruct", "awq_scale")
