@@ -112,8 +112,7 @@ def test_clipping_by_the_weights_and_by_the_outputs() -> None:
     hessian = InverseHessian.of(gram, TOKENS, CriterionOptions())
     grid = RoundingGrid(group_size=16)
     plain, by_weights, by_outputs = (
-        round_jointly(weight**3, hessian, grid, kept=TWO_FOUR, clip=clip, gram_II=gram)
-        for clip in (None, "weights", "outputs")
+        round_jointly(weight**3, hessian, grid, kept=TWO_FOUR, clip=clip, gram_II=gram) for clip in (None, "weights", "outputs")
     )
     first = (weight**3)[:, :16]
     mask = nm_mask((first / hessian.upper_II.diagonal()[:16]).abs(), TWO_FOUR)
