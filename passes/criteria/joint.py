@@ -55,7 +55,8 @@ def round_jointly(
 
     At the entry of a group of columns that shares a scale, its scale is fitted to the weights as the columns before have
     changed them, without those that are going to be dropped. Then, column by column, what is kept is rounded, what is dropped
-    becomes 0, and the later columns make up for both by one error.
+    becomes 0, and the later columns make up for both by one error. What grows within a group, to make up for what is dropped
+    there, may be clipped; so weights that have been pruned before, and have grown, are better to start from.
 
     Shapes: ``[O, I]``.
 
@@ -80,9 +81,10 @@ def round_jointly(
 
     Example:
         >>> hessian = InverseHessian.of(torch.eye(4) + 1.0, 4, CriterionOptions())
-        >>> found = round_jointly(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), hessian, RoundingGrid(bits=8), kept=NMPattern(2, 4))
-        >>> found.mask_OI, found.weight_OI.round(decimals=1)
-        (tensor([[False, False,  True,  True]]), tensor([[0., 0., 4., 5.]]))
+        >>> kept = torch.tensor([[False, False, True, True]])
+        >>> found = round_jointly(torch.tensor([[0.0, 0.0, 4.0, 5.0]]), hessian, RoundingGrid(bits=8), kept=kept)
+        >>> found.weight_OI.round(decimals=1)
+        tensor([[0., 0., 4., 5.]])
     """
     options = options or CriterionOptions()
     in_features = weight_OI.shape[1]

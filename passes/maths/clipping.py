@@ -29,7 +29,7 @@ def clipped_scales(weight_OI: Tensor, grid: RoundingGrid, gram_II: Tensor | None
     group's output on some inputs; by a Gram matrix it is that on all of them.
 
     Example:
-        >>> weight = torch.tensor([[7.0, *([0.75] * 31)]])
+        >>> weight = torch.tensor([[7.0, *([1.5] * 31)]])
         >>> clipped_scales(weight, RoundingGrid(group_size=0))[0], fit_scales(weight, RoundingGrid(group_size=0))[0]
         (tensor([[0.8008]], dtype=torch.bfloat16), tensor([[1.]], dtype=torch.bfloat16))
     """
