@@ -9,6 +9,7 @@ Tensor shape legend: O out features, I in features.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,14 +19,17 @@ from sparsepass.graph.program import Program, with_sparse
 from sparsepass.graph.records import FusedPart, SparseState
 from sparsepass.graph.rewrite import (
     attach_branch,
+    attach_grid,
     attach_logits,
     attach_mask,
     detach_branch,
+    detach_grid,
     detach_logits,
     detach_mask,
     finish,
     shared_copy,
 )
+from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.saved import module_stack
 from sparsepass.graph.sites import Site
 
@@ -39,11 +43,34 @@ _NAMED = 4  # parts that a fused layer is named after
 class _Beside:
     """What passes have put beside a weight, taken out of the graph."""
 
-    state: SparseState
-    mask: Tensor | None
-    logits: Tensor | None
-    branch: Tensor | None
-    projection: Tensor | None
+    state: SparseState | None = None
+    mask: Tensor | None = None
+    logits: Tensor | None = None
+    branch: Tensor | None = None
+    projection: Tensor | None = None
+    grid: RoundingGrid | None = None
+    scales: Tensor | None = None
+    zero_points: Tensor | None = None
+
+    def rows(self, start: int, length: int) -> "_Beside":
+        """What stands beside some rows. A projection is of all rows, and each layer gets its own."""
+        own: dict[str, Any] = {kind: whole.narrow(0, start, length) for kind, whole in self._by_row.items()}
+        return replace(self, projection=None if self.projection is None else self.projection.clone(), **own)
+
+    @staticmethod
+    def joined(parts: "Sequence[_Beside]") -> "_Beside":
+        """What stands beside weights of one kind, as one weight."""
+        first = parts[0]
+        assert first.projection is None
+        whole: dict[str, Any] = {kind: torch.cat([each._by_row[kind] for each in parts]) for kind in first._by_row}
+        changes = [each.state.changed_by for each in parts if each.state is not None and each.state.changed_by is not None]
+        state = None if first.state is None else replace(first.state, changed_by=changes[0] if changes else None)
+        return replace(first, state=state, **whole)
+
+    @property
+    def _by_row(self) -> dict[str, Tensor]:
+        known = {kind: getattr(self, kind) for kind in ("mask", "logits", "branch", "scales", "zero_points")}
+        return {kind: tensor for kind, tensor in known.items() if tensor is not None}
 
 
 def fuse(program: Program, sites: Sequence[Site]) -> Site:
@@ -90,16 +117,7 @@ def fuse(program: Program, sites: Sequence[Site]) -> Site:
         nodes=(linear.name,),
     )
     program.fused[site.weight] = parts
-    together = [each for each in found if each is not None]
-    if together:
-        changed_by = next((each.state.changed_by for each in together if each.state.changed_by is not None), None)
-        tensors = {
-            kind: torch.cat([getattr(each, kind) for each in together]) if getattr(together[0], kind) is not None else None
-            for kind in ("mask", "logits", "branch")
-        }
-        state = replace(together[0].state, changed_by=changed_by)
-        assert together[0].projection is None
-        _put(program, site, _Beside(state=state, projection=None, **tensors))
+    _put(program, site, _Beside.joined(found))
     return site
 
 
@@ -181,26 +199,16 @@ def _split(program: Program, site: Site) -> None:
     del program.fused[site.weight]
     start = 0
     for layer, node in zip(layers, nodes, strict=True):
-        if found is not None:
-            _put(program, replace(layer, nodes=(node.name,)), _rows(found, start, layer.out_features))
+        _put(program, replace(layer, nodes=(node.name,)), found.rows(start, layer.out_features))
         start += layer.out_features
 
 
-def _rows(found: _Beside, start: int, length: int) -> _Beside:
-    """What stands beside some rows of a weight. A projection is of all rows, and each layer gets its own."""
-
-    def of(whole: Tensor | None) -> Tensor | None:
-        return None if whole is None else whole.narrow(0, start, length)
-
-    projection = None if found.projection is None else found.projection.clone()
-    return replace(found, mask=of(found.mask), logits=of(found.logits), branch=of(found.branch), projection=projection)
-
-
-def _take(program: Program, weight: str) -> _Beside | None:
-    """Take out of a program what passes have put beside a weight; None if that is nothing."""
+def _take(program: Program, weight: str) -> _Beside:
+    """Take out of a program what passes have put beside a weight."""
+    rounding = _take_grid(program, weight)
     state = program.sparse.get(weight)
     if state is None:
-        return None
+        return rounding
     branch, learned = state.branch, state.learned
 
     def read(name: str | None) -> Tensor | None:
@@ -215,12 +223,27 @@ def _take(program: Program, weight: str) -> _Beside | None:
     if mask is not None:
         detach_mask(program, weight)
     del program.sparse[weight]
-    return _Beside(state=state, mask=mask, logits=logits, branch=weight_OR, projection=projection)
+    return replace(rounding, state=state, mask=mask, logits=logits, branch=weight_OR, projection=projection)
+
+
+def _take_grid(program: Program, weight: str) -> _Beside:
+    state = program.quantized.get(weight)
+    if state is None:
+        return _Beside()
+    scales, *zero_points = [program.tensor(name) for name in state.names]
+    detach_grid(program, weight)
+    return _Beside(grid=state.grid, scales=scales, zero_points=zero_points[0] if zero_points else None)
 
 
 def _put(program: Program, site: Site, found: _Beside) -> None:
     """Put beside a weight what was taken out."""
-    state = found.state
+    if found.state is not None:
+        _put_sparse(program, site, found, found.state)
+    if found.grid is not None and found.scales is not None:
+        attach_grid(program, site, found.grid, found.scales, found.zero_points)
+
+
+def _put_sparse(program: Program, site: Site, found: _Beside, state: SparseState) -> None:
     if found.mask is None:
         program.sparse[site.weight] = SparseState(pattern=state.pattern, axis=site.nm_axis, mask=None)
     else:

@@ -84,7 +84,7 @@ def writes_into(node: fx.Node) -> list[fx.Node]:
 
 
 def linear_that_reads(graph: fx.Graph, weight: str) -> fx.Node | None:
-    """The one linear that multiplies by a stored weight, which may be behind a mask; None where something else reads it too."""
+    """The one linear that multiplies by a stored weight, masked and rounded maybe; None where something else reads it too."""
     return linear_behind([node for node in graph.nodes if node.op == "get_attr" and node.target == weight])
 
 
@@ -98,7 +98,7 @@ def linear_behind(reading: list[fx.Node]) -> fx.Node | None:
         (source,), (user,) = reading, reading[0].users
         if user.target is _aten.linear.default:
             return user if user.args[1] is source and source not in (user.args[0], *user.args[2:]) else None
-        if op_name(user) not in ("masked_weight", "learned_weight") or user.args[0] is not source:
+        if op_name(user) not in ("masked_weight", "learned_weight", "quantized_weight") or user.args[0] is not source:
             return None
         reading = [user]
     return None

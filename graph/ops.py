@@ -1,21 +1,25 @@
 """Custom operators that rewritten graphs call, registered with torch.library.
 
 ``sparsepass::masked_weight`` multiplies a weight by its mask and passes the gradient straight through; ``learned_weight`` puts
-a weight behind a mask that is being learned, hard or soft. They work on the weight, not on the matmul, so one operator serves
-every layout (linear, Conv1D, convolution, experts), and whatever kernel the runtime has for the matmul stays in use. SLoRB
-needs no operator of its own: a segment sum and a linear.
+a weight behind a mask that is being learned, hard or soft; ``quantized_weight`` rounds a weight to a grid of integers, and
+passes the gradient straight through as well. They work on the weight, not on the matmul, so one operator serves every layout
+(linear, Conv1D, convolution, experts), and whatever kernel the runtime has for the matmul stays in use. SLoRB needs no operator
+of its own: a segment sum and a linear.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsepass.graph import soft_masks
+from sparsepass.graph.rounding import Rounded, RoundingGrid, as_rows, from_rows, num_groups, round_to_nearest
 from sparsepass.graph.soft_masks import Draw
 
 MASKED_WEIGHT = "sparsepass::masked_weight"
 LEARNED_WEIGHT = "sparsepass::learned_weight"
+QUANTIZED_WEIGHT = "sparsepass::quantized_weight"
 ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
 """What torch.export writes to check dtypes and sizes."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -129,6 +133,63 @@ def _(weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: 
     return torch.empty_like(_masked(weight, mask), memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(QUANTIZED_WEIGHT, mutates_args=())
+def quantized_weight(
+    weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int
+) -> Tensor:
+    """Return a weight rounded to the nearest of the values that its integers stand for.
+
+    Shapes: weight ``[...]`` of any float dtype; scales and zero points ``[O, G]``, or ``[E, O, G]`` for experts: the weight
+    `as_rows`, with a group in the place of its columns.
+
+    The backward pass is the straight-through estimator: the gradient reaches the whole weight, clipped entries included.
+
+    Args:
+        weight: Zeros stay zeros, so that a mask in front of it is kept.
+        scales: bfloat16.
+        zero_points: The integers that stand for 0, uint8; None for signed integers, where that is 0.
+        bits: 8 or 4.
+        group_size: Entries along the axis that share a scale; 0 for a whole row.
+        axis: Axis of the weight that its layer sums over.
+
+    Returns:
+        Shaped and typed like the weight, contiguous.
+
+    Raises:
+        ValueError: If types and shapes do not fit.
+
+    Example:
+        >>> quantized_weight(torch.tensor([[7.0, -3.4, 0.0, 1.6]]), torch.ones(1, 1).bfloat16(), None, 4, 0, 1)
+        tensor([[ 7., -3.,  0.,  2.]])
+    """
+    rounded = rounded_rows(weight, scales, zero_points, bits, group_size, axis)
+    return from_rows(rounded.weight_OI.to(weight.dtype), axis, weight)
+
+
+@quantized_weight.register_fake
+def _(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int) -> Tensor:
+    _check_grid(weight, scales, zero_points, bits, group_size, axis)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def rounded_rows(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int) -> Rounded:
+    """What `quantized_weight` rounds to, as integers. It takes the same arguments, and refuses the same."""
+    _check_grid(weight, scales, zero_points, bits, group_size, axis)
+    grid = RoundingGrid(bits=bits, group_size=group_size, symmetric=zero_points is None)
+    return round_to_nearest(as_rows(weight, axis, scales.dim()), grid, scales, zero_points)
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del ctx, inputs, output
+
+
+def _straight_to_the_first(_ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None, None, None, None
+
+
+quantized_weight.register_autograd(_straight_to_the_first, setup_context=_keep_nothing)
+
+
 @torch.library.custom_op("sparsepass::learned_weight_gradient", mutates_args=())
 def learned_weight_gradient(
     grad: Tensor, weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: int, axis: int
@@ -180,3 +241,29 @@ def _check_logits(weight: Tensor, logits: Tensor, control: Tensor, n: int, m: in
         )
     if control.shape != (3,):
         raise ValueError(f"learned_weight expects scale, temperature and key in control, got shape {tuple(control.shape)}")
+
+
+def _check_grid(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int) -> None:
+    if bits not in (4, 8) or group_size < 0 or not weight.is_floating_point() or scales.dtype != torch.bfloat16:
+        raise ValueError(
+            f"quantized_weight expects 8 or 4 bits, groups of 0 or more, a floating-point weight and scales of bfloat16, got "
+            f"{bits}, {group_size}, {weight.dtype} and {scales.dtype}"
+        )
+    if not 2 <= scales.dim() <= weight.dim() or not 0 <= axis < weight.dim() or 0 in weight.shape:
+        raise ValueError(
+            f"quantized_weight expects scales of 2 axes or more, and an axis of the weight, got scales {tuple(scales.shape)}, "
+            f"axis {axis} and a weight {tuple(weight.shape)}"
+        )
+    shape = [size for place, size in enumerate(weight.shape) if place != axis % weight.dim()] + [weight.shape[axis]]
+    rows, columns = shape[: scales.dim() - 1], math.prod(shape[scales.dim() - 1 :])
+    expected = (*rows, num_groups(columns, group_size))
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"quantized_weight expects scales {expected} for groups of {group_size} along axis {axis} of a weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(scales.shape)}"
+        )
+    if zero_points is not None and (tuple(zero_points.shape) != expected or zero_points.dtype != torch.uint8):
+        raise ValueError(
+            f"quantized_weight expects zero points like the scales, {expected} of uint8, got {tuple(zero_points.shape)} of "
+            f"{zero_points.dtype}"
+        )

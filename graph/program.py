@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
+from sparsepass.graph.binding import bound_arguments
 from sparsepass.graph.lengths import check_input, refused
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
     FusedPart,
     Origin,
     PassRecord,
+    QuantizedState,
     Report,
     SparseState,
     changes_told_by_history,
@@ -43,13 +45,6 @@ from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
 from sparsepass.graph.trial import Guard
 
-FLAGS_WITHOUT_EFFECT = {
-    "use_cache": False,
-    "return_dict": True,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}
-
 
 class Program(nn.Module):
     """A model captured as a flat torch.fx graph. Final.
@@ -71,6 +66,7 @@ class Program(nn.Module):
         origin: The source model's class and configuration.
         sparse: Weight name -> what passes did to it.
         fused: Name of a fused weight -> the layers that it stands for; see `sparsepass.graph.fusion`.
+        quantized: Weight name -> the grid of integers that the graph rounds it to.
         history: Every pass applied, with its configuration and evidence.
         retraining: What `retrain` did, one JSON object a run: settings, data, validations, flips.
         guard: What a program that was read from a file may take; None for one that was made here.
@@ -88,6 +84,7 @@ class Program(nn.Module):
         origin: Origin | None = None,
         sparse: Mapping[str, SparseState] | None = None,
         fused: Mapping[str, tuple[FusedPart, ...]] | None = None,
+        quantized: Mapping[str, QuantizedState] | None = None,
         history: tuple[PassRecord, ...] = (),
         retraining: tuple[Mapping[str, Any], ...] = (),
     ) -> None:
@@ -101,6 +98,7 @@ class Program(nn.Module):
         self.origin = origin or Origin()
         self.sparse = dict(sparse or {})
         self.fused = dict(fused or {})
+        self.quantized = dict(quantized or {})
         self.history = history
         self.retraining = retraining
         self.training = False
@@ -154,39 +152,14 @@ class Program(nn.Module):
             SparsepassError: If an argument is missing, or was not part of the capture.
         """
         names = self.input_names
-        order = self.origin.signature or names
-        if len(args) > len(order):
-            raise SparsepassError(f"the program takes {len(order)} arguments ({', '.join(names)}), got {len(args)}")
-        given = dict(zip(order, args, strict=False)) | kwargs
-        for name, value in given.items():
-            if name in names or value is None:
-                continue
-            if name in FLAGS_WITHOUT_EFFECT and value == FLAGS_WITHOUT_EFFECT[name]:
-                continue
-            raise SparsepassError(
-                f"the program has no input {name!r} (it has {', '.join(names)}); capture the model again with {name} "
-                "among example_inputs" + (", or compute the loss from the logits" if name == "labels" else "")
-            )
-        bound = {}
-        for name in names:
-            value = given.get(name)
-            if value is None:
-                value = self._default(name, given)
+        bound = bound_arguments(args, kwargs, names=names, order=self.origin.signature or names)
+        for name, value in bound.items():
             check_input(name, value, self.example_inputs[name], self.dynamic_axes.get(name, ()))
-            bound[name] = value
         shapes = tuple((name, tuple(value.shape)) for name, value in bound.items())
         is_traced = not all(type(size) is int for _, shape in shapes for size in shape)
         if not is_traced and (words := refused(self.limits, shapes)):
             raise SparsepassError(f"{words}; capture the model again with example_inputs of such sizes")
         return bound
-
-    def _default(self, name: str, given: Mapping[str, Any]) -> Tensor:
-        source = given.get(name.replace("attention_mask", "input_ids").replace("token_type_ids", "input_ids"))
-        if isinstance(source, Tensor) and name.endswith("attention_mask"):
-            return torch.ones_like(source)
-        if isinstance(source, Tensor) and name == "token_type_ids":
-            return torch.zeros_like(source)
-        raise SparsepassError(f"the program needs the input {name!r}, which was not given; it takes {self.input_names}")
 
     def sites(self) -> tuple[Site, ...]:
         """Every linear-like operation of the graph, in the order in which it runs, with reasons for those left alone."""
@@ -271,7 +244,7 @@ class Program(nn.Module):
         from sparsepass.graph.fusion import split_siblings
 
         apart, idle = split_siblings(self), idle_layers(self.graph_module, self.tensors())
-        return Report(history=self.history, sites=apart.sites(), sparse=apart.sparse, idle=idle)
+        return Report(history=self.history, sites=apart.sites(), sparse=apart.sparse, idle=idle, quantized=apart.quantized)
 
     def hierarchy(self) -> nn.Module:
         """The model's original module tree, its layers as modules, over this program's own parameters.
@@ -366,7 +339,8 @@ class Program(nn.Module):
             "history": to_json(self.history),
             "retraining": to_json(self.retraining),
             "training": self.training,
-            **({"fused": to_json(self.fused)} if self.fused else {}),  # earlier versions read programs without it
+            **({"fused": to_json(self.fused)} if self.fused else {}),  # earlier versions read programs without these
+            **({"quantized": to_json(self.quantized)} if self.quantized else {}),
         }
 
     def _saved_tensors(self) -> dict[str, Tensor]:
@@ -396,6 +370,7 @@ def _from_state(
         origin=Origin(**(origin | lists)),
         sparse={name: sparse_state_from_json(state) for name, state in document["sparse"].items()},
         fused={w: tuple(map(fused_part_from_json, parts)) for w, parts in document.get("fused", {}).items()},
+        quantized={name: QuantizedState(**state) for name, state in document.get("quantized", {}).items()},
         history=tuple(pass_record_from_json(record) for record in document["history"]),
         retraining=tuple(from_json(list(document.get("retraining", ())))),
     )
@@ -420,14 +395,15 @@ def with_sparse(program: Program, weight: str, **changes: Any) -> None:
 
 
 def masked_weight(program: Program, name: str) -> Tensor:
-    """A weight as the graph uses it: behind its mask, if it has one. A mask that is being learned counts as the hard one.
+    """A weight as the graph uses it: behind its mask, if it has one, and rounded to its grid, if it has one.
 
     Args:
         program: Not changed.
         name: Of the weight, or one that it is tied to.
 
     Returns:
-        The weight without its gradient; the program's own tensor where there is no mask.
+        The weight without its gradient; the program's own tensor where there is neither. A mask that is being learned counts as
+        the hard one.
 
     Exactness: bitwise.
 
@@ -438,9 +414,12 @@ def masked_weight(program: Program, name: str) -> Tensor:
         >>> int(masked_weight(program, "0.weight").count_nonzero())
         8
     """
+    name = program.aliases.get(name, name)
     weight = program.tensor(name).detach()
-    state = program.sparse.get(program.aliases.get(name, name))
-    if state is None or state.mask is None:
-        return weight
-    found: Tensor = torch.ops.sparsepass.masked_weight(weight, program.tensor(state.mask))
-    return found
+    sparse, grid = program.sparse.get(name), program.quantized.get(name)
+    if sparse is not None and sparse.mask is not None:
+        weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(sparse.mask))
+    if grid is not None:
+        tensors = (program.tensor(grid.scales), grid.zero_points and program.tensor(grid.zero_points))
+        weight = torch.ops.sparsepass.quantized_weight(weight, *tensors, grid.bits, grid.group_size, grid.axis)
+    return weight

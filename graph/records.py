@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from sparsepass._terminal import Terminal
+from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.sites import Site
 
 JSON = Any
@@ -72,6 +73,35 @@ class SparseState:
         branch = () if self.branch is None else (self.branch.weight, self.branch.projection)
         learned = () if self.learned is None else (self.learned.logits, self.learned.control)
         return tuple(name for name in (self.mask, *branch, *learned) if name is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedState:
+    """The grid of integers that the graph rounds a weight to.
+
+    Attributes:
+        bits: 8 or 4.
+        group_size: Entries along the axis that share a scale; 0 for a whole row.
+        axis: Axis of the stored weight that its layer sums over.
+        scales: Name of the buffer with the scales, bfloat16.
+        zero_points: Name of the buffer with the integers that stand for 0, uint8; None for signed integers, where that is 0.
+    """
+
+    bits: int
+    group_size: int
+    axis: int
+    scales: str
+    zero_points: str | None = None
+
+    @property
+    def grid(self) -> RoundingGrid:
+        """What the weight is rounded to, but for its scales."""
+        return RoundingGrid(bits=self.bits, group_size=self.group_size, symmetric=self.zero_points is None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors beside the weight."""
+        return (self.scales,) if self.zero_points is None else (self.scales, self.zero_points)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,12 +282,14 @@ class Report:
         sites: What the graph runs.
         sparse: Weight name -> what passes did to it.
         idle: Layers that the graph never runs -> why.
+        quantized: Weight name -> the grid that it is rounded to.
     """
 
     history: tuple[PassRecord, ...]
     sites: tuple[Site, ...]
     sparse: Mapping[str, SparseState]
     idle: Mapping[str, str] = field(default_factory=dict)
+    quantized: Mapping[str, QuantizedState] = field(default_factory=dict)
 
     @property
     def num_sparse(self) -> int:
@@ -280,11 +312,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON."""
+        quantized = {s.name: self.quantized[s.weight].grid.text for s in self.sites if s.weight in self.quantized}
         return {
             "num_sites": len(self.sites),
             "num_sparse": self.num_sparse,
             "skipped": self.skipped(),
             "passes": [to_json(record) for record in self.history],
+            **({"quantized": quantized} if quantized else {}),
         }
 
     def __str__(self) -> str:
@@ -303,8 +337,12 @@ class Report:
             branch = f"SLoRB k={state.branch.k}" if state and state.branch else ""
             note = f"skipped: {skipped[site.name]}" if state is None else facts.get(site.name, "")
             shape = "x".join(map(str, site.shape))
-            table.add_row(site.name, site.layout, shape, state.pattern if state else "dense", branch, note)
+            grid = self.quantized.get(site.weight)
+            pattern = (state.pattern if state else "dense") + (f" {grid.grid.text}" if grid else "")
+            table.add_row(site.name, site.layout, shape, pattern, branch, note)
+        num_quantized = sum(site.weight in self.quantized for site in self.sites)
         summary = f"{self.num_sparse} of {len(self.sites)} layers sparse"
+        summary += f", {num_quantized} quantized" if num_quantized else ""
         counts = Counter(skipped.values())
         lines = [summary, *(f"  {number} skipped: {reason}" for reason, number in counts.most_common())]
         for record in self.history:

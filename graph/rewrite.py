@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph.nodes import module_path
+from sparsepass.graph.ops import where_kept
 from sparsepass.graph.program import Program, masked_weight, with_sparse
-from sparsepass.graph.records import BranchState, LearnedState, SparseState
+from sparsepass.graph.records import BranchState, LearnedState, QuantizedState, SparseState
+from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.sites import Site
 from sparsepass.graph.soft_masks import candidate_masks, hard_mask
 
 _aten = torch.ops.aten
 _MASKED = torch.ops.sparsepass.masked_weight.default
 _LEARNED = torch.ops.sparsepass.learned_weight.default
+_QUANTIZED = torch.ops.sparsepass.quantized_weight.default
 
 
 def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> None:
@@ -112,7 +115,7 @@ def fold_mask(program: Program, weight: str, *, inplace: bool = False) -> None:
     assert state.mask is not None
     if state.learned is not None:
         detach_logits(program, weight)
-    folded = masked_weight(program, weight)
+    folded = where_kept(program.tensor(weight).detach(), program.tensor(state.mask))
     if inplace:
         program.write_tensor(weight, folded)
     else:
@@ -138,6 +141,70 @@ def detach_mask(program: Program, weight: str) -> None:
                 graph.erase_node(mask_node)
     program.delete_tensor(state.mask)
     with_sparse(program, weight, mask=None)
+
+
+def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor, zero_points: Tensor | None) -> None:
+    """Round a site's weight to a grid in front of the operations that read it, behind its mask if it has one.
+
+    Args:
+        program: Changed in place. The weight keeps its values.
+        site: A site of it that is not quantized yet.
+        grid: Bits, groups and symmetry.
+        scales: bfloat16, ``[O, G]``, or ``[E, O, G]`` for experts.
+        zero_points: uint8, like the scales; None for a symmetric grid.
+    """
+    graph = program.graph_module.graph
+    state = QuantizedState(
+        bits=grid.bits,
+        group_size=grid.group_size,
+        axis=site.nm_axis,
+        scales=beside(site, "scales"),
+        zero_points=None if zero_points is None else beside(site, "zero_points"),
+    )
+    program.set_tensor(state.scales, scales)
+    if zero_points is not None and state.zero_points is not None:
+        program.set_tensor(state.zero_points, zero_points)
+    for source, user in _weight_users(program, site.weight):
+        behind = [(user, each) for each in user.users] if user.target in (_MASKED, _LEARNED) else [(source, user)]
+        for value, reader in behind:
+            with graph.inserting_before(reader):
+                read = [graph.get_attr(name) for name in state.names]
+                zero = read[1] if len(read) > 1 else None
+                rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, grid.bits, grid.group_size, site.nm_axis))
+            _inherit(_consumer(reader), *read, rounded)
+            reader.replace_input_with(value, rounded)
+    program.quantized[site.weight] = state
+
+
+def detach_grid(program: Program, weight: str) -> None:
+    """Undo `attach_grid`: what reads the weight sees the values that were behind the rounding.
+
+    Args:
+        program: Changed in place.
+        weight: One that is quantized.
+    """
+    state, graph = program.quantized[weight], program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is _QUANTIZED and node.args[1].target == state.scales:
+            node.replace_all_uses_with(node.args[0])
+            read = [each for each in node.args[1:3] if each is not None]
+            graph.erase_node(node)
+            for unread in read:
+                graph.erase_node(unread)
+    for name in state.names:
+        program.delete_tensor(name)
+    del program.quantized[weight]
+
+
+def fold_grid(program: Program, weight: str) -> None:
+    """Write the rounded values into the weight, a new tensor, and take the rounding out of the graph. Exact.
+
+    Args:
+        program: Changed in place.
+        weight: One that is quantized. A mask stays.
+    """
+    program.set_tensor(weight, masked_weight(program, weight))
+    detach_grid(program, weight)
 
 
 def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projection: Tensor | None = None) -> None:

@@ -46,6 +46,17 @@ class RoundingGrid:
             return 0, 2**self.bits - 1
         return (-127, 127) if self.bits == 8 else (-8, 7)
 
+    @property
+    def text(self) -> str:
+        """In few words.
+
+        Example:
+            >>> RoundingGrid(bits=8, group_size=0).text, RoundingGrid(symmetric=False).text
+            ('int8, one scale a row', 'uint4, groups of 64')
+        """
+        groups = f"groups of {self.group_size}" if self.group_size else "one scale a row"
+        return f"{'int' if self.symmetric else 'uint'}{self.bits}, {groups}"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rounded:
@@ -77,7 +88,9 @@ class Rounded:
         return (steps_OGK * self.scales_OG.float()[..., None]).flatten(-2)[..., : self.columns]
 
 
-def round_to_nearest(weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor | None = None) -> Rounded:
+def round_to_nearest(
+    weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor | None = None, zeros_OG: Tensor | None = None
+) -> Rounded:
     """Round a weight to a grid.
 
     Shapes: ``[..., O, I]``.
@@ -85,13 +98,17 @@ def round_to_nearest(weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor | 
     Args:
         weight_OI: The weight, with its zeros if it has such.
         grid: What to round to.
-        scales_OG: Of a symmetric grid. By default each is the least bfloat16 that does not clip its group.
+        scales_OG: Taken as they are. By default those of `fit_scales`.
+        zeros_OG: The integers that stand for 0, beside such scales; of a grid that is not symmetric.
 
     Returns:
-        Integers, scales and zero points. Zeros of the weight are zeros of the result, exactly.
+        Integers, scales and zero points. Zeros of the weight are zeros of the result, exactly, and none is -0.0.
 
     Raises:
         SparsepassError: If a scale is not finite.
+
+    Exactness: what lies on the grid already comes back bit for bit; from bfloat16 too, for up to 127 steps on either side: that
+    was rounded by at most 1/256, which is less than half a step there.
 
     Example:
         >>> rounded = round_to_nearest(torch.tensor([[7.0, -3.4, 0.0, 1.6]]), RoundingGrid(group_size=4))
@@ -101,25 +118,117 @@ def round_to_nearest(weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor | 
         tensor([[15.,  3.,  0.,  2.]])
     """
     columns = weight_OI.shape[-1]
-    size = min(grid.group_size, columns) or columns
-    grouped_OGK = functional.pad(weight_OI.detach().float(), (0, -columns % size)).unflatten(-1, (-1, size))
-    least, most = grid.ends
-    zeros_OG = None
-    if grid.symmetric:
-        scales_OG = _rounded_up(grouped_OGK.abs().amax(-1) / most) if scales_OG is None else scales_OG.to(torch.bfloat16)
-    else:
-        assert scales_OG is None, "scales without their zero points say nothing"
-        low_OG, high_OG = grouped_OGK.amin(-1).clamp_max(0), grouped_OGK.amax(-1).clamp_min(0)
-        scales_OG = _rounded_up((high_OG - low_OG) / most)
-        zeros_OG = (-low_OG / _divisor(scales_OG)).round_().clamp_(least, most)
+    grouped_OGK = in_groups(weight_OI.detach().float(), grid)
+    if scales_OG is None:
+        assert zeros_OG is None, "zero points without their scales say nothing"
+        scales_OG, zeros_OG = _fitted(grouped_OGK, grid, 1.0)
+    assert grid.symmetric == (zeros_OG is None), "scales without their zero points say nothing"
+    scales_OG = scales_OG.to(torch.bfloat16)
     if not scales_OG.isfinite().all():
         raise SparsepassError(f"a scale of int{grid.bits} is not finite; give finite ones, or leave scales out")
-    numbers_OGK = (grouped_OGK / _divisor(scales_OG)[..., None]).round_()
-    if zeros_OG is not None:
-        numbers_OGK += zeros_OG[..., None]
+    zeros_OG1 = None if zeros_OG is None else zeros_OG[..., None]
     return Rounded(
-        grid=grid, numbers_OGK=numbers_OGK.clamp_(least, most), scales_OG=scales_OG, zeros_OG=zeros_OG, columns=columns
+        grid=grid,
+        numbers_OGK=nearest_numbers(grouped_OGK, grid, scales_OG[..., None], zeros_OG1),
+        scales_OG=scales_OG,
+        zeros_OG=None if zeros_OG is None else zeros_OG.float(),
+        columns=columns,
     )
+
+
+def nearest_numbers(values: Tensor, grid: RoundingGrid, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """The integers that come nearest to values, as floating ones; never -0.0.
+
+    Args:
+        values: Of any shape.
+        grid: Its ends are held.
+        scales: As the values, or of sizes that are spread over theirs; so are zeros.
+        zeros: The integers that stand for 0; None for a symmetric grid.
+
+    Example:
+        >>> nearest_numbers(torch.tensor([-0.2, 1.4, 99.0]), RoundingGrid(), torch.tensor(0.5), None)
+        tensor([0., 3., 7.])
+    """
+    numbers = (values / _divisor(scales)).round_()
+    numbers += 0.0 if zeros is None else zeros.float()
+    return numbers.clamp_(*grid.ends)
+
+
+def fit_scales(weight_OI: Tensor, grid: RoundingGrid, share: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """Choose scales and zero points by what each group holds.
+
+    Shapes: ``[..., O, I]`` to ``[..., O, G]``.
+
+    Args:
+        weight_OI: The weight.
+        grid: What it is going to be rounded to.
+        share: Of a group's range that is to be held; what lies beyond is clipped.
+
+    Returns:
+        Scales, each the least bfloat16 that clips nothing within that range; and the integers that stand for 0, as floating
+        values, None for a symmetric grid.
+
+    Example:
+        >>> fit_scales(torch.tensor([[7.0, -3.4, 0.0, 1.6]]), RoundingGrid(), share=0.5)[0]
+        tensor([[0.5000]], dtype=torch.bfloat16)
+    """
+    return _fitted(in_groups(weight_OI.detach().float(), grid), grid, share)
+
+
+def in_groups(weight_OI: Tensor, grid: RoundingGrid) -> Tensor:
+    """A weight with its columns in groups that share a scale; the last one is filled up with zeros.
+
+    Shapes: ``[..., O, I]`` to ``[..., O, G, K]``.
+
+    Example:
+        >>> in_groups(torch.ones(2, 40), RoundingGrid(group_size=16)).shape
+        torch.Size([2, 3, 16])
+    """
+    columns = weight_OI.shape[-1]
+    size = min(grid.group_size, columns) or columns
+    grouped: Tensor = functional.pad(weight_OI, (0, -columns % size)).unflatten(-1, (-1, size))
+    return grouped
+
+
+def as_rows(weight: Tensor, axis: int, dims: int) -> Tensor:
+    """A stored weight as rows to be rounded, as `Site.to_matrix` gives them: its axis of sums at the end.
+
+    Args:
+        weight: As it is stored.
+        axis: The one that the layer sums over.
+        dims: Axes of the result, and of its scales: 3 for experts, else 2 (a convolution's positions are columns).
+
+    Example:
+        >>> as_rows(torch.ones(8, 4, 3, 3), 1, 2).shape, as_rows(torch.ones(2, 8, 4), 1, 3).shape
+        (torch.Size([8, 36]), torch.Size([2, 4, 8]))
+    """
+    rows: Tensor = weight.movedim(axis, -1).flatten(dims - 1)
+    return rows
+
+
+def from_rows(rows: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Undo `as_rows`: contiguous, with the shape of ``like``."""
+    moved: Tensor = rows.reshape(like.movedim(axis, -1).shape).movedim(-1, axis)
+    return moved.contiguous()
+
+
+def num_groups(columns: int, group_size: int) -> int:
+    """Scales of a row.
+
+    Example:
+        >>> num_groups(576, 128), num_groups(576, 0)
+        (5, 1)
+    """
+    return -(-columns // group_size) if group_size else 1
+
+
+def _fitted(grouped_OGK: Tensor, grid: RoundingGrid, share: float) -> tuple[Tensor, Tensor | None]:
+    least, most = grid.ends
+    if grid.symmetric:
+        return _rounded_up(grouped_OGK.abs().amax(-1) * share / most), None
+    low_OG, high_OG = grouped_OGK.amin(-1).clamp_max(0) * share, grouped_OGK.amax(-1).clamp_min(0) * share
+    scales_OG = _rounded_up((high_OG - low_OG) / most)
+    return scales_OG, (-low_OG / _divisor(scales_OG)).round_().clamp_(least, most)
 
 
 def _divisor(scales: Tensor) -> Tensor:

@@ -21,7 +21,11 @@ BETWEEN_BLOCKS = "rotation_between_blocks"
 """Last part of the name of a weight that rotates the residual stream from one block to the next."""
 
 _aten = torch.ops.aten
-_MASKED = {torch.ops.sparsepass.masked_weight.default, torch.ops.sparsepass.learned_weight.default}
+_MASKED = {
+    torch.ops.sparsepass.masked_weight.default,
+    torch.ops.sparsepass.learned_weight.default,
+    torch.ops.sparsepass.quantized_weight.default,
+}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default, _aten.mT.default}
 _MATMULS = {_aten.mm.default, _aten.matmul.default, _aten.bmm.default}
 _CONVS = {

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from sparsepass.graph.lengths import holds
 from sparsepass.graph.nodes import cut_of, linear_that_reads
-from sparsepass.graph.records import BranchState, FusedPart, SparseState
+from sparsepass.graph.records import BranchState, FusedPart, QuantizedState, SparseState
 from sparsepass.graph.support import ProgramFormatError
 
 
@@ -31,6 +31,7 @@ class ProgramFacts(Protocol):
     graph_module: fx.GraphModule
     aliases: dict[str, str]
     sparse: dict[str, SparseState]
+    quantized: dict[str, QuantizedState]
     fused: dict[str, tuple[FusedPart, ...]]
     example_inputs: dict[str, Tensor]
     dynamic_axes: dict[str, tuple[int, ...]]
@@ -65,6 +66,7 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
     4. A mask that is being learned has its logits and its control, and the graph reads them beside it.
     5. A branch is whole: the graph reads S, shape [out, in/k], and X, shape [in/k, in], if it is trainable.
     6. A fused weight has the rows of its parts, and the graph multiplies by it once and cuts the result into them.
+    7. A quantized weight has its scales, and zero points that its integers reach; the graph rounds it by them, and no other.
 
     Args:
         program: Not changed.
@@ -93,6 +95,7 @@ def violations(program: ProgramFacts, graph: fx.Graph, *, patterns: bool = True)
         yield from _mask(weight, state, tensors, applied, patterns=patterns)
         if state.branch is not None:
             yield from _branch(weight, state, state.branch, tensors, read)
+    yield from _quantized(program, tensors, graph)
     for weight, parts in program.fused.items():
         yield from _fused(weight, parts, program.sparse.get(weight), tensors, program.aliases.values(), graph)
 
@@ -186,6 +189,38 @@ def _branch(
             yield Violation(weight, f"{name} of its branch has shape {list(shape)}, got {list(tensors[name].shape)}")
 
 
+def _quantized(program: ProgramFacts, tensors: dict[str, Tensor], graph: fx.Graph) -> Iterator[Violation]:
+    rounding = [node for node in graph.nodes if node.target is torch.ops.sparsepass.quantized_weight.default]
+    applied: dict[str, set[object]] = {}
+    for node in rounding:
+        how = (_name_read(node.args[1]), _name_read(node.args[2]), *node.args[3:])
+        applied.setdefault(_name_read(node.args[0]) or "a computed weight", set()).add(how)
+    for weight in applied.keys() - program.quantized.keys():
+        yield Violation(weight, "the graph rounds it, and it is not said to be quantized")
+    for weight, state in program.quantized.items():
+        missing = [name for name in (weight, *state.names) if name not in tensors]
+        if missing:
+            yield Violation(weight, f"its grid needs {missing[0]}, which the program does not have")
+        elif applied.get(weight) != {(state.scales, state.zero_points, state.bits, state.group_size, state.axis)}:
+            yield Violation(weight, f"the graph does not round it to its grid, {state.grid.text}")
+        elif not (scales := tensors[state.scales]).is_meta and not scales.isfinite().all():
+            yield Violation(weight, f"a scale in {state.scales} is not finite")
+        elif state.zero_points is not None and _largest(tensors[state.zero_points]) > state.grid.ends[1]:
+            yield Violation(weight, f"a zero point in {state.zero_points} is beyond {state.grid.ends[1]}, so zeros are lost")
+
+
+def _largest(zero_points: Tensor) -> int:
+    return 0 if zero_points.is_meta or not zero_points.numel() else int(zero_points.max())
+
+
+def _name_read(node: object) -> str | None:
+    """The tensor that a node reads, behind a mask maybe."""
+    masks = (torch.ops.sparsepass.masked_weight.default, torch.ops.sparsepass.learned_weight.default)
+    while isinstance(node, fx.Node) and node.target in masks:
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
 def _fused(
     weight: str,
     parts: tuple[FusedPart, ...],
@@ -223,6 +258,8 @@ def _stands_between(linear: fx.Node, cut: fx.Node) -> tuple[str | None, str | No
     """Names of the mask that is applied to a linear's weight, and of the branch that is added to its result; ? for others."""
     weight, total = linear.args[1], cut.args[0]
     mask = branch = None
+    if isinstance(weight, fx.Node) and weight.target is torch.ops.sparsepass.quantized_weight.default:
+        weight = weight.args[0]
     if isinstance(weight, fx.Node) and weight.op != "get_attr":
         mask = _name_of(weight.args[1]) if isinstance(weight.args[0], fx.Node) and weight.args[0].op == "get_attr" else "?"
     if isinstance(total, fx.Node) and total is not linear:

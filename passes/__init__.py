@@ -11,6 +11,7 @@ from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.manager import apply_passes
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.permute_channels import PermuteChannels
+from sparsepass.passes.quantize import Quantize
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.rotate import Rotate
 from sparsepass.passes.slorb import SLoRB
@@ -30,6 +31,7 @@ __all__ = [
     "Needs",
     "Pass",
     "PermuteChannels",
+    "Quantize",
     "Reconstruct",
     "Rotate",
     "SLoRB",

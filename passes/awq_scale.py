@@ -3,7 +3,7 @@
 Tensor shapes: E experts, O out, I in, F factors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from sparsepass.graph.program import masked_weight, with_sparse
 from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.support import item_to_text
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
+from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 from sparsepass.passes.maths import EXPONENTS, InputStatistics, awq_factors, output_size, rounding_error
 
@@ -71,6 +72,11 @@ class AWQScale(Pass):
     def grid(self) -> RoundingGrid:
         """What weights are going to be rounded to."""
         return RoundingGrid(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Weights that are rounded."""
+        return {Condition.QUANTIZED: "scales were fitted to the weights as they are"}
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers whose input channels carry no factors, or have been scaled before."""

@@ -2,11 +2,11 @@
 
 from enum import Enum, auto
 
-from sparsepass.graph.records import SparseState
+from sparsepass.graph.records import QuantizedState, SparseState
 
 
 class Condition(Enum):
-    """What some of the sparse layers of a program are like.
+    """What some of the sparse or quantized layers of a program are like.
 
     Those that end in ``_NOW`` hold from the pass that brings them about to the end of the same pipeline, and never of a program
     at the start. `CHANGED_BEFORE` holds at the start only. The others hold in both cases.
@@ -19,6 +19,7 @@ class Condition(Enum):
         CHANGED: The weight no longer has the dense model's values.
         CHANGED_BEFORE: An earlier run has changed the weight, so that the dense model's values are lost.
         TRAINED_NOW: The layer has been trained with its block.
+        QUANTIZED: The graph rounds the weight to a grid of integers.
 
     Example:
         >>> Condition.MASKED.holds(SparseState(pattern="2:4", axis=1, mask="0.mask"))
@@ -35,9 +36,19 @@ class Condition(Enum):
     CHANGED = auto()
     CHANGED_BEFORE = auto()
     TRAINED_NOW = auto()
+    QUANTIZED = auto()
 
-    def holds(self, state: SparseState) -> bool:
-        """Whether it holds of one layer before the pipeline starts."""
+    def holds(self, state: SparseState | None, quantized: QuantizedState | None = None) -> bool:
+        """Whether it holds of one layer before the pipeline starts.
+
+        Args:
+            state: What passes did to the layer's weight, if anything.
+            quantized: The grid that it is rounded to, if there is one.
+        """
+        if self is Condition.QUANTIZED:
+            return quantized is not None
+        if state is None:
+            return False
         match self:
             case Condition.MASKED:
                 return state.mask is not None

@@ -1,5 +1,6 @@
 """The pass `fold_norms`: gains and biases of norms go into the layers that read them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from sparsepass.graph import Program, Site
 from sparsepass.graph.channels import ChannelPlace, ScaleGroup, channel_flow, scaled
 from sparsepass.graph.program import masked_weight
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
+from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import SiteGroup
 
 
@@ -33,6 +35,11 @@ class FoldNorms(Pass):
     promise = "exact"
     needs = "nothing"
     prepares = True
+
+    @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Weights that are rounded."""
+        return {Condition.QUANTIZED: "scales were fitted to the weights as they are"}
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers whose input no norm makes, or a norm that something else reads."""

@@ -28,10 +28,11 @@ class FuseSiblings(Pass):
     """Make one linear layer of those that read the same input, such as q, k and v, or gate and up.
 
     1. Rewrites linear layers whose input is one and the same node of the graph, whatever they are called, within one block.
-       The weights are stacked; masks, folded zeros, masks that are being learned and SLoRB branches with them. One split
-       cuts the result.
+       The weights are stacked; masks, folded zeros, masks that are being learned, SLoRB branches and scales with them. One
+       split cuts the result.
     2. Fuses those of one kind: of one dtype, all with a bias or none, all dense or all of one N:M pattern, with branches of
-       one k or none. So a layer may be left out while its siblings are fused; the reason names the difference.
+       one k or none, rounded to one grid or none. So a layer may be left out while its siblings are fused; the reason names the
+       difference.
     3. Leaves alone experts, convolutions, weights that are tied or read twice, branches with a trained projection (each is
        for one layer), and what is changed in place.
 
@@ -116,7 +117,8 @@ _KNOWN: "WeakKeyDictionary[fx.Graph, tuple[object, Mapping[str, str | None]]]" =
 def _plan(program: Program, item: Pass) -> Mapping[str, str | None]:
     """Weight -> why it is not fused, or None if it is."""
     graph = program.graph_module.graph
-    key = (tuple(node.name for node in graph.nodes), tuple(program.sparse.items()), tuple(program.fused), item)
+    states = tuple(program.sparse.items()), tuple(program.quantized.items()), tuple(program.fused)
+    key = (tuple(node.name for node in graph.nodes), states, item)
     known = _KNOWN.get(graph)
     if known is None or known[0] != key:
         known = _KNOWN[graph] = key, _planned(program, item.left_out)
@@ -200,6 +202,7 @@ def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
         how = "folded" if state.mask is None else "behind a mask" if state.learned is None else "behind a mask that is learned"
         pattern = f"{state.pattern} {how}"
     branch = None if state is None else state.branch
+    grid = program.quantized.get(site.weight)
     block = _block(linear)
     num_writes = sum(number < facts.order[linear] for number in facts.writes(x))
     return (
@@ -209,6 +212,7 @@ def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
         f"has {'no' if site.bias is None and not facts.as_modules else 'a'} bias",
         f"is {pattern}",
         f"has {'no SLoRB branch' if branch is None else f'a SLoRB branch with k={branch.k}'}",
+        f"is {'not quantized' if grid is None else f'quantized ({grid.grid.text})'}",
         f"reads it after {num_writes} changes in place",
     )
 

@@ -71,10 +71,11 @@ class LearnMasks(Pass):
 
     @property
     def forbids(self) -> Mapping[Condition, str]:
-        """Folded masks, changed weights, branches of the same call, and masks that are learned where no layer is named."""
+        """Folded masks, changed or rounded weights, branches of the same call; masks that are learned, where none is named."""
         forbidden = {
             Condition.FOLDED: "learn_masks chooses among all weights of a group",
             Condition.CHANGED: "masks are learned over the original weights",
+            Condition.QUANTIZED: "masks are learned over the original weights",
             Condition.BRANCHED_NOW: "a branch fits what the masks drop, so learn the masks first",
         }
         if not self.targets:

@@ -36,7 +36,7 @@ from sparsepass.passes.table import parse_pipeline, pass_to_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED)
+_PROVIDED = (Condition.MASKED, Condition.FOLDED, Condition.BRANCHED, Condition.LEARNED, Condition.QUANTIZED)
 _VALIDATION_SEQUENCES = 2
 _LOG = logging.getLogger(__name__)
 
@@ -183,8 +183,8 @@ class _Run:
             self._inputs, self._inputs_name = self._validation_inputs()
             self._start = self._previous = self._outputs()
         before_blocks = max((i for i, item in enumerate(self.pipeline) if item.block_work), default=-1)
-        in_sweep = [not p.prepares and (p.needs != "nothing" or i <= before_blocks) for i, p in enumerate(self.pipeline)]
-        calibrated = {id(p) for p, inside in zip(self.pipeline, in_sweep, strict=True) if inside}
+        runs = [not p.prepares and (p.needs != "nothing" or i <= before_blocks) for i, p in enumerate(self.pipeline)]
+        calibrated = {id(p) for p, inside in zip(self.pipeline, runs, strict=True) if inside}
         for is_calibrated, items in groupby(self.pipeline, key=lambda p: id(p) in calibrated):
             if is_calibrated:
                 self._sweep(tuple(items))
@@ -299,11 +299,12 @@ class _Run:
         for index, item in enumerate(items):
             if index:
                 _require_work(item, list(facts[item.name]), reasons[item.name])
-            # Each pass of a sweep is measured as if the later ones had not run: their branches are switched off. Training of
-            # whole blocks cannot be switched off, so the passes before it have no measurement of their own.
-            touched = {name for later in items[index + 1 :] for name in facts[later.name]}
-            with without_branches(self.program, {site.weight for site in self.program.sites() if site.name in touched}):
-                measured = None if any(later in by_block for later in items[index + 1 :]) else self._measure(item)
+            # Each pass is measured as if the later ones had not run: branches are switched off; training and rounding last.
+            later = items[index + 1 :]
+            touched = {s.weight for s in self.program.sites() if any(s.name in facts[each.name] for each in later)}
+            with without_branches(self.program, touched):
+                lasts = any(each in by_block or Condition.QUANTIZED in each.provides for each in later)
+                measured = None if lasts else self._measure(item)
             self._record(item, facts[item.name], reasons[item.name], seconds, measured)
 
     def _validation_inputs(self) -> tuple[dict[str, Tensor], str]:
@@ -313,9 +314,9 @@ class _Run:
         return self.program.example_inputs, "example inputs"
 
     def _lent(self, group: SiteGroup, more: Sequence[str] = ()) -> AbstractContextManager[None]:
-        """The weights of a group, with masks and branches that they have, on the device that is computed on."""
-        weights = [site.weight for site in group.sites]
-        beside = [name for weight in weights if weight in self.program.sparse for name in self.program.sparse[weight].names]
+        """The weights of a group, with all that stands beside them, on the device that is computed on."""
+        weights, known = [site.weight for site in group.sites], (self.program.sparse, self.program.quantized)
+        beside = [name for states in known for weight in weights if weight in states for name in states[weight].names]
         return lent(self.program, [*weights, *beside, *more], self._device)
 
     @torch.no_grad()
@@ -334,8 +335,7 @@ class _Run:
         """
         if not self._validates:
             return None
-        now = self._outputs()
-        against = self._previous if item.promise == "exact" else self._start
+        now, against = self._outputs(), self._previous if item.promise == "exact" else self._start
         found = difference(against, now)
         self._previous = now
         if item.promise == "exact" and not _is_kept(item, found, self.program, now):
@@ -415,7 +415,7 @@ def _rewrite(item: Pass, program: Program, group: SiteGroup, context: GroupConte
         raise PassError(item.name, ", ".join(site.name for site in group.sites), str(error)) from error
     for site in group.sites:
         state = program.sparse.get(site.weight)
-        missing = [made for made in item.provides if made in _PROVIDED and (state is None or not made.holds(state))]
+        missing = [m for m in item.provides if m in _PROVIDED and not m.holds(state, program.quantized.get(site.weight))]
         broken = f"the layer is not {missing[0].name.lower()}" if missing else item.ensures(site, program)
         if broken:
             raise PassError(item.name, site.name, f"it has not done what it promises: {broken}; this is a defect of the pass")

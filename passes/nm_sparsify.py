@@ -140,6 +140,11 @@ class NMSparsify(Pass):
         return {Condition.MASKED: ""} | ({Condition.CHANGED: instead} if self.changes_weights else {})
 
     @property
+    def forbids(self) -> Mapping[Condition, str]:
+        """Weights that are rounded."""
+        return {Condition.QUANTIZED: "weights are pruned before they are rounded"}
+
+    @property
     def _criterion(self) -> Criterion:
         assert self.criterion is not None, "resolve() runs before anything else"
         return CRITERIA.get(self.criterion) or criteria_table()[self.criterion]

@@ -99,9 +99,10 @@ class PermuteChannels(Pass):
 
     @property
     def forbids(self) -> Mapping[Condition, str]:
-        """Masks, and zeros that are in the weights already."""
+        """Masks, zeros that are in the weights already, and weights that are rounded."""
         why = "another order of channels would destroy the N:M pattern"
-        return {Condition.MASKED: why, Condition.FOLDED: why}
+        rounded = "another order of channels would tear the groups that share a scale"
+        return {Condition.MASKED: why, Condition.FOLDED: why, Condition.QUANTIZED: rounded}
 
     @property
     def _criterion(self) -> Criterion:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sparsepass.graph import PassError, Program, SparsepassError
-from sparsepass.graph.records import SparseState
+from sparsepass.graph.records import QuantizedState, SparseState
 from sparsepass.passes.base import Pass
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.table import parse_pipeline, passes_table
@@ -19,6 +19,7 @@ _DONE = {
     Condition.LEARNED: "makes masks trainable",
     Condition.CHANGED: "changes them",
     Condition.TRAINED_NOW: "trains whole blocks",
+    Condition.QUANTIZED: "rounds weights",
 }
 # What is said of a program in which a condition holds from the start, and what to do then.
 _FOUND = {
@@ -26,7 +27,9 @@ _FOUND = {
     Condition.FOLDED: "masks have been folded already; start from a program with masks",
     Condition.BRANCHED: "layers have branches already; leave {name} out, or name other layers in targets",
     Condition.LEARNED: "masks are being learned already; leave {name} out, or name other layers in targets",
+    Condition.QUANTIZED: "layers are quantized already; start from the program as it was before",
 }
+_State = tuple[SparseState | None, QuantizedState | None]
 
 
 def check_pipeline(program: Program, pipeline: Sequence[Pass]) -> None:
@@ -37,24 +40,25 @@ def check_pipeline(program: Program, pipeline: Sequence[Pass]) -> None:
     """
     sites = program.sites()
     for index, item in enumerate(pipeline):
-        mine = [site.weight for site in sites if item.left_out(site) is None]
-        _check(item, pipeline[:index], [program.sparse[weight] for weight in mine if weight in program.sparse])
+        # What prepares reaches back to layers that it was not told to rewrite.
+        mine = [site.weight for site in sites if item.prepares or item.left_out(site) is None]
+        _check(item, pipeline[:index], [(program.sparse.get(weight), program.quantized.get(weight)) for weight in mine])
         _check_blocks(item, pipeline[:index])
         item.check(program, pipeline[:index])
 
 
-def _check(item: Pass, before: Sequence[Pass], states: Sequence[SparseState]) -> None:
+def _check(item: Pass, before: Sequence[Pass], states: Sequence[_State]) -> None:
     makers = {known: earlier for earlier in before for made in earlier.provides for known in made.implied()}
     for condition, why in item.forbids.items():
         if (maker := makers.get(condition)) is not None:
             raise PassError(item.name, "pipeline", f"{why}: {_clash(item, maker, condition)}")
-        if (state := next(filter(condition.holds, states), None)) is not None:
-            found = _FOUND.get(condition, "").format(name=item.name) or _change(state.changed_by, condition)
+        if (found_in := next((each for each in states if condition.holds(*each)), None)) is not None:
+            found = _FOUND.get(condition, "").format(name=item.name) or _change(found_in[0], condition)
             raise PassError(item.name, "program", f"{why}: {found}")
     for condition, why in item.requires.items():
-        if condition in makers or any(map(condition.holds, states)):
+        if condition in makers or any(condition.holds(*each) for each in states):
             continue
-        if any(made.holds(state) for made in item.provides for state in states):
+        if any(made.holds(*each) for made in item.provides for each in states):
             raise PassError(item.name, "program", f"{why}: this has been done already; leave {item.name} out")
         known = [name for name, kind in passes_table().items() if condition in _provided(kind)]
         told = " or ".join(known) or "a pass that provides it"
@@ -83,8 +87,9 @@ def _clash(item: Pass, maker: Pass, condition: Condition) -> str:
     return f"{maker.name} {_DONE[condition]}; {advice or f'put {item.name} before {maker.name}'}"
 
 
-def _change(changed_by: str | None, condition: Condition) -> str:
+def _change(state: SparseState | None, condition: Condition) -> str:
     """Say which pass of an earlier run has changed the weights, and what to do."""
+    changed_by = None if state is None else state.changed_by
     assert changed_by is not None
     told = f"{changed_by} has changed them in an earlier run; start from the dense model"
     if condition is Condition.CHANGED_BEFORE:

@@ -82,9 +82,10 @@ class Reconstruct(Pass):
 
     @property
     def forbids(self) -> Mapping[Condition, str]:
-        """Folded masks, masks that are learned over the original weights, and a second time."""
+        """Folded masks, rounded weights, masks that are learned over the original weights, and a second time."""
         return {
             Condition.FOLDED_NOW: "reconstruct needs the masks",
+            Condition.QUANTIZED: "reconstruct trains weights, which are rounded afterwards",
             Condition.LEARNED: "reconstruct changes weights, and learned masks stand over the original ones",
             Condition.TRAINED_NOW: "each block is trained once",
         }

@@ -80,10 +80,11 @@ class SLoRB(Pass):
 
     @property
     def forbids(self) -> Mapping[Condition, str]:
-        """Folded masks, trained blocks, a second branch; for least squares, weights whose originals are lost."""
+        """Folded masks, trained blocks, rounded weights, a second branch; for least squares, weights without originals."""
         forbidden = {
             Condition.FOLDED: "slorb needs what the masks drop",
             Condition.TRAINED_NOW: "branches train with their block",
+            Condition.QUANTIZED: "a branch is fitted to what masks drop, before weights are rounded",
         }
         if not self.targets:
             forbidden[Condition.BRANCHED] = "slorb gives each layer one branch"

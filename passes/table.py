@@ -13,13 +13,16 @@ from sparsepass.passes.fuse_siblings import FuseSiblings
 from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.permute_channels import PermuteChannels
+from sparsepass.passes.quantize import Quantize
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.rotate import Rotate
 from sparsepass.passes.slorb import SLoRB
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
-    for kind in (FoldNorms, Rotate, PermuteChannels, AWQScale, FuseSiblings, NMSparsify, SLoRB, LearnMasks, Reconstruct, Fold)
+    for kind in (
+        FoldNorms, Rotate, PermuteChannels, AWQScale, FuseSiblings, NMSparsify, SLoRB, LearnMasks, Reconstruct, Quantize, Fold,
+    )
 }
 """Name -> class. A new pass is one file, one line here, one test file."""
 

@@ -125,6 +125,7 @@ def test_every_criterion_has_a_file_and_its_documentation() -> None:
         "__init__",
         "table",
         "criterion",
+        "joint",
         "refinement",
     }
     assert files == set(CRITERIA)

@@ -11,7 +11,8 @@ reduced, is convention:
 3. Another tensor of rank 3 to 5 named `weight` is a convolution `[out, in / group, ...]`: axis 1. Of rank 3, only if its name
    says so or its last axis is as short as a kernel's; else it may be a stack of matrices, and is not checkable.
 4. Embeddings, small matrices of other names, vectors and masks are listed and not judged, or are no weights.
-5. Whatever else is large (as most weights are), or of a type that holds no plain weights (packed, compressed, of a format that
+5. ``weight_packed`` of compressed-tensors, with its scales and its shape beside it, is read as integers less their zero points.
+   Whatever else is large (as most weights are), or of a type that holds no plain weights (packed, compressed, of a format that
    is not known), is not checkable, and then the pattern is not proven.
 6. `axes` overrides all of that by name.
 """
@@ -19,7 +20,7 @@ reduced, is convention:
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 
 from sparsepass.export.pattern.bits import BitView, view_bits
 from sparsepass.export.pattern.candidates import Candidate, NamePatterns
+from sparsepass.export.pattern.integers import PACKED, packed_integers
 from sparsepass.graph.support import (
     INFINITIES,
     SparsepassError,
@@ -194,6 +196,7 @@ class _StoredTensor:
 
 
 def _candidates(stored: Sequence[_StoredTensor], families: set[str], axes: Mapping[str, int]) -> Iterator[Candidate]:
+    stored = _unpacked(stored)
     all_names = {each.name for each in stored}
     by_shape = _axes_by_shape({each.name: each.shape for each in stored})
     # Nothing is small that is as large as most weights of the file.
@@ -204,6 +207,19 @@ def _candidates(stored: Sequence[_StoredTensor], families: set[str], axes: Mappi
         candidate = _candidate(each, all_names, families, axes, patterns, by_shape.get(each.name), large)
         if candidate is not None:
             yield candidate
+
+
+def _unpacked(stored: Sequence[_StoredTensor]) -> list[_StoredTensor]:
+    """The tensors, weights in the place of the words that they are stored in."""
+    tensors = {each.name: each.tensor for each in stored}
+    words = [each for each in stored if each.name.endswith(PACKED) and each.dtype == "I32"]
+    found = {each.name: packed for each in words if (packed := packed_integers(each.name, each.shape, tensors)) is not None}
+    parts = {part for packed in found.values() for part in packed.parts}
+    kept = [each for each in stored if each.name not in parts]
+    for each in words:
+        if (packed := found.get(each.name)) is not None:
+            kept.append(replace(each, name=f"{packed.layer}.weight", shape=packed.shape, dtype="I8", tensor=packed.read))
+    return kept
 
 
 def _axes_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -90,6 +90,9 @@ class PassesSection(Part):
     num_sparse: int = Field(description="of these, how many are N:M sparse now")
     skipped: dict[str, str] = Field(description="layer -> why it is not sparse; every layer that is not is in it")
     passes: list[PassEntry] = Field(description="one entry a pass, in the order they ran")
+    quantized: dict[str, str] | None = Field(
+        default=None, description="quantized layer -> its grid, such as `int4, groups of 64`"
+    )
     layers: dict[str, LayerEntry] | None = Field(default=None, description="sparse layer -> its pattern and zeros")
 
 

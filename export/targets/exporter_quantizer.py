@@ -16,6 +16,7 @@ from sparsepass.graph.capture import program_from_graph_module
 from sparsepass.graph.nodes import writes_into
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import Report
+from sparsepass.graph.rewrite import finish, fold_grid
 from sparsepass.graph.support import SparsepassError
 from sparsepass.passes import Fold, Pass, apply_passes, parse_pipeline
 from sparsepass.passes.engine import ComputeDtype
@@ -152,6 +153,9 @@ class SparsePassQuantizer(ExportQuantizer):
         )
         if any(state.mask is not None for state in program.sparse.values()):
             apply_passes(program, [Fold()], inplace=True, validate=validate, progress=False)
+        for weight in list(program.quantized):
+            fold_grid(program, weight)
+        finish(program)
         self.reports.append(program.report())
         return convention.restore(program)
 

@@ -223,12 +223,16 @@ class ProgramArtifact(Artifact):
             if layer not in {site.name, *(canonical_path(module_path(by_name[name])) for name in site.nodes)}:
                 continue
             state = program.sparse.get(site.weight)
+            grid = program.quantized.get(site.weight)
+            rounded = "" if grid is None else f", rounded to {grid.grid.text}"
             if state is None:
-                said.append(f"{site.weight} {list(site.shape)} is dense")
+                said.append(f"{site.weight} {list(site.shape)} is dense{rounded}")
                 continue
             mask = f"mask {state.mask}" if state.mask else "mask folded"
             branch = f"SLoRB branch {state.branch.weight}, k={state.branch.k}" if state.branch else "no SLoRB branch"
-            said.append(f"{site.weight} {list(site.shape)} is {state.pattern} along axis {state.axis}, {mask}, {branch}")
+            said.append(
+                f"{site.weight} {list(site.shape)} is {state.pattern} along axis {state.axis}, {mask}, {branch}{rounded}"
+            )
         return "; ".join(said)
 
 

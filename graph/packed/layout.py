@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sparsepass.graph.rounding import RoundingGrid, round_to_nearest
+from sparsepass.graph.rounding import RoundingGrid, num_groups, round_to_nearest
 from sparsepass.graph.support import SparsepassError
 
 Values = Literal["bf16", "fp16", "int8", "int4"]
@@ -242,16 +242,6 @@ def check_form(values: str, columns: int, group_size: int, name: str = "packing"
         raise SparsepassError(
             f"{name}: group_size is 16, 32, 64 or a multiple of 128, or 0 for one scale a row; it is {group_size}"
         )
-
-
-def num_groups(columns: int, group_size: int) -> int:
-    """Scales of a row.
-
-    Example:
-        >>> num_groups(576, 128), num_groups(576, 0)
-        (5, 1)
-    """
-    return -(-columns // group_size) if group_size else 1
 
 
 def stored_form(values: str, rows: int, columns: int, group_size: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:

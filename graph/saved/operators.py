@@ -126,6 +126,7 @@ _ATEN = (
 _OTHERS = (
     "sparsepass.masked_weight.default",
     "sparsepass.learned_weight.default",
+    "sparsepass.quantized_weight.default",
     "transformers.grouped_mm_fallback.default",
 )
 OPERATORS = frozenset([*(f"aten.{name}" for text in _ATEN for name in text.split()), *_OTHERS])

@@ -49,6 +49,14 @@ class _SparseFields(_Entry):
     changed_by: str | None = None
 
 
+class _QuantizedFields(_Entry):
+    bits: Literal[4, 8]
+    group_size: Annotated[int, Field(ge=0, lt=2**31)]
+    axis: Annotated[int, Field(ge=0, lt=_MOST_AXES)]
+    scales: TensorName
+    zero_points: TensorName | None
+
+
 class _FusedFields(_Entry):
     weight: TensorName
     bias: TensorName | None
@@ -118,6 +126,7 @@ class _DocumentFields(_Entry):
     origin: _OriginFields
     sparse: dict[TensorName, _SparseFields]
     fused: dict[TensorName, Annotated[list[_FusedFields], Field(min_length=2)]] = {}
+    quantized: dict[TensorName, _QuantizedFields] = {}
     history: list[_RecordFields]
     retraining: list[dict[str, JSON]] = []
     training: bool

@@ -3,6 +3,9 @@
 Shape suffixes: O out, I in, B columns of one block, M columns of one group.
 """
 
+from dataclasses import dataclass
+from typing import Protocol, final
+
 import torch
 from torch import Tensor
 
@@ -58,55 +61,150 @@ def sparsegpt(weight_OI: Tensor, statistics: InputStatistics | None, pattern: NM
     known = check_matrix(weight_OI, statistics, pattern, method="SparseGPT")
     gram_II = known.gram_II
     assert gram_II is not None
-    in_features, m = weight_OI.shape[1], pattern.m
+    m = pattern.m
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     gram_II = gram_II.to(device=weight_OI.device, dtype=dtype)
     order_I = by_energy(weight_OI, gram_II, m) if options.order == "energy" else None
     if order_I is not None:
         gram_II = gram_II[order_I][:, order_I]
-    hinv_upper_II, dead_I, damping_used = inverse_cholesky(gram_II, known.num_tokens, options.damping, options.damping_of)
+    hessian = InverseHessian.of(gram_II, known.num_tokens, options)
     # One column of the weight is one contiguous row here.
     weight_IO = weight_OI.to(dtype, copy=True).T.contiguous()
     if order_I is not None:
         weight_IO = weight_IO[order_I]
-    weight_IO[dead_I] = 0
-    mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
-    inv_diag_I1 = hinv_upper_II.diagonal().reciprocal().unsqueeze(1)
-
-    block = max(m, options.block_size // m * m)
-    error_BO = torch.empty_like(weight_IO[:block])
-    for start in range(0, in_features, block):
-        stop = min(start + block, in_features)
-        for left in range(start, stop, m):
-            right = left + m
-            weight_MO = weight_IO[left:right]
-            # |w| / d ranks as w^2 / d^2 does, and neither under- nor overflows.
-            scaled_MO = weight_MO * inv_diag_I1[left:right]
-            mask_MO = mask_IO[left:right] = keep_largest(scaled_MO.abs(), pattern.n)
-            drop_MO = inv_diag_I1[left:right] * ~mask_MO
-            error_MO = error_BO[left - start : right - start]
-            for i in range(m):
-                torch.mul(weight_MO[i], drop_MO[i], out=error_MO[i])
-                if i + 1 < m:
-                    weight_MO[i + 1 :].addr_(hinv_upper_II[left + i, left + i + 1 : right], error_MO[i], alpha=-1)
-            if right < stop:
-                weight_IO[right:stop].addmm_(hinv_upper_II[left:right, right:stop].T, error_MO, alpha=-1)
-        if stop < in_features:
-            weight_IO[stop:].addmm_(hinv_upper_II[start:stop, stop:].T, error_BO[: stop - start], alpha=-1)
+    weight_IO[hessian.dead_I] = 0
+    dropping = _Dropping(pattern, hessian, weight_IO)
+    sweep_columns(weight_IO, hessian, dropping, group=m, block=max(m, options.block_size // m * m))
+    mask_IO = dropping.mask_IO
 
     if order_I is not None:
         back_I = order_I.argsort()
         mask_IO, weight_IO = mask_IO[back_I], weight_IO[back_I]
     mask_OI = mask_IO.T.contiguous()
     pruned_OI = weight_IO.T.masked_fill(~mask_OI, 0).to(weight_OI.dtype).contiguous()
-    pruned_OI = finished(pruned_OI, "the weights that SparseGPT compensated", damping=damping_used)
-    note = None
-    if damping_used != options.damping:
-        note = (
-            f"the Hessian was not positive definite with damping {options.damping:g}, so {damping_used:g} was used; "
-            f"{known.num_tokens} calibration tokens for {in_features} features may be too few"
-        )
-    return Pruned(weight_OI=pruned_OI, mask_OI=mask_OI, note=note)
+    pruned_OI = finished(pruned_OI, "the weights that SparseGPT compensated", damping=hessian.damping)
+    return Pruned(weight_OI=pruned_OI, mask_OI=mask_OI, note=hessian.note)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InverseHessian:
+    """What the error of a column costs, and how the later ones make up for it.
+
+    Attributes:
+        upper_II: U, the upper Cholesky factor of the inverse; see `inverse_cholesky`.
+        inv_diag_I1: One over its diagonal.
+        dead_I: Features that were never active.
+        damping: What was used.
+        note: What the user should know of it.
+    """
+
+    upper_II: Tensor  # noqa: N815
+    inv_diag_I1: Tensor  # noqa: N815
+    dead_I: Tensor  # noqa: N815
+    damping: float
+    note: str | None
+
+    @staticmethod
+    def of(gram_II: Tensor, num_tokens: int, options: CriterionOptions) -> "InverseHessian":
+        """Compute it.
+
+        Args:
+            gram_II: Of the inputs, in the type and on the device that it is wanted in.
+            num_tokens: Tokens in it.
+            options: Damping.
+
+        Raises:
+            SparsepassError: See `inverse_cholesky`.
+        """
+        upper_II, dead_I, used = inverse_cholesky(gram_II, num_tokens, options.damping, options.damping_of)
+        note = None
+        if used != options.damping:
+            note = (
+                f"the Hessian was not positive definite with damping {options.damping:g}, so {used:g} was used; "
+                f"{num_tokens} calibration tokens for {len(gram_II)} features may be too few"
+            )
+        inv_diag_I1 = upper_II.diagonal().reciprocal().unsqueeze(1)
+        return InverseHessian(upper_II=upper_II, inv_diag_I1=inv_diag_I1, dead_I=dead_I, damping=used, note=note)
+
+
+class Settling(Protocol):
+    """What becomes of columns: asked for one group after the other, and in it for one column after the other."""
+
+    def enter(self, left: int, weight_IO: Tensor) -> None:
+        """Look at the weights as they are when the group that begins at ``left`` is reached."""
+
+    def settle(self, column: int, weight_O: Tensor, error_O: Tensor) -> None:
+        """Write into ``error_O`` what is missing of a column from now on, over its entry of U's diagonal."""
+
+
+def sweep_columns(weight_IO: Tensor, hessian: InverseHessian, settling: Settling, *, group: int, block: int) -> None:
+    """Settle a weight column by column, and let the later columns make up for what each of them misses.
+
+    Shapes: ``[I, O]``.
+
+    Args:
+        weight_IO: The weight, whose columns are rows here. It is changed in place.
+        hessian: Of the inputs.
+        settling: What becomes of the columns.
+        group: Columns that are entered together; I and ``block`` are multiples of it.
+        block: Columns whose updates are gathered before later ones see them.
+
+    Source: arXiv 2301.00774, algorithm 1.
+    """
+    upper_II, in_features = hessian.upper_II, len(weight_IO)
+    error_BO = torch.empty_like(weight_IO[:block])
+    for start in range(0, in_features, block):
+        stop = min(start + block, in_features)
+        for left in range(start, stop, group):
+            right = left + group
+            settling.enter(left, weight_IO)
+            weight_MO, error_MO = weight_IO[left:right], error_BO[left - start : right - start]
+            for i in range(group):
+                settling.settle(left + i, weight_MO[i], error_MO[i])
+                if i + 1 < group:
+                    weight_MO[i + 1 :].addr_(upper_II[left + i, left + i + 1 : right], error_MO[i], alpha=-1)
+            if right < stop:
+                weight_IO[right:stop].addmm_(upper_II[left:right, right:stop].T, error_MO, alpha=-1)
+        if stop < in_features:
+            weight_IO[stop:].addmm_(upper_II[start:stop, stop:].T, error_BO[: stop - start], alpha=-1)
+
+
+@final
+class _Dropping:
+    """Of each group the weights stay whose loss would cost most; the others are dropped.
+
+    Args:
+        pattern: The pattern along the columns.
+        hessian: Of the inputs.
+        weight_IO: What is going to be swept.
+    """
+
+    def __init__(self, pattern: NMPattern, hessian: InverseHessian, weight_IO: Tensor) -> None:
+        self.mask_IO = torch.empty_like(weight_IO, dtype=torch.bool)
+        self._pattern, self._inv_diag_I1 = pattern, hessian.inv_diag_I1
+        self._left, self._drop_MO = 0, weight_IO[:0]
+
+    def enter(self, left: int, weight_IO: Tensor) -> None:
+        part = slice(left, left + self._pattern.m)
+        self.mask_IO[part] = mask_MO = kept_of_group(weight_IO[part], self._inv_diag_I1[part], self._pattern)
+        self._left, self._drop_MO = left, self._inv_diag_I1[part] * ~mask_MO
+
+    def settle(self, column: int, weight_O: Tensor, error_O: Tensor) -> None:
+        torch.mul(weight_O, self._drop_MO[column - self._left], out=error_O)
+
+
+def kept_of_group(weight_MO: Tensor, inv_diag_M1: Tensor, pattern: NMPattern) -> Tensor:
+    """Which weights of a group stay: those with the largest ``w^2 / d^2``.
+
+    Shapes: ``[M, O]`` or ``[M, ...]``, and ``[M, 1]``.
+
+    Example:
+        >>> kept_of_group(torch.tensor([[1.0], [-2.0], [3.0], [0.0]]), torch.ones(4, 1), NMPattern(2, 4)).flatten()
+        tensor([False,  True,  True, False])
+    """
+    # |w| / d ranks as w^2 / d^2 does, and neither under- nor overflows.
+    return keep_largest((weight_MO * inv_diag_M1).abs(), pattern.n)
 
 
 def by_energy(weight_OI: Tensor, gram_II: Tensor, m: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Tensor maths that know no graph: patterns, statistics, scales, low-rank branches, reconstruction."""
 
 from sparsepass.passes.maths.awq import EXPONENTS, awq_factors, rounding_error
+from sparsepass.passes.maths.clipping import clipped_scales
 from sparsepass.passes.maths.pattern import (
     NMPattern,
     add_prior,
@@ -28,6 +29,7 @@ __all__ = [
     "awq_factors",
     "best_order",
     "canonical_zeros",
+    "clipped_scales",
     "dampings",
     "entropies",
     "first_logits",

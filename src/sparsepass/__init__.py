@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         LearnMasks as LearnMasks,
         NMSparsify as NMSparsify,
         Pass as Pass,
+        Quantize as Quantize,
         Reconstruct as Reconstruct,
         SLoRB as SLoRB,
         apply_passes as apply_passes,

@@ -89,6 +89,9 @@ NEW_DEFAULTS = {
     ("sparsepass criteria", "--json", "default"): ("None", "False"),
     # It is said as a word now: auto takes the GPU, where there is one.
     ("sparsepass sample", "--device", "default"): ("None", "'auto'"),
+    # A quantized program has values of its own; it is bf16 as before for others.
+    ("sparse-export", "--values", "default"): ("'bf16'", "None"),
+    ("sparsepass export", "--values", "default"): ("'bf16'", "None"),
     # It depends on the device now, and is what it was on every device of before.
     ("sparsepass plan", "--runtime", "default"): ("'tensorrt-llm'", "None"),
 }

@@ -9,6 +9,7 @@ from sparsepass.graph.ops import masked_weight, where_kept
 pytestmark = pytest.mark.numerics
 
 OPERATOR = torch.ops.sparsepass.masked_weight.default
+QUANTIZED = torch.ops.sparsepass.quantized_weight.default
 
 
 class Masked(nn.Module):
@@ -117,3 +118,60 @@ def test_it_survives_export_again_and_again() -> None:
     found, grad = gradients(twice.module(), x)
     assert torch.equal(found, expected)
     assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "axis", "scales_shape"), [((6, 8), 1, (6, 2)), ((8, 6), 0, (6, 2)), ((3, 8, 6), 1, (3, 6, 2))]
+)
+def test_rounding_is_that_of_each_group(
+    shape: tuple[int, ...], axis: int, scales_shape: tuple[int, ...], symmetric: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    scales = (torch.rand(scales_shape, generator=generator) / 4 + 0.1).bfloat16()
+    zeros = None if symmetric else torch.randint(0, 16, scales_shape, generator=generator, dtype=torch.uint8)
+    found = QUANTIZED(weight, scales, zeros, 4, 4, axis).movedim(axis, -1)
+    low, high = (-8, 7) if symmetric else (0, 15)
+    for place in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
+        group = (*place[:-1], place[-1] // 4)
+        step, zero = float(scales[group]), 0 if zeros is None else int(zeros[group])
+        number = min(high, max(low, round(float(weight.movedim(axis, -1)[tuple(place)].float() / step)) + zero))
+        assert float(found[tuple(place)]) == float(torch.tensor((number - zero) * step, dtype=dtype))
+
+
+@pytest.mark.parametrize("zeros", [None, torch.zeros(6, 2, dtype=torch.uint8)])
+def test_rounding_passes_the_gradient_straight_through(zeros: Tensor | None) -> None:
+    weight = torch.randn(6, 8, requires_grad=True)
+    scales = torch.full((6, 2), 0.01).bfloat16()  # most of the weights are clipped
+    upstream = torch.randn(6, 8)
+    QUANTIZED(weight, scales, zeros, 4, 4, 1).backward(upstream)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
+    torch.library.opcheck(QUANTIZED, (weight.detach(), scales, zeros, 4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"bits": 3}, "8 or 4 bits"),
+        ({"group_size": -1}, "8 or 4 bits"),
+        ({"scales": torch.ones(6, 2)}, "scales of bfloat16"),
+        ({"weight": torch.ones(6, 8, dtype=torch.int8)}, "floating-point weight"),
+        ({"scales": torch.ones(2).bfloat16()}, "scales of 2 axes"),
+        ({"axis": 2}, "an axis of the weight"),
+        ({"axis": -1}, "an axis of the weight"),
+        ({"weight": torch.ones(6, 0)}, "an axis of the weight"),
+        ({"scales": torch.ones(6, 3).bfloat16()}, r"expects scales \(6, 2\)"),
+        ({"zero_points": torch.ones(6, 3, dtype=torch.uint8)}, r"zero points like the scales, \(6, 2\) of uint8"),
+        ({"zero_points": torch.ones(6, 2)}, "of uint8"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_grid_that_does_not_fit_is_refused(changes: dict[str, object], told: str, device: str) -> None:
+    given: dict[str, object] = {"weight": torch.ones(6, 8), "scales": torch.ones(6, 2).bfloat16(), "zero_points": None}
+    given |= {"bits": 4, "group_size": 4, "axis": 1, **changes}
+    moved = [value.to(device) if isinstance(value, Tensor) else value for value in given.values()]
+    with pytest.raises(ValueError, match=told):
+        QUANTIZED(*moved)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.packed import pack, unpack
-from sparsepass.graph.rounding import RoundingGrid, round_to_nearest
+from sparsepass.graph.rounding import RoundingGrid, as_rows, fit_scales, from_rows, round_to_nearest
 
 
 def slow(weight: Tensor, grid: RoundingGrid) -> Tensor:
@@ -60,6 +60,30 @@ def test_no_weight_moves_by_more_than_a_step(grid: RoundingGrid, seed: int) -> N
     rounded = round_to_nearest(weight, grid)
     steps = rounded.scales_OG.float().repeat_interleave(grid.group_size or 16, dim=1)[:, :16]
     assert bool(((rounded.weight_OI - weight).abs() <= steps * (0.5 if grid.symmetric else 1.0) * (1 + 1e-5)).all())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(GRIDS, st.integers(0, 1000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.floats(0.3, 1))
+def test_what_is_on_the_grid_comes_back_bit_for_bit(grid: RoundingGrid, seed: int, dtype: torch.dtype, share: float) -> None:
+    if grid.bits == 8 and not grid.symmetric and dtype == torch.bfloat16:
+        return  # up to 255 steps are more than bfloat16 tells apart
+    weight = torch.randn(3, 21, generator=torch.Generator().manual_seed(seed))
+    scales, zeros = fit_scales(weight, grid, share)
+    once = round_to_nearest(weight, grid, scales, zeros)
+    again = round_to_nearest(once.weight_OI.to(dtype), grid, scales, zeros)
+    assert torch.equal(once.numbers_OI, again.numbers_OI)
+    assert not bool((once.weight_OI.signbit() & (once.weight_OI == 0)).any()), "there is no -0.0"
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "rows"),
+    [((6, 8), 1, (6, 8)), ((8, 6), 0, (6, 8)), ((6, 8, 3), 1, (6, 24)), ((2, 6, 8), 2, (2, 6, 8)), ((2, 8, 6), 1, (2, 6, 8))],
+)
+def test_rows_of_every_layout_and_back(shape: tuple[int, ...], axis: int, rows: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    found = as_rows(weight, axis, len(rows))
+    assert found.shape == rows
+    assert torch.equal(from_rows(found, axis, weight), weight)
 
 
 def test_axes_before_the_rows_are_rows() -> None:

@@ -23,6 +23,7 @@ _TEXTS = {
     "slorb": ("nm_sparsify", "slorb{k=4}"),
     "learn_masks": ("nm_sparsify", "learn_masks"),
     "reconstruct": ("", "nm_sparsify{criterion=magnitude},reconstruct{steps=1}"),
+    "quantize": ("nm_sparsify", "quantize{symmetric=false,group_size=0}"),
     "fold": ("nm_sparsify", "fold"),
 }
 

@@ -42,6 +42,7 @@ _BEFORE = {
     "learn_masks": "nm_sparsify",
     "fold": "nm_sparsify",
     "reconstruct": "",
+    "quantize": "nm_sparsify",
 }
 _OPTIONS = {
     "slorb": "slorb{k=4}", "rotate": "rotate{steps=3}",

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
+from sparsepass.export.targets.hf.integers import IntegerLayer, integer_layers, quantization_config, with_integers
 from sparsepass.export.targets.older import add_older_keys
 from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.load import check_fits, parse_dtype
-from sparsepass.graph.model import to_model
+from sparsepass.graph.model import skeleton, to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
-from sparsepass.graph.support import SparsepassError, check_tensors, quiet_loading
+from sparsepass.graph.support import SparsepassError, check_tensors, open_tensors, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +77,7 @@ class HfArtifact:
             other names than the program's (MoE experts one by one).
         axes: Name of each sparse tensor in the files -> the axis along which the pattern runs there.
         files: Path of each file, relative to the folder -> its size in bytes.
+        integers: The layers whose integers are stored, by compressed-tensors.
     """
 
     folder: Path
@@ -88,6 +90,16 @@ class HfArtifact:
     expected_sparse: Mapping[str, str]
     axes: Mapping[str, int]
     files: Mapping[str, int]
+    integers: tuple[IntegerLayer, ...] = ()
+
+    @property
+    def integers_note(self) -> str:
+        """What a reader should know of layers that are stored as integers."""
+        grids = ", ".join(sorted({layer.grid.text for layer in self.integers}))
+        return (
+            f"{len(self.integers)} layers are stored as integers ({grids}; compressed-tensors, pack-quantized): loading them "
+            "needs `pip install compressed-tensors`, and nothing else"
+        )
 
     @property
     def adapter_note(self) -> str:
@@ -104,6 +116,7 @@ class HfArtifact:
             "dtype": self.dtype,
             "num_sparse": self.num_sparse,
             "num_branches": self.num_branches,
+            "num_integers": len(self.integers),
             "files": dict(self.files),
         }
 
@@ -114,6 +127,7 @@ def lower_hf(
     *,
     dtype: "torch.dtype | str | None" = None,
     base_name: str | None = None,
+    as_integers: bool = True,
 ) -> HfArtifact:
     """Write a program as a checkpoint that plain transformers loads.
 
@@ -130,15 +144,17 @@ def lower_hf(
             as its reader will write it, because peft resolves it against the working directory. Only peft's Auto
             classes, which load both at once, need it; no relative path (such as ``..``) would do for all readers, so
             by default none is named.
+        as_integers: Whether weights that are quantized are stored as their integers; else as floating-point values on their
+            grids.
 
     Returns:
         What was written.
 
     Raises:
-        SparsepassError: If the program was not captured from a class of transformers, or has a branch that no LoRA
-            layer can stand for.
+        SparsepassError: If the program was not captured from a class of transformers, has a branch that no LoRA layer can
+            stand for, or quantized weights that have no form as integers.
 
-    Exactness: the weights are the program's, bit by bit (rounded to `dtype` if that is given).
+    Exactness: the weights are the program's, bit by bit (rounded to `dtype` if that is given); integers and scales too.
 
     Source: SLoRB as a LoRA: AST, arXiv 2407.20584, eqs. 5 and 6.
     """
@@ -149,10 +165,16 @@ def lower_hf(
         )
     program = split_siblings(program)
     branches = branched(program)
+    integers: tuple[IntegerLayer, ...] = ()
+    if as_integers and program.quantized:
+        integers = integer_layers(program, skeleton(program))  # type: ignore[arg-type]
     with quiet_loading():
         model: PreTrainedModel = to_model(_without_branches(program))  # type: ignore[assignment]
         settle_config(model, None if dtype is None else parse_dtype(dtype))
-        is_read_by_4 = save_model(model, folder)
+        state = with_integers(program, model, integers, model.dtype) if integers else None
+        if integers:
+            model.config.quantization_config = quantization_config(model, integers)
+        is_read_by_4 = save_model(model, folder, state)
     loads_with = auto_class(type(model), model.config)
     adapter = None
     if branches:
@@ -160,7 +182,8 @@ def lower_hf(
         write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
-    (folder / "README.md").write_text(_card(program, loads_with, kept_in, is_read_by_4=is_read_by_4), encoding="utf-8")
+    card = _card(program, loads_with, kept_in, integers, is_read_by_4=is_read_by_4)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return HfArtifact(
         folder=folder,
         adapter=adapter,
@@ -172,6 +195,7 @@ def lower_hf(
         expected_sparse=stored.expected_sparse,
         axes=stored.axes,
         files={str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
+        integers=integers,
     )
 
 
@@ -224,7 +248,7 @@ def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] 
     return add_older_keys(folder)
 
 
-def _card(program: Program, loads_with: str, dtype: str, *, is_read_by_4: bool) -> str:
+def _card(program: Program, loads_with: str, dtype: str, integers: tuple[IntegerLayer, ...], *, is_read_by_4: bool) -> str:
     report = program.report()
     patterns = Counter(state.pattern for state in program.sparse.values())
     said = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items()) or "no sparse weight"
@@ -254,6 +278,12 @@ def _card(program: Program, loads_with: str, dtype: str, *, is_read_by_4: bool) 
         "```",
         "",
     ]
+    if integers:
+        lines += [
+            f"{len(integers)} layers are stored as integers, by compressed-tensors: `pip install compressed-tensors` first. A",
+            "weight that was dropped has the integer that stands for 0.",
+            "",
+        ]
     if branches:
         k = sorted({state.branch.k for state in branches.values() if state.branch is not None})
         lines += [
@@ -365,9 +395,13 @@ def stored_weights(program: Program, model: Any, folder: Path) -> StoredWeights:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
+    """Entries of each stored tensor; of a layer that is stored as integers too, as those of its weight."""
     sizes: dict[str, int] = {}
     for file in safetensors_files(folder):
         sizes |= {name: math.prod(entry["shape"]) for name, entry in check_tensors(file).items()}
+        with open_tensors(file, advice="copy the folder again") as opened:
+            shapes = [name for name in opened.keys() if name.endswith(".weight_shape")]  # noqa: SIM118 (it is no dict)
+            sizes |= {name.removesuffix("_shape"): int(opened.get_tensor(name).prod()) for name in shapes}
     return sizes
 
 

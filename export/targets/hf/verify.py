@@ -1,20 +1,24 @@
 """Verification of the target `hf`: load what was written with plain transformers (and peft), and check what was kept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsepass.export.pattern import check_pattern
+from sparsepass.export.pattern import check_pattern, safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, check_adapter, with_adapter
+from sparsepass.export.targets.hf.integers import METHOD, PARTS, IntegerLayer, integer_tensors
 from sparsepass.export.targets.hf.lower import auto_class, stored_weights
 from sparsepass.graph.admission import in_float64, plain_settings
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.fusion import split_siblings
+from sparsepass.graph.integers import integers_of
+from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program, masked_weight
-from sparsepass.graph.support import package_version, quiet_loading
+from sparsepass.graph.support import load_tensors, package_version, quiet_loading
+from sparsepass.graph.words import steps_from_words
 from sparsepass.passes.maths import NMPattern, num_violations
 
 # Relative error of the outputs that is taken for rounding without a further look, by the checkpoint's dtype.
@@ -24,13 +28,21 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-5, torch.float16: 1e-2, to
 _ROUNDING_FACTOR, _WIDER = 4.0, {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _LARGEST_ROUNDING = {torch.float16: 0.5, torch.bfloat16: 0.5}
 _LARGEST_ROUNDING_OTHERWISE = 1e-2
+_WITHOUT_PACKAGE = "compressed-tensors is not installed, so the folder was not loaded: pip install compressed-tensors"
 
 
-def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def verify_hf(
+    program: Program,
+    folder: Path,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    integers: Sequence[IntegerLayer] = (),
+) -> dict[str, Any]:
     """Load a written checkpoint with plain transformers (and peft), and check what was kept.
 
     1. Every sparse weight is N:M on the right axis, in the files as they are on disk and in the model as it is loaded.
-    2. Every loaded weight, and every tensor of the adapter, is the program's, bit by bit, after rounding to the
+    2. Integers and scales in the files are the program's own, and each dropped weight's integer is that of 0. Every other
+       loaded weight, and every tensor of the adapter, is the program's, bit by bit, after rounding to the
        checkpoint's dtype.
     3. The outputs (through the adapter, if there is one) equal the program's within a tolerance. A larger difference is
        accepted only if it is shown to be rounding: the checkpoint is run in a wider dtype too, and the program is about
@@ -41,20 +53,25 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         program: What was lowered.
         folder: Where it was written.
         inputs: What to run; the program's example inputs if none are given.
+        integers: The layers whose integers are stored. Without compressed-tensors they cannot be loaded here: then the files
+            alone are checked, and ``not_loaded`` says so.
 
     Returns:
         Findings as JSON: ``holds``, ``failures`` (one sentence each), and the figures behind them.
     """
     program = split_siblings(program)
     given = {name: t.to(program.device) for name, t in (inputs or program.example_inputs).items()}
+    missing = bool(integers) and package_version("compressed-tensors") is None
     with quiet_loading():
-        model = load_plain(folder).to(program.device)
+        model: Any = to_model(program) if missing else load_plain(folder).to(program.device)
     dtype, loaded_by = model.dtype, auto_class(type(model), model.config)
     failures: list[str] = []
     pattern = _check_files(program, model, folder)
     if not pattern["conforms"]:
         failures.append(f"the N:M pattern does not hold in the files: {pattern['summary']}")
-    weights = _check_weights(program, model)
+    weights = _check_weights(program, model, {layer.path for layer in integers})
+    weights["failures"] += _check_integers(program, folder, integers)
+    weights["num_integers"] = len(integers)
     adapter = folder / ADAPTER_FOLDER
     runs, read_by = model, None
     if (adapter / "adapter_config.json").is_file():
@@ -64,7 +81,7 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         failures.append(f"the program has SLoRB branches, and {folder} holds no {ADAPTER_FOLDER}/ for them")
     failures += weights.pop("failures")
     outputs = check_outputs(program, runs, given, dtype)
-    if not outputs["holds"]:
+    if not outputs["holds"] and not missing:
         failures.append(f"the outputs differ from the program's: {outputs['said']}")
     return {
         "holds": not failures,
@@ -75,7 +92,8 @@ def verify_hf(program: Program, folder: Path, inputs: Mapping[str, Tensor] | Non
         "weights": weights,
         "outputs": outputs,
         "adapter_read_by": read_by,
-        "versions": {name: package_version(name) for name in ("torch", "transformers", "safetensors", "peft")},
+        "not_loaded": _WITHOUT_PACKAGE if missing else "",
+        "versions": {name: package_version(name) for name in ("torch", "transformers", "safetensors", "peft", METHOD)},
     }
 
 
@@ -102,9 +120,39 @@ def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_weights(program: Program, model: nn.Module) -> dict[str, Any]:
+def _check_integers(program: Program, folder: Path, layers: Sequence[IntegerLayer]) -> list[str]:
+    """What is wrong with the layers that are stored as integers, in the files."""
+    stored: dict[str, Tensor] = {}
+    names = {f"{layer.name}.{part}" for layer in layers for part in PARTS}
+    for file in safetensors_files(folder) if layers else ():
+        stored |= {name: tensor for name, tensor in load_tensors(file, advice="copy the folder again").items() if name in names}
+    failures = []
+    for layer in layers:
+        own = integers_of(program, layer.weight)
+        assert own is not None
+        found = {part: stored.get(f"{layer.name}.{part}") for part in PARTS}
+        scales, words = found["weight_scale"], found["weight_packed"]
+        if scales is None or words is None:
+            failures.append(f"the loaded weight {layer.weight} is not in the files")
+            continue
+        steps_OI = steps_from_words(words, own.columns, found["weight_zero_point"])
+        lost = int(((own.weight_OI == 0) & (steps_OI != 0)).sum())
+        expected = integer_tensors(own, scales.dtype)
+        same = all(
+            tensor is not None and torch.equal(tensor, expected[part]) for part, tensor in found.items() if part in expected
+        )
+        if lost:
+            failures.append(f"the loaded weight {layer.weight} has lost {lost} zeros")
+        elif not same:
+            failures.append(f"the loaded weight {layer.weight} does not have the program's own integers and scales")
+    return failures
+
+
+def _check_weights(program: Program, model: nn.Module, integers: set[str]) -> dict[str, Any]:
     failures, num_equal, violations = [], 0, 0
     for name, loaded in model.named_parameters():
+        if name.rpartition(".")[0] in integers and not name.endswith(".bias"):
+            continue
         own = program.aliases.get(name, name)
         expected = masked_weight(program, own)
         if torch.equal(loaded.detach(), expected.to(loaded.dtype)):

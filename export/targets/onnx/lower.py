@@ -38,7 +38,7 @@ from sparsepass.graph.lengths import unusual
 from sparsepass.graph.limits import position_limit
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.rewrite import finish, fold_mask, shared_copy
+from sparsepass.graph.rewrite import finish, fold_grid, fold_mask, shared_copy
 from sparsepass.graph.support import SparsepassError, closest, quiet_export
 from sparsepass.passes.maths import canonical_zeros
 
@@ -287,8 +287,10 @@ def _plain(program: Program, wanted: torch.dtype) -> Piece:
 
 
 def _folded(program: Program) -> Program:
-    """A program with folded masks that shares every other tensor with the given one, which stays as it is."""
+    """A program with folded masks and grids that shares every other tensor with the given one, which stays as it is."""
     shared = shared_copy(program)
+    for weight in program.quantized:
+        fold_grid(shared, weight)
     for weight, state in program.sparse.items():
         if state.mask is not None:
             fold_mask(shared, weight)

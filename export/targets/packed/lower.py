@@ -20,9 +20,11 @@ from torch import Tensor
 from sparsepass.export.targets.evidence import LayerEvidence, counts
 from sparsepass.export.targets.hf import auto_class, save_model, settle_config
 from sparsepass.export.targets.packed.card import card
+from sparsepass.export.targets.packed.own import own_grid, without_others
 from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey, tables
 from sparsepass.export.targets.packed.times import OneTokenTimes, one_token_times
 from sparsepass.graph.fusion import split_siblings
+from sparsepass.graph.integers import integers_of
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.packed import FLOATS, Int8Embedding, PackedWeight, pack, unpack
@@ -46,7 +48,9 @@ class PackedArtifact:
     Attributes:
         settings: What config.json says of the packed layers.
         layers: Every linear layer, packed or with the reason why not.
-        errors: Module path -> error of the rounded weight, relative to the weight; empty for floating values.
+        errors: Module path -> error of the rounded weight, relative to the weight, for what was rounded here: neither
+            floating values nor the program's own integers.
+        own: Whether integers and scales are the program's own.
         auto_class: The Auto class that loads the folder.
         dtype: Type of what is not packed.
         files: Path of each file, relative to the folder -> its size in bytes.
@@ -62,6 +66,7 @@ class PackedArtifact:
     files: Mapping[str, int]
     dense_bytes: int
     times: OneTokenTimes
+    own: bool = False
 
     @property
     def packed(self) -> tuple[LayerChoice, ...]:
@@ -77,8 +82,9 @@ class PackedArtifact:
     def notes(self) -> tuple[str, ...]:
         """What a reader should know."""
         share = self.weights_bytes / self.dense_bytes
+        values = f"{self.settings.values}, the program's own" if self.own else self.settings.values
         said = [
-            f"{len(self.packed)} of {len(self.layers)} linear layers are packed as {self.settings.values}; the weights take "
+            f"{len(self.packed)} of {len(self.layers)} linear layers are packed as {values}; the weights take "
             f"{share:.2f} of what they take dense in {self.dtype}",
             self.times.note,
             f"`import sparsepass`, then {self.auto_class}.from_pretrained; `sparsepass unpack` writes a plain folder",
@@ -100,6 +106,7 @@ class PackedArtifact:
             "auto_class": self.auto_class,
             "dtype": self.dtype,
             "values": self.settings.values,
+            "own": self.own,
             "group_size": self.settings.group_size,
             "embedding": self.settings.embedding,
             "num_packed": len(self.packed),
@@ -159,7 +166,7 @@ def lower_packed(
     program: Program,
     folder: Path,
     *,
-    values: str = "bf16",
+    values: str | None = None,
     group_size: int = 64,
     embedding: str | None = None,
     dtype: "torch.dtype | str | None" = None,
@@ -169,7 +176,7 @@ def lower_packed(
     Args:
         program: Captured from a transformers model. It is not changed.
         folder: An existing, empty folder.
-        values: What a kept value is stored as.
+        values: What a kept value is stored as; by default the integers of a program that is quantized, and else bf16.
         group_size: Input features that share a scale, for integers; 0 for one scale a row.
         embedding: ``int8`` to keep embedding and head in it.
         dtype: Type of what is not packed. By default 16 bits: float16 for fp16, the program's own for integers, else bfloat16.
@@ -178,11 +185,11 @@ def lower_packed(
         What was written.
 
     Raises:
-        SparsepassError: If the program was not captured from a class of transformers, has no weights, or no layer of it can be
-            packed.
+        SparsepassError: If the program was not captured from a class of transformers, has no weights, no layer of it can be
+            packed, or its layers have integers that packed layers do not take.
 
-    Exactness: floating values are the program's, rounded to their type; integers are rounded to the nearest multiple of their
-        scale.
+    Exactness: floating values are the program's, rounded to their type; integers and scales are the program's own, bit for bit,
+        or, where it is not quantized, its weights rounded to the nearest multiple of their scale.
     """
     if program.origin.model_class is None or program.origin.config is None:
         raise SparsepassError(
@@ -194,6 +201,10 @@ def lower_packed(
     program = split_siblings(program)
     model: PreTrainedModel = skeleton(program)  # type: ignore[assignment]
     layers = survey(program, model)
+    grid = own_grid(program, layers, values, group_size)
+    if grid is not None:
+        values, group_size, layers = f"int{grid.bits}", grid.group_size, without_others(program, layers, grid)
+    values = values or "bf16"
     packed = {layer.weight: layer for layer in layers if not layer.reason}
     if not packed:
         reasons = Counter(layer.reason for layer in layers).most_common(3)
@@ -233,6 +244,7 @@ def lower_packed(
         files={},
         dense_bytes=_dense_bytes(program, model, kind),
         times=one_token_times([packed_weight(program, layer, settings) for layer in of_each_shape.values()], kind),
+        own=grid is not None,
     )
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -285,7 +297,7 @@ def _packed_tensors(
     program: Program, layer: LayerChoice, settings: PackedSettings, errors: dict[str, float]
 ) -> dict[str, Tensor]:
     found = packed_weight(program, layer, settings)
-    if settings.values in INTEGERS:
+    if settings.values in INTEGERS and layer.weight not in program.quantized:
         weight_OI = matrix_of(program, layer).float()
         errors[layer.layer] = relative_error([(weight_OI - unpack(found), weight_OI)], ())
     parts: dict[str, Tensor | None] = {"weight": found.kept, "codes": found.codes, "scales": found.scales}
@@ -311,7 +323,10 @@ def _table(program: Program, model: "PreTrainedModel", path: str, errors: dict[s
 
 def packed_weight(program: Program, layer: LayerChoice, settings: PackedSettings) -> PackedWeight:
     """The weight of a layer as it is stored."""
+    own = integers_of(program, layer.weight)
     try:
+        if own is not None:
+            return pack(own.weight_OI, values=settings.values, group_size=settings.group_size, scales=own.scales_OG)
         return pack(matrix_of(program, layer), values=settings.values, group_size=settings.group_size)
     except SparsepassError as error:
         raise SparsepassError(f"{layer.layer}: {error}") from error

@@ -19,7 +19,8 @@ class Packed(Target):
     """A Hugging Face folder whose 2:4 layers hold their kept values alone.
 
     Attributes:
-        values: What the target packed keeps a value as: bf16, fp16, int8 or int4. Integers are rounded to the nearest.
+        values: What the target packed keeps a value as: bf16, fp16, int8 or int4, rounded to the nearest. By default the
+            integers of a program that is quantized, and else bf16.
         group_size: Input features that share a scale in the target packed, for int8 and int4; 0 for one scale a row.
         embedding: Keep embedding and head as int8 in the target packed; by default they stay as they are.
 
@@ -30,29 +31,26 @@ class Packed(Target):
     name: ClassVar[str] = "packed"
     description: ClassVar[str] = "a Hugging Face folder of 2:4 layers without their zeros, which sparsepass's own kernels run"
 
-    values: str = "bf16"
+    values: str | None = None
     group_size: int = _GROUP_SIZE
     embedding: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.values not in _VALUES:
+        if self.values not in (None, *_VALUES):
             raise option_error(f"values={self.values} is not known; expected one of {', '.join(_VALUES)}")
         if self.embedding not in (None, "int8"):
             raise option_error(f"embedding={self.embedding} is not known; expected int8, or nothing for as it is")
         if self.group_size != _GROUP_SIZE:
             from sparsepass.graph.packed import check_form
 
-            if not self.is_integer:
+            if self.values is None:
+                raise option_error("group_size belongs to values=int8 and int4; name one of them, or leave it out")
+            if not self.values.startswith("int"):
                 raise option_error(f"group_size belongs to int8 and int4, and values={self.values} has no scales; leave it out")
             check_form(self.values, 8, self.group_size, "the target packed")
         if self.dtype not in (None, "bfloat16", "float16", "float32"):
             raise option_error(f"dtype={self.dtype}: packed layers take bfloat16, float16 and float32; choose one of these")
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether values are integers with scales."""
-        return self.values.startswith("int")
 
     def check_here(self) -> None:
         """It is written anywhere."""

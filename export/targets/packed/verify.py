@@ -14,6 +14,7 @@ from sparsepass.export.targets.hf import check_outputs, load_plain
 from sparsepass.export.targets.packed.stored import StoredFolder, stored_folder
 from sparsepass.export.targets.packed.survey import LayerChoice, matrix_of
 from sparsepass.graph.fusion import split_siblings
+from sparsepass.graph.integers import integers_of
 from sparsepass.graph.packed import FLOATS, PackedLinear, PackedWeight, check, unpack
 from sparsepass.graph.packed_folder import INTEGERS, is_packed_module
 from sparsepass.graph.program import Program, masked_weight
@@ -31,8 +32,9 @@ def verify_packed(program: Program, folder: Path, artifact: "PackedArtifact") ->
     """Check a packed folder against the program.
 
     1. ``pattern``: sizes, types and codes of each packed weight are such that it is 2:4 once it is unpacked.
-    2. ``weights``: unpacked, each is bit for bit the program's after rounding to a floating type; integers are within half a
-       step of their scale. So is everything that is not packed, when the folder is loaded.
+    2. ``weights``: unpacked, each is bit for bit the program's after rounding to a floating type. The program's own integers
+       and scales are what they are there; integers that were made here are within half a step of their scale. Everything that
+       is not packed is the program's, bit for bit, when the folder is loaded.
     3. ``layers``: each packed layer of the loaded model gives what its unpacked weight gives.
     4. ``outputs``: the loaded model's are the program's, within the tolerance of the type. For integers, how far rounding moved
        them is told, and they have to be finite.
@@ -81,6 +83,8 @@ def verify_packed(program: Program, folder: Path, artifact: "PackedArtifact") ->
 
 def _told_of_weights(artifact: "PackedArtifact", num_equal: int) -> str:
     values, number = artifact.settings.values, len(artifact.packed)
+    if artifact.own:
+        return f"{number} packed weights are the program's own {values}, zeros included; {num_equal} others are bit for bit its"
     if artifact.errors:
         return (
             f"{number} packed weights are the program's, rounded to {values} (relative error "
@@ -109,6 +113,13 @@ def _check_files(program: Program, stored: StoredFolder, artifact: "PackedArtifa
 def _difference(program: Program, layer: LayerChoice, packed: PackedWeight) -> str:
     expected_OI = matrix_of(program, layer)
     found_OI = unpack(packed)
+    own = integers_of(program, layer.weight)
+    if own is not None:
+        lost = int(((own.weight_OI == 0) & (found_OI != 0)).sum())
+        if lost:
+            return f"{layer.name} has lost {lost} zeros"
+        same = packed.scales is not None and torch.equal(packed.scales, own.scales_OG) and torch.equal(found_OI, own.weight_OI)
+        return "" if same else f"{layer.name} does not hold the program's own integers and scales"
     if packed.scales is None:
         same = torch.equal(found_OI, expected_OI.to(FLOATS[packed.values]))
         return "" if same else f"{layer.name}, unpacked, is not the program's"
@@ -165,7 +176,8 @@ def _outputs(program: Program, model: nn.Module, artifact: "PackedArtifact") -> 
     found = check_outputs(program, model, inputs, getattr(torch, artifact.dtype))
     error = found["relative_error"]
     if artifact.settings.values in INTEGERS or artifact.settings.embedding:
-        moved = f"rounding to {artifact.settings.values} moved the outputs by {error:.2g} of their size"
+        what = f"rounding to {artifact.settings.values}" if not artifact.own else "rounding activations to bytes"
+        moved = f"{what} moved the outputs by {error:.2g} of their size"
         unknown = any(one["num_nan"] or one["num_infinite"] for one in found["outputs"].values())
         said = f"loaded by {artifact.auto_class}: {found['said'] if unknown else moved}"
         held = error < float("inf") and not unknown

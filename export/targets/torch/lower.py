@@ -116,7 +116,7 @@ def write_torch(
     on_gpu = measure and measured is None and gpu_is_here()
     if on_gpu:
         check_device(_GPU)
-    written = lower_hf(program, folder, dtype=dtype)
+    written = lower_hf(program, folder, dtype=dtype, as_integers=False)
     layers = survey(program, wanted)
     if on_gpu:
         shapes = rules.shapes or default_shapes(position_limit(program.origin.config))

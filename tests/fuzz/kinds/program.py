@@ -16,7 +16,7 @@ from sparsepass import NMSparsify, Program, SLoRB, apply_passes
 from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
 from sparsepass.graph.saved.operators import FUNCTIONS, OPERATORS
 from sparsepass.graph.support import CHECKSUMS_FILE
-from sparsepass.passes import LearnMasks
+from sparsepass.passes import LearnMasks, Quantize
 
 
 class _Net(nn.Module):
@@ -35,11 +35,12 @@ class _Net(nn.Module):
 
 
 def write(place: Path) -> None:
-    """A small program with masks, branches, logits, a tie, and sizes that vary."""
+    """A small program with masks, branches, logits, a grid, a tie, and sizes that vary."""
     torch.manual_seed(0)
     ids = torch.randint(0, 16, (2, 5))
     passes = [NMSparsify(criterion="magnitude"), LearnMasks(targets=("up",)), SLoRB(k=4, init="mean", targets=("down",))]
     program = apply_passes(_Net().eval(), passes, example_inputs={"ids": ids})
+    program = apply_passes(program, Quantize(symmetric=False, targets=("down",)))
     program.save(place, force=True)
 
 

@@ -71,9 +71,9 @@ def test_the_files_hold_the_kept_values_of_the_program(name: str, options: dict[
         assert codes.shape == (rows, columns // 8)
         assert kept.shape == (rows, columns // (4 if target.values == "int4" else 2))
         scales = stored.get(f"{layer.name}.scales")
-        group = target.group_size if target.is_integer else 0
+        group = target.group_size if scales is not None else 0
         packed = PackedWeight(
-            values=target.values,  # type: ignore[arg-type]
+            values=target.values or "bf16",  # type: ignore[arg-type]
             shape=(rows, columns),
             kept=kept,
             codes=codes,
@@ -205,7 +205,8 @@ def test_a_program_that_cannot_be_packed_is_refused_with_the_reason(tmp_path: Pa
     ("options", "said"),
     [
         ({"values": "int5"}, "values=int5 is not known"),
-        ({"group_size": 32}, "has no scales"),
+        ({"group_size": 32}, "name one of them"),
+        ({"values": "bf16", "group_size": 32}, "has no scales"),
         ({"values": "int4", "group_size": 24}, "16, 32, 64 or a multiple of 128"),
         ({"embedding": "int4"}, "embedding=int4 is not known"),
         ({"dtype": "float64"}, "choose one of these"),

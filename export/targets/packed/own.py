@@ -1,0 +1,58 @@
+"""The program's own integers: what the pass `quantize` has fitted is stored as it is, and never rounded again."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sparsepass.export.targets.packed.survey import LayerChoice
+from sparsepass.graph.program import Program
+from sparsepass.graph.rounding import RoundingGrid
+from sparsepass.graph.support import SparsepassError
+
+
+def own_grid(program: Program, layers: Iterable[LayerChoice], values: str | None, group_size: int) -> RoundingGrid | None:
+    """The grid of the layers that are packed; None if they are not quantized.
+
+    Args:
+        program: What is lowered.
+        layers: What can become of each layer.
+        values: Kind of the values that is asked for; None for the program's own.
+        group_size: Of integers, as it is asked for.
+
+    Raises:
+        SparsepassError: If they have several grids, zero points, or another one than is asked for.
+    """
+    states = {layer.layer: program.quantized.get(layer.weight) for layer in layers if not layer.reason}
+    grids = {state.grid: name for name, state in states.items() if state is not None}
+    if not grids:
+        return None
+    if len(grids) > 1:
+        said = "; ".join(f"{name}: {grid.text}" for grid, name in grids.items())
+        raise SparsepassError(
+            f"a packed folder holds integers of one grid, and this program has several ({said}); quantize alike"
+        )
+    ((grid, name),) = grids.items()
+    if not grid.symmetric:
+        raise SparsepassError(
+            f"packed layers have no zero points, and {name} is quantized with them; quantize with symmetric=true, or write "
+            "another target"
+        )
+    if values is not None and (values, group_size) != (f"int{grid.bits}", grid.group_size):
+        raise SparsepassError(
+            f"the program is quantized ({grid.text}), and values={values} with group_size={group_size} would round its weights "
+            "again; leave both out"
+        )
+    return grid
+
+
+def without_others(program: Program, layers: Iterable[LayerChoice], grid: RoundingGrid) -> tuple[LayerChoice, ...]:
+    """The layers, those dense that could be packed and are not quantized.
+
+    Args:
+        program: What is lowered.
+        layers: What can become of each layer.
+        grid: Of the others.
+    """
+    reason = f"not quantized, and a packed folder holds values of one kind ({grid.text})"
+    return tuple(
+        layer if layer.reason or layer.weight in program.quantized else replace(layer, reason=reason) for layer in layers
+    )
