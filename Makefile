@@ -25,7 +25,7 @@ FEWER_INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_EN
 # What other versions of torch and transformers break first: capture, the passes, each way out of the graph, training.
 LOWEST_VENV ?= .venv-lowest
 LOWEST_VERSIONS = $(shell sed -n 's/^    "\(torch\|transformers\)>=\(.*\)",$$/\1==\2.0/p' pyproject.toml)
-LOWEST_TESTS := tests/graph/test_capture.py tests/graph/test_program.py tests/graph/test_model.py tests/graph/test_lengths.py \
+LOWEST_TESTS := tests/graph/capture/test_capture.py tests/graph/test_program.py tests/graph/test_model.py tests/graph/limits/test_lengths.py \
   tests/graph/load tests/passes/test_passes.py tests/passes/criteria/test_criteria.py tests/export/targets/hf \
   tests/export/targets/onnx tests/export/targets/test_older.py tests/export/pattern/test_unknown.py tests/retrain/test_loop.py
 

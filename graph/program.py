@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsepass.graph import structure
 from sparsepass.graph.binding import bound_arguments
-from sparsepass.graph.lengths import check_input, refused
+from sparsepass.graph.limits import check_input, refused
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.records import (
     FusedPart,
@@ -34,6 +34,7 @@ from sparsepass.graph.saved import (
     EXAMPLE_PREFIX,
     FORMAT_VERSION,
     PROGRAM_FILE,
+    Guard,
     check_as_written,
     graph_from_json,
     graph_to_json,
@@ -43,7 +44,6 @@ from sparsepass.graph.saved import (
 from sparsepass.graph.sites import Site, find_sites, idle_layers
 from sparsepass.graph.spec import check_program
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, replaced_folder
-from sparsepass.graph.trial import Guard
 
 
 class Program(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.lengths import holds
+from sparsepass.graph.limits import holds
 from sparsepass.graph.nodes import cut_of, linear_that_reads
 from sparsepass.graph.records import BranchState, FusedPart, QuantizedState, SparseState
 from sparsepass.graph.support import ProgramFormatError

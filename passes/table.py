@@ -21,7 +21,17 @@ from sparsepass.passes.slorb import SLoRB
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
-        FoldNorms, Rotate, PermuteChannels, AWQScale, FuseSiblings, NMSparsify, SLoRB, LearnMasks, Reconstruct, Quantize, Fold,
+        FoldNorms,
+        Rotate,
+        PermuteChannels,
+        AWQScale,
+        FuseSiblings,
+        NMSparsify,
+        SLoRB,
+        LearnMasks,
+        Reconstruct,
+        Quantize,
+        Fold,
     )
 }
 """Name -> class. A new pass is one file, one line here, one test file."""

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 CODE = sorted(path for folder in ("graph", "passes", "retrain", "export") for path in (ROOT / folder).rglob("*.py"))
 
 FACTS: dict[str, tuple[str, set[str]]] = {
-    "position limit": (r"max_position_embeddings|n_positions|max_target_positions", {"graph/limits.py"}),
+    "position limit": (r"max_position_embeddings|n_positions|max_target_positions", {"graph/limits/positions.py"}),
     "nearest name": (r"get_close_matches", {"graph/support/words.py"}),
     "name patterns": (r"\bfnmatch|startswith\(\"re:\"\)", {"graph/support/words.py"}),
     "first line of an error": (r"def _?first_line|splitlines\(\)\[0\](?!$)", {"graph/support/words.py"}),
@@ -19,7 +19,7 @@ FACTS: dict[str, tuple[str, set[str]]] = {
         {"graph/program.py"},
     ),
     "switching branches off": (r"def _?\w*(without|muted|mute)_branches\(program: Program[,)].*Iterator", {"graph/rewrite.py"}),
-    "copying a program": (r"(?<![\w`\"])Program\($", {"graph/program.py", "graph/capture.py"}),
+    "copying a program": (r"(?<![\w`\"])Program\($", {"graph/program.py", "graph/capture/exporter.py"}),
     "perplexity": (r"def perplexity|exp\((nll|loss|mean_nll)", {"graph/perplexity.py"}),
     "moving a file over another": (
         r"os\.replace\(",
@@ -35,14 +35,14 @@ FACTS: dict[str, tuple[str, set[str]]] = {
     ),
     "reading jsonl": (
         r"parse_json\(line",
-        {"graph/rows.py", "retrain/run/metrics.py"},
+        {"graph/texts/rows.py", "retrain/run/metrics.py"},
     ),  # the latter is its own file
     "whether a weight is the original one": (
         r"\bchanged_by=|history\b.*\bslorb|record\.text\.startswith",
         {"graph/program.py", "graph/fusion.py", "passes/manager.py", "passes/awq_scale.py", "retrain/trainee.py"},
     ),  # fusion carries it over; awq_scale changes layers that make channels, which are not its own
     "version of a package that may be missing": (r"PackageNotFoundError", {"graph/support/machine.py"}),
-    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"graph/rows.py"}),
+    "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"graph/texts/rows.py"}),
 }
 
 

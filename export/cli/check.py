@@ -201,7 +201,7 @@ def _inputs(sides: "Sides", file: Path | None, text: Evaluation | None) -> "dict
 
     from sparsepass.export.stages import SAMPLES_FILE, read_samples
     from sparsepass.graph import Program, SparsepassError
-    from sparsepass.graph.examples import example_inputs_for
+    from sparsepass.graph.capture import example_inputs_for
 
     if file is not None:
         return read_samples(file)

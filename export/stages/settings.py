@@ -97,9 +97,8 @@ class Calibration:
             SparsepassError: If it does not exist, is of another kind, is empty or lacks the column that is named, or a number
                 is too small.
         """
-        from sparsepass.graph.rows import path_kind
         from sparsepass.graph.support import SparsepassError
-        from sparsepass.graph.texts import check_text_file
+        from sparsepass.graph.texts import check_text_file, path_kind
         from sparsepass.passes.data import LONGEST_NAME, locate
 
         for name in ("num_sequences", "context", "batch_size"):

@@ -24,9 +24,8 @@ from sparsepass.graph.equivalence.artifact import (
     layer_results,
 )
 from sparsepass.graph.equivalence.widened import widened_copy
-from sparsepass.graph.external_data import check_external_data
-from sparsepass.graph.lengths import refused
-from sparsepass.graph.onnx_reading import read_proto
+from sparsepass.graph.limits import refused
+from sparsepass.graph.onnx_files import check_external_data, read_proto
 from sparsepass.graph.support import EquivalenceError, first_line
 
 _MATMULS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv", "MatMulNBits", "MatMulInteger"}

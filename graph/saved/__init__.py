@@ -5,6 +5,7 @@ from sparsepass.graph.saved.graph import graph_from_json, graph_to_json, module_
 from sparsepass.graph.saved.names import check_tensor_name
 from sparsepass.graph.saved.operators import DTYPES, OF_ZEROS, Operators, arguments_fit, is_number, names_fit
 from sparsepass.graph.saved.schema import EXAMPLE_PREFIX, FORMAT_VERSION
+from sparsepass.graph.saved.trial import Guard
 
 __all__ = [
     "DTYPES",
@@ -13,6 +14,7 @@ __all__ = [
     "OF_ZEROS",
     "PROGRAM_FILE",
     "TENSORS_FILE",
+    "Guard",
     "Operators",
     "arguments_fit",
     "check_as_written",

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsepass.graph.rows import path_kind, records, spread_order
 from sparsepass.graph.support import SparsepassError
-from sparsepass.graph.texts import find_text_column, row_text
+from sparsepass.graph.texts import find_text_column, path_kind, records, row_text, spread_order
 from sparsepass.passes.data.inputs import MASK, ModelInputs, Row
 from sparsepass.passes.data.sources import check_one_split, load_data_set, locate
 from sparsepass.passes.data.texts import Packer, open_bytes

@@ -8,9 +8,8 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor
 
-from sparsepass.graph.rows import TEXT_SUFFIXES, RecordError, arrow_schema, path_kind, records
 from sparsepass.graph.support import SparsepassError, first_line
-from sparsepass.graph.texts import CHAT_COLUMN, TEXT_COLUMN
+from sparsepass.graph.texts import CHAT_COLUMN, TEXT_COLUMN, TEXT_SUFFIXES, RecordError, arrow_schema, path_kind, records
 from sparsepass.passes.data import PYTHON_DOCS, check_one_split, data_set_name, load_data_set, locate
 from sparsepass.retrain.data.tokens import IDS, LABELS, MASK
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from sparsepass.graph.rows import RecordError
 from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.graph.texts import RecordError
 from sparsepass.retrain.data.sequences import Reading, Sequences, cut, permutation
 from sparsepass.retrain.data.tokens import IDS, MASK, Columns, TokenRows, hash_columns
 

@@ -12,8 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
-from sparsepass.graph.external_data import check_external_data
-from sparsepass.graph.onnx_reading import read_proto
+from sparsepass.graph.onnx_files import check_external_data, read_proto
 from sparsepass.graph.support import SparsepassError, first_line, read_by
 
 SIGNED_TYPES = {

@@ -34,8 +34,7 @@ from sparsepass.export.targets.onnx.guards import add_guards
 from sparsepass.export.targets.onnx.ties import without_ties
 from sparsepass.graph import capture
 from sparsepass.graph.fused_model import fuse_layers, only_whole_modules
-from sparsepass.graph.lengths import unusual
-from sparsepass.graph.limits import position_limit
+from sparsepass.graph.limits import position_limit, unusual
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.rewrite import finish, fold_grid, fold_mask, shared_copy

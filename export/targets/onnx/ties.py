@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sparsepass.graph import capture
 from sparsepass.graph.fused_model import fuse_layers
-from sparsepass.graph.lengths import broken
+from sparsepass.graph.limits import broken
 from sparsepass.graph.nodes import module_path
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError

@@ -16,7 +16,7 @@ from sparsepass.export.targets.onnx.lower import converted
 from sparsepass.export.targets.onnx.session import Array, DecoderSession, open_widened, run_session, to_numpy
 from sparsepass.export.targets.onnx.ties import picks, repeating, tie_in, without_ties
 from sparsepass.graph.admission import in_float64, plain_settings
-from sparsepass.graph.lengths import broken
+from sparsepass.graph.limits import broken
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.passes.maths import canonical_zeros

@@ -17,8 +17,7 @@ from torch import Tensor
 from sparsepass.export.targets.evidence import Point, break_even
 from sparsepass.export.targets.onnx import OnnxArtifact, OnnxGraph
 from sparsepass.export.targets.tensorrt.options import EngineTarget, Range
-from sparsepass.graph.lengths import allowed
-from sparsepass.graph.limits import position_limit
+from sparsepass.graph.limits import allowed, position_limit
 from sparsepass.graph.support import SparsepassError
 
 MAX_BATCH, MAX_TOKENS = 8, 2048

@@ -10,7 +10,7 @@ from hypothesis.strategies import SearchStrategy
 from tests.fuzz.kind import Files, Kind
 from tests.fuzz.mutations import damaged_bytes
 
-from sparsepass.graph.rows import records
+from sparsepass.graph.texts.rows import records
 
 _LINES, _TABLE = "rows.jsonl", "rows.parquet"
 

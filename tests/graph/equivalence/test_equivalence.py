@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.families import BY_NAME
 from torch import Tensor, nn
 
-from sparsepass.graph.capture import capture
+from sparsepass.graph.capture.exporter import capture
 from sparsepass.graph.equivalence import differences as difference_module
 from sparsepass.graph.equivalence.artifact import Step, layer_results
 from sparsepass.graph.equivalence.comparison import assert_equivalent, compare

@@ -14,8 +14,8 @@ from tests.passes.data.number_words import CountingTokenizer, make_tokenizer, wo
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparsepass.graph.rows import spread_order
 from sparsepass.graph.support.errors import SparsepassError
+from sparsepass.graph.texts.rows import spread_order
 from sparsepass.passes.data.calibration import calibration_batches
 from sparsepass.passes.data.texts import default_text
 

@@ -16,7 +16,7 @@ from sparsepass.export.targets.onnx.guards import add_guards
 from sparsepass.export.targets.onnx.session import run_session
 from sparsepass.export.targets.onnx.ties import tie_in
 from sparsepass.graph import SparsepassError, capture
-from sparsepass.graph.lengths import holds
+from sparsepass.graph.limits.sizes import holds
 from sparsepass.passes import apply_passes
 
 

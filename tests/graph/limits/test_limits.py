@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from sparsepass.graph.limits import default_context, position_limit
+from sparsepass.graph.limits.positions import default_context, position_limit
 
 LLAMA = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,

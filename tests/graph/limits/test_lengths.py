@@ -12,8 +12,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError, capture
-from sparsepass.graph.capture import program_from_graph_module
-from sparsepass.graph.lengths import holds, limits_of
+from sparsepass.graph.capture.exporter import program_from_graph_module
+from sparsepass.graph.limits.sizes import holds, limits_of
 from sparsepass.graph.support import CaptureError, ProgramFormatError
 
 
@@ -168,7 +168,7 @@ class Chunks(nn.Module):
 def test_what_changes_beyond_the_positions_of_a_model_is_noticed_if_it_runs_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsepass.graph.faithful.position_limit", lambda config: 64)
+    monkeypatch.setattr("sparsepass.graph.capture.faithful.position_limit", lambda config: 64)
     model = Chunks().eval()
     program = capture(model, torch.randn(2, 8, 4))
     assert torch.equal(program(x := torch.randn(2, 64, 4)), model(x))
@@ -200,7 +200,7 @@ def test_one_chunk_is_a_range() -> None:
 
 
 def test_of_a_model_that_works_in_chunks_the_shortest_example_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("sparsepass.graph.capture")  # the room's face has a function of that name
+    module = importlib.import_module("sparsepass.graph.capture.exporter")  # the room's face has a function of that name
     monkeypatch.setattr(module, "example_inputs_for", lambda model, tokens: torch.randn(2, tokens, 4))
     program = capture(FilledChunks())
     assert (program.example_inputs["x"].shape, program.limits) == ((2, 8, 4), ("x[1] <= 16",))

@@ -7,7 +7,7 @@ from tests.export.tiny import tiny_tokenizer
 from tests.passes.data.number_words import CountingTokenizer, make_tokenizer, words
 
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.texts import check_text_file, first_ids, row_text
+from sparsepass.graph.texts.files import check_text_file, first_ids, row_text
 
 CHAT = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sparsepass.graph.rows import path_kind, records
 from sparsepass.graph.support import SparsepassError, first_line
+from sparsepass.graph.texts.rows import path_kind, records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, capture
-from sparsepass.graph.examples import example_inputs_for
+from sparsepass.graph.capture.examples import example_inputs_for
 from sparsepass.passes import apply_passes
 
 LAYERS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}

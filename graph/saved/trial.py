@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
-from sparsepass.graph.costs import needed_bytes, num_pieces, operations, tensors_in
-from sparsepass.graph.saved import DTYPES, arguments_fit, is_number, names_fit
+from sparsepass.graph.saved.costs import needed_bytes, num_pieces, operations, tensors_in
+from sparsepass.graph.saved.operators import DTYPES, arguments_fit, is_number, names_fit
 from sparsepass.graph.support import ProgramFormatError, SparsepassError, first_line
 
 _SMALL_BYTES = 256 * 2**20

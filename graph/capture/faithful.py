@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sparsepass.graph.lengths import as_ranges, broken, holds, is_firm, is_range, simplified
-from sparsepass.graph.limits import position_limit
+from sparsepass.graph.limits import as_ranges, broken, holds, is_firm, is_range, position_limit, simplified
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import CaptureError, first_line
 

@@ -11,8 +11,8 @@ from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from torch import Tensor, nn
 
 from sparsepass.graph import CaptureError, Program, SparsepassError, capture
-from sparsepass.graph.capture import program_from_graph_module, run_exporter
-from sparsepass.graph.examples import example_inputs_for
+from sparsepass.graph.capture.examples import example_inputs_for
+from sparsepass.graph.capture.exporter import program_from_graph_module, run_exporter
 
 SHAPES = ((2, 8), (1, 5), (3, 1), (2, 13))
 NAMES = [family.name for family in FAMILIES]

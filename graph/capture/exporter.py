@@ -20,16 +20,15 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from sparsepass.graph import structure
 from sparsepass.graph.admission import check_model, plain_settings, unwrapped
 from sparsepass.graph.binding import FLAGS_WITHOUT_EFFECT
-from sparsepass.graph.examples import example_inputs_for
-from sparsepass.graph.faithful import check_against
-from sparsepass.graph.lengths import end_before, limits_of
-from sparsepass.graph.limits import position_limit
+from sparsepass.graph.capture.examples import example_inputs_for
+from sparsepass.graph.capture.faithful import check_against
+from sparsepass.graph.capture.untouched import untouched
+from sparsepass.graph.limits import end_before, limits_of, position_limit
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import Origin
 from sparsepass.graph.saved import OF_ZEROS
 from sparsepass.graph.support import CaptureError, evaluating, first_line, one_at_a_time, quiet_export
-from sparsepass.graph.untouched import untouched
 
 # Tokens of the examples made here: few, or as many as it takes for a model that asks whether there are few. Primes are
 # multiples of nothing that a model could ask for.
