@@ -78,7 +78,15 @@ COMMANDS: Mapping[str, Command] = {
     "retrain --force": Command(
         arguments=f"retrain {{base}}/program -o {{here}}/out {_TRAIN} --force", before={"out": "program"}
     ),
-    "run": Command(arguments="run {base}/recipe.yaml -o {here}/out"),
+    "run": Command(
+        arguments="run {base}/recipe.yaml -o {here}/out",
+        results=(
+            "out/pruned",
+            "out/retrained",
+            "out/hf",
+            "out/stages.json",
+        ),  # a folder for each stage, whatever the others are
+    ),
     "report": Command(arguments="report {here}/out", before={"out": "program"}),
     "verify --report": Command(arguments="verify {here}/out --report {here}/out", before={"out": "program"}),
     "verify --renew": Command(arguments="verify {here}/out --renew", before={"out": "edited"}),
