@@ -85,7 +85,7 @@ COMMANDS: Mapping[str, Command] = {
             "out/retrained",
             "out/hf",
             "out/stages.json",
-        ),  # a folder for each stage, whatever the others are
+        ),  # a folder for each stage
     ),
     "report": Command(arguments="report {here}/out", before={"out": "program"}),
     "verify --report": Command(arguments="verify {here}/out --report {here}/out", before={"out": "program"}),
