@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph import Program, Site, SparsepassError
 from sparsepass.graph.channels import ChannelFlow, ChannelGroup, ChannelPlace, channel_flow, permuted
 from sparsepass.graph.support import nearest
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass, matches
@@ -108,17 +108,6 @@ class PermuteChannels(Pass):
     def _criterion(self) -> Criterion:
         assert self.criterion is not None, "resolve() runs before anything else"
         return CRITERIA.get(self.criterion) or criteria_table()[self.criterion]
-
-    def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """Refuse masks of other layers than those that are chosen: their channels would move too."""
-        del before
-        if program.sparse:
-            raise PassError(
-                self.name,
-                sorted(program.sparse)[0],
-                f"{len(program.sparse)} layers have been made sparse already, and another order of channels would destroy "
-                "their N:M pattern; start from the dense model",
-            )
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers that `nm_sparsify` would not prune, and those whose channels cannot move."""

@@ -100,11 +100,8 @@ class Rotate(Pass):
         return {Condition.MASKED: _DESTROYS, Condition.FOLDED: _DESTROYS}
 
     def check(self, program: Program, before: Sequence[Pass]) -> None:
-        """Refuse masks of other layers than those that are chosen, and a model whose blocks are no chain."""
+        """Refuse a model whose blocks are no chain."""
         del before
-        if program.sparse:
-            done = f"{len(program.sparse)} layers have been made sparse already, and {_DESTROYS}; start from the dense model"
-            raise PassError(self.name, sorted(program.sparse)[0], done)
         if isinstance(reason := _plan(program, self.form), str):
             raise PassError(self.name, "form", reason)
 

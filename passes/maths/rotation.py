@@ -49,7 +49,7 @@ def rotation_from(free_CC: Tensor, *, keeps_mean: bool = False) -> Tensor:
     Source: arXiv 2505.23049.
 
     Example:
-        >>> rotation_from(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+        >>> rotation_from(torch.tensor([[2.0, 0.0], [0.0, 3.0]])).abs()
         tensor([[1., 0.],
                 [0., 1.]])
     """

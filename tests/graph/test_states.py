@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsepass.graph import Program
 from sparsepass.graph.program import masked_weight
-from sparsepass.graph.records import FusedPart, Origin
+from sparsepass.graph.records import FusedPart, Origin, QuantizedState
 from sparsepass.graph.rewrite import without_branches
 from sparsepass.passes import apply_passes
 
@@ -28,6 +28,7 @@ def program() -> Program:
 def test_a_copy_keeps_every_field(program: Program) -> None:
     program.aliases["other.weight"] = "0.weight"
     program.fused["2.weight"] = tuple(FusedPart(weight=f"{name}.weight", bias=f"{name}.bias", rows=4) for name in "ab")
+    program.quantized["2.weight"] = QuantizedState(bits=4, group_size=0, axis=1, scales="2.scales")
     shared = program.train().sharing()
     names = [name for name in inspect.signature(Program.__init__).parameters if name != "self"]
     empty = [name for name in names if not getattr(program, name)]

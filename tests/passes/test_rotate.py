@@ -197,10 +197,9 @@ def test_layers_to_be_ignored_do_not_change() -> None:
 def test_masks_are_refused_before_anything_changes() -> None:
     masked = apply_passes(captured("llama"), "nm_sparsify{targets=*.mlp.*}")
     calibration = BY_NAME["llama"].inputs(4, 8)
-    with pytest.raises(PassError, match="would destroy the N:M pattern: layers have masks already; start from the dense model"):
-        apply_passes(masked, "rotate", calibration=calibration)
-    with pytest.raises(PassError, match="6 layers have been made sparse already, and mixing channels would destroy"):
-        apply_passes(masked, "rotate{targets=*.self_attn.*}", calibration=calibration)
+    for text in ("rotate", "rotate{targets=*.self_attn.*}"):  # channels of other layers would be mixed, too
+        with pytest.raises(PassError, match="destroy the N:M pattern: layers have masks already; start from the dense model"):
+            apply_passes(masked, text, calibration=calibration)
 
 
 def test_the_model_is_not_changed() -> None:

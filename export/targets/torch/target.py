@@ -1,6 +1,6 @@
 """The target `torch` and its options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -83,7 +83,7 @@ class SemiStructured(Target):
         from sparsepass.export.targets.torch.verify import verify_torch
 
         return (
-            *HuggingFace().verify(program, folder, lowered, context),
+            *HuggingFace().verify(program, folder, replace(lowered, artifact=lowered.artifact.hf), context),
             *verify_torch(program, folder, lowered.artifact.record),
         )
 

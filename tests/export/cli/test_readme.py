@@ -113,6 +113,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         run_command("sparsepass prune MODEL -o pruned/ --calibration text.txt")
+        run_command("sparsepass prune MODEL -o quantized/ --passes nm_sparsify,quantize --calibration text.txt")
         run_command("sparsepass export pruned/ --target hf -o out/")
     return place
 
