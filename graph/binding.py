@@ -30,7 +30,7 @@ def bound_arguments(
         order: Names of the parameters of the model's forward.
 
     Raises:
-        SparsepassError: If one is missing, or is no input.
+        SparsepassError: If one is missing, is no input, or is no tensor.
 
     Example:
         >>> bound_arguments([torch.ones(1, 2)], {"use_cache": False}, names=["x"], order=["x", "use_cache"])
@@ -40,6 +40,8 @@ def bound_arguments(
         raise SparsepassError(f"the program takes {len(order)} arguments ({', '.join(names)}), got {len(args)}")
     given = dict(zip(order, args, strict=False)) | dict(kwargs)
     for name, value in given.items():
+        if name in names and not isinstance(value, Tensor | None):
+            raise SparsepassError(f"the program's input {name!r} is a tensor, got a {type(value).__name__}")
         if name in names or value is None:
             continue
         if name in FLAGS_WITHOUT_EFFECT and value == FLAGS_WITHOUT_EFFECT[name]:

@@ -129,7 +129,7 @@ class Rotate(Pass):
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
         """Untie, fold, learn the matrices, and put them in their places."""
         plan = _plan(program, self.form)
-        assert isinstance(plan, _Plan)
+        assert isinstance(plan, _RotationPlan)
         turning = [found for found in plan.groups if self._stays(found, plan, program) is None]
         if plan.unties and any(uneven_gains(program, found) for found in turning):
             untie_head(program)
@@ -162,7 +162,7 @@ class Rotate(Pass):
             facts |= {name: {"entropy_before": old, "entropy_after": new} for name in its_names}
         return facts
 
-    def _stays(self, group: RotationGroup, plan: "_Plan", program: Program) -> str | None:
+    def _stays(self, group: RotationGroup, plan: "_RotationPlan", program: Program) -> str | None:
         """Why channels of a group are not mixed."""
         touched = {place.tensor for place in (*group.places, *group.gains)}
         for site in program.sites() if self.ignore else ():
@@ -249,7 +249,7 @@ class Rotate(Pass):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _RotationPlan:
     """What can be rotated, once a head has been untied and matrices have been put between blocks.
 
     Attributes:
@@ -272,11 +272,11 @@ class _Plan:
         return f"{uneven[0]} holds another number for each channel, and cannot be folded into what reads it" if uneven else None
 
 
-_KNOWN: "WeakKeyDictionary[fx.Graph, tuple[object, _Plan | str]]" = WeakKeyDictionary()
+_KNOWN: "WeakKeyDictionary[fx.Graph, tuple[object, _RotationPlan | str]]" = WeakKeyDictionary()
 """A pass is asked at each layer, and nothing changes in between."""
 
 
-def _plan(program: Program, form: Form) -> _Plan | str:
+def _plan(program: Program, form: Form) -> _RotationPlan | str:
     """What can be rotated, or why the form does not fit the model. The program is not changed."""
     graph = program.graph_module.graph
     key = (form, tuple(node.name for node in graph.nodes))
@@ -286,7 +286,7 @@ def _plan(program: Program, form: Form) -> _Plan | str:
     return known[1]
 
 
-def _planned(program: Program, form: Form) -> _Plan | str:
+def _planned(program: Program, form: Form) -> _RotationPlan | str:
     unties = _stuck(program)
     if unties:
         other = _copy(program)
@@ -300,7 +300,9 @@ def _planned(program: Program, form: Form) -> _Plan | str:
     between = {(place.tensor, place.axes) for group in flow.rotations for place in group.places}
     if form == "blocks" and not (names and {(name, (axis,)) for name in names for axis in (0, 1)} <= between):
         return "the blocks of this model are no single chain with a residual stream that can be rotated; use form=model"
-    plan = _Plan(groups=flow.rotations, unmixed=flow.unmixed, foldable=norms_with_gain(copy), unties=unties, width=width)
+    plan = _RotationPlan(
+        groups=flow.rotations, unmixed=flow.unmixed, foldable=norms_with_gain(copy), unties=unties, width=width
+    )
     stream = [group for group in plan.groups if {place.tensor for place in group.places} & set(names or ())]
     held = [reason for group in stream if (reason := plan.held_by_gain(group, copy))]
     return f"its residual stream cannot be rotated: {held[0]}; use form=model" if held else plan

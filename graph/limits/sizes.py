@@ -190,7 +190,7 @@ def refused(limits: tuple[str, ...], shapes: tuple[tuple[str, tuple[int, ...]], 
     return refusal(limits, limit, sizes) if limit is not None else None
 
 
-def check_input(name: str, value: Any, example: Tensor, dynamic: Collection[int]) -> None:
+def check_input(name: str, value: Tensor, example: Tensor, dynamic: Collection[int]) -> None:
     """Refuse an input of another size than the graph has built in: it could broadcast to a wrong result instead of failing.
 
     Args:
@@ -202,8 +202,6 @@ def check_input(name: str, value: Any, example: Tensor, dynamic: Collection[int]
     Raises:
         SparsepassError: It names both shapes.
     """
-    if not isinstance(value, Tensor):
-        raise SparsepassError(f"the program's input {name!r} is a tensor, got a {type(value).__name__}")
     sizes = ["any" if axis in dynamic else str(size) for axis, size in enumerate(example.shape)]
     if value.dim() != example.dim() or any(
         size != example.shape[axis] for axis, size in enumerate(value.shape) if axis not in dynamic

@@ -168,7 +168,7 @@ class Chunks(nn.Module):
 def test_what_changes_beyond_the_positions_of_a_model_is_noticed_if_it_runs_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsepass.graph.capture.faithful.position_limit", lambda config: 64)
+    monkeypatch.setattr(importlib.import_module("sparsepass.graph.capture.faithful"), "position_limit", lambda config: 64)
     model = Chunks().eval()
     program = capture(model, torch.randn(2, 8, 4))
     assert torch.equal(program(x := torch.randn(2, 64, 4)), model(x))

@@ -115,5 +115,5 @@ def test_measured_times_are_kept(request_for: RequestFor, tmp_path: Path) -> Non
 
 
 def test_a_child_without_a_word(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"ended with exit code 3 .* Its log is empty"):
+    with pytest.raises(BuildError, match=r"ended with exit code 3 .*\nIts log is empty"):
         run_child([sys.executable, "-c", "raise SystemExit(3)"], {}, log=tmp_path / "log", timeout_s=60, what="x")
