@@ -3,7 +3,7 @@
 # make test-lowest  a part of the tests with the lowest torch and transformers that pyproject.toml allows, in .venv-lowest
 # make quick  the tests that take little time: what to run between edits
 # make fuzz   damaged files of every kind for 30 minutes on two cores (MINUTES=5); what fails goes to tests/fuzz/corpus
-# make kills  every command that writes, ended at 30 places by SIGKILL, SIGTERM and SIGINT, and run again: an hour
+# make kills  every command that writes, ended at 30 places by signals and by full disks, and run again: an hour
 # make wheel  a wheel in dist/, installed outside the checkout, and its kernels run there
 # make docs   what is made: tables of options, reference of the report, list of architectures, picture of the rooms
 # make clean  remove what the above made

@@ -13,6 +13,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error"}
 
 from tests.interrupted.commands import COMMANDS, make_base
+from tests.interrupted.disks import NoDiskError
 from tests.interrupted.trying import BrokenError, Trial, imported
 
 
@@ -21,6 +22,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.interrupted", description=__doc__)
     parser.add_argument("--places", type=int, default=30, help="of each command, by SIGKILL, SIGTERM and SIGINT in turn")
     parser.add_argument("--sizes", type=int, default=5, help="of files that are the largest allowed, for each command")
+    parser.add_argument(
+        "--disks", type=int, default=5, help="that are full or become full, beside a read-only one (needs root)"
+    )
     parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     given = parser.parse_args()
     imported()
@@ -29,11 +33,13 @@ def main() -> int:
         base = make_base(Path(folder, "base"))
         for name in given.only:
             counts: Counter[str] = Counter()
-            trial = Trial(COMMANDS[name], base, Path(folder, "here"))
-            for attempt in (*trial.places(given.places), *trial.sizes(given.sizes)):
+            trial = Trial(COMMANDS[name], base, Path(folder, "disk", "here"))
+            for attempt in (*trial.places(given.places), *trial.sizes(given.sizes), *trial.disks(given.disks)):
                 tried += 1
                 try:
                     counts[trial.end_at(attempt)] += 1
+                except NoDiskError:
+                    counts["without a disk to try"] += 1
                 except BrokenError as error:
                     counts["BROKEN"] += 1
                     print(f"{name}: {error}", flush=True)

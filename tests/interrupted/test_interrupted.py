@@ -1,9 +1,10 @@
-"""Each command that writes, ended once; ``python -m tests.interrupted`` ends it at thirty places, and takes an hour."""
+"""Each command that writes, ended once; ``python -m tests.interrupted`` ends it at thirty places and on full disks, in an hour."""
 
 from pathlib import Path
 
 import pytest
 from tests.interrupted.commands import COMMANDS, make_base
+from tests.interrupted.disks import NoDiskError
 from tests.interrupted.ending import run_until
 from tests.interrupted.trying import BrokenError, Place, Trial
 
@@ -30,6 +31,17 @@ def test_without_room(name: str, base: Path, tmp_path: Path) -> None:
     assert small.file_bytes == 0
     assert trial.end_at(small) in ("absent", "old")
     assert trial.end_at(large) in _STATES
+
+
+@pytest.mark.parametrize("name", ["prune --force", "masks"])
+def test_on_a_disk_that_is_full_or_read_only(name: str, base: Path, tmp_path: Path) -> None:
+    trial = Trial(COMMANDS[name], base, tmp_path / "disk" / "here")
+    read_only, full = trial.disks(1)
+    assert (read_only.is_read_only, full.free_bytes) == (True, 0)
+    try:
+        assert [trial.end_at(read_only), trial.end_at(full)] == ["old" if COMMANDS[name].before else "absent"] * 2
+    except NoDiskError as error:
+        pytest.skip(str(error))
 
 
 def test_a_step_of_a_child_is_where_it_ends(base: Path, tmp_path: Path) -> None:

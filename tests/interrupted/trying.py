@@ -8,12 +8,13 @@ import json
 import pkgutil
 import shutil
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from tests.interrupted.commands import Command
+from tests.interrupted.disks import change, small_disk
 from tests.interrupted.ending import Ended, run_until
 
 import sparsepass
@@ -40,21 +41,32 @@ class BrokenError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What stops a command: a signal before one of its steps in the file system or after some time, or a limit on files.
+    """What stops a command: a signal before one of its steps in the file system or after some time, or the disk.
 
     Attributes:
         by: The signal.
         step: The step.
         seconds: The time.
         file_bytes: The largest file that it can write.
+        free_bytes: Room on the disk that it writes to.
+        is_read_only: Nothing can be written there.
     """
 
     by: signal.Signals = signal.SIGKILL
     step: int | None = None
     seconds: float | None = None
     file_bytes: int | None = None
+    free_bytes: int | None = None
+    is_read_only: bool = False
+
+    @property
+    def is_disk(self) -> bool:
+        """Whether it is the disk that stops the command."""
+        return self.is_read_only or self.free_bytes is not None
 
     def __str__(self) -> str:
+        if self.is_disk:
+            return "a read-only disk" if self.is_read_only else f"a disk with {self.free_bytes} bytes free"
         if self.file_bytes is not None:
             return f"files of at most {self.file_bytes} bytes"
         return f"{self.by.name} " + (f"before step {self.step}" if self.step is not None else f"after {self.seconds:.2f} s")
@@ -66,7 +78,7 @@ class Trial:
     Args:
         command: The command.
         base: What it reads; see `make_base`.
-        here: Where it writes. Made anew each time.
+        here: Where it writes. Made anew each time, in a folder of its own, on which a disk can be mounted.
     """
 
     def __init__(self, command: Command, base: Path, here: Path) -> None:
@@ -78,6 +90,7 @@ class Trial:
         if self.reference.code != command.code:
             raise BrokenError(f"by itself it ends with {self.reference.code}: {self.reference.said[-500:]}")
         self._names, self._weights = _names(here), _weights(here)
+        self._bytes = sum(each.stat().st_size for each in here.rglob("*") if each.is_file())
 
     def places(self, number: int) -> list[Place]:
         """So many places, by each signal in turn: steps far apart, and times where there are fewer steps."""
@@ -95,6 +108,10 @@ class Trial:
         largest = max(each.stat().st_size for each in files if each.is_file())
         return [Place(file_bytes=largest * index // number) for index in range(number)]
 
+    def disks(self, number: int) -> list[Place]:
+        """A read-only disk, and so many that are full, or become full on the way."""
+        return [Place(is_read_only=True), *(Place(free_bytes=self._bytes * index // number) for index in range(number))]
+
     def end_at(self, place: Place) -> str:
         """End the command there and, where that left anything, run it again.
 
@@ -103,10 +120,19 @@ class Trial:
 
         Raises:
             BrokenError: If it was anything else, or the second run did not do what one run alone does.
+            NoDiskError: If the place is a disk, and none can be mounted.
         """
+        with small_disk(self._here.parent) if place.is_disk else contextlib.nullcontext():
+            return self._ended_at(place)
+
+    def _ended_at(self, place: Place) -> str:
         self._prepare()
+        if place.is_disk:
+            change(self._here.parent, free_bytes=place.free_bytes, is_read_only=place.is_read_only)
         ended = self._run(place)
-        if place.file_bytes is not None and ended.code not in (self.command.code, 2):
+        if place.is_disk:
+            change(self._here.parent)
+        if (place.is_disk or place.file_bytes is not None) and ended.code not in (self.command.code, 2):
             raise BrokenError(f"{place}: exit code {ended.code}: {ended.said[-500:]}")
         if "Traceback" in ended.said:
             raise BrokenError(f"{place}: a traceback: {ended.said[-500:]}")
@@ -134,11 +160,13 @@ class Trial:
 
     def _prepare(self) -> None:
         shutil.rmtree(self._here, ignore_errors=True)
+        self._here.parent.mkdir(exist_ok=True)
         self.command.prepare(self._base, self._here)
 
     def _run(self, place: Place | None = None) -> Ended:
-        stop = {} if place is None else asdict(place)
-        return run_until(self.command.given(self._base, self._here), self._here, **stop)
+        at = place or Place()
+        arguments = self.command.given(self._base, self._here)
+        return run_until(arguments, self._here, step=at.step, seconds=at.seconds, by=at.by, file_bytes=at.file_bytes)
 
     def _is_untouched(self) -> bool:
         return (_digest(self._here), set(self._here.rglob("*"))) == self._before
