@@ -1,4 +1,4 @@
-"""Each command that writes, ended once; ``python -m tests.interrupted`` ends it at thirty places and on full disks, in an hour."""
+"""Each command that writes, ended once; ``python -m tests.interrupted`` ends it at many places, in an hour."""
 
 from pathlib import Path
 
