@@ -19,6 +19,7 @@ from sparsepass.export.cli.report import report_command
 from sparsepass.export.cli.retrain import retrain_command, run_command
 from sparsepass.export.cli.sample import sample_command
 from sparsepass.export.cli.sensitivity import sensitivity_command
+from sparsepass.export.cli.size import size_command
 from sparsepass.export.cli.unpack import unpack_command
 from sparsepass.export.cli.verify import verify_command
 
@@ -102,6 +103,7 @@ app.command("run", short_help="Take a model through a recipe: prune, retrain, ev
 app.command("export", short_help=_EXPORT_SHORT)(_export_command)
 app.command("eval", short_help="Measure perplexity, or run lm-eval tasks.")(support.clean(eval_command))
 app.command("bench", short_help="How fast is a model, and how large?")(support.clean(bench_command))
+app.command("size", short_help="What does a model take, in each form?")(support.clean(size_command))
 app.command("compare", short_help="Do two models compute the same function?")(support.clean(compare_command))
 app.command("verify", short_help="Does a file or folder hold the N:M pattern?")(support.clean(verify_command))
 app.command("unpack", short_help="Write the plain folder of a packed one.")(support.clean(unpack_command))

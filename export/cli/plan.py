@@ -1,6 +1,6 @@
 """The command `plan`."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -67,7 +67,7 @@ def plan_command(
         new_tokens=new_tokens,
         dtype=dtype,
         slorb_k=slorb,
-        projection=_projection(projection),
+        projection=support.projection(projection),
         min_gain=min_gain,
         gguf_file=gguf_file,
     )
@@ -80,13 +80,3 @@ def plan_command(
         show(page(found, every_layer=show_all))
     add_to(report, "plan", {"plan": found.to_dict()}, started)
     support.finish(code)
-
-
-def _projection(word: str) -> 'Literal["fixed", "trainable"]':
-    from sparsepass.graph import SparsepassError
-
-    if word == "fixed":
-        return "fixed"
-    if word == "trainable":
-        return "trainable"
-    raise SparsepassError(f"--projection expects fixed or trainable, got {word!r}")

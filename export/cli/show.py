@@ -12,6 +12,7 @@ from sparsepass.export.report import (
     Block,
     ReportDocument,
     Sentence,
+    SizeSection,
     SpeedSection,
     Table,
     new_report,
@@ -46,6 +47,11 @@ def sections(document: Mapping[str, Any], *names: str) -> Group:
 def speed_tables(found: SpeedSection) -> Group:
     """What the terminal shows of a benchmark."""
     return sections(new_report() | {"speed": plain_json(found)}, "speed")
+
+
+def size_tables(found: SizeSection) -> Group:
+    """What the terminal shows of the sizes of a model."""
+    return sections(new_report() | {"size": plain_json(found)}, "size")
 
 
 def answers_text(document: Mapping[str, Any]) -> Text:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -171,6 +171,10 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
     run = with_settings(command)
     own = inspect.signature(run)
     run.__signature__ = own.replace(parameters=[*own.parameters.values(), *_TALK])  # type: ignore[attr-defined]
+    for parameter in own.parameters.values():
+        for info in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(info, typer.models.ParameterInfo):
+                info.readable = False  # what cannot be read is told in our words
     flags = flags_of(run)
 
     @functools.wraps(run)
@@ -244,3 +248,14 @@ def show_report(
         print_json(command, {"out": str(out), **more, "report": document}, exit_code=exit_code)
     else:
         show(summary(document, str(out)))
+
+
+def projection(word: str) -> Literal["fixed", "trainable"]:
+    """What ``--projection`` says of SLoRB branches."""
+    from sparsepass.graph import SparsepassError
+
+    if word == "fixed":
+        return "fixed"
+    if word == "trainable":
+        return "trainable"
+    raise SparsepassError(f"--projection expects fixed or trainable, got {word!r}")

@@ -35,6 +35,7 @@ from sparsepass.graph.support import (
     INFINITIES,
     SparsepassError,
     check_tensors,
+    native_path,
     read_by,
     read_object,
     weights_entry,
@@ -345,7 +346,7 @@ def _named_families(config: Mapping[str, Any]) -> set[str]:
 def _open(path: Path) -> Any:
     check_tensors(path)
     with read_by("safetensors", path, safetensors.SafetensorError, OSError):
-        return safetensors.safe_open(path, framework="pt")
+        return safetensors.safe_open(native_path(path), framework="pt")
 
 
 def _read(path: Path, handle: Any, name: str) -> torch.Tensor:

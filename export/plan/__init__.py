@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         sparse_time as sparse_time,
         weight_bits as weight_bits,
     )
+    from sparsepass.export.plan.sizes import sizes as sizes
 else:
     from sparsepass._lazy import face
 

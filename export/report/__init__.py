@@ -35,6 +35,11 @@ if TYPE_CHECKING:
         TrainingEntry as TrainingEntry,
         VerificationSection as VerificationSection,
     )
+    from sparsepass.export.report.sizes import (
+        FileSizeEntry as FileSizeEntry,
+        FormEntry as FormEntry,
+        SizeSection as SizeSection,
+    )
     from sparsepass.export.report.speed import (
         RateEntry as RateEntry,
         SideEntry as SideEntry,

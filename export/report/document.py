@@ -20,6 +20,7 @@ from sparsepass.export.report.training import FOLDER as FIGURES
 from sparsepass.export.report.view import report_view
 from sparsepass.graph.support import (
     SparsepassError,
+    as_utf8,
     check_place,
     checksums_follow,
     file_inside,
@@ -218,15 +219,17 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, BaseModel):
         value = value.model_dump(by_alias=True, exclude_unset=True)
     if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, str) or value is None or isinstance(value, bool | int):
+        return {as_utf8(str(key)): plain_json(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return as_utf8(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Sequence | set | frozenset):
         return [plain_json(item) for item in value]
     if isinstance(value, Path):
-        return str(value)
+        return as_utf8(str(value))
     raise TypeError(f"a report holds plain values, got {type(value).__name__} ({value!r})")
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sparsepass.export.report import sections
 from sparsepass.export.report.parts import Number, Part
+from sparsepass.export.report.sizes import SizeSection
 from sparsepass.export.report.speed import SpeedSection
 from sparsepass.graph.support import SparsepassError
 
@@ -42,7 +43,7 @@ class MachineEntry(Part):
 class RunEntry(Part):
     """A command that added to the report."""
 
-    stage: str = Field(description="`prune`, `retrain`, `eval`, `export`, `plan`, `verify` or `bench` so far")
+    stage: str = Field(description="`prune`, `retrain`, `eval`, `export`, `plan`, `verify`, `bench` or `size` so far")
     command: str = Field(description="the command line, or `python` for a call from Python")
     created: str = Field(description="when it ended, ISO 8601, UTC")
     seconds: Number = Field(description="wall time, loading included")
@@ -65,6 +66,7 @@ class ReportDocument(Part):
     artifact: sections.ArtifactSection | None = None
     sparsity: sections.SparsitySection | None = None
     speed: SpeedSection | None = None
+    size: SizeSection | None = None
     pattern: sections.PatternSection | None = None
     plan: sections.PlanSection | None = None
     verification: sections.VerificationSection | None = None

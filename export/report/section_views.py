@@ -12,6 +12,7 @@ from sparsepass.export.report.charts import Bar, Line, Picture, bar_chart, line_
 from sparsepass.export.report.layers import gain_drawings, layer_facts, layer_table
 from sparsepass.export.report.parts import is_number
 from sparsepass.export.report.schema import ReportDocument
+from sparsepass.export.report.sizes import SizeSection
 from sparsepass.export.report.speed import SpeedSection
 from sparsepass.export.report.words import dimensions, number, rate, size, times
 
@@ -235,6 +236,64 @@ def speed_view(section: SpeedSection, report: ReportDocument) -> Iterator[Block]
         yield Sentence(
             f"Runs of one measurement lie apart by up to {max(spread):.0%} of their median.", tone="soft", on=EVERYWHERE
         )
+
+
+def size_view(section: SizeSection, report: ReportDocument) -> Iterator[Block]:
+    """What the model takes in each form, part by part, and what files take."""
+    yield Sentence(
+        f"{section.num_layers} layers that passes take hold {section.num_layer_weights:,} of {section.num_parameters:,} "
+        f"numbers. Counted from the shapes of the tensors; integers have a scale for each {section.group_size or 'row'}"
+        f"{' input features' if section.group_size else ''}.",
+        on=EVERYWHERE,
+    )
+    full, half = section.forms[0], section.forms[1]
+    rows = [
+        (
+            form.form,
+            *(size(part) for part in (form.layers_bytes, form.embedding_bytes, form.total_bytes)),
+            times(full.total_bytes / form.total_bytes),
+            times(half.total_bytes / form.total_bytes),
+            times(full.layers_bytes / form.layers_bytes) if form.layers_bytes else "",
+        )
+        for form in section.forms
+    ]
+    columns = figures("layers", "embedding", "together", "of fp32", "of bf16", "layers of fp32")
+    yield Table("Promised", (Column("form"), *columns), rows, on=EVERYWHERE)
+    parts = [
+        (
+            form.form,
+            *(size(part) for part in (form.values_bytes, form.indices_bytes, form.scales_bytes, form.branches_bytes)),
+            size(form.embedding_bytes),
+            size(form.others_bytes),
+        )
+        for form in section.forms
+    ]
+    named = figures("values", "places", "scales", "SLoRB", "embedding", "all else")
+    yield Table("Part by part", (Column("form"), *named), parts)
+    bars = [Bar(label=form.form, parts=((form.total_bytes, "c"),), text=size(form.total_bytes)) for form in section.forms]
+    yield drawn(bar_chart("The whole model (shorter is smaller)", bars))
+    if section.files:
+        found = [
+            (
+                file.source,
+                size(file.bytes),
+                file.form or "",
+                "" if file.promised_bytes is None else size(file.promised_bytes),
+                "" if not file.promised_bytes else f"{file.bytes / file.promised_bytes - 1:+.2%}",
+                times(full.total_bytes / file.bytes),
+                times(half.total_bytes / file.bytes),
+            )
+            for file in section.files
+        ]
+        named = (
+            Column("file or folder"),
+            *figures("takes"),
+            Column("form"),
+            *figures("promised", "off by", "of fp32", "of bf16"),
+        )
+        yield Table("Measured", named, found, on=EVERYWHERE)
+    if section.paper:
+        yield Sentence(f"{section.paper}.", tone="soft", on=EVERYWHERE)
 
 
 def _states(engine: str, layers: Sequence[sections.EvidenceEntry]) -> Picture:

@@ -40,6 +40,7 @@ VIEWS: Final[Mapping[str, tuple[str, SectionViewer]]] = {
     "retraining": ("Training", training_view),
     "sparsity": ("Was the sparsity used?", section_views.sparsity_view),
     "speed": ("Speed", section_views.speed_view),
+    "size": ("Size", section_views.size_view),
     "plan": ("Plan", section_views.plan_view),
     "artifact": ("Files", section_views.artifact_view),
     "verification": ("Verification", section_views.verification_view),

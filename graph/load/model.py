@@ -35,11 +35,13 @@ from sparsepass.graph.saved import PROGRAM_FILE, TENSORS_FILE
 from sparsepass.graph.support import (
     ChecksumWarning,
     SparsepassError,
+    as_utf8,
     changed_files,
     check_inside,
     check_tensors,
     closest,
     find_device,
+    native_path,
     path_named,
     quiet_loading,
 )
@@ -234,7 +236,7 @@ def _check_is_hub_id(name: str, *, is_path: bool) -> None:
 
 
 def _from_name(wanted: _Wanted, *, is_path: bool) -> LoadedModel:
-    name, path = wanted.name, Path(wanted.name).expanduser()
+    name, path = wanted.name, native_path(Path(wanted.name).expanduser())
     kind: Kind = "folder"
     facts: dict[str, object] = {}
     if path.is_file():
@@ -407,7 +409,7 @@ def _built(
             folder, local_files_only=True, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     # The name a user knows, not the place in the hub's cache, goes on into adapters and model cards.
-    model.config.name_or_path = model.name_or_path = name
+    model.config.name_or_path = model.name_or_path = as_utf8(name)
     check_all_used(model, info, name)
     return model.eval(), check_complete(info, type(model).__name__, name)
 

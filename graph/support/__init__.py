@@ -33,6 +33,7 @@ from sparsepass.graph.support.files import (
 )
 from sparsepass.graph.support.inside import check_inside, file_inside, is_file_name
 from sparsepass.graph.support.machine import fast_low_precision, give_back_freed_memory, package_version
+from sparsepass.graph.support.native import as_utf8, native_path
 from sparsepass.graph.support.option_text import build, item_to_text, parse_items
 from sparsepass.graph.support.places import Inputs, check_apart, check_free, check_place, check_writable, path_named
 from sparsepass.graph.support.reading import (
@@ -69,6 +70,7 @@ __all__ = [
     "ProgramFormatError",
     "SparsepassError",
     "alone_in",
+    "as_utf8",
     "build",
     "changed_files",
     "check_apart",
@@ -99,6 +101,7 @@ __all__ = [
     "load_tensors",
     "lock_now",
     "name_matches",
+    "native_path",
     "nearest",
     "one_at_a_time",
     "open_tensors",

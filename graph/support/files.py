@@ -13,6 +13,7 @@ from sparsepass._terminal import one_line
 from sparsepass.graph.support.checksums import write_checksums
 from sparsepass.graph.support.errors import SparsepassError
 from sparsepass.graph.support.inside import file_inside, is_file_name
+from sparsepass.graph.support.native import native_path
 from sparsepass.graph.support.places import LOST_AND_FOUND, Inputs, check_free, stays
 from sparsepass.graph.support.reading import INFINITIES, read_object, weight_map
 from sparsepass.graph.support.temporaries import OLD, sweep, temporary_file, temporary_folder, umask
@@ -51,7 +52,7 @@ def replaced_folder(out: str | Path, *, force: bool = False, inputs: Inputs = ()
     room = target if stays(target) else target.parent
     try:
         with temporary_folder(target, room) as staging:
-            yield staging
+            yield native_path(staging)
             if checksums:
                 write_checksums(staging)
             staging.chmod(0o777 & ~umask())
@@ -85,10 +86,11 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise SparsepassError(f"{target} is no plain file, and is not replaced by one; move it away, or choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
     try:
         with temporary_file(target) as beside:
-            yield beside
+            yield native_path(beside.parent) / beside.name
             beside.chmod(0o666 & ~umask())
             try:
                 os.replace(beside, target)

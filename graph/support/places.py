@@ -93,8 +93,6 @@ def check_place(
         raise SparsepassError(
             f"output {target} is a file that sparsepass did not write; choose another name, or remove it yourself"
         )
-    if not target.parent.is_dir():
-        raise SparsepassError(f"output {target} lies in a folder that does not exist; create it, or choose another place")
     _check_room(target)
     sweep(target)
 

@@ -25,6 +25,7 @@ from typing_extensions import TypedDict  # pydantic takes no other before Python
 
 from sparsepass._terminal import one_line
 from sparsepass.graph.support.errors import SparsepassError
+from sparsepass.graph.support.native import native_path
 
 MAX_DEPTH: Final = 100
 """How deep JSON may be nested. Real files go to about 15."""
@@ -214,7 +215,7 @@ def open_tensors(
     """
     check_tensors(path, error=error, advice=advice)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(native_path(path), framework="pt") as file:
             yield file
     except safetensors.SafetensorError as fault:
         _refuse_tensors(path, fault, error, advice)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from sparsepass.graph.support.errors import SparsepassError
+from sparsepass.graph.support.native import as_utf8
 
 PARTIAL: Final = ".partial"
 OLD: Final = ".old"
@@ -53,7 +54,7 @@ def sweep(target: Path) -> None:
 
     What belongs to a run that lives stays, and so does everything where the file system knows no locks.
     """
-    named = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})")
+    named = re.compile(rf"\.{re.escape(as_utf8(target.name))}\.[a-z0-9_]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})")
     for room in (target.parent, target):
         try:
             found = [entry for entry in os.scandir(room) if named.fullmatch(entry.name) and not entry.is_symlink()]
@@ -133,7 +134,7 @@ def alone_in(folder: Path | None) -> Iterator[None]:
 
 def _made(target: Path, room: Path, suffix: str, *, is_folder: bool) -> tuple[Path, int | None]:
     """A hidden file or folder that is ours, and its lock."""
-    prefix = f".{target.name}."
+    prefix = f".{as_utf8(target.name)}."
     while True:
         if is_folder:
             path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=room))

@@ -21,7 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from sparsepass.graph.support import SparsepassError, check_as, check_tensors, read_by, read_object, write_text
+from sparsepass.graph.support import SparsepassError, check_as, check_tensors, native_path, read_by, read_object, write_text
 from sparsepass.retrain.loss import TeacherTargets, TopKDistribution, log_probabilities
 from sparsepass.retrain.teacher.online import Teacher
 
@@ -236,7 +236,7 @@ class Shards:
             if wanted not in header or header[wanted]["shape"] != shape:
                 raise SparsepassError(f"{path} does not hold {wanted} of {count} sequences; {advice}")
         with read_by("safetensors", path, safetensors.SafetensorError, OSError, advice=advice):
-            return safetensors.safe_open(path, framework="pt")
+            return safetensors.safe_open(native_path(path), framework="pt")
 
 
 def sequence_hash(ids_T: Tensor) -> int:

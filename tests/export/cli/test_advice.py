@@ -123,7 +123,6 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(tmp_path: Path,
         (["criteria", model, "--calibration", text, "--eval-text", "python-docs"], "suffix '.csv'"),
         (["criteria", model, *data, *measured, "-o", tmp_path / "folder"], "is a folder"),
         (["sensitivity", model, "--calibration", text], "suffix '.csv'"),
-        (["sample", model, "-o", tmp_path / "no/s.jsonl", "--tokens", "9"], "folder that does not exist"),
         *(
             ([*words, "--device", "nothing"], "device nothing cannot be used here")
             for words in (

@@ -1,6 +1,7 @@
 """No command writes over what it reads, whatever it is called, with --force or without."""
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -127,3 +128,36 @@ def test_a_result_is_replaced(project: Path) -> None:
         result = CliRunner().invoke(app, ["unpack", "packed", "-o", "new", "--force"])
         assert result.exit_code == 0, result.output
     assert (project / "new" / CHECKSUMS_FILE).is_file()
+
+
+def test_any_name_can_be_written_and_read(project: Path) -> None:
+    """A file system takes any bytes for a name, and libraries in Rust take UTF-8 only. Folders are made."""
+    name = "new\udcff[/b]caf\udce9"
+    model = Path("model").rename(f"m{name.replace('/', '')}")
+    runner = CliRunner()
+    for arguments in (
+        ["prune", model, "-o", name, "--no-validate"],
+        ["prune", model, "-o", name, "--no-validate", "--force"],
+        ["export", name, "-t", "hf", "-o", f"{name}-hf"],
+        ["export", name, "-t", "packed", "-o", f"{name}-packed"],
+        ["masks", name, "-o", f"{name}.safetensors"],
+        ["masks", f"{name}.safetensors"],
+        ["verify", f"{name}-hf"],
+        ["verify", name, "--report", name],
+        ["compare", name, f"{name}-hf"],
+        ["unpack", f"{name}-packed", "-o", f"{name}-plain"],
+        ["sample", model, "-o", f"{name}.jsonl", "--tokens", "20", "--length", "10"],
+        ["report", name],
+    ):
+        result = runner.invoke(app, list(map(str, arguments)))
+        assert result.exit_code == 0, (arguments, result.output)
+    assert not [path for path in project.rglob(".*") if path.name.endswith((".partial", ".old"))]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_told_in_one_line(project: Path) -> None:
+    Path("texts").chmod(0)
+    result = CliRunner().invoke(app, ["report", "texts"])
+    Path("texts").chmod(0o755)
+    assert result.exit_code == 2
+    assert "Permission denied" in result.stderr
