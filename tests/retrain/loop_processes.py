@@ -135,7 +135,10 @@ def numbers(folder: Path) -> None:
         if kind == "one":
             for name, options in NUMBERS.items():
                 run(
-                    name.split()[0], double=True, max_steps=1, **{k: v for k, v in options.items() if k in ("method", "recipe", "quantize")}
+                    name.split()[0],
+                    double=True,
+                    max_steps=1,
+                    **{k: v for k, v in options.items() if k in ("method", "recipe", "quantize")},
                 )
         wait(fork(act(kind), 1 if kind == "one" else 2, folder / kind))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.program import masked_weight
-from sparsepass.graph.rewrite import fold_grid
+from sparsepass.graph.rewrite import finish, fold_grid
 from sparsepass.graph.rounding import fit_scales
 from sparsepass.passes import apply_passes
 from sparsepass.passes.maths import NMPattern, num_violations
@@ -98,6 +98,7 @@ def test_validation_is_that_of_the_rounded_model(tmp_path: Path) -> None:
     floating = copy.deepcopy(program)
     for weight in program.quantized:
         fold_grid(floating, weight)
+    finish(floating)
     assert validation_loss(floating) == pytest.approx(validation_loss(program), rel=1e-6)
     program.save(tmp_path / "program")
     assert validation_loss(Program.load(tmp_path / "program")) == validation_loss(program)
@@ -179,7 +180,11 @@ def test_a_step_that_leaves_weights_without_scales_is_told() -> None:
     ("recipe", "changes", "told"),
     [
         (RECIPE, {}, "the program is quantized, .*: set train.quantize: true .*, or retrain the program as it was before"),
-        ("nm_sparsify", {"quantize": True}, r"this program is not quantized: apply the pass quantize first \(after nm_sparsify\)"),
+        (
+            "nm_sparsify",
+            {"quantize": True},
+            r"this program is not quantized: apply the pass quantize first \(after nm_sparsify\)",
+        ),
         ("quantize", {"quantize": True}, "there is nothing to retrain: it has no sparse layers; apply nm_sparsify"),
         ("nm_sparsify,quantize,fold", {"quantize": True}, "its masks have been folded into the weights"),
     ],

@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers as hf
 from tests.families import BY_NAME, captured
-from tests.retrain.runs import CONTEXT, RECIPE, data, digest, masks, measures, run, settings, sparse, steps, train, validation_loss
+from tests.retrain.runs import (
+    CONTEXT,
+    RECIPE,
+    data,
+    digest,
+    masks,
+    measures,
+    run,
+    settings,
+    sparse,
+    steps,
+    train,
+    validation_loss,
+)
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError, capture
