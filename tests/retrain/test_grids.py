@@ -1,4 +1,4 @@
-"""Training behind the rounding: gradients go straight through, scales follow, zeros stay, and what makes no sense is refused."""
+"""Training behind the rounding: scales follow the weights, zeros stay, and what makes no sense is refused."""
 
 import copy
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_what_is_not_trained_keeps_its_scales() -> None:
 
 def test_a_fixed_mask_is_trained_behind_the_rounding() -> None:
     program, start = quantized(method="fixed"), sparse(recipe=RECIPE)
-    for weight, state in program.sparse.items():
+    for state in program.sparse.values():
         assert state.mask is not None
         assert torch.equal(program.tensor(state.mask), start.tensor(state.mask))
     assert torch.equal(program.tensor(program.quantized[DOWN].scales), fitted(program, DOWN)[0])

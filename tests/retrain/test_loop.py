@@ -77,7 +77,7 @@ class PlainRun:
         return logits
 
     def rounded(self, name: str, w: Tensor) -> Tensor:
-        """What a weight is rounded to, if it is: scales are the largest weights over the largest integers, bfloat16 rounded up."""
+        """What a weight is rounded to, if it is: a scale is the largest weight over the largest integer, rounded up."""
         if name not in self.grids:
             return w
         grouped = w.float().unflatten(1, (-1, self.grids[name].group_size))

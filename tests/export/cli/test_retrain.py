@@ -270,7 +270,7 @@ def test_a_quantized_program_is_trained_behind_its_rounding_and_exported(place: 
     assert done.exit_code == 0, done.output
     command = ["retrain", tmp_path / "small", "-o", tmp_path / "out", "-c", place / "train.yaml"]
     refused = run(*command)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "set train.quantize: true" in " ".join(refused.output.split())
     assert not (tmp_path / "out").exists()
     result = run(*command, "--set", "train.quantize=true")
@@ -287,5 +287,5 @@ def test_a_quantized_program_is_trained_behind_its_rounding_and_exported(place: 
         verified = run("verify", tmp_path / target)
         assert verified.exit_code == 0, verified.output
     refused = run(*command, "--set", "train.method=cast", "--set", "train.quantize=true")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "quantize: true is for the methods ast and fixed" in " ".join(refused.output.split())
