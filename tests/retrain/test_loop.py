@@ -84,7 +84,8 @@ class PlainRun:
         exact = grouped.abs().amax(2, keepdim=True) / self.grids[name].ends[1]
         scale = exact.bfloat16()
         scale = torch.where(scale < exact, torch.nextafter(scale, scale + 1), scale).float()
-        return ((grouped / scale).round().clamp(*self.grids[name].ends) * scale).flatten(1).double()
+        found: Tensor = (grouped / scale).round().clamp(*self.grids[name].ends) * scale
+        return found.flatten(1).double()
 
     def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
         a, t = self.config.kd_weight, self.config.temperature
