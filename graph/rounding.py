@@ -126,14 +126,19 @@ def round_to_nearest(
     scales_OG = scales_OG.to(torch.bfloat16)
     if not scales_OG.isfinite().all():
         raise SparsepassError(f"a scale of int{grid.bits} is not finite; give finite ones, or leave scales out")
-    zeros_OG1 = None if zeros_OG is None else zeros_OG[..., None]
-    return Rounded(
-        grid=grid,
-        numbers_OGK=nearest_numbers(grouped_OGK, grid, scales_OG[..., None], zeros_OG1),
-        scales_OG=scales_OG,
-        zeros_OG=None if zeros_OG is None else zeros_OG.float(),
-        columns=columns,
-    )
+    return _rounded(grouped_OGK, grid, scales_OG, zeros_OG, columns)
+
+
+def on_grid(weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor, zeros_OG: Tensor | None) -> Tensor:
+    """The values that `round_to_nearest` rounds a weight to, float32, for scales that are known to be finite.
+
+    On a GPU, to look at them would be a wait for each layer.
+
+    Example:
+        >>> on_grid(torch.tensor([[7.0, -3.4]]), RoundingGrid(group_size=0), torch.ones(1, 1).bfloat16(), None)
+        tensor([[ 7., -3.]])
+    """
+    return _rounded(in_groups(weight_OI.float(), grid), grid, scales_OG, zeros_OG, weight_OI.shape[-1]).weight_OI
 
 
 def nearest_numbers(values: Tensor, grid: RoundingGrid, scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -154,7 +159,7 @@ def nearest_numbers(values: Tensor, grid: RoundingGrid, scales: Tensor, zeros: T
     return numbers.clamp_(*grid.ends)
 
 
-def fit_scales(weight_OI: Tensor, grid: RoundingGrid, share: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def fit_scales(weight_OI: Tensor, grid: RoundingGrid, share: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
     """Choose scales and zero points by what each group holds.
 
     Shapes: ``[..., O, I]`` to ``[..., O, G]``.
@@ -162,7 +167,7 @@ def fit_scales(weight_OI: Tensor, grid: RoundingGrid, share: float = 1.0) -> tup
     Args:
         weight_OI: The weight.
         grid: What it is going to be rounded to.
-        share: Of a group's range that is to be held; what lies beyond is clipped.
+        share: Of a group's range that is to be held; what lies beyond is clipped. One for all groups, or one for each.
 
     Returns:
         Scales, each the least bfloat16 that clips nothing within that range; and the integers that stand for 0, as floating
@@ -173,6 +178,33 @@ def fit_scales(weight_OI: Tensor, grid: RoundingGrid, share: float = 1.0) -> tup
         tensor([[0.5000]], dtype=torch.bfloat16)
     """
     return _fitted(in_groups(weight_OI.detach().float(), grid), grid, share)
+
+
+def held_share(weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor) -> Tensor:
+    """The share of each group's range that scales hold, so that `fit_scales` gives them back for this weight.
+
+    Shapes: ``[..., O, I]`` to float32 ``[..., O, G]``.
+
+    Args:
+        weight_OI: The weight that they belong to.
+        grid: What it is rounded to.
+        scales_OG: Such as a search for clipping has found.
+
+    Returns:
+        Exactly 1 for scales that `fit_scales` finds by itself, and where a scale or all of a group is 0.
+
+    Exactness: `fit_scales` with these shares gives the scales bit for bit, but for groups that hold nothing.
+
+    Example:
+        >>> held_share(torch.tensor([[7.0, -3.4, 0.0, 1.6]]), RoundingGrid(), torch.tensor([[0.5]])).round(decimals=2)
+        tensor([[0.5000]])
+    """
+    grouped_OGK = in_groups(weight_OI.detach().float(), grid)
+    least, most = _range(grouped_OGK, grid)
+    range_OG, fitted_OG = most - least, _fitted(grouped_OGK, grid, 1.0)[0]
+    # A little less than the scale itself: rounding up leads to it then, whatever the rounding of the product.
+    share_OG = scales_OG.float() * (1 - 2**-12) * grid.ends[1] / range_OG
+    return share_OG.where((scales_OG != fitted_OG) & (scales_OG > 0) & (range_OG > 0), 1.0)
 
 
 def in_groups(weight_OI: Tensor, grid: RoundingGrid) -> Tensor:
@@ -222,13 +254,30 @@ def num_groups(columns: int, group_size: int) -> int:
     return -(-columns // group_size) if group_size else 1
 
 
-def _fitted(grouped_OGK: Tensor, grid: RoundingGrid, share: float) -> tuple[Tensor, Tensor | None]:
+def _rounded(grouped_OGK: Tensor, grid: RoundingGrid, scales_OG: Tensor, zeros_OG: Tensor | None, columns: int) -> Rounded:
+    zeros_OG1 = None if zeros_OG is None else zeros_OG[..., None]
+    return Rounded(
+        grid=grid,
+        numbers_OGK=nearest_numbers(grouped_OGK, grid, scales_OG[..., None], zeros_OG1),
+        scales_OG=scales_OG,
+        zeros_OG=None if zeros_OG is None else zeros_OG.float(),
+        columns=columns,
+    )
+
+
+def _fitted(grouped_OGK: Tensor, grid: RoundingGrid, share: float | Tensor) -> tuple[Tensor, Tensor | None]:
     least, most = grid.ends
-    if grid.symmetric:
-        return _rounded_up(grouped_OGK.abs().amax(-1) * share / most), None
-    low_OG, high_OG = grouped_OGK.amin(-1).clamp_max(0) * share, grouped_OGK.amax(-1).clamp_min(0) * share
+    low_OG, high_OG = (end_OG * share for end_OG in _range(grouped_OGK, grid))
     scales_OG = _rounded_up((high_OG - low_OG) / most)
-    return scales_OG, (-low_OG / _divisor(scales_OG)).round_().clamp_(least, most)
+    return scales_OG, None if grid.symmetric else (-low_OG / _divisor(scales_OG)).round_().clamp_(least, most)
+
+
+def _range(grouped_OGK: Tensor, grid: RoundingGrid) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of each group, with 0 among them; of a symmetric grid 0 and the largest magnitude."""
+    if grid.symmetric:
+        largest_OG = grouped_OGK.abs().amax(-1)
+        return torch.zeros_like(largest_OG), largest_OG
+    return grouped_OGK.amin(-1).clamp_max(0), grouped_OGK.amax(-1).clamp_min(0)
 
 
 def _divisor(scales: Tensor) -> Tensor:

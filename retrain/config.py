@@ -76,6 +76,8 @@ class RetrainConfig:
         hidden_weight: Weight of the log of 1 + the relative squared error of each block's output to the teacher's; 0 is off.
         frozen: Parameters that are not trained: names, globs or 're:...'. Embeddings are named like
             ``*embed_tokens*``. The mask of a weight that is not trained stays.
+        quantize: Whether a quantized program (pass quantize) is trained behind its rounding: the forward pass computes with the
+            rounded weights, and scales follow the weights. For ast and fixed.
         dtype: ``bfloat16`` computes under autocast with float32 weights; ``float32``; ``auto``: bfloat16 where the device
             is fast in it, else float32.
         chunk_tokens: Tokens whose logits are held at once; None chooses.
@@ -120,6 +122,7 @@ class RetrainConfig:
     temperature: float = 2.0
     hidden_weight: float = 0.0
     frozen: tuple[str, ...] = ()
+    quantize: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     chunk_tokens: int | None = None
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -172,6 +175,22 @@ class RetrainConfig:
             raise SparsepassError(
                 "method maskllm chooses among all weights as they are, to the end: leave out behind and freeze_masks_after"
             )
+
+        if self.quantize and self.method not in ("ast", "fixed"):
+            why = {
+                "cast": "cast computes with dense weights until its end, and a grid that fits those fits no sparse ones",
+                "maskllm": "maskllm learns masks over weights that stay as they are",
+            }[self.method]
+            raise SparsepassError(
+                f"quantize: true is for the methods ast and fixed: {why}; train first, then apply the pass quantize"
+            )
+
+    @property
+    def computed(self) -> dict[str, Any]:
+        """The settings that say what a run computes: what tells it from another one, and what a resumed one may not change."""
+        found = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE_SETTINGS}
+        # Earlier versions do not know it, and what they began goes on.
+        return found if self.quantize else {name: value for name, value in found.items() if name != "quantize"}
 
     def _expect(self, name: str, expected: str, fits: bool) -> None:
         if not fits:

@@ -143,6 +143,14 @@ class Learner:
         known_kl = kl / counted if guide.teacher else None
         return {"nll": nll, "perplexity": perplexity_of(nll), "kl": known_kl, "num_tokens": counted}
 
+    def bad_weights(self, step: int) -> NonFiniteLossError:
+        """The error of a step that left weights which have no scale."""
+        bad = next((name for name, p in self.trainee.trained.items() if not _is_finite(p)), "a weight")
+        return NonFiniteLossError(
+            f"after step {step}, {bad} is not finite, so it has no scale. Earlier checkpoints are intact. Lower lr (it is "
+            f"{self.config.lr:g}) or make warmup longer, {_GO_ON}"
+        )
+
     def _forward(self, batch: Batch, targets_BT: Tensor, num_tokens: float, guide: OnlineParts | None = None) -> Distillation:
         low = self.config.dtype == "bfloat16"
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=low):

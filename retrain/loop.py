@@ -17,7 +17,7 @@ from torch import nn
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.admission import check_has_values
 from sparsepass.graph.support import alone_in, give_back_freed_memory, shows_progress
-from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig, annealed_decay, learning_rate, steps_of, straight
+from sparsepass.retrain.config import RetrainConfig, annealed_decay, learning_rate, steps_of, straight
 from sparsepass.retrain.data import TrainingData
 from sparsepass.retrain.learner import Learner, shares
 from sparsepass.retrain.run import (
@@ -234,6 +234,8 @@ class Training:
         state.num_tokens += self._step_tokens
         if self._masks_move():
             self._refresh_masks()
+        if trainee.grids.sites and any_process(not trainee.grids.refit(), self.device):
+            raise self.learner.bad_weights(state.step)
         seconds = time.perf_counter() - began
         state.seconds += seconds
         state.last_validation = None
@@ -397,7 +399,7 @@ def _identity(program: Program, config: RetrainConfig, num_steps: int) -> dict[s
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS},
+        "settings": config.computed,
         "num_steps": num_steps,
         "recipe": program.recipe,
         "sparse_weights": {name: list(program.tensor(name).shape) for name in program.sparse},

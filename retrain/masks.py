@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -282,6 +282,23 @@ def put_behind(weight_OI: Tensor, mask_OI: Tensor, behind: "str | float", patter
     return torch.where(mask_OI, weight_OI, weight_OI * float(behind))
 
 
+def row_pieces(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Cut tensors of one shape into rows that fit in the cache together.
+
+    Yields:
+        A slice of the first axis, and these rows of each tensor.
+
+    >>> [(rows, piece.shape) for rows, piece in row_pieces(torch.ones(3, 8))]
+    [(slice(0, 32768, None), torch.Size([3, 8]))]
+    """
+    first = tensors[0]
+    limit = _GPU_PIECE if first.is_cuda else _CPU_PIECE
+    size = max(1, limit // max(1, first[0].numel())) if len(first) else 1
+    for start in range(0, len(first), size):
+        rows = slice(start, start + size)
+        yield rows, *(tensor[rows] for tensor in tensors)
+
+
 def pack(mask: Tensor) -> Tensor:
     """Pack a bool tensor of any shape into one bit an entry, zero bits at the end.
 
@@ -306,7 +323,7 @@ def _refresh(known: MaskedSite, first: Tensor) -> Flips:
         mask.movedim(known.site.nm_axis, -1).copy_(kept)
     else:
         weight_OI, mask_OI = known.site.to_matrix(weight), known.site.to_matrix(mask)
-        for weight_piece, mask_piece in _pieces(weight_OI, mask_OI):
+        for _, weight_piece, mask_piece in row_pieces(weight_OI, mask_OI):
             mask_piece.copy_(magnitude_mask(weight_piece, known.pattern))
         if mask_OI.data_ptr() != mask.data_ptr():  # a convolution's matrix is a copy
             mask.copy_(known.site.from_matrix(mask_OI))
@@ -324,11 +341,3 @@ def _count_bits(packed: Tensor) -> Tensor:
     packed = packed - ((packed >> 1) & 0x55)
     packed = (packed & 0x33) + ((packed >> 2) & 0x33)
     return ((packed + (packed >> 4)) & 0x0F).sum(dtype=torch.int64)
-
-
-def _pieces(weight_OI: Tensor, mask_OI: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = weight_OI.shape[0]
-    limit = _GPU_PIECE if weight_OI.is_cuda else _CPU_PIECE
-    size = max(1, limit // max(1, weight_OI[0].numel())) if rows else 1
-    for start in range(0, rows, size):
-        yield weight_OI[start : start + size], mask_OI[start : start + size]

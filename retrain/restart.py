@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.retrain.grids import grid_tensors, quantized_sites
 from sparsepass.retrain.run import CHECKPOINTS, Checkpoints, step_of
 from sparsepass.retrain.student import masked_sites
 
@@ -48,6 +49,7 @@ def program_of_checkpoint(program: Program, place: str | Path, *, inplace: bool 
     weights = {f"weights/{name}": tensor.detach() for name, tensor in found.tensors().items()}
     into = {key: tensor for key, tensor in weights.items() if key in stored}
     into |= {f"masks/{name}": found.tensor(mask) for name, (_, _, mask) in masked_sites(found).items()}
+    into |= grid_tensors(quantized_sites(found, found.tensor))
     of_this = {"recipe": found.recipe, "sparse_weights": {name: list(found.tensor(name).shape) for name in found.sparse}}
     with torch.no_grad():
         restored = checkpoints.restore("newest" if step is None else step, into, expected=of_this, partial=True)

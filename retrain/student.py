@@ -224,7 +224,7 @@ def masked_sites(program: Program) -> dict[str, tuple[Site, NMPattern, str]]:
     """Weight name -> site, pattern and mask name, of every weight that has a mask.
 
     Raises:
-        SparsepassError: If the program has none, or is quantized.
+        SparsepassError: If the program has none.
     """
     sites = {site.weight: site for site in program.sites()}
     found = {
@@ -232,11 +232,6 @@ def masked_sites(program: Program) -> dict[str, tuple[Site, NMPattern, str]]:
         for weight, state in program.sparse.items()
         if state.mask is not None
     }
-    if program.quantized:
-        raise SparsepassError(
-            f"{next(iter(program.quantized))} is quantized, and rounded weights are not trained: retrain the program as it was "
-            "before the pass quantize, then quantize it"
-        )
     if not found:
         why = "its masks have been folded into the weights" if program.sparse else "it has no sparse layers"
         raise SparsepassError(f"there is nothing to retrain: {why}; apply nm_sparsify (and no fold) first")

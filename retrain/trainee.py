@@ -18,6 +18,7 @@ from sparsepass.graph import Program, Site
 from sparsepass.graph.program import with_sparse
 from sparsepass.graph.rewrite import beside, detach_logits, finish
 from sparsepass.retrain.config import RetrainConfig
+from sparsepass.retrain.grids import FollowingGrids, check_quantize, grid_tensors, quantized_sites
 from sparsepass.retrain.masks import LearnedMasks, LearnedSite, MaskedSite, MovingMasks, check_method
 from sparsepass.retrain.optimizers import ASTSGD, AdamS, ASTAdamW, MaskedOptimizer
 from sparsepass.retrain.run import checkpoint_activations, local, replicate, shard, whole
@@ -42,6 +43,7 @@ class Trainee:
         forward_masks: Weight name -> the mask that the forward pass reads, where that is not the one that moves (CAST).
         scales: Weight name -> name of CAST's scales.
         learned: The masks that are learned; empty where the method learns none.
+        grids: The grids of quantized weights, which follow them; empty where nothing is quantized.
     """
 
     program: Program
@@ -54,6 +56,7 @@ class Trainee:
     forward_masks: Mapping[str, Tensor]
     scales: dict[str, str]
     learned: LearnedMasks
+    grids: FollowingGrids
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name; sharded where the training is."""
@@ -61,7 +64,7 @@ class Trainee:
         found |= {f"masks/{name}": known.mask for name, known in self.masks.sites.items()}
         for name, parameter in self.trained.items():
             found |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
-        return found
+        return found | grid_tensors(self.grids.sites)
 
     @contextlib.contextmanager
     def sparse_forward(self) -> Iterator[None]:
@@ -119,9 +122,11 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
         unpadded: The length of all sequences, if none has padding.
 
     Raises:
-        SparsepassError: If the program has no masks, is no causal language model, is not float32, or does not fit the method.
+        SparsepassError: If the program has no masks, is no causal language model, is not float32, or does not fit the method;
+            if it is quantized and is not to be trained so, or the other way round.
     """
     check_method(program, config.method)
+    check_quantize(bool(program.quantized), config.quantize)
     program.to(accelerator.device)
     for state in program.sparse.values():
         if state.learned is not None:  # read by each forward pass: on one GPU that would be a wait each time
@@ -140,8 +145,8 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
     model: nn.Module = student
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         # A buffer would stay whole on every process.
-        for _, _, mask in sites.values():
-            slots.make_parameter(mask)
+        for name in [mask for _, _, mask in sites.values()] + [n for state in program.quantized.values() for n in state.names]:
+            slots.make_parameter(name)
         axes = {id(slots[key]): 1 for name, (site, _, mask) in sites.items() if site.nm_axis == 0 for key in (name, mask)}
         shard(student, parts.blocks, axes, accelerator.device)
     elif accelerator.num_processes > 1:
@@ -180,6 +185,7 @@ def make_trainee(program: Program, config: RetrainConfig, accelerator: Accelerat
         forward_masks=forward_masks,
         scales=scales,
         learned=LearnedMasks({n: known for n, known in moving.items() if isinstance(known, LearnedSite)}, seed=config.seed),
+        grids=FollowingGrids(quantized_sites(program, slots.__getitem__)),
     )
 
 

@@ -18,10 +18,12 @@ from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, check_writable
 from sparsepass.passes import parse_pipeline
+from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import PYTHON_DOCS, locate
 from sparsepass.passes.manager import resolved
 from sparsepass.retrain.config import RetrainConfig, read_settings
 from sparsepass.retrain.data import DataConfig
+from sparsepass.retrain.grids import check_quantize
 from sparsepass.retrain.teacher import SampleConfig
 
 ORDER: Final = ("model", "out", "prune", "retrain", "eval", "export")
@@ -287,6 +289,9 @@ def _check(recipe: Recipe, where: str) -> None:
         try:
             pipeline = parse_pipeline(recipe.prune.passes)
             resolved(pipeline, has_calibration=recipe.prune.calibration.data is not None)
+            if recipe.retrain is not None and not is_program:  # what a saved one holds is looked at when it is read
+                quantizes = any(Condition.QUANTIZED in item.provides for item in pipeline)
+                check_quantize(quantizes, recipe.retrain.train.quantize)
         except SparsepassError as error:
             raise SparsepassError(f"{where}: prune.passes: {error}") from error
         recipe.prune.calibration.check(f"{where}: prune.calibration")

@@ -41,8 +41,9 @@ from sparsepass.graph.support import (
     replaced_folder,
     write_text,
 )
-from sparsepass.retrain.config import FREE_SETTINGS, RetrainConfig
+from sparsepass.retrain.config import RetrainConfig
 from sparsepass.retrain.data import TrainingData, open_data
+from sparsepass.retrain.grids import check_quantize
 from sparsepass.retrain.loop import retrain
 from sparsepass.retrain.masks import check_method
 from sparsepass.retrain.restart import program_of_checkpoint
@@ -133,6 +134,7 @@ def retrain_program(
         lost = section.train.behind != "original"
         _LOG.info("%s", note + ("; set train.behind=original to keep what stands behind the masks, too" if lost else ""))
     check_method(program, section.train.method)
+    check_quantize(bool(program.quantized), section.train.quantize)
     source_of_teacher = _source_of_teacher(section, document, trust_remote_code)
     if source_of_teacher is not None:
         check_apart(out, [source_of_teacher.source])
@@ -391,8 +393,7 @@ def _check_origin(
     checkpoint's again when it is read; here that costs no sampled text and no loaded teacher.
     """
     config = section.train.resolve(local_device(device))
-    train = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
-    settings = {f"train.{name}": plain_json(value) for name, value in train.items()}
+    settings = {f"train.{name}": plain_json(value) for name, value in config.computed.items()}
     found = {"program": hashlib.sha256((source / PROGRAM_FILE).read_bytes()).hexdigest(), "teacher": teacher} | settings
     path = run_folder / ORIGIN_FILE
     if Checkpoints(run_folder / CHECKPOINTS).newest() is not None:

@@ -47,7 +47,6 @@ from sparsepass.graph.support import (
     write_text,
 )
 from sparsepass.passes import parse_pipeline
-from sparsepass.retrain.config import FREE_SETTINGS
 from sparsepass.retrain.run import is_first_process, trains_on_processor
 
 STAGES_FILE: Final = "stages.json"
@@ -272,7 +271,7 @@ class _Stages:
         if recipe.retrain is not None:
             settings = {} if recipe.prune else {"model": model}
             settings |= plain_json(asdict(recipe.retrain))
-            settings["train"] = {name: value for name, value in settings["train"].items() if name not in FREE_SETTINGS}
+            settings["train"] = plain_json(recipe.retrain.train.computed)
             stage = Stage(
                 name="retrain", folder=recipe.out / "retrained", settings=settings, after=after, run=self._retrain, shared=True
             )

@@ -21,7 +21,6 @@ from sparsepass.graph.rounding import RoundingGrid, round_to_nearest
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import CHECKSUMS_FILE
 from sparsepass.passes import Quantize, apply_passes
-from sparsepass.retrain.student import masked_sites
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 OPTIONS = ["", "{bits=8}", "{symmetric=false}", "{bits=8,symmetric=false,group_size=0}", "{group_size=16,clip=weights}"]
@@ -233,12 +232,6 @@ def test_a_quantized_program_is_not_pruned_or_prepared(passes: str, told: str) -
         apply_passes(program, passes, inplace=True)
     assert all(torch.equal(a, b) for a, b in zip(_outputs(program, "llama"), _outputs(before, "llama"), strict=True))
     assert program.history == before.history
-
-
-def test_a_quantized_program_is_not_trained() -> None:
-    program = apply_passes(captured("llama"), "nm_sparsify,quantize")
-    with pytest.raises(SparsepassError, match="retrain the program as it was before the pass quantize"):
-        masked_sites(program)
 
 
 def test_branches_stay_as_they_are_and_masks_fold_after_rounding() -> None:

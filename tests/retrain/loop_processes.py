@@ -109,6 +109,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "gpt2": {"micro_batch_size": 2},
     "gpt2 maskllm": {"recipe": "nm_sparsify,learn_masks{alpha=1.0}", "method": "maskllm", "lr": 5e-3, "behind": "original",
                      "mask_norm": 1e-2, "micro_batch_size": 2},
+    "llama quantized": {"recipe": "nm_sparsify,quantize{group_size=16}", "quantize": True},
+    "gpt2 quantized": {"recipe": "nm_sparsify,quantize{bits=8,symmetric=false,clip=weights}", "quantize": True},
 }  # fmt: skip
 
 
@@ -133,7 +135,10 @@ def numbers(folder: Path) -> None:
         if kind == "one":
             for name, options in NUMBERS.items():
                 run(
-                    name.split()[0], double=True, max_steps=1, **{k: v for k, v in options.items() if k in ("method", "recipe")}
+                    name.split()[0],
+                    double=True,
+                    max_steps=1,
+                    **{k: v for k, v in options.items() if k in ("method", "recipe", "quantize")},
                 )
         wait(fork(act(kind), 1 if kind == "one" else 2, folder / kind))
 

@@ -41,6 +41,8 @@ from sparsepass.retrain.config import RetrainConfig, steps_of
         ({"mask_norm": -1.0}, "mask_norm expects a number of at least 0, got -1.0"),
         ({"method": "maskllm", "behind": "zeros"}, "maskllm chooses among all weights as they are, .* leave out behind"),
         ({"method": "maskllm", "freeze_masks_after": 0.5}, "leave out behind and freeze_masks_after"),
+        ({"method": "maskllm", "quantize": True}, "quantize: true is for the methods ast and fixed: maskllm learns masks"),
+        ({"method": "cast", "quantize": True}, "cast computes with dense weights .* then apply the pass quantize"),
         ({"method": "cast", "optimizer": "sgd"}, "cast has an optimizer of its own"),
         ({"trackers": ("tensorbord",)}, "accelerate knows no 'tensorbord'; did you mean 'tensorboard'"),
         ({"momentum": 1.0}, "momentum expects a number from 0 to below 1, got 1.0"),

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from sparsepass.graph.hierarchy import Hierarchy
 from sparsepass.passes import apply_passes
 from sparsepass.retrain import lean as lean_module
-from sparsepass.retrain.lean import gated_silu, make_lean, masked_linear
+from sparsepass.retrain.lean import gated_silu, make_lean, masked_linear, quantized_linear
 
 
 def trees(name: str, passes: str) -> tuple[Hierarchy, Hierarchy]:
@@ -53,6 +53,10 @@ def results(tree: Hierarchy, inputs: dict[str, Tensor], *, low: bool) -> tuple[T
 @pytest.mark.parametrize(
     ("name", "passes", "merged", "gates"),
     [
+        ("llama", "nm_sparsify,quantize{group_size=16}", 14, 2),
+        ("llama", "nm_sparsify{ignore=q_proj},slorb{k=4},quantize{symmetric=false}", 14, 2),
+        ("qwen2", "nm_sparsify,quantize{bits=8,group_size=0}", 14, 2),
+        ("gpt2", "nm_sparsify,quantize", 0, 0),
         ("llama", "nm_sparsify", 14, 2),
         ("llama", "nm_sparsify,slorb{k=4}", 14, 2),
         ("qwen2", "nm_sparsify", 14, 2),
@@ -62,8 +66,9 @@ def results(tree: Hierarchy, inputs: dict[str, Tensor], *, low: bool) -> tuple[T
 )
 def test_results_and_gradients_stay_bit_for_bit(name: str, passes: str, merged: int, gates: int, low: bool) -> None:
     plain, lean = trees(name, passes)
-    assert (calls(lean, masked_linear), calls(lean, gated_silu)) == (merged, gates)
-    assert (calls(plain, masked_linear), calls(plain, gated_silu)) == (0, 0)
+    linear = quantized_linear if "quantize" in passes else masked_linear
+    assert (calls(lean, linear), calls(lean, gated_silu)) == (merged, gates)
+    assert (calls(plain, linear), calls(plain, gated_silu)) == (0, 0)
     inputs = BY_NAME[name].inputs(2, 6)
     logits, gradients, kept = results(plain, inputs, low=low)
     again, others, less = results(lean, inputs, low=low)

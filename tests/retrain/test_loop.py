@@ -11,7 +11,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers as hf
 from tests.families import BY_NAME, captured
-from tests.retrain.runs import CONTEXT, data, digest, masks, measures, run, settings, sparse, steps, train, validation_loss
+from tests.retrain.runs import (
+    CONTEXT,
+    RECIPE,
+    data,
+    digest,
+    masks,
+    measures,
+    run,
+    settings,
+    sparse,
+    steps,
+    train,
+    validation_loss,
+)
 from torch import Tensor, nn
 
 from sparsepass.graph import Program, SparsepassError, capture
@@ -36,6 +49,7 @@ class PlainRun:
         self.model, self.config = model, config
         self.weights = {name: t.detach().clone() for name, t in program.tensors().items() if isinstance(t, nn.Parameter)}
         self.masks = {name: mask.clone() for name, mask in masks(program).items()}
+        self.grids = {name: state.grid for name, state in program.quantized.items()}
         self.branches = {n.removesuffix(".weight"): state.branch for n, state in program.sparse.items() if state.branch}
         self.moments = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in self.weights.items()}
         for name, mask in self.masks.items():  # clipped: no larger than 0.99 of the smallest kept weight of the group
@@ -46,7 +60,7 @@ class PlainRun:
 
     def logits(self, leaves: dict[str, Tensor], ids: Tensor) -> Tensor:
         """What the sparse model says; the gradient of a masked weight goes straight through to the dense one."""
-        used = {n: w + (w * self.masks[n] - w).detach() if n in self.masks else w for n, w in leaves.items()}
+        used = {n: w + (self.rounded(n, w * self.masks[n]) - w).detach() if n in self.masks else w for n, w in leaves.items()}
         hooks = []
         for path, branch in self.branches.items():
 
@@ -61,6 +75,17 @@ class PlainRun:
         for hook in hooks:
             hook.remove()
         return logits
+
+    def rounded(self, name: str, w: Tensor) -> Tensor:
+        """What a weight is rounded to, if it is: a scale is the largest weight over the largest integer, rounded up."""
+        if name not in self.grids:
+            return w
+        grouped = w.float().unflatten(1, (-1, self.grids[name].group_size))
+        exact = grouped.abs().amax(2, keepdim=True) / self.grids[name].ends[1]
+        scale = exact.bfloat16()
+        scale = torch.where(scale < exact, torch.nextafter(scale, scale + 1), scale).float()
+        found: Tensor = (grouped / scale).round().clamp(*self.grids[name].ends) * scale
+        return found.flatten(1).double()
 
     def loss(self, logits: Tensor, ids: Tensor) -> Tensor:
         a, t = self.config.kd_weight, self.config.temperature
@@ -101,10 +126,15 @@ class PlainRun:
         return float(loss.detach()), norm
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.01, "clip_grad_norm": None}])
-def test_it_is_the_loop_one_would_write_down(optimizer: dict[str, Any], tmp_path: Path) -> None:
-    model, program = BY_NAME["llama"].model().double(), sparse(double=True)
-    config = settings(**optimizer)
+SGD = {"optimizer": "sgd", "momentum": 0.9, "lr": 0.01, "clip_grad_norm": None}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"), [(RECIPE, {}), (RECIPE, SGD), ("nm_sparsify,slorb{k=8},quantize{group_size=16}", {"quantize": True})]
+)
+def test_it_is_the_loop_one_would_write_down(recipe: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, program = BY_NAME["llama"].model().double(), sparse(recipe=recipe, double=True)
+    config = settings(**options)
     plain = PlainRun(model, program, config)
     first = {name: mask.clone() for name, mask in masks(program).items()}
     trained = train(program, model, config, run_folder=tmp_path, data=data(None))

@@ -261,3 +261,31 @@ def test_the_text_that_is_sampled_is_part_of_a_cached_teachers_sequences(place: 
     done = run(*command)
     assert done.exit_code == 0, done.output
     assert len(list(default_run_folder(tmp_path / "out").glob("sampled-*.jsonl"))) == 1
+
+
+def test_a_quantized_program_is_trained_behind_its_rounding_and_exported(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    passes = "nm_sparsify,quantize{group_size=16}"
+    done = run("prune", place / "tiny", "-o", tmp_path / "small", "--passes", passes, "--no-validate")
+    assert done.exit_code == 0, done.output
+    command = ["retrain", tmp_path / "small", "-o", tmp_path / "out", "-c", place / "train.yaml"]
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert "set train.quantize: true" in " ".join(refused.output.split())
+    assert not (tmp_path / "out").exists()
+    result = run(*command, "--set", "train.quantize=true")
+    assert result.exit_code == 0, result.output
+    start, program = Program.load(tmp_path / "small"), Program.load(tmp_path / "out")
+    assert program.quantized == start.quantized
+    assert not same(tmp_path / "small", tmp_path / "out")
+    (found,) = read_report(tmp_path / "out")["retraining"]["runs"]
+    assert found["settings"]["quantize"] is True
+    # Each export opens what it wrote, and compares integers, scales and zeros with the program's.
+    for target in ("hf", "packed"):
+        written = run("export", tmp_path / "out", "--target", target, "-o", tmp_path / target)
+        assert written.exit_code == 0, written.output
+        verified = run("verify", tmp_path / target)
+        assert verified.exit_code == 0, verified.output
+    refused = run(*command, "--set", "train.method=cast", "--set", "train.quantize=true")
+    assert refused.exit_code == 2
+    assert "quantize: true is for the methods ast and fixed" in " ".join(refused.output.split())

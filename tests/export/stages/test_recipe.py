@@ -24,6 +24,7 @@ from sparsepass.retrain.teacher.sample import SampleConfig
 
 PAPER = ("gpt2-paper", "opt-paper", "llama2-7b-paper")
 # What a tiny model and a tiny text cannot have as the recipe has it. All else is run as it stands.
+STEP = {"max_steps": 1}
 SMALL: dict[str, Any] = {"max_steps": 2, "max_tokens": None, "batch_size": 4, "micro_batch_size": 2, "compile": False}
 
 
@@ -174,6 +175,14 @@ def test_the_example_is_a_recipe() -> None:
         ({"retrain": {"train": {"warmup_ratio": 0.1}, "data": {}}}, "here it is warmup"),
         ({"retrain": {"train": {"max_steps": 1}, "data": {"source": "a.txt"}}}, "file a.txt does not exist"),
         ({"retrain": {"train": {}, "data": {"source": "python-docs"}}}, "give max_steps or max_tokens"),
+        (
+            {"prune": {"passes": "nm_sparsify,quantize"}, "retrain": {"train": STEP, "data": {"source": "python-docs"}}},
+            "set train.quantize: true",
+        ),
+        (
+            {"retrain": {"train": STEP | {"quantize": True}, "data": {"source": "python-docs"}}},
+            "apply the pass quantize first",
+        ),
         (sampling(num_tokns=64), "did you mean 'num_tokens'"),
         (sampling(length=16), "num_tokens"),
         (sampling(num_tokens=1), "num_tokens has to be at least 2"),
