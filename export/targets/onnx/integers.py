@@ -154,15 +154,16 @@ class _Writer:
         if self.request.opset < INTEGERS_OPSET and (is_blocked or laid.bits == 4):
             raise _NoFormError(f"opset {self.request.opset} has no integers of {laid.bits} bits with such scales")
         if not is_blocked:
-            scales, zeros = (None if each is None else each.reshape(-1 if varying else ()) for each in (scales, zeros))
+            shape = (-1,) if varying else ()
+            scales, zeros = scales.reshape(shape), None if zeros is None else zeros.reshape(shape)
         kind = ir.DataType[f"{'' if zeros is None else 'U'}INT{laid.bits}"]
         name = stored.initializer
         inputs = self._in_place(value, laid.numbers.astype(kind.numpy()), kind, scales, zeros)
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
         result = node.outputs[0]
         result.name, result.shape, result.type = f"{name}_dequantized", value.shape, value.type
-        places = {self.places.get(usage.node): usage.node for usage in value.uses()}
-        first = self.graph[0] if None in places else places[min(places)]  # None: in a graph inside a node
+        readers = sorted(((self.places.get(use.node, -1), use.node) for use in value.uses()), key=lambda each: each[0])
+        first = readers[0][1] if readers[0][0] >= 0 else self.graph[0]  # others are in a graph inside a node
         ir.convenience.replace_all_uses_with(value, result)
         self.graph.insert_before(first, [node])
         return replace(stored, form="qdq")
@@ -180,7 +181,8 @@ class _Writer:
             raise _NoFormError(f"it takes blocks of {', '.join(map(str, BLOCKS))}, not of {block}")
         view = stored.view
         if laid.axis == 0:
-            numbers, scales, zeros, view = numbers.T, scales.T, None if zeros is None else zeros.T, (*view, ("transpose", (1, 0)))
+            numbers, scales, zeros = numbers.T, scales.T, None if zeros is None else zeros.T
+            view = (*view, ("transpose", (1, 0)))
         num_out, num_in = numbers.shape
         num_blocks = -(-num_in // block)
         scales = np.broadcast_to(scales, (num_out, num_blocks)) if scales.shape[1] == 1 else scales
@@ -228,8 +230,8 @@ class _Writer:
         self.graph.initializers.pop(name)
         made = [(name, numbers, kind), (f"{name}_scale", scales.astype(dtype.numpy()), dtype)]
         if zeros is not None:
-            is_whole = np.issubdtype(zeros.dtype, np.integer)
-            made.append((f"{name}_zero_point", zeros.astype((kind if is_whole else dtype).numpy()), kind if is_whole else dtype))
+            of = kind if np.issubdtype(zeros.dtype, np.integer) else dtype
+            made.append((f"{name}_zero_point", zeros.astype(of.numpy()), of))
         found = []
         for label, array, element in made:
             tensor = ir.Tensor(np.asarray(array, order="C"), dtype=element, name=label)
@@ -244,7 +246,8 @@ class _Writer:
 
 def _lay_out(program: Program, weight: str, found: Rounded, view: tuple[Step, ...]) -> _Laid:
     state, like = program.quantized[weight], program.tensor(weight)
-    grouped = [_grouped(each, state.axis, like, state.group_size) for each in (found.scales_OG, found.zeros_OG) if each is not None]
+    parts = [each for each in (found.scales_OG, found.zeros_OG) if each is not None]
+    grouped = [_grouped(each, state.axis, like, state.group_size) for each in parts]
     scales, *zeros = (apply_view(each.float().numpy(), view) for each in grouped)
     return _Laid(
         numbers=apply_view(from_rows(found.numbers_OI, state.axis, like).numpy(), view).astype(np.int16),
@@ -294,9 +297,10 @@ def _is_product(node: ir.Node, index: int, axis: int) -> bool:
         return False
     if node.op_type == "MatMul":
         return axis == 0
-    if node.op_type != "Gemm" or node.attributes.get_int("transB", 0) != axis or node.attributes.get_int("transA", 0):
+    given = node.attributes
+    if node.op_type != "Gemm" or int(given.get_int("transB", 0)) != axis or given.get_int("transA", 0):
         return False
-    return node.attributes.get_float("alpha", 1.0) == node.attributes.get_float("beta", 1.0) == 1.0
+    return given.get_float("alpha", 1.0) == given.get_float("beta", 1.0) == 1.0
 
 
 def _pack(numbers: Array, bits: int) -> Array:

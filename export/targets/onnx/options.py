@@ -131,8 +131,8 @@ def integers_wanted(program: Program, form: Form, opset: int | None, fold_slorb:
         elif form == "qdq":
             grid = program.quantized[needing[0]].grid.text
             raise SparsepassError(
-                f"opset {opset} has no DequantizeLinear for {grid}, as {needing[0]} has: give opset={INTEGERS_OPSET} or leave it "
-                "out, give form=matmulnbits or form=dense, or quantize{bits=8,group_size=0}"
+                f"opset {opset} has no DequantizeLinear for {grid}, as {needing[0]} has: give opset={INTEGERS_OPSET} or leave "
+                "it out, give form=matmulnbits or form=dense, or quantize{bits=8,group_size=0}"
             )
     if fold_slorb:
         _check_fold(program, dtype)

@@ -69,7 +69,7 @@ def holds_integers(program: Program, weight: str, stored: StoredWeight, graph: i
         return False
     added = program.tensor(state.weight).detach().float().numpy().repeat(state.k, axis=1)
     numbers = own.numbers_OI.short().numpy() + middle
-    allowed = _eps(found.dtype) * (np.abs(found.zeros) * found.scales + np.abs(added))
+    allowed = _eps(found.dtype) * ((np.abs(found.zeros) + found.numbers) * found.scales + np.abs(added))
     off = np.abs(found.values.astype(np.float64) - (expected.astype(np.float64) + added))
     return np.array_equal(numbers, found.numbers) and bool((off <= allowed).all())
 
