@@ -37,13 +37,13 @@ def attach_mask(program: Program, site: Site, mask: Tensor, pattern: str) -> Non
     graph = program.graph_module.graph
     name = beside(site, "mask")
     program.set_tensor(name, mask)
-    for user in _weight_users(program, site.weight):
-        anchor = _consumer(user[1])
-        with graph.inserting_before(user[1]):
+    for source, user in _weight_users(program, site.weight):
+        anchor = _consumer(user)
+        with graph.inserting_before(user):
             mask_node = graph.get_attr(name)
-            masked = graph.call_function(_MASKED, (user[0], mask_node))
+            masked = graph.call_function(_MASKED, (source, mask_node))
         _inherit(anchor, mask_node, masked)
-        user[1].replace_input_with(user[0], masked)
+        user.replace_input_with(source, masked)
     program.sparse[site.weight] = SparseState(pattern=pattern, axis=site.nm_axis, mask=name)
 
 
@@ -148,7 +148,7 @@ def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor
 
     Args:
         program: Changed in place. The weight keeps its values.
-        site: A site of it that is not quantized yet.
+        site: A site of it that is not quantized yet. An embedding that is tied to it is rounded with it.
         grid: Bits, groups and symmetry.
         scales: bfloat16, ``[O, G]``, or ``[E, O, G]`` for experts.
         zero_points: uint8, like the scales; None for a symmetric grid.
@@ -164,15 +164,16 @@ def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor
     program.set_tensor(state.scales, scales)
     if zero_points is not None and state.zero_points is not None:
         program.set_tensor(state.zero_points, zero_points)
-    for source, user in _weight_users(program, site.weight):
-        behind = [(user, each) for each in user.users] if user.target in (_MASKED, _LEARNED) else [(source, user)]
-        for value, reader in behind:
-            with graph.inserting_before(reader):
-                read = [graph.get_attr(name) for name in state.names]
-                zero = read[1] if len(read) > 1 else None
-                rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, grid.bits, grid.group_size, site.nm_axis))
-            _inherit(_consumer(reader), *read, rounded)
-            reader.replace_input_with(value, rounded)
+    read_at = [node for node in graph.nodes if node.op == "get_attr" and node.target == site.weight]
+    behind = [user for node in read_at for user in node.users if user.target in (_MASKED, _LEARNED)]
+    for value in behind or read_at:
+        first = next(node for node in graph.nodes if node in value.users)
+        with graph.inserting_before(first):
+            read = [graph.get_attr(name) for name in state.names]
+            zero = read[1] if len(read) > 1 else None
+            rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, grid.bits, grid.group_size, site.nm_axis))
+        _inherit(_consumer(first), *read, rounded)
+        value.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
     program.quantized[site.weight] = state
 
 

@@ -1,16 +1,16 @@
-"""What a linear layer is to its model: its output head, a router, a gate, or one layer among others.
+"""What a layer is to its model: its output head, a router, a gate, a table, or one layer among others.
 
 Read from what the graph does with its result, whatever the layer is called.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from torch import Tensor, fx, nn
 
 from sparsepass.graph.nodes import op_name, tensor_of
 
-Role = Literal["head", "router", "gate"]
+Role = Literal["embedding", "table", "head", "router", "gate"]
 
 _SHAPES = {
     "view", "reshape", "_unsafe_view", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute", "contiguous",
@@ -58,6 +58,22 @@ def role_of(node: fx.Node, in_features: int, out_features: int) -> Role | None:
     if out_features * _SMALL <= in_features and any(_weighs(user) for user in _users_through(node, _shaped)):
         return "gate"
     return None
+
+
+def role_of_table(indices: Iterable[fx.Node]) -> Role:
+    """What a weight is that is looked up: an ``embedding`` of the tokens that the model is given, or another ``table``.
+
+    Args:
+        indices: What it is looked up by, wherever it is.
+    """
+    return "embedding" if any(_is_tokens(each) for each in indices) else "table"
+
+
+def _is_tokens(node: fx.Node) -> bool:
+    """Whether a value is an input, up to its shape and type, and no input of positions or kinds of tokens."""
+    while node.op == "call_function" and op_name(node) in _SHAPES:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and not any(word in str(node.target) for word in ("position", "type", "mask"))
 
 
 def _reaches(node: fx.Node, follows: Callable[[fx.Node, fx.Node], bool], found: Callable[[fx.Node, fx.Node], bool]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 import sparsepass.graph.ops  # noqa: F401  (registers the operator that _MASKED names)
 from sparsepass.graph.nodes import ancestors, module_path, module_type, op_name, splits_of, tensor_of
-from sparsepass.graph.roles import role_of
+from sparsepass.graph.roles import Role, role_of, role_of_table
 
 Layout = Literal["linear", "conv1d_hf", "conv1d", "conv2d", "experts", "experts_transposed", "embedding", "computed"]
 
@@ -43,6 +43,11 @@ _UNSUPPORTED_NAMES = {
 
 
 _IDLE = "the captured graph never runs it: the example inputs had nothing for it (images, say); capture with such inputs"
+_LEFT_ALONE: Mapping[Role, str] = {
+    "head": "output head (its result is an output of the model): name it in targets to prune it",
+    "router": "router: it picks the experts, is tiny and sensitive; name it in targets to prune it",
+    "gate": "gate: it weighs whole branches by a few numbers a token; name it in targets to prune it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ class Site:
         inputs: Graph nodes of the activations it reads, one for each use.
         nodes: Graph nodes of the operations that use it.
         left_alone: Why passes leave it alone; None if they take it.
+        role: What it is to its model: see `sparsepass.graph.roles.Role`; None for a layer among others.
         can_be_named: Whether naming it in a pass's targets overrides `left_alone` (an output head, a router); False where
             nothing could be rewritten, or another use of the same weight would suffer.
     """
@@ -88,6 +94,7 @@ class Site:
     inputs: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     left_alone: str | None = None
+    role: Role | None = None
     can_be_named: bool = True
 
     @property
@@ -135,21 +142,16 @@ def find_sites(
         reason why it is left alone, if it is.
     """
     uses: dict[str, list[WeightUse]] = {}
-    embeddings: set[str] = set()
     for node in graph_module.graph.nodes:
         matched = match_weight(node)
         for use in [matched] if matched is not None else _unsupported(node):
             key = use.weight or f"{module_path(node) or node.name}"
             uses.setdefault(key, []).append(use)
-            if use.layout == "embedding" and use.weight:
-                embeddings.add(use.weight)
     names: dict[int, list[str]] = {}
     for alias, name in (aliases or {}).items():
         names.setdefault(id(tensor_of(graph_module, name)), []).append(alias)
     heads = {(aliases or {}).get(name, name) for name in output_heads}
-    return tuple(
-        _site(graph_module, key, found, names=names, heads=heads, embeddings=embeddings) for key, found in uses.items()
-    )
+    return tuple(_site(graph_module, key, found, names=names, heads=heads) for key, found in uses.items())
 
 
 def idle_layers(graph_module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -303,7 +305,6 @@ def _site(
     *,
     names: Mapping[int, list[str]],
     heads: set[str],
-    embeddings: set[str],
 ) -> Site:
     # A tied embedding is one weight with two kinds of use: the matmul is what sites are about.
     matmuls = sorted((use for use in uses if use.layout != "embedding"), key=lambda use: use.layout == "computed")
@@ -331,6 +332,8 @@ def _site(
     nm_axis = {"linear": 1, "conv1d_hf": 0, "conv1d": 1, "conv2d": 1, "experts": 2, "experts_transposed": 1}.get(main.layout, 1)
     out_axis = {"linear": 0, "conv1d_hf": 1, "experts": 1, "experts_transposed": 2}.get(main.layout, 0)
     ties = tuple(sorted(set(names.get(id(tensor), ())) - {main.weight}))
+    is_empty = not shape[nm_axis] or not shape[out_axis]
+    role = None if is_empty else _role(main, uses, heads, shape[nm_axis], shape[out_axis])
     return Site(
         name=main.weight.removesuffix(".weight"),
         weight=main.weight,
@@ -346,42 +349,36 @@ def _site(
         module_type=module_type(main.node),
         inputs=tuple(use.activation.name for use in of_interest),
         nodes=tuple(use.node.name for use in of_interest),
-        left_alone=_reason(main, uses, ties, heads, embeddings, shape[nm_axis], shape[out_axis]),
-        can_be_named=main.weight not in embeddings and len({use.layout for use in uses}) == 1 and 0 not in shape,
+        left_alone=f"it has no weights: {shape[nm_axis]} inputs, {shape[out_axis]} outputs"
+        if is_empty
+        else _reason(main, uses, ties, role, is_declared=main.weight in heads),
+        role=role,
+        can_be_named=role not in ("embedding", "table") and len({use.layout for use in uses}) == 1 and 0 not in shape,
     )
 
 
+def _role(main: WeightUse, uses: list[WeightUse], heads: set[str], in_features: int, out_features: int) -> Role | None:
+    if tables := [use for use in uses if use.layout == "embedding"]:
+        return role_of_table([use.activation for use in tables])
+    if main.weight in heads:
+        return "head"
+    roles = {role_of(use.node, in_features, out_features) for use in uses}
+    return next((role for role in _LEFT_ALONE if role in roles), None)
+
+
 def _reason(
-    main: WeightUse,
-    uses: list[WeightUse],
-    ties: tuple[str, ...],
-    heads: set[str],
-    embeddings: set[str],
-    in_features: int,
-    out_features: int,
+    main: WeightUse, uses: list[WeightUse], ties: tuple[str, ...], role: Role | None, *, is_declared: bool
 ) -> str | None:
-    weight = main.weight or ""
-    if weight.rpartition(".")[2] == BETWEEN_BLOCKS:
+    if (main.weight or "").rpartition(".")[2] == BETWEEN_BLOCKS:
         return "rotation between two blocks: pruning it would undo what rotated weights around it rely on"
-    if not in_features or not out_features:
-        return f"it has no weights: {in_features} inputs, {out_features} outputs"
     layouts = {use.layout for use in uses}
     if layouts == {"embedding"}:
         return "embedding: a table that is looked up, not multiplied"
-    if weight in embeddings:
+    if role in ("embedding", "table"):
         other = f" ({', '.join(ties)})" if ties else ""
         return f"tied to the embedding{other}: a mask on it would prune the embedding too"
     if len(layouts) > 1:
         return f"used in several layouts ({', '.join(sorted(layouts))}): no axis serves them all"
-    if weight in heads:
+    if is_declared:
         return "output head: pruning it costs much accuracy; name it in targets to prune it"
-    if main.layout == "embedding":
-        return None
-    roles = {role_of(use.node, in_features, out_features) for use in uses}
-    if "head" in roles:
-        return "output head (its result is an output of the model): name it in targets to prune it"
-    if "router" in roles:
-        return "router: it picks the experts, is tiny and sensitive; name it in targets to prune it"
-    if "gate" in roles:
-        return "gate: it weighs whole branches by a few numbers a token; name it in targets to prune it"
-    return None
+    return _LEFT_ALONE.get(role) if role else None

@@ -12,6 +12,7 @@ from sparsepass.passes.manager import apply_passes
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.permute_channels import PermuteChannels
 from sparsepass.passes.quantize import Quantize
+from sparsepass.passes.quantize_embedding import QuantizeEmbedding
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.rotate import Rotate
 from sparsepass.passes.slorb import SLoRB
@@ -32,6 +33,7 @@ __all__ = [
     "Pass",
     "PermuteChannels",
     "Quantize",
+    "QuantizeEmbedding",
     "Reconstruct",
     "Rotate",
     "SLoRB",

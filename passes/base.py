@@ -105,6 +105,11 @@ class Pass(ABC):
         del has_calibration
         return self
 
+    def takes(self, site: Site) -> bool:
+        """Whether the pass is for a site that others leave alone unless it is named: an embedding, an output head."""
+        del site
+        return False
+
     @property
     @abstractmethod
     def needs(self) -> Needs:
@@ -211,7 +216,7 @@ class Pass(ABC):
         if self.targets and not targeted:
             return "not among the targets"
         named = site.can_be_named and bool({site.name, site.weight} & set(self.targets))
-        return None if named else site.left_alone
+        return None if named or self.takes(site) else site.left_alone
 
 
 def not_sparse(site: Site) -> str:

@@ -14,6 +14,7 @@ from sparsepass.passes.learn_masks import LearnMasks
 from sparsepass.passes.nm_sparsify import NMSparsify
 from sparsepass.passes.permute_channels import PermuteChannels
 from sparsepass.passes.quantize import Quantize
+from sparsepass.passes.quantize_embedding import QuantizeEmbedding
 from sparsepass.passes.reconstruct import Reconstruct
 from sparsepass.passes.rotate import Rotate
 from sparsepass.passes.slorb import SLoRB
@@ -31,6 +32,7 @@ PASSES: dict[str, type[Pass]] = {
         LearnMasks,
         Reconstruct,
         Quantize,
+        QuantizeEmbedding,
         Fold,
     )
 }

@@ -3,7 +3,17 @@
 from sparsepass.graph.packed.dense import DenseLinear, Int8Embedding
 from sparsepass.graph.packed.gpu_ways import gpu_refusal
 from sparsepass.graph.packed.laid_out import Form, LaidOut, lay_out, product
-from sparsepass.graph.packed.layout import FLOATS, PackedWeight, Values, check, check_form, pack, stored_form, unpack
+from sparsepass.graph.packed.layout import (
+    FLOATS,
+    PackedWeight,
+    Values,
+    check,
+    check_form,
+    pack,
+    quantize_rows,
+    stored_form,
+    unpack,
+)
 from sparsepass.graph.packed.module import PackedLinear
 from sparsepass.graph.packed.norm import RMSNorm, fused_norm
 from sparsepass.graph.packed.siblings import group_siblings
@@ -26,6 +36,7 @@ __all__ = [
     "lay_out",
     "pack",
     "product",
+    "quantize_rows",
     "stored_form",
     "unpack",
 ]

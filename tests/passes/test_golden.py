@@ -24,6 +24,7 @@ _TEXTS = {
     "learn_masks": ("nm_sparsify", "learn_masks"),
     "reconstruct": ("", "nm_sparsify{criterion=magnitude},reconstruct{steps=1}"),
     "quantize": ("nm_sparsify", "quantize{symmetric=false,group_size=0}"),
+    "quantize_embedding": ("", "quantize_embedding"),
     "fold": ("nm_sparsify", "fold"),
 }
 
@@ -54,6 +55,17 @@ class _Chain(nn.Module):
         return self.last(x)  # type: ignore[no-any-return]
 
 
+class _Words(nn.Module):
+    """An embedding that is the output head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(16, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.layer(self.embedding(ids)), self.embedding.weight)
+
+
 def printed(program: Program) -> str:
     """Nodes, their arguments and the modules they stand in, one line each."""
     lines = []
@@ -75,7 +87,10 @@ def test_the_graph_before_and_after(name: str) -> None:
         norm = nn.LayerNorm(8)
         norm.weight.data.fill_(2)
         net = nn.Sequential(norm, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    program = capture((_Chain() if name == "rotate" else net).eval(), batches[0])
+    if name == "quantize_embedding":
+        batches = [torch.randint(16, (2, 3))]
+    model = {"rotate": _Chain, "quantize_embedding": _Words}.get(name, lambda: net)()
+    program = capture(model.eval(), batches[0])
     if before:
         program = apply_passes(program, before)
     calibration = [(batch,) for batch in batches] if name in ("reconstruct", "awq_scale", "rotate") else None

@@ -43,6 +43,7 @@ _BEFORE = {
     "fold": "nm_sparsify",
     "reconstruct": "",
     "quantize": "nm_sparsify",
+    "quantize_embedding": "nm_sparsify,quantize",
 }
 _OPTIONS = {
     "slorb": "slorb{k=4}", "rotate": "rotate{steps=3}",

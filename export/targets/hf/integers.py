@@ -3,7 +3,9 @@
 1. A layer has ``weight_packed`` (integers in words), ``weight_scale``, ``weight_shape`` and, if it has zero points,
    ``weight_zero_point``, in the place of ``weight``.
 2. Integers and scales are the program's own. A dropped weight's integer is that of 0.
-3. `config.json` says which layers these are. There is no ``sparsity_config``: that loads nowhere any more.
+3. An embedding, and an output head of another grid than the layers, stay floating-point values on their grid: what reads this
+   format looks for linear layers, of one grid with most versions.
+4. `config.json` says which layers these are. There is no ``sparsity_config``: that loads nowhere any more.
 """
 
 from collections.abc import Mapping
@@ -50,7 +52,7 @@ class IntegerLayer:
 
 
 def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerLayer, ...]:
-    """The layers of a program that are stored as integers: all that are quantized.
+    """The layers of a program that are stored as integers: all that are quantized, but for embeddings and some heads.
 
     Args:
         program: Not changed.
@@ -62,8 +64,12 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
     linear = {path: module for path, module in linear_layers(model).items() if type(module) is nn.Linear}
     names = stored_names(model, linear)
     tied = {name for pair in program.aliases.items() for name in pair}
+    roles = {site.weight: site.role for site in program.sites()}
+    grids = {state.grid for weight, state in program.quantized.items() if roles[weight] not in ("embedding", "head")}
     found = []
     for weight, state in program.quantized.items():
+        if roles[weight] == "embedding" or (roles[weight] == "head" and grids and state.grid not in grids):
+            continue
         path, shape = weight.removesuffix(".weight"), program.tensor(weight).shape
         reason = ""
         if weight != f"{path}.weight" or path not in linear:
@@ -79,9 +85,9 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
         size = 0 if state.group_size >= shape[1] else state.group_size
         grid = RoundingGrid(bits=state.bits, group_size=size, symmetric=state.zero_points is None)
         found.append(IntegerLayer(path=path, name=names[path], grid=grid))
-    grids = {layer.grid: layer.path for layer in found}
-    if len(grids) > 1 and (model._keep_in_fp32_modules or not all(grid.symmetric for grid in grids)):
-        said = "; ".join(f"{path}: {grid.text}" for grid, path in grids.items())
+    named = {layer.grid: layer.path for layer in found}
+    if len(named) > 1 and (model._keep_in_fp32_modules or not all(grid.symmetric for grid in named)):
+        said = "; ".join(f"{path}: {grid.text}" for grid, path in named.items())
         raise SparsepassError(f"this model loads if all layers have one grid, and these have several ({said}); {_INSTEAD}")
     return tuple(found)
 

@@ -78,6 +78,7 @@ class HfArtifact:
         axes: Name of each sparse tensor in the files -> the axis along which the pattern runs there.
         files: Path of each file, relative to the folder -> its size in bytes.
         integers: The layers whose integers are stored, by compressed-tensors.
+        rounded: Quantized weights that are stored as floating-point values on their grids.
     """
 
     folder: Path
@@ -91,15 +92,23 @@ class HfArtifact:
     axes: Mapping[str, int]
     files: Mapping[str, int]
     integers: tuple[IntegerLayer, ...] = ()
+    rounded: tuple[str, ...] = ()
 
     @property
     def integers_note(self) -> str:
-        """What a reader should know of layers that are stored as integers."""
+        """What a reader should know of layers that are stored as integers, and of those that are not."""
         grids = ", ".join(sorted({layer.grid.text for layer in self.integers}))
-        return (
-            f"{len(self.integers)} layers are stored as integers ({grids}; compressed-tensors, pack-quantized): loading them "
-            "needs `pip install compressed-tensors`, and nothing else"
-        )
+        said = []
+        if self.integers:
+            said.append(
+                f"{len(self.integers)} layers are stored as integers ({grids}; compressed-tensors, pack-quantized): loading "
+                "them needs `pip install compressed-tensors`, and nothing else"
+            )
+        if self.rounded:
+            more = f" and {len(self.rounded) - 3} more" if len(self.rounded) > 3 else ""
+            named = ", ".join(self.rounded[:3]) + more
+            said.append(f"{named}: floating-point values on the grid, which take the room of floating-point values")
+        return "; ".join(said)
 
     @property
     def adapter_note(self) -> str:
@@ -196,6 +205,7 @@ def lower_hf(
         axes=stored.axes,
         files={str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
         integers=integers,
+        rounded=tuple(name for name in program.quantized if name not in {layer.weight for layer in integers}),
     )
 
 

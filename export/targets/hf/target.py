@@ -45,7 +45,7 @@ class HuggingFace(Target):
         context.save_companions(folder)
         artifact = lower_hf(program, folder, dtype=self.dtype, as_integers=self.form == "integers")
         notes = [f"loaded by {artifact.auto_class}.from_pretrained"]
-        if artifact.integers:
+        if artifact.integers_note:
             notes.append(artifact.integers_note)
         if artifact.adapter is not None:
             notes.append(artifact.adapter_note)

@@ -10,7 +10,7 @@ Tensor shape legend: O out features, I in features, R sums of k features.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -20,14 +20,14 @@ from torch import Tensor
 from sparsepass.export.targets.evidence import LayerEvidence, counts
 from sparsepass.export.targets.hf import auto_class, save_model, settle_config
 from sparsepass.export.targets.packed.card import card
-from sparsepass.export.targets.packed.own import own_grid, without_others
+from sparsepass.export.targets.packed.own import own_grid, own_table, own_tables, without_others
 from sparsepass.export.targets.packed.survey import LayerChoice, groups, matrix_of, survey, tables
 from sparsepass.export.targets.packed.times import OneTokenTimes, one_token_times
 from sparsepass.graph.fusion import split_siblings
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import skeleton
-from sparsepass.graph.packed import FLOATS, Int8Embedding, PackedWeight, pack, unpack
+from sparsepass.graph.packed import FLOATS, PackedWeight, pack, quantize_rows, unpack
 from sparsepass.graph.packed_folder import INTEGERS, PackedSettings
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import SparsepassError, counted, package_version, quiet_loading
@@ -51,6 +51,7 @@ class PackedArtifact:
         errors: Module path -> error of the rounded weight, relative to the weight, for what was rounded here: neither
             floating values nor the program's own integers.
         own: Whether integers and scales are the program's own.
+        tables: Module path -> name in the files, of embeddings and heads in int8.
         auto_class: The Auto class that loads the folder.
         dtype: Type of what is not packed.
         files: Path of each file, relative to the folder -> its size in bytes.
@@ -67,6 +68,7 @@ class PackedArtifact:
     dense_bytes: int
     times: OneTokenTimes
     own: bool = False
+    tables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def packed(self) -> tuple[LayerChoice, ...]:
@@ -178,7 +180,7 @@ def lower_packed(
         folder: An existing, empty folder.
         values: What a kept value is stored as; by default the integers of a program that is quantized, and else bf16.
         group_size: Input features that share a scale, for integers; 0 for one scale a row.
-        embedding: ``int8`` to keep embedding and head in it.
+        embedding: ``int8`` to keep embedding and head in it; those that the program rounds to it are kept in it anyway.
         dtype: Type of what is not packed. By default 16 bits: float16 for fp16, the program's own for integers, else bfloat16.
 
     Returns:
@@ -213,7 +215,12 @@ def lower_packed(
             f"no layer of this program can be packed ({why}); prune it first: sparsepass prune --passes nm_sparsify"
         )
     _check_branches(program, layers)
-    embeddings = tables(program, model, (layer.layer for layer in packed.values())) if embedding else {}
+    embeddings: dict[str, str] = {}
+    if embedding or any(site.role in ("embedding", "head") and site.weight in program.quantized for site in program.sites()):
+        embeddings = tables(program, model, (layer.layer for layer in packed.values()), is_asked=embedding is not None)
+    if not embedding:
+        embeddings = own_tables(program, embeddings)
+        embedding = "int8" if embeddings else None
     settings = PackedSettings(
         embedding=embedding,  # type: ignore[arg-type]
         embeddings=tuple(embeddings.values()),
@@ -245,6 +252,7 @@ def lower_packed(
         dense_bytes=_dense_bytes(program, model, kind),
         times=one_token_times([packed_weight(program, layer, settings) for layer in of_each_shape.values()], kind),
         own=grid is not None,
+        tables=embeddings,
     )
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -313,12 +321,16 @@ def _packed_tensors(
 def _table(program: Program, model: "PreTrainedModel", path: str, errors: dict[str, float]) -> dict[str, Tensor]:
     """An embedding or head in int8, under all names that it has in the model."""
     name = program.aliases.get(f"{path}.weight", f"{path}.weight")
-    weight_VD = masked_weight(program, name)
-    table = Int8Embedding.from_weight(weight_VD)
-    found_VD = table.weight.float() * table.scales.float()
-    errors[path] = relative_error([(weight_VD.float() - found_VD, weight_VD.float())], ())
+    own = own_table(program, path)
+    if own is None:
+        weight_VD = masked_weight(program, name)
+        numbers_VD, scales_V1 = quantize_rows(weight_VD)
+        found_VD = numbers_VD.float() * scales_V1.float()
+        errors[path] = relative_error([(weight_VD.float() - found_VD, weight_VD.float())], ())
+    else:
+        numbers_VD, scales_V1 = own
     users = [each for each in model.state_dict() if program.aliases.get(each, each) == name]
-    return dict.fromkeys(users, table.weight.data) | {f"{path}.scales": table.scales.data}
+    return dict.fromkeys(users, numbers_VD) | {f"{path}.scales": scales_V1}
 
 
 def packed_weight(program: Program, layer: LayerChoice, settings: PackedSettings) -> PackedWeight:

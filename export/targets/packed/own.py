@@ -1,9 +1,12 @@
 """The program's own integers: what the pass `quantize` has fitted is stored as it is, and never rounded again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from sparsepass.export.targets.packed.survey import LayerChoice
+from sparsepass.graph.integers import integers_of
 from sparsepass.graph.program import Program
 from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.support import SparsepassError
@@ -42,6 +45,30 @@ def own_grid(program: Program, layers: Iterable[LayerChoice], values: str | None
             "again; leave both out"
         )
     return grid
+
+
+def own_table(program: Program, path: str) -> tuple[Tensor, Tensor] | None:
+    """The bytes ``[V, D]`` and scales ``[V, 1]`` of an embedding or head as a packed folder holds them.
+
+    Args:
+        program: What is lowered.
+        path: Of the module.
+
+    Returns:
+        None if the program does not round it, or to another grid than int8 with one scale a row.
+    """
+    name = program.aliases.get(f"{path}.weight", f"{path}.weight")
+    state = program.quantized.get(name)
+    if state is None or state.axis != 1 or not (state.bits == 8 and state.group_size == 0 and state.zero_points is None):
+        return None
+    found = integers_of(program, name)
+    assert found is not None
+    return found.numbers_OI, found.scales_OG
+
+
+def own_tables(program: Program, tables: Mapping[str, str]) -> dict[str, str]:
+    """Those of the embeddings and heads that the program itself rounds to bytes."""
+    return {path: name for path, name in tables.items() if own_table(program, path) is not None}
 
 
 def without_others(program: Program, layers: Iterable[LayerChoice], grid: RoundingGrid) -> tuple[LayerChoice, ...]:

@@ -123,7 +123,7 @@ def groups(layers: Iterable[LayerChoice], siblings: Iterable[Iterable[str]]) -> 
     return tuple(map(tuple, found.values()))
 
 
-def tables(program: Program, model: "PreTrainedModel", packed: Iterable[str]) -> dict[str, str]:
+def tables(program: Program, model: "PreTrainedModel", packed: Iterable[str], *, is_asked: bool = True) -> dict[str, str]:
     """Module path -> name in the files, of the embedding and the output head that can be kept in int8.
 
     A head that is tied to the embedding has its weight, and is not named.
@@ -132,13 +132,16 @@ def tables(program: Program, model: "PreTrainedModel", packed: Iterable[str]) ->
         program: Captured from a model of transformers.
         model: The model's skeleton.
         packed: Module paths of layers that are packed, and so are no tables.
+        is_asked: Whether somebody wants it; otherwise there may be none.
 
     Raises:
-        SparsepassError: If the embedding is no plain one.
+        SparsepassError: If the embedding is no plain one, and somebody wants it.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     if type(embedding) is not nn.Embedding or id(embedding) not in paths:
+        if not is_asked:
+            return {}
         raise SparsepassError(
             f"embedding=int8: the model's embedding is a {type(embedding).__name__}, which does more than look up; leave it out"
         )

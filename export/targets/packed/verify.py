@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsepass.export.targets.contract import Check
 from sparsepass.export.targets.hf import check_outputs, load_plain
+from sparsepass.export.targets.packed.own import own_table
 from sparsepass.export.targets.packed.stored import StoredFolder, stored_folder
 from sparsepass.export.targets.packed.survey import LayerChoice, matrix_of
 from sparsepass.graph.fusion import split_siblings
@@ -107,6 +108,13 @@ def _check_files(program: Program, stored: StoredFolder, artifact: "PackedArtifa
             pattern.append(f"{layer.name} is {packed.shape} in the files, and {layer.shape} in the program")
         elif said := _difference(program, layer, packed):
             weights.append(said)
+    by_name = {name: path for path, name in artifact.tables.items()}
+    for name in stored.settings.embeddings:
+        own = own_table(program, by_name[name])
+        if own is not None and not all(
+            map(torch.equal, own, (stored.tensor(f"{name}.weight"), stored.tensor(f"{name}.scales")))
+        ):
+            weights.append(f"{name} does not hold the program's own integers and scales")
     return pattern, weights
 
 
