@@ -235,9 +235,7 @@ class _Writer:
         found = []
         for label, array, element in made:
             tensor = ir.Tensor(np.asarray(array, order="C"), dtype=element, name=label)
-            new = ir.Value(
-                name=label, shape=ir.Shape(array.shape), type=ir.TensorType(element), const_value=tensor
-            )
+            new = ir.Value(name=label, shape=ir.Shape(array.shape), type=ir.TensorType(element), const_value=tensor)
             assert label not in self.graph.initializers, label
             self.graph.initializers[label] = new
             found.append(new)
