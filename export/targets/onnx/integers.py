@@ -1,6 +1,8 @@
 """Quantized weights in an ONNX graph: the program's own integers, in the place of floating-point values on their grids.
 
 1. ``qdq``: integers, scales and zero points, and a DequantizeLinear (for each row, or in blocks) in front of what reads them.
+   Of a table of 8-bit integers that is looked up, rows are taken first, and multiplied by their scales then: behind a
+   DequantizeLinear the whole table would become floating-point for each token.
 2. ``matmulnbits``: onnxruntime's MatMulNBits in the place of each product that reads a matrix. What is no such product is qdq.
 3. What neither can hold stays floating-point, on its grid. The record says of each weight what it became, and why.
 4. A SLoRB branch with a fixed projection adds one number S to all weights of a block, and ``(q - z) s + S`` is
@@ -159,6 +161,12 @@ class _Writer:
         kind = ir.DataType[f"{'' if zeros is None else 'U'}INT{laid.bits}"]
         name = stored.initializer
         inputs = self._in_place(value, laid.numbers.astype(kind.numpy()), kind, scales, zeros)
+        has_rows = laid.bits == 8 and zeros is None and attributes == {"axis": 0} and axis == 1
+        for use in list(value.uses()):
+            if has_rows and _is_look_up(use.node, use.idx):
+                self._look_up(use.node, *inputs)
+        if not value.uses():
+            return replace(stored, form="qdq")
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
         result = node.outputs[0]
         result.name, result.shape, result.type = f"{name}_dequantized", value.shape, value.type
@@ -167,6 +175,41 @@ class _Writer:
         ir.convenience.replace_all_uses_with(value, result)
         self.graph.insert_before(first, [node])
         return replace(stored, form="qdq")
+
+    def _look_up(self, gather: ir.Node, numbers: ir.Value, scales: ir.Value) -> None:
+        """Rows of integers and their scales, multiplied, in the place of rows of a table."""
+        ids, old = gather.inputs[1], gather.outputs[0]
+        assert scales.dtype is not None
+        axis = self._constant("look_up_axis", np.array([-1], np.int64))
+        rows, steps = (ir.node("Gather", [each, ids], {"axis": 0}, name=f"{each.name}_rows") for each in (numbers, scales))
+        column = ir.node("Unsqueeze", [steps.outputs[0], axis], name=f"{scales.name}_column")
+        cast = ir.node("Cast", [rows.outputs[0]], {"to": scales.dtype}, name=f"{numbers.name}_cast")
+        product = ir.node("Mul", [cast.outputs[0], column.outputs[0]], name=gather.name)
+        nodes = [rows, steps, column, cast, product]
+        for node in nodes[:-1]:
+            node.outputs[0].name = f"{old.name}_{node.name}"
+        self._put(gather, nodes)
+
+    def _constant(self, name: str, array: Array) -> ir.Value:
+        """An initializer; the one of that name if there is one."""
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(array, name=name)
+            self.graph.initializers[name] = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.graph.initializers[name]
+
+    def _put(self, old: ir.Node, nodes: Sequence[ir.Node]) -> None:
+        """Put nodes in the place of another; the last one's output is its output."""
+        before, after = old.outputs[0], nodes[-1].outputs[0]
+        after.shape, after.type, name = before.shape, before.type, before.name
+        graph = old.graph
+        assert graph is not None
+        graph.insert_before(old, nodes)
+        self.places |= dict.fromkeys(nodes, self.places.get(old, -1))
+        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        graph.remove(old, safe=True)
+        after.name = name
 
     def _multiply(self, value: ir.Value, laid: _Laid, stored: StoredWeight, added: Array | None) -> StoredWeight:
         """A MatMulNBits in the place of every product that reads the weight."""
@@ -212,13 +255,7 @@ class _Writer:
         if bias is not None:
             node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{old.name}_product", old.shape, old.type
             nodes.append(ir.node("Add", [node.outputs[0], bias], name=f"{product.name}_bias"))
-        new = nodes[-1].outputs[0]
-        new.shape, new.type, name = old.shape, old.type, old.name
-        self.graph.insert_before(product, nodes)
-        self.places |= dict.fromkeys(nodes, self.places[product])
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        self.graph.remove(product, safe=True)
-        new.name = name
+        self._put(product, nodes)
 
     def _in_place(
         self, value: ir.Value, numbers: Array, kind: ir.DataType, scales: Array, zeros: Array | None
@@ -289,6 +326,10 @@ def _check_scales(laid: _Laid, value: ir.Value) -> None:
         raise _NoFormError(f"a scale of bfloat16 does not fit {value.dtype.name.lower()}")
 
 
+def _is_look_up(node: ir.Node, index: int) -> bool:
+    return node.op_type == "Gather" and index == 0 and not node.attributes.get_int("axis", 0)
+
+
 def _is_product(node: ir.Node, index: int, axis: int) -> bool:
     """Whether a node does nothing but multiply by a matrix that it sums over along an axis, and add a bias."""
     if index != 1 or node.domain not in ("", "ai.onnx"):
@@ -296,7 +337,8 @@ def _is_product(node: ir.Node, index: int, axis: int) -> bool:
     if node.op_type == "MatMul":
         return axis == 0
     given = node.attributes
-    if node.op_type != "Gemm" or int(given.get_int("transB", 0)) != axis or given.get_int("transA", 0):
+    flipped = given.get_int("transB", 0)
+    if node.op_type != "Gemm" or flipped != axis or given.get_int("transA", 0) != 0:
         return False
     return given.get_float("alpha", 1.0) == given.get_float("beta", 1.0) == 1.0
 

@@ -84,7 +84,7 @@ def read_integers(graph: ir.Graph, stored: StoredWeight) -> StoredIntegers | Non
     value, (kind, place) = graph.initializers.get(stored.initializer), _READERS[stored.form]
     nodes = [] if value is None else [use.node for use in value.uses() if use.node.op_type == kind and use.idx == place]
     if not nodes:
-        return None
+        return None if value is None or stored.form != "qdq" else _looked_up(value)
     given = [None if each is None or each.const_value is None else each.const_value for each in nodes[0].inputs[place:]]
     numbers, scales, zeros = (*given, None)[:3]
     if numbers is None or scales is None:
@@ -106,6 +106,23 @@ def read_integers(graph: ir.Graph, stored: StoredWeight) -> StoredIntegers | Non
         points = unpack_bits(zeros.numpy().reshape(len(whole), -1), bits)[:, : steps.shape[1]].astype(np.float32)
     steps, points = (each.repeat(block, axis=1)[:, :num_in] for each in (steps, points))
     return StoredIntegers(numbers=codes, scales=steps, zeros=points, dtype=scales.dtype.numpy(), is_folded=is_folded)
+
+
+def _looked_up(value: ir.Value) -> StoredIntegers | None:
+    """A table whose rows are taken, and then multiplied by theirs of the scales."""
+    for use in value.uses():
+        casts = [each.node for each in use.node.outputs[0].uses()] if use.node.op_type == "Gather" else []
+        products = [each.node for cast in casts for each in cast.outputs[0].uses() if each.node.op_type == "Mul"]
+        columns = [other.producer() for product in products if (other := product.inputs[1]) is not None]
+        rows = [column.inputs[0].producer() for column in columns if column is not None and column.inputs[0] is not None]
+        scales = next((row.inputs[0] for row in rows if row is not None and row.inputs[1] is use.node.inputs[1]), None)
+        if scales is not None and scales.const_value is not None and value.const_value is not None:
+            steps = scales.const_value.numpy().astype(np.float32)[:, None]
+            numbers = value.const_value.numpy().astype(np.float32)
+            return StoredIntegers(
+                numbers=numbers, scales=steps, zeros=np.zeros_like(steps), dtype=scales.const_value.dtype.numpy()
+            )
+    return None
 
 
 def _along(array: Array, node: ir.Node, shape: tuple[int, ...]) -> Array:
