@@ -25,7 +25,7 @@ from sparsepass.export.targets.onnx.artifact import Array, Step, StoredWeight, a
 from sparsepass.export.targets.onnx.options import BLOCKS, INTEGERS_OPSET, Integers
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.program import Program
-from sparsepass.graph.rounding import Rounded, from_rows
+from sparsepass.graph.rounding import from_rows
 from sparsepass.graph.support import SparsepassError
 
 _MICROSOFT: Final = "com.microsoft"
@@ -44,7 +44,7 @@ class _Laid:
     """A weight's integers as an initializer holds them.
 
     Attributes:
-        numbers: The integers, int16.
+        numbers: The integers, int16; int8 or uint8 of a whole weight.
         scales: Like them, but with one entry for each group along the axis; a size of 1 is shared. float32.
         zeros: The integers that stand for 0, like the scales, int16; None where that is 0.
         axis: The one along which groups run.
@@ -78,15 +78,9 @@ def write_integers(
         SparsepassError: If a branch is to be folded into a weight that cannot be written as MatMulNBits.
     """
     writer = _Writer(model, program, request)
-    known: tuple[str, Rounded | None] = ("", None)
     for weight, one in stored:
-        written = one
-        if request.form != "dense" and weight in program.quantized and one.op:
-            if known[0] != weight:
-                known = weight, integers_of(program, weight)  # once for all experts of a weight
-            assert known[1] is not None
-            written = writer.write(weight, known[1], one)
-        yield weight, written
+        is_written = request.form != "dense" and weight in program.quantized and one.op
+        yield weight, writer.write(weight, one) if is_written else one
     model.metadata_props.update(folded_note(writer.folded))
 
 
@@ -120,14 +114,18 @@ class _Writer:
         self.model, self.graph, self.program, self.request = model, model.graph, program, request
         self.places = {node: place for place, node in enumerate(self.graph)}
         self.folded: dict[str, int | Array] = {}
+        self.known: tuple[str, _Laid | None] = ("", None)
 
-    def write(self, weight: str, found: Rounded, stored: StoredWeight) -> StoredWeight:
+    def write(self, weight: str, stored: StoredWeight) -> StoredWeight:
         """Write one weight; returns what the graph holds of it then."""
         value = self.graph.initializers[stored.initializer]
         sparse, reason = self.program.sparse.get(weight), ""
         branch = sparse.branch if sparse is not None and self.request.fold_slorb else None
         try:
-            laid = _lay_out(self.program, weight, found, stored.view)
+            if self.known[0] != weight:
+                self.known = weight, _lay_out(self.program, weight)  # once for all experts of a weight
+            assert self.known[1] is not None
+            laid = _viewed(self.known[1], stored.view)
             _check_scales(laid, value)
             if self.request.form == "matmulnbits":
                 try:
@@ -279,18 +277,30 @@ class _Writer:
         return found
 
 
-def _lay_out(program: Program, weight: str, found: Rounded, view: tuple[Step, ...]) -> _Laid:
-    state, like = program.quantized[weight], program.tensor(weight)
+def _lay_out(program: Program, weight: str) -> _Laid:
+    """A weight's integers, laid out as the program has it."""
+    found, state, like = integers_of(program, weight), program.quantized[weight], program.tensor(weight)
+    assert found is not None
     parts = [each for each in (found.scales_OG, found.zeros_OG) if each is not None]
-    grouped = [_grouped(each, state.axis, like, state.group_size) for each in parts]
-    scales, *zeros = (apply_view(each.float().numpy(), view) for each in grouped)
+    scales, *zeros = (_grouped(each, state.axis, like, state.group_size).float().numpy() for each in parts)
     return _Laid(
-        numbers=apply_view(from_rows(found.numbers_OI, state.axis, like).numpy(), view).astype(np.int16),
+        numbers=from_rows(found.numbers_OI, state.axis, like).numpy(),
         scales=scales,
         zeros=zeros[0].astype(np.int16) if zeros else None,
-        axis=_axis_behind(state.axis, view),
+        axis=state.axis,
         bits=state.bits,
         group_size=state.group_size,
+    )
+
+
+def _viewed(whole: _Laid, view: tuple[Step, ...]) -> _Laid:
+    """The part of a weight that an initializer holds, as it holds it."""
+    return replace(
+        whole,
+        numbers=apply_view(whole.numbers, view).astype(np.int16),
+        scales=apply_view(whole.scales, view),
+        zeros=None if whole.zeros is None else apply_view(whole.zeros, view),
+        axis=_axis_behind(whole.axis, view),
     )
 
 
