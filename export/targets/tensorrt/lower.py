@@ -234,10 +234,13 @@ def check_grids(program: Program) -> None:
     Raises:
         SparsepassError: If a weight has others; the message names it.
     """
+    tables = {site.weight for site in program.sites() if site.role == "embedding"}
     for name, state in program.quantized.items():
         weight, scales = program.tensor(name), program.tensor(state.scales)
         reason = ""
-        if state.zero_points is not None:
+        if name in tables:
+            reason = "it is looked up, and integers stand in front of a DequantizeLinear only"
+        elif state.zero_points is not None:
             reason = "zero points have to be 0"
         elif state.bits == 8 and scales.shape[-1] > 1:
             reason = "8 bits have one scale a row"
@@ -250,7 +253,7 @@ def check_grids(program: Program) -> None:
         if reason:
             raise SparsepassError(
                 f"TensorRT cannot take {name} ({state.grid.text}): {reason}; quantize with quantize{{bits=8,group_size=0}} or "
-                "quantize{group_size=64}, or write floating-point values on their grids with form=dense"
+                "quantize{group_size=64}, without quantize_embedding, or write floating-point values on their grids with form=dense"
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from tests.families import captured
 from torch import nn
 
 from sparsepass.export.targets.tensorrt import lower as tensorrt
@@ -65,6 +66,13 @@ def test_other_layers_of_four_bits_are_refused() -> None:
         check_grids(quantized("group_size=64", nn.Linear(96, 32), (4, 96)))
     with pytest.raises(SparsepassError, match="4 bits are for matrices, not for convolutions"):
         check_grids(quantized("group_size=64", nn.Conv1d(128, 8, 3), (2, 128, 34)))
+
+
+def test_a_table_that_is_looked_up_is_refused() -> None:
+    """tensorrt-rtx 1.7: a quantized constant is only allowed before a DequantizeLinear."""
+    program = apply_passes(captured("llama"), "quantize_embedding", validate=False)
+    with pytest.raises(SparsepassError, match="cannot take model.embed_tokens.weight .*: it is looked up"):
+        check_grids(program)
 
 
 @has_no_builder
