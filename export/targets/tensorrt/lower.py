@@ -253,7 +253,7 @@ def check_grids(program: Program) -> None:
         if reason:
             raise SparsepassError(
                 f"TensorRT cannot take {name} ({state.grid.text}): {reason}; quantize with quantize{{bits=8,group_size=0}} or "
-                "quantize{group_size=64}, without quantize_embedding, or write floating-point values on their grids with form=dense"
+                "quantize{group_size=64}, without quantize_embedding, or write floating-point values with form=dense"
             )
 
 
