@@ -49,6 +49,7 @@ class Candidate(Use):
         multiplied: Reads the values that the product really multiplies, and their axis of K. Set only where a cast or a
             quantization lies between: rounding there can turn small stored values into zeros. The call gives None where
             these values cannot be computed.
+        remark: What a reader should know of how it is stored.
     """
 
     aliases: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class Candidate(Use):
     aside: str | None = None
     computed: tuple[str, ...] = ()
     multiplied: Callable[[], tuple[BitView, int] | None] | None = None
+    remark: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -215,7 +215,8 @@ def _judge(candidate: Candidate, pattern: NMPattern) -> _Finding:
     assert axis is not None, "a candidate without a problem knows its axis"
     view = candidate.read()
     count = count_groups(view, n, m, axis)
-    remarks = [f"computed by {', '.join(candidate.computed)}"] if candidate.computed else []
+    remarks = [candidate.remark] if candidate.remark else []
+    remarks += [f"computed by {', '.join(candidate.computed)}"] if candidate.computed else []
     if count.num_violations and candidate.multiplied is not None and (found := candidate.multiplied()) is not None:
         rounded = count_groups(found[0], n, m, found[1])
         if not rounded.num_violations:

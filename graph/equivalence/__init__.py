@@ -4,7 +4,7 @@ from sparsepass.graph.equivalence.artifact import Artifact, Inputs, Observe, coa
 from sparsepass.graph.equivalence.comparison import Comparison, assert_equivalent, compare, default_rtol
 from sparsepass.graph.equivalence.differences import Difference, difference
 from sparsepass.graph.equivalence.onnx_file import OnnxFile, output_name
-from sparsepass.graph.equivalence.widened import widened_copy
+from sparsepass.graph.equivalence.widened import exact_products, widened_copy
 
 __all__ = [
     "Artifact",
@@ -18,6 +18,7 @@ __all__ = [
     "compare",
     "default_rtol",
     "difference",
+    "exact_products",
     "output_name",
     "widened_copy",
 ]

@@ -23,7 +23,7 @@ from sparsepass.graph.equivalence.artifact import (
     fitting,
     layer_results,
 )
-from sparsepass.graph.equivalence.widened import widened_copy
+from sparsepass.graph.equivalence.widened import exact_products, widened_copy
 from sparsepass.graph.limits import refused
 from sparsepass.graph.onnx_files import check_external_data, read_proto
 from sparsepass.graph.support import EquivalenceError, first_line
@@ -125,6 +125,7 @@ class OnnxFile(Artifact):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        exact_products(options)
         options.intra_op_num_threads = torch.get_num_threads()
         if isinstance(model, bytes):
             options.add_session_config_entry(

@@ -11,7 +11,7 @@ Every operation of the graph, of its subgraphs and of its local functions is loo
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ import onnx_ir.passes.common as ir_passes
 from sparsepass.export.pattern.bits import Array, BitView, unpack_bits, view_bits
 from sparsepass.export.pattern.candidates import Candidate
 from sparsepass.export.pattern.onnx.data import READABLE_TYPES, SIGNED_TYPES, OnnxData, Problem, from_proto
+from sparsepass.export.pattern.onnx.folded import FOLDED_SAID, folded_zeros
 from sparsepass.export.pattern.onnx.follow import Constant, Follower, input_of, int_of, settle
 from sparsepass.export.pattern.onnx.ops import DOMAINS, OPAQUE, PRODUCTS, WITHOUT_RULE, Operand, is_known
 
@@ -62,6 +63,7 @@ class _Finder:
     def __init__(self, model: ir.Model, file: str) -> None:
         self.file = file
         self.data = OnnxData(file)
+        self.metadata = model.metadata_props
         self.follower = Follower(model, self.data)
 
     def uses(self, node: ir.Node, number: int) -> Iterator[Candidate]:
@@ -178,7 +180,7 @@ class _Finder:
         return read
 
     def _packed(self, node: ir.Node, name: str) -> Candidate:
-        packed = _read_packed(node, self.follower)
+        packed = _read_packed(node, self.follower, self.metadata)
         return Candidate(
             file=self.file,
             node=name,
@@ -191,6 +193,7 @@ class _Finder:
             axis=1,
             key=(_storage(packed.constant.tensor), packed.dtype, packed.zero.tobytes()),
             read=lambda: packed.read(self.follower),
+            remark=FOLDED_SAID if packed.is_folded else "",
         )
 
     def _unknown(self, node: ir.Node, name: str) -> Iterator[Candidate]:
@@ -287,6 +290,7 @@ class _PackedBits:
         mask: Bits of a packed integer that count.
         is_high_first: Of two values in a byte, the first is in the high half.
         num_bits: Bits of a packed integer.
+        is_folded: Whether its zero points hold a SLoRB branch, and `zero` is from the file's metadata.
     """
 
     constant: Constant
@@ -296,6 +300,7 @@ class _PackedBits:
     mask: int
     is_high_first: bool
     num_bits: int
+    is_folded: bool = False
 
     def read(self, follower: Follower) -> BitView:
         """Unpack it. The bits are 1 where a value is not zero, else 0."""
@@ -309,10 +314,11 @@ class _PackedBits:
         return view_bits((values & np.uint8(self.mask)) != self.zero, has_sign=False)
 
 
-def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
+def _read_packed(node: ir.Node, follower: Follower, metadata: Mapping[str, str]) -> _PackedBits:
     """Find the weight of a MatMulNBits or MatMulBnb4.
 
-    MatMulNBits: B is [out, blocks, bytes], lowest bits first; zero is the block's zero point, or half the range.
+    MatMulNBits: B is [out, blocks, bytes], lowest bits first; zero is the block's zero point, or half the range. Zero points
+    that hold a SLoRB branch are no integers; the file's metadata says what zero is without it.
     MatMulBnb4: B is flat, high half first; zero is code 7 of NF4, and codes 0 and 8 of FP4.
 
     Raises:
@@ -352,13 +358,17 @@ def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
     if int_of(node, "weight_prepacked", 0):
         raise Problem("its weight is prepacked for one processor")
     zero: Array = np.array(1 << (bits - 1), np.uint8)
-    points = input_of(node, 3)
-    if points is not None:
-        stored = follower.follow(points)
+    points, num_blocks = input_of(node, 3), -(-num_in // block)
+    stored = follower.follow(points) if points is not None else None
+    folded = None
+    if stored is not None and stored.tensor.dtype.is_floating_point():
+        folded = folded_zeros(metadata, found.name, num_out, num_blocks, bits)
+    if folded is not None:
+        zero = folded if not folded.ndim else folded.repeat(block, axis=1)[:, :num_in]
+    elif points is not None:
         if stored is None or stored.tensor.dtype.name != "UINT8":
             raise Problem("its zero points are not stored as packed integers")
         packed = follower.data.read(stored.tensor, stored.name)
-        num_blocks = -(-num_in // block)
         if packed.size != num_out * -(-num_blocks * bits // 8):
             raise Problem(f"its zero points have {packed.size} bytes, for {num_out} rows of {num_blocks} blocks")
         packed = packed.reshape(num_out, -1)
@@ -371,4 +381,5 @@ def _read_packed(node: ir.Node, follower: Follower) -> _PackedBits:
         mask=(1 << bits) - 1,
         is_high_first=False,
         num_bits=bits,
+        is_folded=folded is not None,
     )

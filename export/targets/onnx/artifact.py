@@ -14,6 +14,7 @@ MODEL_FILE, ENCODER_FILE, DECODER_FILE = "model.onnx", "encoder_model.onnx", "de
 
 Kind = Literal["forward", "decoder-with-past", "encoder-decoder-with-past"]
 Role = Literal["model", "encoder", "decoder"]
+Stored = Literal["floats", "qdq", "matmulnbits"]
 Step = tuple[str, tuple[int, ...]]
 Array = npt.NDArray[Any]
 
@@ -47,6 +48,8 @@ class StoredWeight:
         axis: Axis as stored along which that operation reduces; None if it reduces nothing (an embedding, a norm).
         view: How the weight became the initializer: ("transpose", axes), ("split", (axis, part, start, stop)),
             ("squeeze", axes), ("unsqueeze", axes), in this order; empty if it is stored as in the program.
+        form: What the initializer holds: floats, or integers for a DequantizeLinear or a MatMulNBits.
+        reason: Why a quantized weight is not in the form that was asked for; "" if it is.
     """
 
     file: str
@@ -55,6 +58,8 @@ class StoredWeight:
     op: str
     axis: int | None
     view: tuple[Step, ...] = ()
+    form: Stored = "floats"
+    reason: str = ""
 
 
 @final

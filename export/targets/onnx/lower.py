@@ -4,6 +4,7 @@
 2. Decoder-only language models become one graph with a key-value cache, for prefill and decode alike.
 3. Encoder-decoders become two graphs: the encoder (with the keys and values of the cross attention) and the decoder.
 4. What has no such cache, or does not lower with it, becomes one plain graph, and the record says why.
+5. Quantized weights become the program's own integers; see `integers.py`.
 """
 
 import copy
@@ -13,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -29,31 +29,25 @@ from sparsepass.export.targets.onnx.capture import (
     plain_piece,
     to_ir,
 )
+from sparsepass.export.targets.onnx.forms import Form
 from sparsepass.export.targets.onnx.graph import describe, stored_weights, tidy
 from sparsepass.export.targets.onnx.guards import add_guards
+from sparsepass.export.targets.onnx.integers import told_of_integers, write_integers
+from sparsepass.export.targets.onnx.options import Integers, check_dtype, check_options, integers_wanted, wants_past
 from sparsepass.export.targets.onnx.ties import without_ties
 from sparsepass.graph import capture
 from sparsepass.graph.fused_model import fuse_layers, only_whole_modules
 from sparsepass.graph.limits import position_limit, unusual
 from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.program import Program
-from sparsepass.graph.rewrite import finish, fold_grid, fold_mask, shared_copy
-from sparsepass.graph.support import SparsepassError, closest, quiet_export
+from sparsepass.graph.rewrite import detach_branch, finish, fold_grid, fold_mask, shared_copy
+from sparsepass.graph.support import SparsepassError, quiet_export
 from sparsepass.passes.maths import canonical_zeros
 
-DEFAULT_OPSET, _LOWEST_OPSET, _HIGHEST_OPSET = 20, 18, 23
 EXTERNAL_DATA_BYTES = 100_000_000
 """Above this, weights go into a file of their own, which runtimes map instead of parsing it."""
 
 _FILES = {"model": MODEL_FILE, "encoder": ENCODER_FILE, "decoder": DECODER_FILE}
-_WITH_PAST = "-with-past"
-_GENERATIVE_TASKS = ("text-generation", "text2text-generation", "automatic-speech-recognition")
-_PLAIN_TASKS = (
-    "forward", "text-generation-no-past", "feature-extraction", "fill-mask", "text-classification", "token-classification",
-    "question-answering", "image-classification", "image-text-to-text", "zero-shot-image-classification",
-    "audio-classification",
-)  # fmt: skip
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TOKENS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
 
@@ -65,6 +59,8 @@ def lower_onnx(
     opset: int | None = None,
     task: str | None = None,
     with_past: bool | None = None,
+    form: Form = "qdq",
+    fold_slorb: bool = False,
 ) -> OnnxArtifact:
     """Write a program as ONNX.
 
@@ -80,10 +76,14 @@ def lower_onnx(
         program: The program; it is not changed.
         folder: An existing folder, to write into.
         dtype: Type of the weights and of the arithmetic: float32, float16 or bfloat16. By default the program's.
-        opset: Operator set, 18 to 23.
+        opset: Operator set, 18 to 23. By default 20, or 21 where quantized weights need it.
         task: What the graph is for, in the words of transformers' pipelines. It decides between a plain graph and one with
             a cache only; the program was captured as it is.
         with_past: Whether a generative model gets a cache. By default it does if it can; True makes it an error if not.
+        form: How quantized weights are written. ``qdq``: their integers, and a DequantizeLinear in front of what reads them.
+            ``matmulnbits``: onnxruntime's MatMulNBits in place of the product, and qdq for what is none. ``dense``: as
+            floating-point values on their grids.
+        fold_slorb: Whether SLoRB branches go into the zero points of MatMulNBits, without an operator of their own.
 
     Returns:
         What was written, with the initializers of every weight. It is not verified yet: see `verify_onnx`.
@@ -91,7 +91,8 @@ def lower_onnx(
     Raises:
         SparsepassError: If an option is not supported, or the program cannot be lowered; the message says where.
 
-    Exactness: weights are bitwise the program's (with masks folded) in its own dtype; outputs agree to rounding.
+    Exactness: weights are bitwise the program's (with masks folded) in its own dtype, and integers are the program's own;
+    outputs agree to rounding. Zero points that hold a branch are rounded to the dtype.
 
     Example:
         >>> import tempfile
@@ -106,88 +107,30 @@ def lower_onnx(
     out = Path(folder)
     if not out.is_dir():
         raise SparsepassError(f"{out} is no folder; create it first, lower_onnx writes into an existing one")
-    number = _check_opset(opset)
-    past = _wants_past(program, task, with_past)
-    own = _dtype_of(program)
-    wanted = parse_dtype(dtype) if dtype is not None else own
-    _check_dtype(wanted)
+    check_options(dtype, opset, task, form, fold_slorb)
+    past = wants_past(program, task, with_past)
+    wanted = parse_dtype(dtype) if dtype is not None else _dtype_of(program)
+    check_dtype(wanted)
     if any(t.is_meta for t in program.tensors().values()):
         raise SparsepassError("the program was captured without weights; fill it from its checkpoint before exporting it")
     if program.device.type != "cpu":
         program = copy.deepcopy(program).cpu()  # the graph holds the device that it was captured on
     if program.origin.model_class is not None:
         program = only_whole_modules(program)
+    source, request = program, integers_wanted(program, form, opset, fold_slorb, wanted)
+    if fold_slorb:
+        program = _without_branches(program)
     with quiet_export("torch.onnx", "transformers", "onnxscript", "onnx_ir"):
         program, told = without_ties(program)
         kind, pieces, notes = _pieces(program, wanted, past)
         notes = (*told, *notes)
         try:
-            return _write(program, out, kind, pieces, number, wanted, notes)
+            return _write(program, source, out, kind, pieces, request, wanted, notes)
         except SparsepassError as error:
             if kind == "forward" or past is True:
                 raise
             notes = (*notes, f"one plain graph without a cache was written, because {error}")
-            return _write(program, out, "forward", (_plain(program, wanted),), number, wanted, notes)
-
-
-def check_options(dtype: "str | torch.dtype | None", opset: int | None, task: str | None) -> None:
-    """Make sure that options can be used, before there is a program.
-
-    Raises:
-        SparsepassError: If the type, the operator set or the task is none of those that can be written.
-    """
-    _check_opset(opset)
-    _check_task(task)
-    if dtype is not None:
-        _check_dtype(parse_dtype(dtype))
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in _DTYPES:
-        raise SparsepassError(f"dtype {dtype} is not supported by the onnx target; use float32, float16 or bfloat16")
-
-
-def _check_task(task: str | None) -> None:
-    known = (*_GENERATIVE_TASKS, *(f"{name}{_WITH_PAST}" for name in _GENERATIVE_TASKS), *_PLAIN_TASKS)
-    if task is not None and task not in known:
-        near = closest(task, known)
-        hint = f"; did you mean {near}?" if near else ""
-        raise SparsepassError(f"task {task!r} is not known to the onnx target, which has {', '.join(known)}{hint}")
-
-
-def _check_opset(opset: int | None) -> int:
-    if opset is None:
-        return DEFAULT_OPSET
-    highest = min(_HIGHEST_OPSET, onnx.defs.onnx_opset_version())
-    if not _LOWEST_OPSET <= opset <= highest:
-        raise SparsepassError(
-            f"opset {opset} is not supported: torch.onnx writes {_LOWEST_OPSET} to {highest}; leave opset=... out for "
-            f"{DEFAULT_OPSET}, which TensorRT and onnxruntime both read"
-        )
-    return opset
-
-
-def _wants_past(program: Program, task: str | None, with_past: bool | None) -> bool | None:
-    """True: with a cache or an error; None: with a cache if it can be; False: one plain graph."""
-    _check_task(task)
-    if task in _PLAIN_TASKS:
-        if with_past:
-            raise SparsepassError(f"task {task} makes a plain graph, and with_past=True asks for a cache; drop one of them")
-        return False
-    if task is not None and task.endswith(_WITH_PAST):
-        if with_past is False:
-            raise SparsepassError(f"task {task} asks for a cache, and with_past=False for none; drop one of them")
-        with_past = True
-    if with_past is False:
-        return False
-    if program.origin.generation_config is None:
-        if with_past:
-            raise SparsepassError(
-                f"{program.origin.model_class or 'this module'} does not generate, so it has no cache to export; leave "
-                "with_past and the task out"
-            )
-        return False
-    return with_past
+            return _write(program, source, out, "forward", (_plain(program, wanted),), request, wanted, notes)
 
 
 def _dtype_of(program: Program) -> torch.dtype:
@@ -297,6 +240,16 @@ def _folded(program: Program) -> Program:
     return shared
 
 
+def _without_branches(program: Program) -> Program:
+    """A program without SLoRB branches that shares all tensors with the given one, which stays as it is."""
+    shared = shared_copy(program)
+    for weight, state in program.sparse.items():
+        if state.branch is not None:
+            detach_branch(shared, weight)
+    finish(shared)
+    return shared
+
+
 def _axes(program: Program, name: str, tensor: Tensor) -> Axes:
     """Names for the axes of an input of a plain graph."""
     two_sided = "decoder_input_ids" in program.input_names
@@ -328,10 +281,11 @@ def _can_vary(program: Program, name: str, axis: int) -> bool:
 
 def _write(
     program: Program,
+    source: Program,
     out: Path,
     kind: Kind,
     pieces: tuple[Piece, ...],
-    opset: int,
+    request: Integers,
     dtype: torch.dtype,
     notes: tuple[str, ...],
 ) -> OnnxArtifact:
@@ -347,13 +301,14 @@ def _write(
 
     for piece in pieces:
         file = _FILES[piece.role]
-        model = to_ir(piece, opset)
+        model = to_ir(piece, request.opset)
         views = tidy(model, weight_names=weight_name, axis_names=piece.axes)
         _stamp(model, program)
         if kind == "forward":
             notes = (*notes, *_guarded(model, program))
         expected[file] = {}
-        for name, stored in stored_weights(model, views, file):
+        found = list(stored_weights(model, views, file))
+        for name, stored in write_integers(model, found, source, request):
             weights[name] = (*weights.get(name, ()), stored)
             if name in program.sparse and stored.axis is not None:
                 expected[file][stored.initializer] = program.sparse[name].pattern
@@ -369,6 +324,7 @@ def _write(
         notes = (*notes, f"not in the graph, because no output depends on their values: {', '.join(lost)}")
     for file, model in models.items():
         _save(model, out / file)
+    notes = (*notes, *told_of_integers(weights))
     twice = [name for name, found in weights.items() if len({s.file for s in found}) > 1]
     if twice:
         notes = (*notes, f"in both files, because both graphs read it: {', '.join(twice)}")
@@ -378,7 +334,7 @@ def _write(
     return OnnxArtifact(
         kind=kind,
         dtype=str(dtype).removeprefix("torch."),
-        opset=opset,
+        opset=request.opset,
         files=written,
         graphs=tuple(graphs),
         weights=weights,

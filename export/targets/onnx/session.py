@@ -12,7 +12,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE
-from sparsepass.graph.equivalence import widened_copy
+from sparsepass.graph.equivalence import exact_products, widened_copy
 from sparsepass.graph.support import SparsepassError, first_line
 
 Array = npt.NDArray[Any]
@@ -63,6 +63,7 @@ def open_session(path: str | Path) -> Session:
         raise SparsepassError(f"{path} is no file; give the .onnx file, or the folder that holds {MODEL_FILE}")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    exact_products(options)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its extension module, which have no common base

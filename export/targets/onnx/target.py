@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target
+from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, Target, option
 from sparsepass.export.targets.evidence import pattern_summary
+from sparsepass.export.targets.onnx.forms import check_form
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
@@ -20,10 +21,17 @@ class Onnx(Target):
     Attributes:
         opset: ONNX operator set; by default the newest that is tried.
         task: What the model is for, such as ``text-generation``; by default its configuration tells.
+        form: How weights that are quantized are stored. onnx: qdq (the default: integers and DequantizeLinear), matmulnbits
+            (onnxruntime's operator; qdq where it does not fit) or dense. tensorrt: qdq or dense. hf: integers (the default: by
+            compressed-tensors, pack-quantized) or dense. dense: floating-point values on their grids.
+        fold_slorb: With form=matmulnbits, write SLoRB branches into zero points, without operators of their own.
+
+    Raises:
+        SparsepassError: If a value cannot be used.
 
     Example:
-        >>> Onnx(opset=18, dtype="fp16")
-        Onnx(dtype='float16', opset=18, task=None)
+        >>> Onnx(opset=18, dtype="fp16").form
+        'qdq'
     """
 
     name: ClassVar[str] = "onnx"
@@ -31,10 +39,16 @@ class Onnx(Target):
 
     opset: int | None = None
     task: str | None = None
+    form: str = option("qdq", parse=str)
+    fold_slorb: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_form(self.form, self.fold_slorb)
 
     def check_here(self) -> None:
         """Make sure that opset, task and type can be written."""
-        from sparsepass.export.targets.onnx.lower import check_options
+        from sparsepass.export.targets.onnx.options import check_options
 
         check_options(self.dtype, self.opset, self.task)
 
@@ -43,7 +57,15 @@ class Onnx(Target):
         from sparsepass.export.targets.onnx.config import write_config
         from sparsepass.export.targets.onnx.lower import lower_onnx
 
-        artifact = lower_onnx(program, folder, dtype=self.dtype, opset=self.opset, task=self.task)
+        artifact = lower_onnx(
+            program,
+            folder,
+            dtype=self.dtype,
+            opset=self.opset,
+            task=self.task,
+            form=self.form,  # type: ignore[arg-type]  # one of FORMS
+            fold_slorb=self.fold_slorb,
+        )
         write_config(program, folder, artifact.dtype)
         context.save_companions(folder)
         return Lowered(
@@ -84,6 +106,8 @@ def _weights(found: Mapping[str, Any], dtype: str) -> Check:
     differing = found["differing"]
     converted = f", after conversion to {dtype}" if found["num_converted"] else ""
     said = f"{found['num_checked']} stored weights are bit for bit the program's{converted}"
+    if found["num_integers"]:
+        said = f"{said}; {found['num_integers']} of them are the program's own integers"
     if differing:
         said = f"{len(differing)} stored weights are not the program's: {', '.join(differing[:5])}"
     return Check(name="weights", held=not differing, summary=said, details=found)

@@ -14,6 +14,7 @@ from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxArtifact, apply_view
 from sparsepass.export.targets.onnx.lower import converted
 from sparsepass.export.targets.onnx.session import Array, DecoderSession, open_widened, run_session, to_numpy
+from sparsepass.export.targets.onnx.stored import holds_integers
 from sparsepass.export.targets.onnx.ties import picks, repeating, tie_in, without_ties
 from sparsepass.graph.admission import in_float64, plain_settings
 from sparsepass.graph.limits import broken
@@ -42,7 +43,8 @@ def verify_onnx(
 
     - *files*: `onnx.checker` accepts each graph.
     - *pattern*: every sparse weight is N:M in the file, along the axis that its operation reduces.
-    - *weights*: every initializer is bitwise the program's weight (masks folded, dtype converted, laid out anew).
+    - *weights*: every initializer is bitwise the program's weight (masks folded, dtype converted, laid out anew), and what
+      integers stand for is bitwise what the program's do.
     - *outputs*: what onnxruntime computes equals what the program computes on its example inputs: for graphs with a cache
       the prefill, one decoded token, several tokens at once, a batch of one, and left-padded prompts. A larger difference
       in float32 is accepted as rounding only if the file is about as near to a float64 run as the program itself. The CPU
@@ -99,10 +101,15 @@ def _pattern(path: Path, artifact: OnnxArtifact) -> dict[str, Any]:
 def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> dict[str, Any]:
     models = {graph.file: ir.load(place / graph.file) for graph in artifact.graphs}
     wanted: torch.dtype = getattr(torch, artifact.dtype)
-    differing, num_converted = [], 0
+    differing, num_converted, num_integers = [], 0, 0
     for name, found in artifact.weights.items():
         weight = masked_weight(program, name).cpu()
         for stored in found:
+            if stored.form != "floats":
+                num_integers += 1
+                if not holds_integers(program, name, stored, models[stored.file].graph):
+                    differing.append(stored.initializer)
+                continue
             value = models[stored.file].graph.initializers.get(stored.initializer)
             tensor = value.const_value if value is not None else None
             if tensor is None:
@@ -115,7 +122,12 @@ def _compare_weights(program: Program, place: Path, artifact: OnnxArtifact) -> d
             laid_out = apply_view(_tensor_bits(expected), stored.view)
             if not np.array_equal(laid_out, in_file.view(f"i{in_file.dtype.itemsize}")):
                 differing.append(stored.initializer)
-    return {"num_checked": sum(map(len, artifact.weights.values())), "num_converted": num_converted, "differing": differing}
+    return {
+        "num_checked": sum(map(len, artifact.weights.values())),
+        "num_converted": num_converted,
+        "num_integers": num_integers,
+        "differing": differing,
+    }
 
 
 def _compare_outputs(program: Program, place: Path, artifact: OnnxArtifact, limit: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 3. A model that generates becomes two engines, for prefill and decode, or one with two profiles.
 4. Each engine is built in a child process. What its log says is kept beside it.
 5. tensorrt, tensorrt-rtx and torch-tensorrt build; for onnxruntime's provider, a session configuration is written.
+6. Quantized weights are integers in the graph, where TensorRT takes their grid; any other is refused.
 """
 
 import gzip
@@ -20,6 +21,7 @@ import torch
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.evidence import LayerEvidence, check_two_four
 from sparsepass.export.targets.onnx import OnnxArtifact, lower_onnx
+from sparsepass.export.targets.onnx.forms import Form
 from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine, build_torch_engine
 from sparsepass.export.targets.tensorrt.evidence import Observed, gather, surroundings
 from sparsepass.export.targets.tensorrt.log import SparsityLog, parse_inspection, parse_log
@@ -33,6 +35,7 @@ from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
 
 ENGINES_FILE: Final = "engines.json"
+INT4_BLOCKS: Final = (64, 128)
 AHEAD_OF_TIME: Final = (80, 86, 89, 120)
 """What tensorrt-rtx builds for where no GPU is and none is named."""
 
@@ -139,12 +142,15 @@ def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) 
     installed = choose(options.runtime, here)
     targets = resolve_targets(options, installed, here)
     task = _plain_task(options.task) if installed.runtime.name == "torch-tensorrt" else options.task
-    artifact = lower_onnx(program, out, dtype=options.dtype, opset=options.opset, task=task)
+    form: Form = "dense" if options.form == "dense" or installed.runtime.name == "torch-tensorrt" else "qdq"
+    if form == "qdq":
+        check_grids(program)
+    artifact = lower_onnx(program, out, dtype=options.dtype, opset=options.opset, task=task, form=form)
     examples = {name: tuple(tensor.shape) for name, tensor in program.example_inputs.items()}
     plans = plan_engines(artifact, options, config=program.origin.config, examples=examples, limits=program.limits)
     engines: list[Engine] = []
     layers: list[LayerEvidence] = []
-    notes = [*artifact.notes, *_notes(installed, artifact, here)]
+    notes = [*artifact.notes, *_notes(program, installed, artifact, here)]
     version = installed.version
     job = EngineJob(program=program, onnx=artifact, out=out, options=options, installed=installed, targets=targets, here=here)
     for plan in plans:
@@ -219,8 +225,45 @@ def _measure(job: EngineJob, plans: tuple[EnginePlan, ...], written: TensorrtArt
     return found
 
 
-def _notes(installed: Installed, artifact: OnnxArtifact, here: tuple[Gpu, ...]) -> tuple[str, ...]:
+def check_grids(program: Program) -> None:
+    """Refuse integers that TensorRT does not take behind a DequantizeLinear.
+
+    Source: NVIDIA's "Working with Quantized Types" (TensorRT 10): symmetric; 8 bits with a scale for the tensor or each row; 4
+    bits for the weights of matrices, in blocks of 64 or 128 that fill a row.
+
+    Raises:
+        SparsepassError: If a weight has others; the message names it.
+    """
+    tables = {site.weight for site in program.sites() if site.role == "embedding"}
+    for name, state in program.quantized.items():
+        weight, scales = program.tensor(name), program.tensor(state.scales)
+        reason = ""
+        if name in tables:
+            reason = "it is looked up, and integers stand in front of a DequantizeLinear only"
+        elif state.zero_points is not None:
+            reason = "zero points have to be 0"
+        elif state.bits == 8 and scales.shape[-1] > 1:
+            reason = "8 bits have one scale a row"
+        elif state.bits == 4 and state.group_size not in INT4_BLOCKS:
+            reason = f"4 bits have groups of {' or '.join(map(str, INT4_BLOCKS))}"
+        elif state.bits == 4 and scales.dim() < weight.dim():
+            reason = "4 bits are for matrices, not for convolutions"
+        elif state.bits == 4 and weight.shape[state.axis] % state.group_size:
+            reason = f"its {weight.shape[state.axis]} input features are no multiple of {state.group_size}"
+        if reason:
+            raise SparsepassError(
+                f"TensorRT cannot take {name} ({state.grid.text}): {reason}; quantize with quantize{{bits=8,group_size=0}} or "
+                "quantize{group_size=64}, without quantize_embedding, or write floating-point values with form=dense"
+            )
+
+
+def _notes(program: Program, installed: Installed, artifact: OnnxArtifact, here: tuple[Gpu, ...]) -> tuple[str, ...]:
     notes = []
+    if program.quantized and installed.runtime.name == "torch-tensorrt":
+        notes.append(
+            "torch-tensorrt builds from the program's own graph, in which it knows no rounding: quantized weights are "
+            "floating-point values on their grids, there and in the ONNX file"
+        )
     if artifact.dtype == "float32":
         notes.append("float32 has no sparse kernels for 2:4: the engines run dense; export with --dtype float16 or bfloat16")
     if installed.runtime.name == "tensorrt-rtx":

@@ -7,6 +7,7 @@ from typing import Final
 
 from sparsepass.export.targets.contract import Target, option, option_error
 from sparsepass.export.targets.evidence import LOWEST_SM
+from sparsepass.export.targets.onnx.forms import check_form
 
 DEFAULT_TIMEOUT_S: Final = 3600.0
 
@@ -58,6 +59,7 @@ class EngineTarget(Target):
 
     opset: int | None = None
     task: str | None = None
+    form: str = option("qdq", parse=str)
     runtime: str | None = None
     sm: tuple[int, ...] = option((), parse=parse_sm)
     profiles: tuple[str, ...] = option((), flag="profile")
@@ -70,6 +72,7 @@ class EngineTarget(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_form(self.form, False, ("qdq", "dense"), "tensorrt")
         if self.runtime is not None:
             from sparsepass.export.targets.tensorrt.packages import RUNTIMES
 

@@ -20,6 +20,8 @@ class TensorRT(EngineTarget):
     Attributes:
         opset: ONNX operator set; by default the newest that is tried.
         task: What the model is for, such as ``text-generation``; by default its configuration tells.
+        form: How weights that are quantized are stored in the graph: qdq (integers and DequantizeLinear; symmetric ones of 8
+            bits with one scale a row, or of 4 bits in groups of 64 or 128) or dense (floating-point values on their grids).
         runtime: What builds engines: tensorrt, tensorrt-rtx or torch-tensorrt; by default what is installed and can build
             here.
         sm: Compute capabilities to build for: 80,86. By default this machine's GPU, or, with tensorrt-rtx and without a GPU,

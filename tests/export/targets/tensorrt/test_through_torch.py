@@ -127,6 +127,17 @@ def test_the_target_takes_it(fake: Path, bert: Program, monkeypatch: pytest.Monk
     assert {layer.ran_sparse for layer in found.layers if layer.conforms == "yes"} == {"no"}, "float32 has no sparse kernels"
 
 
+def test_quantized_weights_are_floating_point(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsepass.export.targets.tensorrt.lower.gpus", lambda: (Gpu(name="L40S", sm=89),))
+    monkeypatch.setattr("sparsepass.export.targets.tensorrt.packages._is_there", lambda module: module == "torch_tensorrt")
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
+    text = "nm_sparsify{criterion=magnitude},quantize{group_size=16,symmetric=false}"
+    program = apply_passes(model, text, example_inputs=torch.randn(2, 32), validate=False)
+    found = lower_tensorrt(program, fake, TensorRT(runtime="torch-tensorrt"))
+    assert {one.form for stored in found.onnx.weights.values() for one in stored} == {"floats"}
+    assert any(note.startswith("torch-tensorrt builds from the program's own graph, in which it") for note in found.notes)
+
+
 def test_a_library_that_cannot_be_imported_is_an_error_message(fake: Path, bert: Program, plan: EnginePlan) -> None:
     (fake.parent / "fake" / "torch_tensorrt.py").write_text(
         "raise Exception('make sure tensorrt lib is in the LD_LIBRARY_PATH')"
