@@ -50,8 +50,9 @@ def widened(program: Program, dtype: torch.dtype) -> Program:
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), swap)
         node.meta.pop("val", None)  # a tensor of the old type
     program.graph_module.recompile()
+    scales = {state.scales for state in program.quantized.values()}  # which are bfloat16, whatever the weights are
     for name, tensor in program.tensors().items():
-        if tensor.dtype in own:
+        if tensor.dtype in own and name not in scales:
             program.set_tensor(name, tensor.detach().to(dtype))
     program.example_inputs = {
         name: tensor.to(dtype) if tensor.dtype in own else tensor for name, tensor in program.example_inputs.items()

@@ -6,6 +6,7 @@ import transformers as hf
 from tests.families import BY_NAME
 
 from sparsepass.graph import Program, SparsepassError, capture
+from sparsepass.graph.integers import integers_of
 from sparsepass.graph.load import load_model
 from sparsepass.graph.widening import widened
 from sparsepass.passes import apply_passes
@@ -46,3 +47,21 @@ def test_only_wider_types_are_taken() -> None:
     assert widened(program, torch.float32) is program
     with pytest.raises(SparsepassError, match="wider one, and torch\\.bfloat16 was asked for"):
         widened(program, torch.bfloat16)
+
+
+def test_integers_and_scales_stay_as_they_are(tmp_path: Path) -> None:
+    program = apply_passes(BY_NAME["llama"].model().bfloat16(), "nm_sparsify,quantize{group_size=16},quantize_embedding")
+    before = {name: integers_of(program, name) for name in program.quantized}
+    program.save(tmp_path / "half")
+    found = load_model(tmp_path / "half", dtype="float32").program
+    assert found is not None
+    for name, expected in before.items():
+        now = integers_of(found, name)
+        assert now is not None
+        assert expected is not None
+        assert torch.equal(now.numbers_OI, expected.numbers_OI)
+        assert torch.equal(now.scales_OG, expected.scales_OG)
+    with torch.no_grad():  # in bfloat16 a value on the grid is rounded once more
+        torch.testing.assert_close(
+            found(**found.example_inputs).logits, program(**program.example_inputs).logits.float(), rtol=5e-2, atol=5e-2
+        )

@@ -55,6 +55,7 @@ def every(place: Path, out: Path) -> dict[str, list[Any]]:
         "eval": ["eval", place / "pruned", "--text", text, "--context", 16, "--max-tokens", 64],
         "compare": ["compare", place / "tiny", place / "tiny"],
         "bench": ["bench", place / "packed", *_BENCH],
+        "size": ["size", place / "tiny", place / "packed"],
         "verify": ["verify", place / "packed"],
         "unpack": ["unpack", place / "packed", "-o", out / "u"],
         "sample": ["sample", place / "tiny", "-o", out / "s.jsonl", "--tokens", 32, "--length", 16],

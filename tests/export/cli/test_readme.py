@@ -36,8 +36,12 @@ NOT_HERE: Final = {
     "load_torch(": "needs a GPU",
 }
 """Part of an example -> why no test runs it. An entry that no page has any more is an error."""
-SMALLER: Final = {"HuggingFaceTB/SmolLM2-135M": "MODEL", "400_000": "8_192", "wanda,sparsegpt": "wanda"}
-"""Words of examples that are replaced: the model of the hub by the tiny one, many tokens by few, two criteria by one."""
+SMALLER: Final = {
+    "HuggingFaceTB/SmolLM2-135M": "MODEL", "400_000": "8_192", "wanda,sparsegpt": "wanda",
+    "slorb{k=64},quantize{group_size=64}": "slorb{k=16},quantize{group_size=16}",
+}  # fmt: skip
+"""Words of examples that are replaced: the model of the hub by the tiny one, many tokens by few, two criteria by one, wide
+blocks by such as the tiny model's layers have."""
 SHORTER: Final = {
     "bench": ("--batch", "1", "--repeats", "1", "--new-tokens", "2", "--prefill-tokens", "16", "--no-memory"),
     "eval": ("--max-tokens", "2000"),
