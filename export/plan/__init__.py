@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from sparsepass.export.plan.choice import ignore_patterns as ignore_patterns, pipeline_text as pipeline_text
     from sparsepass.export.plan.devices import find_device as find_device, find_runtime as find_runtime
     from sparsepass.export.plan.forecast import plan as plan
+    from sparsepass.export.plan.forms import sizes as sizes
     from sparsepass.export.plan.model import load_for_plan as load_for_plan
     from sparsepass.export.plan.pages import page as page
     from sparsepass.export.plan.roofline import (
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
         sparse_time as sparse_time,
         weight_bits as weight_bits,
     )
-    from sparsepass.export.plan.sizes import sizes as sizes
 else:
     from sparsepass._lazy import face
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparsepass.export.pattern.onnx.candidates import onnx_candidates as onnx_candidates
     from sparsepass.export.pattern.onnx.data import onnx_files as onnx_files, read_onnx as read_onnx
+    from sparsepass.export.pattern.onnx.folded import folded_note as folded_note
 else:
     from sparsepass._lazy import face
 

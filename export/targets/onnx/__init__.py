@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsepass.export.targets.onnx.artifact import OnnxArtifact as OnnxArtifact, OnnxGraph as OnnxGraph
+    from sparsepass.export.targets.onnx.forms import Form as Form, check_form as check_form
     from sparsepass.export.targets.onnx.lower import lower_onnx as lower_onnx, plain_program as plain_program
     from sparsepass.export.targets.onnx.session import generate_greedy as generate_greedy, open_session as open_session
     from sparsepass.export.targets.onnx.target import Onnx as Onnx

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from sparsepass.export.pattern.onnx.folded import folded_note
+from sparsepass.export.pattern import folded_note
 from sparsepass.export.targets.onnx.artifact import Array, Step, StoredWeight, apply_view
 from sparsepass.export.targets.onnx.options import BLOCKS, INTEGERS_OPSET, Integers
 from sparsepass.graph.integers import integers_of
@@ -77,7 +77,7 @@ def write_integers(
     Raises:
         SparsepassError: If a branch is to be folded into a weight that cannot be written as MatMulNBits.
     """
-    writer = _Writer(model, program, request)
+    writer = _IntegerWriter(model, program, request)
     for weight, one in stored:
         is_written = request.form != "dense" and weight in program.quantized and one.op
         yield weight, writer.write(weight, one) if is_written else one
@@ -103,7 +103,7 @@ def told_of_integers(weights: Mapping[str, Iterable[StoredWeight]]) -> tuple[str
 
 
 @final
-class _Writer:
+class _IntegerWriter:
     """Writes the integers of one graph.
 
     Attributes:

@@ -6,7 +6,7 @@ from typing import final
 import numpy as np
 import onnx_ir as ir
 
-from sparsepass.export.pattern.bits import unpack_bits
+from sparsepass.export.pattern import unpack_bits
 from sparsepass.export.targets.onnx.artifact import Array, StoredWeight, apply_view
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.program import Program

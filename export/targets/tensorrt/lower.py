@@ -20,8 +20,7 @@ import torch
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets.evidence import LayerEvidence, check_two_four
-from sparsepass.export.targets.onnx import OnnxArtifact, lower_onnx
-from sparsepass.export.targets.onnx.forms import Form
+from sparsepass.export.targets.onnx import Form, OnnxArtifact, lower_onnx
 from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine, build_torch_engine
 from sparsepass.export.targets.tensorrt.evidence import Observed, gather, surroundings
 from sparsepass.export.targets.tensorrt.log import SparsityLog, parse_inspection, parse_log

@@ -7,7 +7,7 @@ from typing import Final
 
 from sparsepass.export.targets.contract import Target, option, option_error
 from sparsepass.export.targets.evidence import LOWEST_SM
-from sparsepass.export.targets.onnx.forms import check_form
+from sparsepass.export.targets.onnx import check_form
 
 DEFAULT_TIMEOUT_S: Final = 3600.0
 

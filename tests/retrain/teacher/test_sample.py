@@ -134,7 +134,8 @@ def test_training_takes_the_file(folder: Path, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_refused(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
-    for out, named in (("a.txt", r"\.jsonl"), ("none/a.jsonl", "does not exist")):
+    (tmp_path / "file").write_text("")
+    for out, named in (("a.txt", r"\.jsonl"), ("file/a.jsonl", "is no folder")):
         with pytest.raises(SparsepassError, match=named):
             sample_to_file(model, tokenizer, tmp_path / out, SampleConfig(num_tokens=32))
     with pytest.raises(SparsepassError, match="no token"):

@@ -23,7 +23,7 @@ _FLOATS: Final[Mapping[str, Values]] = {"float32": "fp32", "bfloat16": "bf16", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class StoredForm:
     """How the weights of a model are stored.
 
     Attributes:
@@ -47,7 +47,7 @@ class Form:
         """In a few words.
 
         Example:
-            >>> Form(values="int4", pattern=NMPattern(2, 4), branch_k=16, tables="int8").text
+            >>> StoredForm(values="int4", pattern=NMPattern(2, 4), branch_k=16, tables="int8").text
             '2:4 int4, SLoRB k=16, embedding int8'
         """
         words = [f"{self.pattern or 'dense'} {self.values}"]
@@ -67,7 +67,7 @@ class _Matrix:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shapes:
+class _Tensors:
     """The tensors of a model: layers that passes take, embedding and head, and how many numbers all else has."""
 
     layers: tuple[_Matrix, ...]
@@ -115,7 +115,7 @@ def sizes(
     shapes = _shapes(program, found)
     own = Path(model).expanduser()
     measured = [_measured(path, shapes) for path in [*([own] if own.exists() else []), *paths]]
-    dense, sparse = Form(group_size=group_size), Form(pattern=found, group_size=group_size)
+    dense, sparse = StoredForm(group_size=group_size), StoredForm(pattern=found, group_size=group_size)
     branched = replace(sparse, branch_k=slorb_k, is_trained=projection == "trainable")
     kinds: tuple[Values, ...] = ("bf16", "int8", "int4")
     forms = [replace(dense, values=kind) for kind in ("fp32", *kinds)]
@@ -134,7 +134,7 @@ def sizes(
     )
 
 
-def promised(shapes: _Shapes, form: Form, only: Collection[str] | None = None) -> FormEntry:
+def promised(shapes: _Tensors, form: StoredForm, only: Collection[str] | None = None) -> FormEntry:
     """Bytes of a model in a form.
 
     Args:
@@ -173,7 +173,7 @@ def promised(shapes: _Shapes, form: Form, only: Collection[str] | None = None) -
     )
 
 
-def _shapes(program: Program, pattern: NMPattern) -> _Shapes:
+def _shapes(program: Program, pattern: NMPattern) -> _Tensors:
     layers, tables = [], []
     counted: set[str] = set()
     for site in program.sites():
@@ -191,10 +191,10 @@ def _shapes(program: Program, pattern: NMPattern) -> _Shapes:
         counted.add(site.weight)
     beside = {name for state in program.sparse.values() for name in state.names}
     others = [t for name, t in program.graph_module.named_parameters() if name not in counted | beside]
-    return _Shapes(layers=tuple(layers), tables=tuple(tables), num_others=sum(each.numel() for each in others))
+    return _Tensors(layers=tuple(layers), tables=tuple(tables), num_others=sum(each.numel() for each in others))
 
 
-def _measured(path: Path, shapes: _Shapes) -> FileSizeEntry | None:
+def _measured(path: Path, shapes: _Tensors) -> FileSizeEntry | None:
     """What a file or folder takes, and what its form promises; None for a folder without weights."""
     if path.is_dir():
         check_inside(path)
@@ -212,7 +212,7 @@ def _measured(path: Path, shapes: _Shapes) -> FileSizeEntry | None:
     )
 
 
-def _known_form(path: Path) -> Iterator[tuple[Form, Collection[str] | None]]:
+def _known_form(path: Path) -> Iterator[tuple[StoredForm, Collection[str] | None]]:
     """The form that a folder's configuration states, and the layers that have it."""
     if not (path / "config.json").is_file():
         return
@@ -221,13 +221,13 @@ def _known_form(path: Path) -> Iterator[tuple[Form, Collection[str] | None]]:
     if not isinstance(stated, dict):
         dtype = config.get("dtype") or config.get("torch_dtype")
         if isinstance(dtype, str) and dtype in _FLOATS:
-            yield Form(values=_FLOATS[dtype]), None
+            yield StoredForm(values=_FLOATS[dtype]), None
     elif stated.get("quant_method") == QUANT_METHOD:
         settings = PackedSettings.from_dict(stated)
         values: Any = settings.values if settings.values.startswith("int") else "bf16"
         branch = next(iter(settings.branches.values()), None)
         yield (
-            Form(
+            StoredForm(
                 values=values,
                 pattern=NMPattern(2, 4),
                 group_size=settings.group_size,
@@ -241,4 +241,4 @@ def _known_form(path: Path) -> Iterator[tuple[Form, Collection[str] | None]]:
         groups = stated.get("config_groups")
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
         if len(weights) == 1 and isinstance(weights[0], dict) and weights[0].get("num_bits") in (4, 8):
-            yield Form(values=f"int{weights[0]['num_bits']}", group_size=weights[0].get("group_size") or 0), None  # type: ignore[arg-type]
+            yield StoredForm(values=f"int{weights[0]['num_bits']}", group_size=weights[0].get("group_size") or 0), None  # type: ignore[arg-type]
