@@ -16,13 +16,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import commit, machine
+from common import calibrated
 from torch import Tensor
 
 from sparsepass.export.cli import smollm2
@@ -207,15 +206,7 @@ def main() -> None:
     file = args.out / "awq.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name in [args.only] if args.only else MODELS:
-        facts = {
-            "commit": commit(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": machine("cpu"),
-            "calibration": Path(args.calibration).name,
-            "text": Path(args.eval_text).name,
-            "num_sequences": args.num_sequences,
-            "context": args.context,
-        }
+        facts = calibrated(args)
         report[name] = MODELS[name][1](args) | facts
         args.out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(report, indent=1) + "\n")

@@ -56,6 +56,19 @@ def machine(device: str) -> str:
     return f"{place}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
+def calibrated(args: argparse.Namespace) -> dict[str, Any]:
+    """What a page says of rows that were calibrated and measured: commit, machine, texts."""
+    return {
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine("cpu"),
+        "calibration": Path(args.calibration).name,
+        "text": Path(args.eval_text).name,
+        "num_sequences": args.num_sequences,
+        "context": args.context,
+    }
+
+
 def training_options(doc: str | None, work: str) -> argparse.ArgumentParser:
     """The options of every script that trains row by row."""
     here = Path(__file__).parent

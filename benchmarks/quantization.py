@@ -15,13 +15,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from awq import embeddings, minilm, paragraphs_of
-from common import commit, machine
+from common import calibrated
 
 from sparsepass.export.cli import smollm2
 from sparsepass.export.plan import sizes
@@ -181,15 +180,7 @@ def main() -> None:
     file = args.out / "quantization.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name in [args.only] if args.only else MODELS:
-        facts = {
-            "commit": commit(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": machine("cpu"),
-            "calibration": Path(args.calibration).name,
-            "text": Path(args.eval_text).name,
-            "num_sequences": args.num_sequences,
-            "context": args.context,
-        }
+        facts = calibrated(args)
         bench, said = MODELS[name][1](args)
         is_smollm2 = name == "smollm2"
         found = bench.rows(args.trained if is_smollm2 else None, args.healed if is_smollm2 else None)

@@ -11,7 +11,7 @@ from sparsepass.export.report import FileSizeEntry, FormEntry, SizeSection
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.packed_folder import QUANT_METHOD, PackedSettings
 from sparsepass.graph.rounding import num_groups
-from sparsepass.graph.support import INFINITIES, check_inside, read_object
+from sparsepass.graph.support import INFINITIES, check_inside, path_named, read_object
 from sparsepass.passes.maths import NMPattern
 
 Values = Literal["fp32", "bf16", "int8", "int4"]
@@ -107,14 +107,15 @@ def sizes(
     found = NMPattern.parse(pattern)
     if slorb_k < 0 or group_size < 0:
         raise SparsepassError(f"group_size and slorb_k are 0 or more, got {group_size} and {slorb_k}")
-    paths = [Path(file).expanduser() for file in files]
-    for path in paths:
-        if not path.exists():
-            raise SparsepassError(f"{path} does not exist; name files or folders that hold weights of the model")
+    paths = []
+    for file in files:
+        if (path := path_named(str(file))) is None:
+            raise SparsepassError(f"{file} does not exist; name files or folders that hold weights of the model")
+        paths.append(path)
     program = load_for_plan(model, gguf_file=gguf_file)
     shapes = _shapes(program, found)
-    own = Path(model).expanduser()
-    measured = [_measured(path, shapes) for path in [*([own] if own.exists() else []), *paths]]
+    own = path_named(str(model))
+    measured = [_measured(path, shapes) for path in [*([] if own is None else [own]), *paths]]
     dense, sparse = StoredForm(group_size=group_size), StoredForm(pattern=found, group_size=group_size)
     branched = replace(sparse, branch_k=slorb_k, is_trained=projection == "trainable")
     kinds: tuple[Values, ...] = ("bf16", "int8", "int4")

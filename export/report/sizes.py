@@ -1,7 +1,5 @@
 """What `sparsepass size` counted and measured, as a section of report.json; its view is in `section_views.py`."""
 
-from collections.abc import Iterator
-
 from pydantic import Field
 
 from sparsepass.export.report.parts import Part
@@ -52,13 +50,6 @@ class SizeSection(Part):
     num_parameters: int = Field(description="numbers of the whole model, tied ones once")
     forms: list[FormEntry] = Field(description="one entry a form, the first of them dense float32, the second dense bfloat16")
     files: list[FileSizeEntry] = Field(default=[], description="one entry a file or folder")
-
-    def rows(self) -> Iterator[tuple[str, FormEntry | None, int]]:
-        """Each form, and each file without one -> its name, its parts if they are known, and its bytes."""
-        for form in self.forms:
-            yield form.form, form, form.total_bytes
-        for file in self.files:
-            yield file.source, None, file.bytes
 
     @property
     def paper(self) -> str | None:

@@ -11,18 +11,6 @@ _WIDER = {ir.DataType.BFLOAT16: ir.DataType.FLOAT}
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
-def exact_products(options: Any) -> None:
-    """Let onnxruntime multiply quantized weights by activations as they are.
-
-    By default it fuses DequantizeLinear and MatMul into a product that rounds activations to 8 bits (1.32): a file then gives
-    other outputs than its operators say, by about 1% of the largest.
-
-    Args:
-        options: An ``onnxruntime.SessionOptions``, changed in place.
-    """
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-
-
 def widened_copy(path: Path, folder: Path) -> Path | None:
     """Write a copy of an ONNX file in which float32 stands for bfloat16. Every bfloat16 value is one of float32.
 
