@@ -55,7 +55,7 @@ def replaced_folder(out: str | Path, *, force: bool = False, inputs: Inputs = ()
             yield native_path(staging)
             if checksums:
                 write_checksums(staging)
-            staging.chmod(0o777 & ~umask())
+            _open_by_umask(staging)
             _check_nobody_came(target, force=force)
             _swap(staging, target)
     except Exception as error:
@@ -101,6 +101,14 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         _tell_if_no_room(error, target)
         raise
+
+
+def _open_by_umask(folder: Path) -> None:
+    """Let others read what was written as far as the umask lets them: safetensors, for one, keeps its files to their owner."""
+    kept_away = umask()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | ((0o777 if path.is_dir() else 0o666) & ~kept_away))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,7 +3,8 @@ import os
 from pathlib import Path
 
 import pytest
-import safetensors
+import safetensors.torch
+import torch
 
 from sparsepass.graph.support.checksums import CHECKSUMS_FILE, write_checksums
 from sparsepass.graph.support.errors import SparsepassError
@@ -45,11 +46,20 @@ def test_it_stands_there_only_when_the_block_has_ended(tmp_path: Path) -> None:
     assert names(out.parent) == ["out"]
 
 
-def test_it_has_the_rights_that_a_plain_mkdir_gives(tmp_path: Path) -> None:
-    (tmp_path / "plain").mkdir()
-    with replaced_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+@pytest.mark.parametrize("kept_away", [0o022, 0o007, 0o077])
+def test_all_of_it_has_the_rights_that_the_umask_gives(kept_away: int, tmp_path: Path) -> None:
+    before = os.umask(kept_away)
+    try:
+        (tmp_path / "plain").mkdir()
+        (tmp_path / "plain.txt").write_text("")
+        with replaced_folder(tmp_path / "out") as staging:
+            (staging / "inner").mkdir(mode=0o700)
+            safetensors.torch.save_file({"weight": torch.ones(2)}, staging / "inner" / "a.safetensors")
+    finally:
+        os.umask(before)
+    folder, file = (tmp_path / "plain").stat().st_mode, (tmp_path / "plain.txt").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out", tmp_path / "out" / "inner")} == {folder}
+    assert {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()} == {file}
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
