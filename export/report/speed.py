@@ -18,7 +18,7 @@ class SideEntry(Part):
     num_dense: int = Field(description="linear layers that run dense")
     kernels: dict[str, int] = Field(
         default={},
-        description="kernel -> packed layers: `avx512`, `avx2`, `generic`, `triton` on a GPU, or `torch` for none of ours",
+        description="kernel -> packed layers: `amx`, `avx512`, `avx2`, `generic`, `triton`, or `torch` for none of ours",
     )
     dense: dict[str, int] = Field(default={}, description="why layers run dense -> layers, as far as the folder's report tells")
     disk_bytes: int = Field(description="bytes of its files with weights")

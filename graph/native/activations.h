@@ -147,7 +147,11 @@ struct Outputs {
   void* const* buffers;
 };
 
-inline void put_results(int type, const float* y, const float* bias, int64_t token, int64_t first, int64_t last, const Outputs& to) {
+// Writes eights of results of one token, plus their biases, as elements of a type.
+using PutRow = void (*)(int type, const float* y, const float* bias, int64_t count, void* out);
+
+inline void put_results(int type, const float* y, const float* bias, int64_t token, int64_t first, int64_t last, const Outputs& to,
+                        PutRow put_row = nullptr) {
   for (int64_t part = 0, begin = 0; part < to.parts; begin = to.ends[part++]) {
     // Where the part's row 0 of this token would be, if the part began with the weight's row 0.
     const int64_t end = to.ends[part], shift = token * (end - begin) - begin;
@@ -156,7 +160,7 @@ inline void put_results(int type, const float* y, const float* bias, int64_t tok
     const int64_t count = std::min(last, end) - row;
     if (count >= 8 && avx2::has()) {
       auto* out = static_cast<uint8_t*>(to.buffers[part]) + (shift + row) * element_bytes(type);
-      avx2::put_row(type, y + row, bias == nullptr ? nullptr : bias + row, count, out);
+      (put_row == nullptr ? avx2::put_row : put_row)(type, y + row, bias == nullptr ? nullptr : bias + row, count, out);
       row += count / 8 * 8;
     }
 #endif

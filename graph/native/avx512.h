@@ -413,39 +413,45 @@ SPARSEPASS_WORDS void to_words(const SparsepassWeight& w, const Layout& from, in
 
 // ---- With their zeros ----
 
-// One row, 32 columns of words or 64 of bytes at a time; `out` has room for whole registers.
+// Some columns of a row, 32 of words or 64 of bytes at a time, which lie `apart` bytes from each other; whole registers are written.
+// Returns where the next ones go.
 template <bool kWords>
-SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t row, uint8_t* out) {
+SPARSEPASS_WORDS uint8_t* unpack(const Layout& layout, const Panel& panel, const uint8_t* data, int64_t row, uint8_t* out, int64_t apart = 64) {
   const avx2::Places half = avx2::places_of<kWords>(row);
   const __m512i first = _mm512_broadcast_i64x4(half.first), second = _mm512_broadcast_i64x4(half.second);
   const __m512i place = _mm512_broadcast_i64x4(half.place), two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
-  const bool nibbles = layout.kind == kInt4;
-  for (int64_t number = 0; number < layout.panels; number++) {
-    const Panel panel = layout.panel(number);
-    const uint8_t* at = data + layout.at(row, panel);
-    for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
-      const bool is_left = block == layout.full;
-      const __m512i all = _mm512_broadcast_i64x4(avx2::load(at));
-      const int64_t count = (is_left ? panel.left : layout.per_block) / 2;
-      for (int64_t k = 0; k < count; k++, out += 64) {
-        const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
-        __m512i values = _mm512_loadu_si512(at + Layout::kStep + (nibbles ? 0 : k) * 64);
-        if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
-        const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
-        const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
-        __m512i found;
-        if constexpr (kWords) {
-          found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
-          found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
-        } else {
-          found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
-          found = _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
-        }
-        _mm512_storeu_si512(out, found);
+  const bool nibbles = layout.kind == kInt4, fetches = fetches_ahead() && row % 2 == 0;
+  const uint8_t* at = data + layout.at(row, panel);
+  for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
+    if (fetches) avx2::fetch(at, layout.block_bytes);
+    const bool is_left = block == layout.full;
+    const __m512i all = _mm512_broadcast_i64x4(avx2::load(at));
+    const int64_t count = (is_left ? panel.left : layout.per_block) / 2;
+    for (int64_t k = 0; k < count; k++, out += apart) {
+      const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
+      __m512i values = _mm512_loadu_si512(at + Layout::kStep + (nibbles ? 0 : k) * 64);
+      if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
+      const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
+      const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
+      __m512i found;
+      if constexpr (kWords) {
+        found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
+        found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
+      } else {
+        found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
+        found = _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
       }
+      _mm512_storeu_si512(out, found);
     }
   }
+  return out;
+}
+
+// A whole row.
+template <bool kWords>
+SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t row, uint8_t* out) {
+  for (int64_t number = 0; number < layout.panels; number++) out = unpack<kWords>(layout, layout.panel(number), data, row, out);
 }
 
 }  // namespace sparsepass::avx512

@@ -21,6 +21,7 @@ namespace sparsepass {
 constexpr int64_t kGroup = 128;  // columns of x that share a scale where x is rounded to bytes
 
 inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
+inline bool is_avx512(int path) { return path == kAvx512 || path == kAmx; }  // in layout, and with few tokens in all
 inline bool is_integer(int kind) { return kind == kInt8 || kind == kInt4; }
 
 // ---- Numbers ----

@@ -14,7 +14,7 @@
 extern "C" {
 
 enum SparsepassKind { kBf16 = 0, kFp16 = 1, kInt8 = 2, kInt4 = 3 };
-enum SparsepassPath { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum SparsepassPath { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };  // kAmx: as kAvx512, and many tokens by AMX
 enum SparsepassType { kTypeBf16 = 0, kTypeFp16 = 1, kTypeFloat = 2 };  // of activations and results
 
 // A weight in memory, with all that its product needs. Rows are output features, columns input features.
@@ -63,7 +63,7 @@ int sparsepass_unpack(const SparsepassWeight* weight, int64_t first, int64_t las
 // y = x times the transposed weight, plus branch and bias. x is [tokens, columns] with `x_stride` elements from row to row, y is
 // [tokens, rows], both of one type. x is rounded to the weight's kind: bf16, fp16, or signed bytes,
 // round(x * (127 / m)) for each 128 columns, where m is their largest magnitude and m / 127 their scale. More than 64 tokens meet int8 and
-// int4 as bf16 on the path avx512, if the processor has BF16, and so do the weights, scaled.
+// int4 as bf16 on the paths amx and avx512, if the processor has BF16, and so do the weights, scaled.
 int sparsepass_linear(const SparsepassWeight* weight, int type, const void* x, int64_t x_stride, int64_t tokens, void* y, int threads);
 
 // The same for layers whose weights lie one after the other: rows up to ends[0] go to y[0], which is [tokens, ends[0]], rows from there

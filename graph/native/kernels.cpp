@@ -1,6 +1,7 @@
 // The functions of interface.h: they choose the kernel of a path, and share the rows among threads.
 
 #include "activations.h"
+#include "amx.h"
 #include "avx2.h"
 #include "avx512.h"
 #include "generic.h"
@@ -20,6 +21,7 @@ namespace {
 constexpr int64_t kRows = 32, kRowsOfMany = 128;
 constexpr int64_t kTokensAtOnce = 256;  // whose sums are kept in float
 constexpr int64_t kMostAsBytes = 64;    // tokens that int8 and int4 meet as bytes, where more are met as words
+constexpr int64_t kLeastForTiles = 9;   // tokens that a unit for matrices meets sooner than the kernels for few
 
 struct Words {
   const uint16_t* weight;
@@ -104,7 +106,7 @@ void dense_bytes(const Product& p, int64_t tokens, int64_t first, int64_t last) 
 #if defined(__x86_64__)
   const auto& w = *p.weight;
   if (w.path != kGeneric) {
-    const bool wide = w.path == kAvx512;
+    const bool wide = is_avx512(w.path);
     return by_tokens<avx2::kMostTokens>(tokens, [&](auto number, int64_t from) {
       constexpr int T = decltype(number)::value;
       const auto& kernel = wide ? avx512::dense_bytes<T> : avx2::dense_bytes<T>;
@@ -143,7 +145,7 @@ void rows_as_words(const Product& p, const Layout& layout, int64_t tokens, int64
 void packed_rows(const Product& p, const Layout& layout, int64_t tokens, int64_t first, int64_t last) {
 #if defined(__x86_64__)
   if (layout.path != kGeneric) {
-    const auto& rows = layout.path == kAvx512 ? avx512_rows : avx2_rows;
+    const auto& rows = is_avx512(layout.path) ? avx512_rows : avx2_rows;
     for (int64_t number = 0; number < layout.panels; number++) rows(p, layout, layout.panel(number), tokens, first, last);
     return;
   }
@@ -156,7 +158,7 @@ void add_words(int path, const Words& words, float* y, int64_t rows, int64_t tok
   const Activations& x = *words.x;
 #if defined(__x86_64__)
   // One token takes as long as its weight is read, which goes faster in registers of 32 bytes (AMD Zen 4).
-  if (path == kAvx512 && tokens > 1 && avx512::has(kBf16)) {
+  if (is_avx512(path) && tokens > 1 && avx512::has(kBf16)) {
     return by_tokens<avx512::kMostTokens>(tokens, [&](auto number, int64_t from) {
       constexpr int T = decltype(number)::value;
       const auto& kernel = words.is_fp16 ? avx512::add_words<T, true> : avx512::add_words<T, false>;
@@ -187,7 +189,7 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
   const Layout layout(w.path, w.kind, w.rows, w.columns);
   const bool integers = is_integer(w.kind) && !as_words, is_fp16 = w.kind == kFp16, dense_words = w.dense && !integers;
   const Activations::Source source{type, x, w.columns, stride, tokens, threads};
-  const bool x_is_signed = w.path != kAvx512 || (w.kind == kInt4 && tokens == 1);
+  const bool x_is_signed = !is_avx512(w.path) || (w.kind == kInt4 && tokens == 1);
   if (integers) {
     of_x.take_bytes(source, ceil_div(w.columns, kGroup) * kGroup, x_is_signed ? 0 : 128);
   } else {
@@ -231,7 +233,11 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
 }
 
 void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
-  const bool as_words = is_integer(w.kind) && !w.dense && w.path == kAvx512 && tokens > kMostAsBytes && sparsepass_has(kAvx512, kBf16);
+#if defined(SPARSEPASS_HAS_TILES)
+  const int64_t least = is_integer(w.kind) ? kMostAsBytes + 1 : kLeastForTiles;
+  if (w.path == kAmx && !w.dense && tokens >= least) return amx::linear(w, type, x, stride, tokens, to, threads);
+#endif
+  const bool as_words = is_integer(w.kind) && !w.dense && is_avx512(w.path) && tokens > kMostAsBytes && sparsepass_has(kAvx512, kBf16);
   for (int64_t before = 0; before < tokens; before += kTokensAtOnce) {
     const auto* from = static_cast<const uint8_t*>(x) + before * stride * element_bytes(type);
     linear_some(w, type, from, stride, before, std::min(kTokensAtOnce, tokens - before), to, as_words, threads);
@@ -272,11 +278,11 @@ void unpack_any(const SparsepassWeight& w, const Layout& layout, int64_t row, in
 
 void unpack_row(const SparsepassWeight& w, const Layout& layout, int64_t row, int type, Row& room, void* out) {
 #if defined(__x86_64__)
-  if (w.path == kAvx2 || w.path == kAvx512) {
+  if (w.path != kGeneric) {
     const auto* data = static_cast<const uint8_t*>(w.data);
     if (is_integer(w.kind)) {
       auto* bytes = reinterpret_cast<int8_t*>(room.dense.data());
-      w.path == kAvx512 ? avx512::unpack<false>(layout, data, row, room.dense.data()) : avx2::unpack<false>(layout, data, row, bytes);
+      is_avx512(w.path) ? avx512::unpack<false>(layout, data, row, room.dense.data()) : avx2::unpack<false>(layout, data, row, bytes);
       const int64_t size = w.group_size ? w.group_size : w.columns;
       return avx2::convert_bytes(bytes, w.scales + row * ceil_div(w.columns, size), size, w.columns, type, out);
     }
@@ -284,7 +290,7 @@ void unpack_row(const SparsepassWeight& w, const Layout& layout, int64_t row, in
     // It may write whole registers, for which `out` has no room where columns do not fill them.
     const bool at_once = as_it_is && w.columns == layout.padded_columns();
     auto* words = reinterpret_cast<uint16_t*>(at_once ? out : room.dense.data());
-    w.path == kAvx512 ? avx512::unpack<true>(layout, data, row, reinterpret_cast<uint8_t*>(words)) : avx2::unpack<true>(layout, data, row, words);
+    is_avx512(w.path) ? avx512::unpack<true>(layout, data, row, reinterpret_cast<uint8_t*>(words)) : avx2::unpack<true>(layout, data, row, words);
     if (as_it_is) {
       if (!at_once) std::memcpy(out, words, static_cast<size_t>(w.columns) * 2);
       return;
@@ -302,7 +308,7 @@ using namespace sparsepass;
 
 extern "C" {
 
-int sparsepass_version(void) { return 2; }
+int sparsepass_version(void) { return 3; }
 
 void sparsepass_use_openmp(void* entry) { gomp_parallel = reinterpret_cast<GompParallel>(entry); }
 
@@ -311,6 +317,9 @@ int sparsepass_has(int path, int kind) {
 #if defined(__x86_64__)
   if (path == kAvx2) return avx2::has();
   if (path == kAvx512) return avx512::has(kind);
+#if defined(SPARSEPASS_HAS_TILES)
+  if (path == kAmx) return kind != kFp16 && avx512::has(kind) && avx512::has(kBf16) && amx::has();
+#endif
 #endif
   (void)kind;
   return 0;

@@ -18,14 +18,14 @@ from typing import Any, Final
 
 from sparsepass.graph.support import SparsepassError, nearest
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the interface that this file declares."""
 TORCH: Final = "torch"
 """The path of torch's own operations, which needs no library and is slow."""
 KINDS: Final = {"bf16": 0, "fp16": 1, "int8": 2, "int4": 3}
 TYPES: Final = {"bfloat16": 0, "float16": 1, "float32": 2}
 """Of activations, results and scores, by torch's names."""
-PATHS: Final = {TORCH: -1, "generic": 0, "avx2": 1, "avx512": 2}
+PATHS: Final = {TORCH: -1, "generic": 0, "avx2": 1, "avx512": 2, "amx": 3}
 VARIABLE: Final = "SPARSEPASS_KERNEL"
 _INSTRUCTIONS: Final = {"avx2": "AVX2", "avx512_bf16": "AVX512 with BF16", "avx512_vnni": "VNNI", "amx_bf16": "AMX"}
 
@@ -149,10 +149,8 @@ def available_paths(kind: str) -> tuple[str, ...]:
         'torch'
     """
     library = kernels()
-    native = (
-        [] if library is None else [name for name in ("avx512", "avx2", "generic") if library.has(PATHS[name], KINDS[kind])]
-    )
-    return (*native, TORCH)
+    names = () if library is None else ("amx", "avx512", "avx2", "generic")
+    return (*(name for name in names if library is not None and library.has(PATHS[name], KINDS[kind])), TORCH)
 
 
 def best_path(kind: str) -> str:

@@ -92,11 +92,13 @@ def most_tokens(form: Form) -> int:
 
     With many tokens arithmetic takes the time and not memory, and half of it is spared. With AVX512 that makes up for what
     finding the inputs costs: for 512 tokens bf16 is a tenth faster than torch's dense product (AMD Zen 4, two threads; weights
-    of integers are made bf16 on the way). The units for matrices that some processors have (AMX) are faster still. The other
-    kernels win while there are few tokens.
+    of integers are made bf16 on the way). With AMX the kernel unpacks rows for the processor's unit for matrices, which meets
+    all tokens. The other kernels win while there are few tokens.
     """
     if form.dense or form.path == "generic" or form.values == "fp16":
         return _FEW_TOKENS
+    if form.path == "amx":
+        return _ALL_TOKENS
     if form.path == "avx512" and "BF16" in processor():
         return _MANY_TOKENS if "AMX" in processor() else _ALL_TOKENS
     return _FEW_TOKENS if form.values == "bf16" else _MANY_TOKENS

@@ -89,7 +89,7 @@ def test_files_that_are_no_library_are_refused(tmp_path: Path) -> None:
 @COMPILED
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "VERSION", 99)
-    with pytest.raises(SparsepassError, match="are of version 2, and this sparsepass needs 99"):
+    with pytest.raises(SparsepassError, match="are of version 3, and this sparsepass needs 99"):
         library.load(library.library_file())
 
 

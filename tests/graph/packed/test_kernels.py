@@ -82,6 +82,25 @@ def test_bias_and_branch_are_added(values: Values, path: str, monkeypatch: pytes
             close(bare(x), expected(packed, x, path) + bias.double(), 2.0)
 
 
+@pytest.mark.numerics
+@ON_EACH_PATH
+@OF_EACH_KIND
+@pytest.mark.parametrize("tokens", [130, 1041])
+def test_many_tokens_meet_rows_in_panels_and_a_branch(
+    values: Values, path: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(path, values, monkeypatch)
+    packed = packed_weight(170, 4224, values)
+    x = torch.randn(tokens, 4224, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bias, branch = torch.randn(170), torch.randn(170, 264)
+    layer = PackedLinear.from_packed(packed, bias=bias, slorb_weight=branch).lay_out()
+    assert layer.slorb_weight is not None
+    sums = x.double().unflatten(-1, (264, 16)).sum(-1)
+    wanted = expected(packed, x, path) + sums @ layer.slorb_weight.double().T + bias.double()
+    close(layer(x), wanted, 2.0)
+    close(PackedLinear.from_packed(packed).lay_out()(x), expected(packed, x, path), 2.0)
+
+
 @ON_EACH_PATH
 @pytest.mark.parametrize("values", ["int8", "int4"])
 @pytest.mark.parametrize("group_size", [0, 16, 64, 128])

@@ -1,0 +1,266 @@
+// Products of many tokens by a processor's unit for matrices (AMX, BF16): some rows of the weight get their zeros back, as tiles, and meet
+// all tokens. The weight lies as for AVX512.
+//
+// A tile is 16 rows of 64 bytes. One of the weight holds 32 columns of 16 rows, as they are. One of x holds 32 columns of 16 tokens in pairs:
+// its row r has columns 2r and 2r + 1 of each token. Their product has a row for each row of the weight, and a column for each token.
+//
+// A branch is more columns: its sums follow x, its values the weight.
+
+#pragma once
+
+#include "activations.h"
+#include "avx512.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define SPARSEPASS_HAS_TILES
+#endif
+#endif
+
+#if defined(SPARSEPASS_HAS_TILES)
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SPARSEPASS_TILES __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c,fma,amx-tile,amx-bf16")))
+
+namespace sparsepass::amx {
+
+constexpr int64_t kTile = 1024;          // bytes
+constexpr int64_t kColumns = 32;         // of a tile
+constexpr int64_t kTokens = 16;          // of a tile
+constexpr int64_t kRows = 32;            // of two tiles of the weight
+constexpr int64_t kRowsAtOnce = 128;     // their tiles stay in the second cache, a panel at a time; the more, the less often is x read
+constexpr int64_t kStepsAtOnce = 64;     // tiles side by side
+constexpr int64_t kFewTokens = 64;       // whose tiles stay in the second cache beside those of any rows
+constexpr int64_t kTokensAtOnce = 1024;  // whose tiles and sums are kept
+
+inline bool has() {
+  static const bool answer = [] {
+    constexpr unsigned kBf16AndTiles = 1u << 22 | 1u << 24;
+    constexpr long kAskForRoom = 0x1023, kRoomForTiles = 18;  // the system gives a process room for tiles only if it asks
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16AndTiles) != kBf16AndTiles) return false;
+    return syscall(SYS_arch_prctl, kAskForRoom, kRoomForTiles) == 0;
+  }();
+  return answer;
+}
+
+struct alignas(64) Configuration {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+inline uint8_t* aligned(std::vector<uint8_t>& room, int64_t bytes) {
+  if (const auto size = static_cast<size_t>(bytes) + 64; room.size() < size) room.resize(size);
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) & ~uintptr_t{63});
+}
+
+// 16 rows of 16 words of 32 bits as columns. Rows lie so many floats apart from each other, and from `count` on they are zeros.
+SPARSEPASS_TILES inline void turn(const float* from, int64_t from_apart, int64_t count, float* out, int64_t apart) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = i < count ? _mm512_loadu_ps(from + i * from_apart) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + 2 + j]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // a[4 i + j]: of rows 4 i to 4 i + 3, columns j, j + 4, j + 8 and j + 12.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m512 low_even = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), low_odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const __m512 high_even = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88), high_odd = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_ps(out + j * apart, _mm512_shuffle_f32x4(low_even, high_even, 0x88));
+    _mm512_storeu_ps(out + (j + 4) * apart, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_ps(out + (j + 8) * apart, _mm512_shuffle_f32x4(low_even, high_even, 0xdd));
+    _mm512_storeu_ps(out + (j + 12) * apart, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
+  }
+}
+
+// 16 tokens at most, whose words lie `bytes` apart, as tiles one after the other.
+SPARSEPASS_TILES inline void take_tokens(const uint8_t* words, int64_t bytes, int64_t tokens, int64_t steps, uint8_t* out) {
+  const auto* pairs = reinterpret_cast<const float*>(words);
+  for (int64_t step = 0; step < steps; step++) turn(pairs + step * 16, bytes / 4, tokens, reinterpret_cast<float*>(out + step * kTile), 16);
+}
+
+// Some rows of a weight, whose words lie in memory from a row `number` on.
+struct Rows {
+  const SparsepassWeight* weight;
+  const Layout* layout;
+  const uint8_t* data;
+  int64_t first, count, number;
+
+  // Room for 32 rows each: `steps` pairs of tiles, in which a row's columns lie 2 kTile bytes apart. Rows that are not there are zeros.
+  template <class Take>
+  void each(int64_t steps, uint8_t* out, const Take& take) const {
+    for (int64_t i = 0; i < ceil_div(count, kRows) * kRows; i++) {
+      uint8_t* to = out + i / kRows * steps * 2 * kTile + i % kRows * 64;
+      if (i < count) {
+        take(i, to);
+      } else {
+        for (int64_t step = 0; step < steps; step++) std::memset(to + step * 2 * kTile, 0, 64);
+      }
+    }
+  }
+
+  void take(const Panel& panel, int64_t steps, uint8_t* out) const {
+    each(steps, out, [&](int64_t i, uint8_t* to) { avx512::unpack<true>(*layout, panel, data, number + i, to, 2 * kTile); });
+  }
+
+  void take_branch(int64_t steps, uint8_t* out) const {
+    const int64_t sums = weight->columns / weight->k;
+    each(steps, out, [&](int64_t i, uint8_t* to) {
+      for (int64_t from = 0; from < sums; from += kColumns, to += 2 * kTile) {
+        std::memset(to, 0, 64);
+        std::memcpy(to, weight->branch + (first + i) * sums + from, static_cast<size_t>(std::min(kColumns, sums - from)) * 2);
+      }
+    });
+  }
+};
+
+// 32 rows meet 32 tokens, or 16: `sums` are the tiles of the first 16 tokens, then those of the next. They are added to unless `is_first`.
+template <bool kTwice>
+SPARSEPASS_TILES inline void multiply(const uint8_t* rows, const uint8_t* x, int64_t x_row, int64_t steps, bool is_first, float* sums) {
+  constexpr int64_t kNumbers = kTile / 4;
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwice) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + kNumbers, 64);
+    if constexpr (kTwice) {
+      _tile_loadd(2, sums + 2 * kNumbers, 64);
+      _tile_loadd(3, sums + 3 * kNumbers, 64);
+    }
+  }
+  for (int64_t step = 0; step < steps; step++, rows += 2 * kTile, x += kTile) {
+    _tile_loadd(4, rows, 64);
+    _tile_loadd(6, x, 64);
+    _tile_loadd(5, rows + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kTwice) _tile_loadd(7, x + x_row, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kTwice) {
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kNumbers, 64);
+  if constexpr (kTwice) {
+    _tile_stored(2, sums + 2 * kNumbers, 64);
+    _tile_stored(3, sums + 3 * kNumbers, 64);
+  }
+}
+
+// avx2::put_row with the processor's own rounding to bf16.
+SPARSEPASS_TILES inline void put_row(int type, const float* y, const float* bias, int64_t count, void* out) {
+  if (type != kTypeBf16) return avx2::put_row(type, y, bias, count, out);
+  for (int64_t i = 0; i + 8 <= count; i += 16) {
+    const auto floats = static_cast<__mmask16>(count - i >= 16 ? 0xffff : 0xff);
+    __m512 values = _mm512_maskz_loadu_ps(floats, y + i);
+    if (bias != nullptr) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(floats, bias + i));
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + i, floats, (__m256i)_mm512_cvtneps_pbh(values));
+  }
+}
+
+// Some rows, kRowsAtOnce at most, meet all tokens, whose tiles are x: `steps` side by side, those of the branch last.
+SPARSEPASS_TILES inline void rows_meet(const SparsepassWeight& w, const Layout& layout, int64_t first, int64_t last, const uint8_t* x, int64_t steps,
+                                       int64_t tokens, int type, int64_t before, const Outputs& to) {
+  thread_local std::vector<uint8_t> room_of_rows, room_of_sums, words;
+  const bool integers = is_integer(w.kind);
+  const Layout as_words(kAvx512, kBf16, integers ? last - first : w.rows, w.columns);
+  Rows rows{&w, &as_words, static_cast<const uint8_t*>(w.data), first, last - first, first};
+  if (integers) {
+    rows.data = aligned(words, as_words.bytes()), rows.number = 0;
+    const auto& convert = w.kind == kInt4 ? avx512::to_words<true> : avx512::to_words<false>;
+    convert(w, layout, first, as_words, const_cast<uint8_t*>(rows.data));
+  }
+  const int64_t pairs = ceil_div(rows.count, kRows), blocks = ceil_div(tokens, kTokens), x_row = steps * kTile;
+  auto* sums = reinterpret_cast<float*>(aligned(room_of_sums, pairs * blocks * 2 * kTile));
+  const Configuration configuration;
+  _tile_loadconfig(&configuration);
+  int64_t before_part = 0;
+  for (int64_t part = 0; before_part < steps; part++) {
+    const bool is_branch = part == as_words.panels;
+    const Panel panel = is_branch ? Panel{} : as_words.panel(part);
+    const int64_t of_part = is_branch ? steps - before_part : ((panel.end - panel.begin) * as_words.per_block + panel.left) / 2;
+    uint8_t* tiles = aligned(room_of_rows, pairs * of_part * 2 * kTile);
+    is_branch ? rows.take_branch(of_part, tiles) : rows.take(panel, of_part, tiles);
+    for (int64_t from = 0; from < of_part; from += kStepsAtOnce) {
+      const int64_t count = std::min(kStepsAtOnce, of_part - from);
+      for (int64_t block = 0; block < blocks; block += 2) {
+        const auto& meet = block + 1 < blocks ? multiply<true> : multiply<false>;
+        const uint8_t* some = x + block * x_row + (before_part + from) * kTile;
+        for (int64_t pair = 0; pair < pairs; pair++) {
+          float* own_sums = sums + (pair * blocks + block) * 2 * (kTile / 4);
+          meet(tiles + (pair * of_part + from) * 2 * kTile, some, x_row, count, before_part + from == 0, own_sums);
+        }
+      }
+    }
+    before_part += of_part;
+  }
+  _tile_release();
+  alignas(64) float turned[kTokens * kRowsAtOnce];
+  for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const float* tiles = sums + (pair * blocks + block) * 2 * (kTile / 4);
+      turn(tiles, 16, 16, turned + pair * kRows, kRowsAtOnce);
+      turn(tiles + kTile / 4, 16, 16, turned + pair * kRows + kRows / 2, kRowsAtOnce);
+    }
+    for (int64_t token = block * kTokens; token < std::min(tokens, (block + 1) * kTokens); token++)
+      put_results(type, turned + token % kTokens * kRowsAtOnce - first, w.bias, before + token, first, last, to, put_row);
+  }
+}
+
+// y = x times the transposed weight, plus branch and bias, for a packed weight of bf16 or integers, which meets x as bf16.
+inline void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
+  thread_local Activations of_x, of_sums;
+  thread_local std::vector<uint8_t> room;
+  const Layout layout(w.path, w.kind, w.rows, w.columns);
+  const bool has_branch = w.branch != nullptr && w.k > 0;
+  const int64_t padded = Layout(kAvx512, kBf16, w.rows, w.columns).padded_columns();
+  const int64_t steps_of_x = padded / kColumns, steps_of_sums = has_branch ? ceil_div(w.columns / w.k, kColumns) : 0;
+  const int64_t steps = steps_of_x + steps_of_sums;
+  for (int64_t before = 0; before < tokens; before += kTokensAtOnce) {
+    const int64_t count = std::min(kTokensAtOnce, tokens - before);
+    const Activations::Source source{type, static_cast<const uint8_t*>(x) + before * stride * element_bytes(type), w.columns, stride, count, threads};
+    of_x.take_words(source, false, padded);
+    if (has_branch) of_sums.take_sums(source, false, w.k, false);
+    const Activations &acts = of_x, &sums = of_sums;
+    uint8_t* tiles = aligned(room, ceil_div(count, kTokens) * steps * kTile);
+    in_parts(ceil_div(count, kTokens), 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t from = block * kTokens, some = std::min(kTokens, count - from);
+        uint8_t* own = tiles + block * steps * kTile;
+        take_tokens(acts.data + from * acts.bytes, acts.bytes, some, steps_of_x, own);
+        if (has_branch) take_tokens(sums.data + from * sums.bytes, sums.bytes, some, steps_of_sums, own + steps_of_x * kTile);
+      }
+    });
+    const int64_t step = count > kFewTokens ? kRowsAtOnce : kRows;
+    in_parts(w.rows, kRows, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += step)
+        rows_meet(w, layout, first, std::min(end, first + step), tiles, steps, count, type, before, to);
+    });
+  }
+}
+
+}  // namespace sparsepass::amx
+
+#endif
