@@ -31,7 +31,8 @@ constexpr int64_t kTile = 1024;          // bytes
 constexpr int64_t kColumns = 32;         // of a tile
 constexpr int64_t kTokens = 16;          // of a tile
 constexpr int64_t kRows = 32;            // of two tiles of the weight
-constexpr int64_t kRowsAtOnce = 128;     // their tiles stay in the second cache, a panel at a time; the more, the less often is x read
+constexpr int64_t kRowsAtOnce = 128;     // the more, the less often is x read
+constexpr int64_t kBlocksAtOnce = 32;    // of columns: tiles of these rows and columns, 1 MB, stay in the second cache
 constexpr int64_t kStepsAtOnce = 64;     // tiles side by side
 constexpr int64_t kFewTokens = 64;       // whose tiles stay in the second cache beside those of any rows
 constexpr int64_t kTokensAtOnce = 1024;  // whose tiles and sums are kept
@@ -95,12 +96,27 @@ SPARSEPASS_TILES inline void take_tokens(const uint8_t* words, int64_t bytes, in
   for (int64_t step = 0; step < steps; step++) turn(pairs + step * 16, bytes / 4, tokens, reinterpret_cast<float*>(out + step * kTile), 16);
 }
 
-// Some rows of a weight, whose words lie in memory from a row `number` on.
+// Some columns of a row of integers as bf16, scaled: 32 of them every 2 kTile bytes. Scales change at multiples of 16 columns.
+SPARSEPASS_TILES inline void take_bytes(const uint8_t* bytes, const uint16_t* scales, int64_t size, int64_t groups, int64_t column, int64_t steps,
+                                        uint8_t* out) {
+  int64_t group = column / size, until = (group + 1) * size;
+  auto sixteen = [&](const uint8_t* from) SPARSEPASS_TILES {
+    if (column == until) group++, until += size;
+    column += 16;
+    const __m512 scale = _mm512_set1_ps(widen_bf16(scales[std::min(group, groups - 1)]));  // a row's padding has no scale
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))), scale);
+  };
+  for (int64_t step = 0; step < steps; step++, bytes += kColumns, out += 2 * kTile) {
+    const __m512 low = sixteen(bytes), high = sixteen(bytes + 16);
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+// Some rows of a weight.
 struct Rows {
-  const SparsepassWeight* weight;
-  const Layout* layout;
-  const uint8_t* data;
-  int64_t first, count, number;
+  const SparsepassWeight& weight;
+  const Layout& layout;
+  int64_t first, count;
 
   // Room for 32 rows each: `steps` pairs of tiles, in which a row's columns lie 2 kTile bytes apart. Rows that are not there are zeros.
   template <class Take>
@@ -115,16 +131,26 @@ struct Rows {
     }
   }
 
-  void take(const Panel& panel, int64_t steps, uint8_t* out) const {
-    each(steps, out, [&](int64_t i, uint8_t* to) { avx512::unpack<true>(*layout, panel, data, number + i, to, 2 * kTile); });
+  // Their columns in the blocks from `begin` to `end` of a panel.
+  void take(const Panel& panel, int64_t begin, int64_t end, int64_t steps, uint8_t* out) const {
+    const auto* data = static_cast<const uint8_t*>(weight.data);
+    if (!is_integer(weight.kind)) {
+      return each(steps, out, [&](int64_t i, uint8_t* to) { avx512::unpack<true>(layout, panel, begin, end, data, first + i, to, 2 * kTile); });
+    }
+    alignas(64) uint8_t bytes[kBlocksAtOnce * kGroup];
+    const int64_t size = weight.group_size ? weight.group_size : weight.columns, groups = ceil_div(weight.columns, size);
+    each(steps, out, [&](int64_t i, uint8_t* to) {
+      avx512::unpack<false>(layout, panel, begin, end, data, first + i, bytes);
+      take_bytes(bytes, weight.scales + (first + i) * groups, size, groups, begin * kGroup, steps, to);
+    });
   }
 
   void take_branch(int64_t steps, uint8_t* out) const {
-    const int64_t sums = weight->columns / weight->k;
+    const int64_t sums = weight.columns / weight.k;
     each(steps, out, [&](int64_t i, uint8_t* to) {
       for (int64_t from = 0; from < sums; from += kColumns, to += 2 * kTile) {
         std::memset(to, 0, 64);
-        std::memcpy(to, weight->branch + (first + i) * sums + from, static_cast<size_t>(std::min(kColumns, sums - from)) * 2);
+        std::memcpy(to, weight.branch + (first + i) * sums + from, static_cast<size_t>(std::min(kColumns, sums - from)) * 2);
       }
     });
   }
@@ -192,38 +218,41 @@ SPARSEPASS_TILES inline void put_row(int type, const float* y, const float* bias
 // Some rows, kRowsAtOnce at most, meet all tokens, whose tiles are x: `steps` side by side, those of the branch last.
 SPARSEPASS_TILES inline void rows_meet(const SparsepassWeight& w, const Layout& layout, int64_t first, int64_t last, const uint8_t* x, int64_t steps,
                                        int64_t tokens, int type, int64_t before, const Outputs& to) {
-  thread_local std::vector<uint8_t> room_of_rows, room_of_sums, words;
-  const bool integers = is_integer(w.kind);
-  const Layout as_words(kAvx512, kBf16, integers ? last - first : w.rows, w.columns);
-  Rows rows{&w, &as_words, static_cast<const uint8_t*>(w.data), first, last - first, first};
-  if (integers) {
-    rows.data = aligned(words, as_words.bytes()), rows.number = 0;
-    const auto& convert = w.kind == kInt4 ? avx512::to_words<true> : avx512::to_words<false>;
-    convert(w, layout, first, as_words, const_cast<uint8_t*>(rows.data));
-  }
+  thread_local std::vector<uint8_t> room_of_rows, room_of_sums;
+  const Rows rows{w, layout, first, last - first};
   const int64_t pairs = ceil_div(rows.count, kRows), blocks = ceil_div(tokens, kTokens), x_row = steps * kTile;
   auto* sums = reinterpret_cast<float*>(aligned(room_of_sums, pairs * blocks * 2 * kTile));
   const Configuration configuration;
   _tile_loadconfig(&configuration);
-  int64_t before_part = 0;
-  for (int64_t part = 0; before_part < steps; part++) {
-    const bool is_branch = part == as_words.panels;
-    const Panel panel = is_branch ? Panel{} : as_words.panel(part);
-    const int64_t of_part = is_branch ? steps - before_part : ((panel.end - panel.begin) * as_words.per_block + panel.left) / 2;
-    uint8_t* tiles = aligned(room_of_rows, pairs * of_part * 2 * kTile);
-    is_branch ? rows.take_branch(of_part, tiles) : rows.take(panel, of_part, tiles);
-    for (int64_t from = 0; from < of_part; from += kStepsAtOnce) {
-      const int64_t count = std::min(kStepsAtOnce, of_part - from);
+  // Tiles that are `before_them` steps behind the first.
+  auto meet_all = [&](const uint8_t* tiles, int64_t count, int64_t before_them) SPARSEPASS_TILES {
+    for (int64_t from = 0; from < count; from += kStepsAtOnce) {
       for (int64_t block = 0; block < blocks; block += 2) {
         const auto& meet = block + 1 < blocks ? multiply<true> : multiply<false>;
-        const uint8_t* some = x + block * x_row + (before_part + from) * kTile;
+        const uint8_t* some = x + block * x_row + (before_them + from) * kTile;
         for (int64_t pair = 0; pair < pairs; pair++) {
           float* own_sums = sums + (pair * blocks + block) * 2 * (kTile / 4);
-          meet(tiles + (pair * of_part + from) * 2 * kTile, some, x_row, count, before_part + from == 0, own_sums);
+          meet(tiles + (pair * count + from) * 2 * kTile, some, x_row, std::min(kStepsAtOnce, count - from), before_them + from == 0, own_sums);
         }
       }
     }
-    before_part += of_part;
+  };
+  int64_t done = 0;
+  for (int64_t number = 0; number < layout.panels; number++) {
+    const Panel panel = layout.panel(number);
+    for (int64_t begin = panel.begin; begin < panel.last(); begin += kBlocksAtOnce) {
+      const int64_t end = std::min(begin + kBlocksAtOnce, panel.last());
+      const int64_t count = std::min(end * (kGroup / kColumns), layout.padded_columns() / kColumns) - done;
+      uint8_t* tiles = aligned(room_of_rows, pairs * count * 2 * kTile);
+      rows.take(panel, begin, end, count, tiles);
+      meet_all(tiles, count, done);
+      done += count;
+    }
+  }
+  if (done < steps) {
+    uint8_t* tiles = aligned(room_of_rows, pairs * (steps - done) * 2 * kTile);
+    rows.take_branch(steps - done, tiles);
+    meet_all(tiles, steps - done, done);
   }
   _tile_release();
   alignas(64) float turned[kTokens * kRowsAtOnce];
@@ -244,7 +273,7 @@ inline void linear(const SparsepassWeight& w, int type, const void* x, int64_t s
   thread_local std::vector<uint8_t> room;
   const Layout layout(w.path, w.kind, w.rows, w.columns);
   const bool has_branch = w.branch != nullptr && w.k > 0;
-  const int64_t padded = Layout(kAvx512, kBf16, w.rows, w.columns).padded_columns();
+  const int64_t padded = layout.padded_columns();
   const int64_t steps_of_x = padded / kColumns, steps_of_sums = has_branch ? ceil_div(w.columns / w.k, kColumns) : 0;
   const int64_t steps = steps_of_x + steps_of_sums;
   for (int64_t before = 0; before < tokens; before += kTokensAtOnce) {

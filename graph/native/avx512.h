@@ -413,17 +413,18 @@ SPARSEPASS_WORDS void to_words(const SparsepassWeight& w, const Layout& from, in
 
 // ---- With their zeros ----
 
-// Some columns of a row, 32 of words or 64 of bytes at a time, which lie `apart` bytes from each other; whole registers are written.
-// Returns where the next ones go.
+// The blocks from `begin` to `end` of a row, of one panel: 32 columns of words or 64 of bytes at a time, which lie `apart` bytes from each
+// other; whole registers are written. Returns where the next ones go.
 template <bool kWords>
-SPARSEPASS_WORDS uint8_t* unpack(const Layout& layout, const Panel& panel, const uint8_t* data, int64_t row, uint8_t* out, int64_t apart = 64) {
+SPARSEPASS_WORDS uint8_t* unpack(const Layout& layout, const Panel& panel, int64_t begin, int64_t end, const uint8_t* data, int64_t row,
+                                 uint8_t* out, int64_t apart = 64) {
   const avx2::Places half = avx2::places_of<kWords>(row);
   const __m512i first = _mm512_broadcast_i64x4(half.first), second = _mm512_broadcast_i64x4(half.second);
   const __m512i place = _mm512_broadcast_i64x4(half.place), two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
   const bool nibbles = layout.kind == kInt4, fetches = fetches_ahead() && row % 2 == 0;
-  const uint8_t* at = data + layout.at(row, panel);
-  for (int64_t block = panel.begin; block < panel.end + (panel.left ? 1 : 0); block++, at += layout.block_bytes) {
+  const uint8_t* at = data + layout.at(row, panel) + (begin - panel.begin) * layout.block_bytes;
+  for (int64_t block = begin; block < end; block++, at += layout.block_bytes) {
     if (fetches) avx2::fetch(at, layout.block_bytes);
     const bool is_left = block == layout.full;
     const __m512i all = _mm512_broadcast_i64x4(avx2::load(at));
@@ -451,7 +452,10 @@ SPARSEPASS_WORDS uint8_t* unpack(const Layout& layout, const Panel& panel, const
 // A whole row.
 template <bool kWords>
 SPARSEPASS_WORDS void unpack(const Layout& layout, const uint8_t* data, int64_t row, uint8_t* out) {
-  for (int64_t number = 0; number < layout.panels; number++) out = unpack<kWords>(layout, layout.panel(number), data, row, out);
+  for (int64_t number = 0; number < layout.panels; number++) {
+    const Panel panel = layout.panel(number);
+    out = unpack<kWords>(layout, panel, panel.begin, panel.last(), data, row, out);
+  }
 }
 
 }  // namespace sparsepass::avx512

@@ -27,6 +27,8 @@ struct Panel {
   int64_t begin, end;   // whole blocks of 128 columns
   int64_t left;         // steps after them; the last panel only
   int64_t pair_bytes;   // of two rows
+
+  int64_t last() const { return end + (left ? 1 : 0); }  // behind the last block, be it whole or not
 };
 
 struct Layout {
