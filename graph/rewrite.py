@@ -149,7 +149,7 @@ def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor
     Args:
         program: Changed in place. The weight keeps its values.
         site: A site of it that is not quantized yet. An embedding that is tied to it is rounded with it.
-        grid: Bits, groups and symmetry.
+        grid: Format, bits, groups and symmetry.
         scales: bfloat16, ``[O, G]``, or ``[E, O, G]`` for experts.
         zero_points: uint8, like the scales; None for a symmetric grid.
     """
@@ -160,6 +160,7 @@ def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor
         axis=site.nm_axis,
         scales=beside(site, "scales"),
         zero_points=None if zero_points is None else beside(site, "zero_points"),
+        format=grid.format,
     )
     program.set_tensor(state.scales, scales)
     if zero_points is not None and state.zero_points is not None:
@@ -171,7 +172,7 @@ def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor
         with graph.inserting_before(first):
             read = [graph.get_attr(name) for name in state.names]
             zero = read[1] if len(read) > 1 else None
-            rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, grid.bits, grid.group_size, site.nm_axis))
+            rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, *state.call))
         _inherit(_consumer(first), *read, rounded)
         value.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
     program.quantized[site.weight] = state

@@ -201,7 +201,9 @@ def _quantized(program: ProgramFacts, tensors: dict[str, Tensor], graph: fx.Grap
         missing = [name for name in (weight, *state.names) if name not in tensors]
         if missing:
             yield Violation(weight, f"its grid needs {missing[0]}, which the program does not have")
-        elif applied.get(weight) != {(state.scales, state.zero_points, state.bits, state.group_size, state.axis)}:
+        elif state.format == "fp8" and (state.bits != 8 or state.zero_points is not None):
+            yield Violation(weight, "a grid of fp8 has 8 bits and no zero points")
+        elif applied.get(weight) != {(state.scales, state.zero_points, *state.call)}:
             yield Violation(weight, f"the graph does not round it to its grid, {state.grid.text}")
         elif not (scales := tensors[state.scales]).is_meta and not scales.isfinite().all():
             yield Violation(weight, f"a scale in {state.scales} is not finite")
