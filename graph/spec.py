@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -260,15 +260,20 @@ def _stands_between(linear: fx.Node, cut: fx.Node) -> tuple[str | None, str | No
     """Names of the mask that is applied to a linear's weight, and of the branch that is added to its result; ? for others."""
     weight, total = linear.args[1], cut.args[0]
     mask = branch = None
-    if isinstance(weight, fx.Node) and weight.target is torch.ops.sparsepass.quantized_weight.default:
-        weight = weight.args[0]
+    weight = _behind_rounding(weight)
     if isinstance(weight, fx.Node) and weight.op != "get_attr":
         mask = _name_of(weight.args[1]) if isinstance(weight.args[0], fx.Node) and weight.args[0].op == "get_attr" else "?"
     if isinstance(total, fx.Node) and total is not linear:
         added = total.args[1]
         is_branch = isinstance(added, fx.Node) and len(added.users) == 1 and added.target is torch.ops.aten.linear.default
-        branch = _name_of(added.args[1]) if isinstance(added, fx.Node) and is_branch else "?"
+        branch = _name_of(_behind_rounding(added.args[1])) if isinstance(added, fx.Node) and is_branch else "?"
     return mask, branch
+
+
+def _behind_rounding(node: Any) -> Any:
+    """What a rounding is given, if a node is one; else the node."""
+    is_rounding = isinstance(node, fx.Node) and node.target is torch.ops.sparsepass.quantized_weight.default
+    return node.args[0] if is_rounding else node
 
 
 def _name_of(node: object) -> str:

@@ -213,6 +213,11 @@ def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
         f"is {pattern}",
         f"has {'no SLoRB branch' if branch is None else f'a SLoRB branch with k={branch.k}'}",
         f"is {'not quantized' if grid is None else f'quantized ({grid.grid.text})'}",
+        *(
+            []
+            if branch is None
+            else [f"has a branch that is {'not ' if branch.weight not in program.quantized else ''}quantized"]
+        ),
         f"reads it after {num_writes} changes in place",
     )
 

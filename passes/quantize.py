@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
 from sparsepass.graph.program import masked_weight
-from sparsepass.graph.rewrite import attach_grid
+from sparsepass.graph.rewrite import attach_branch_grid, attach_grid
 from sparsepass.graph.rounding import FORMATS, NumberFormat, RoundingGrid, fit_scales, round_to_nearest
 from sparsepass.passes.base import Facts, GroupContext, Needs, Pass
 from sparsepass.passes.conditions import Condition
@@ -23,6 +23,7 @@ from sparsepass.passes.maths import InputStatistics, NMPattern, clipped_scales, 
 _GROUP_SIZES = (0, 16, 32, 64, 128)
 _DEFAULTS: Mapping[NumberFormat, tuple[int, int]] = {"int": (4, 64), "fp8": (8, 0)}
 """Bits and group size."""
+_BRANCH_GRID = RoundingGrid(bits=8, group_size=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Quantize(Pass):
     2. A weight that a mask drops is 0 when it is rounded, and its number is that of 0 exactly, never -0.0. So N:M stays.
     3. Leaves alone embeddings and weights tied to them; output heads and routers, unless `targets` names them exactly.
     4. The weight itself stays in the program behind the rounding, and the graph rounds it. Numbers are made of it once, when
-       they are written. SLoRB branches stay as they are.
+       they are written. SLoRB branches stay as they are, or are rounded likewise.
     5. By ``joint`` weights change before they are rounded: column by column, the later ones make up for what rounding and
        dropping move. With ``masks=choose`` the same loop prunes anew, from the dense model's weights, by the pattern of the
        mask that is there.
@@ -52,6 +53,8 @@ class Quantize(Pass):
         method: ``rtn`` rounds each weight to the nearest; ``joint`` is SparseGPT's loop with rounding, and GPTQ where there is
             no mask. It needs calibration.
         masks: Whether ``joint`` is to ``keep`` masks or ``choose`` them anew.
+        slorb: Whether SLoRB branches ``keep`` their floating-point numbers, or ``quantize`` rounds S to int8, one scale a row.
+            A branch is rounded with the layer that it stands beside, so `targets` and `ignore` hold for it too.
         damping: Of ``joint``: added to the diagonal of the inputs' Gram matrix, as a fraction of its mean.
         targets: See `Pass`.
         ignore: See `Pass`.
@@ -73,6 +76,7 @@ class Quantize(Pass):
     clip: Clip | None = None
     method: Literal["rtn", "joint"] = "rtn"
     masks: Literal["keep", "choose"] = "keep"
+    slorb: str = "keep"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -88,6 +92,13 @@ class Quantize(Pass):
         ):
             if getattr(self, option) not in known:
                 raise SparsepassError(f"quantize: {option} expects one of {known}, got {getattr(self, option)!r}")
+        if self.slorb == "fold":
+            raise SparsepassError(
+                "quantize: slorb=fold is done where integers are written: export with onnx{form=matmulnbits,fold_slorb=true}, "
+                "and leave slorb out"
+            )
+        if self.slorb not in ("keep", "quantize"):
+            raise SparsepassError(f"quantize: slorb expects keep or quantize, got {self.slorb!r}")
         if self.masks == "choose" and self.method != "joint":
             raise SparsepassError("quantize: masks=choose is for method=joint, which prunes and rounds in one loop")
         _ = self.grid, self._options  # complain of values out of range
@@ -115,9 +126,14 @@ class Quantize(Pass):
 
     @property
     def requires(self) -> Mapping[Condition, str]:
-        """Masks of the same call, if they are to be chosen anew."""
-        why = "masks=choose prunes anew from the dense model's weights, so start from that, in the same call as {makers}"
-        return {Condition.MASKED_NOW: why} if self.masks == "choose" else {}
+        """Masks of the same call, if they are to be chosen anew; branches, if they are to be rounded."""
+        required = {}
+        if self.masks == "choose":
+            why = "masks=choose prunes anew from the dense model's weights, so start from that, in the same call as {makers}"
+            required[Condition.MASKED_NOW] = why
+        if self.slorb == "quantize":
+            required[Condition.BRANCHED] = "slorb=quantize rounds SLoRB branches, and there are none; leave it out"
+        return required
 
     @property
     def forbids(self) -> Mapping[Condition, str]:
@@ -177,6 +193,8 @@ class Quantize(Pass):
             if self.method == "joint":
                 self._write(program, site, weight, found)
             attach_grid(program, site, self.grid, scales, None if zeros is None else zeros.to(torch.uint8))
+            if self.slorb == "quantize" and state is not None and state.branch is not None:
+                facts[site.name] = {**facts[site.name], **_round_branch(program, site, state.branch.weight)}
         return facts
 
     def ensures(self, site: Site, program: Program) -> str | None:
@@ -235,6 +253,16 @@ class Quantize(Pass):
         state = program.sparse.get(site.weight)
         if self.masks == "choose" and state is not None and state.mask is not None:
             program.write_tensor(state.mask, site.from_matrix(kept))
+
+
+def _round_branch(program: Program, site: Site, name: str) -> Facts:
+    """Round S of a branch to int8, and say by how much that moves it."""
+    branch_OR = program.tensor(name).detach()
+    check_weight(branch_OR)
+    rounded = round_to_nearest(branch_OR, _BRANCH_GRID)
+    attach_branch_grid(program, site, _BRANCH_GRID, rounded.scales_OG)
+    whole_OR = branch_OR.float()
+    return {"branch": _BRANCH_GRID.text, "branch_error": relative_error([(rounded.weight_OI - whole_OR, whole_OR)], ())}
 
 
 def _original(site: Site, program: Program, context: GroupContext) -> Tensor:

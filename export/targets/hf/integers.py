@@ -85,9 +85,10 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
     names = stored_names(model, linear)
     tied = {name for pair in program.aliases.items() for name in pair}
     roles = {site.weight: site.role for site in program.sites()}
-    grids = {state.grid for weight, state in program.quantized.items() if roles[weight] not in ("embedding", "head")}
+    own = {weight: state for weight, state in program.quantized.items() if weight in roles}  # others are SLoRB branches
+    grids = {state.grid for weight, state in own.items() if roles[weight] not in ("embedding", "head")}
     found = []
-    for weight, state in program.quantized.items():
+    for weight, state in own.items():
         if roles[weight] == "embedding" or (roles[weight] == "head" and grids and state.grid not in grids):
             continue
         path, shape = weight.removesuffix(".weight"), program.tensor(weight).shape

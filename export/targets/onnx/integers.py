@@ -28,7 +28,7 @@ from sparsepass.export.pattern import folded_note
 from sparsepass.export.targets.onnx.artifact import Array, Step, StoredWeight, apply_view
 from sparsepass.export.targets.onnx.options import BLOCKS, Integers, least_opset
 from sparsepass.graph.integers import integers_of
-from sparsepass.graph.program import Program
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.records import QuantizedState
 from sparsepass.graph.rounding import RoundingGrid, from_rows
 from sparsepass.graph.support import SparsepassError
@@ -141,7 +141,7 @@ class _IntegerWriter:
             _check_scales(laid, value)
             if self.request.form == "matmulnbits":
                 try:
-                    added = None if branch is None else self.program.tensor(branch.weight).detach().float().numpy()
+                    added = None if branch is None else masked_weight(self.program, branch.weight).float().numpy()
                     return self._multiply(value, laid, stored, added)
                 except _NoFormError as error:
                     reason = f"no MatMulNBits, because {error}"
