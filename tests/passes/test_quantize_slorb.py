@@ -78,7 +78,7 @@ def test_fused_layers_have_branches_on_their_grids(options: str) -> None:
     assert torch.equal(_output(apart), _output(program))
     partly = apply_passes(_program(options="slorb=quantize,targets=q_proj"), "quantize{ignore=q_proj}", validate=False)
     told = {o.site: o.reason for o in apply_passes(partly, "fuse_siblings").history[-1].outcomes}
-    assert "has a branch that is quantized" in told["model.layers.0.self_attn.q_proj"]
+    assert "has a SLoRB branch with k=16, quantized" in told["model.layers.0.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize(
