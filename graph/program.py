@@ -421,5 +421,5 @@ def masked_weight(program: Program, name: str) -> Tensor:
         weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(sparse.mask))
     if grid is not None:
         tensors = (program.tensor(grid.scales), grid.zero_points and program.tensor(grid.zero_points))
-        weight = torch.ops.sparsepass.quantized_weight(weight, *tensors, grid.bits, grid.group_size, grid.axis)
+        weight = torch.ops.sparsepass.quantized_weight(weight, *tensors, *grid.call)
     return weight
