@@ -139,6 +139,14 @@ def test_other_types(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert found["weights"]["num_integers"] == len(program.quantized)
 
 
+@pytest.mark.parametrize("form", ["qdq", "matmulnbits", "dense"])
+def test_inputs_of_bfloat16(form: str, tmp_path: Path) -> None:
+    """A module of torch's own, whose input is a float: numpy knows no bfloat16, and the session takes float32."""
+    artifact, found = written(layers(dtype=torch.bfloat16), tmp_path, form=form)
+    assert artifact.dtype == "bfloat16"
+    assert "example inputs" in found["outputs"]["cases"][0]["case"]
+
+
 def test_experts_are_multiplied_one_by_one(tmp_path: Path) -> None:
     program = quantized("mixtral", "group_size=16,symmetric=false")
     artifact, _ = written(program, tmp_path, form="matmulnbits", with_past=False)
