@@ -91,7 +91,7 @@ def test_casts_of_a_quantized_program_keep_its_integers() -> None:
     program.graph_module.float()
     assert {program.tensor(name).dtype for name in scales} == {torch.float32}
     check()
-    with pytest.raises(SparsepassError, match="keeps the dtype it was captured with \\(torch.float32, "):
+    with pytest.raises(SparsepassError, match=r"keeps the dtype it was captured with \(torch.float32, "):
         program.half()
     program.graph_module.half()
     with pytest.raises(ValueError, match="cast the model to float16 before it is quantized, not after"):
