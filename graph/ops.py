@@ -22,6 +22,8 @@ LEARNED_WEIGHT = "sparsepass::learned_weight"
 QUANTIZED_WEIGHT = "sparsepass::quantized_weight"
 ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
 """What torch.export writes to check dtypes and sizes."""
+_SCALES = (torch.bfloat16, torch.float32, torch.float64)
+"""Types of scales: bfloat16, and those that hold all its values."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -146,7 +148,7 @@ def quantized_weight(
 
     Args:
         weight: Zeros stay zeros, so that a mask in front of it is kept.
-        scales: bfloat16.
+        scales: bfloat16; or float32 or float64, which hold all its values, as a module's ``float()`` leaves them.
         zero_points: The integers that stand for 0, uint8; None for numbers with a sign, where that is 0.
         bits: 8 or 4.
         group_size: Entries along the axis that share a scale; 0 for a whole row.
@@ -255,7 +257,12 @@ def _check_grid(
             f"quantized_weight expects the format {' or '.join(FORMATS)}, and of fp8 8 bits and no zero points, got {format!r} "
             f"and {bits} bits"
         )
-    if bits not in (4, 8) or group_size < 0 or not weight.is_floating_point() or scales.dtype != torch.bfloat16:
+    if scales.dtype == torch.float16:
+        raise ValueError(
+            "scales of a grid are bfloat16, and these were cast to float16, which does not hold all of them; cast the model "
+            "to float16 before it is quantized, not after"
+        )
+    if bits not in (4, 8) or group_size < 0 or not weight.is_floating_point() or scales.dtype not in _SCALES:
         raise ValueError(
             f"quantized_weight expects 8 or 4 bits, groups of 0 or more, a floating-point weight and scales of bfloat16, got "
             f"{bits}, {group_size}, {weight.dtype} and {scales.dtype}"

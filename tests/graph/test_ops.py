@@ -169,7 +169,8 @@ def test_rounding_to_fp8_is_that_of_torch() -> None:
     [
         ({"bits": 3}, "8 or 4 bits"),
         ({"group_size": -1}, "8 or 4 bits"),
-        ({"scales": torch.ones(6, 2)}, "scales of bfloat16"),
+        ({"scales": torch.ones(6, 2, dtype=torch.int32)}, "scales of bfloat16"),
+        ({"scales": torch.ones(6, 2).half()}, "scales of a grid are bfloat16, and these were cast to float16"),
         ({"weight": torch.ones(6, 8, dtype=torch.int8)}, "floating-point weight"),
         ({"scales": torch.ones(2).bfloat16()}, "scales of 2 axes"),
         ({"axis": 2}, "an axis of the weight"),

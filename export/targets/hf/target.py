@@ -27,6 +27,7 @@ class HuggingFace(Target):
 
     name: ClassVar[str] = "hf"
     description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
+    is_checkpoint: ClassVar[bool] = True
 
     form: Literal["integers", "dense"] = "integers"
 

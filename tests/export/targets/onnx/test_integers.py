@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
+from tests.export.targets.zeros import check_zeros
 from tests.families import BY_NAME, FAMILIES, captured
 from torch import nn
 
@@ -37,10 +38,15 @@ FP8 = ("format=fp8", "format=fp8,group_size=16")
 def every_grid(name: str, method: str) -> Program:
     """A program with each grid in layers of one kind."""
     pairs = zip(LAYERS[name], GRIDS, strict=True)
-    passes = [f"quantize{{targets={layer},method={method},{grid}}}" for layer, grid in pairs]
-    calibration = BY_NAME[name].inputs(4, 8)["input_ids"] if method == "joint" else None
+    rounding = "joint" if method == "joint" else "rtn"
+    passes = [f"quantize{{targets={layer},method={rounding},{grid}}}" for layer, grid in pairs]
+    if method == "awq":
+        passes.insert(0, "awq_scale{group_size=16}")
+    calibration = None if method == "rtn" else BY_NAME[name].inputs(4, 8)["input_ids"]
     text = ",".join(("nm_sparsify{criterion=magnitude}", *passes))
-    return apply_passes(captured(name), text, calibration=calibration, validate=False)
+    program = apply_passes(captured(name), text, calibration=calibration, validate=False)
+    assert check_zeros(program) > 0
+    return program
 
 
 def quantized(name: str, options: str, passes: str = "nm_sparsify{criterion=magnitude}") -> Program:
@@ -84,7 +90,7 @@ def changed(folder: Path, name: str, change: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["qdq", "matmulnbits"])
-@pytest.mark.parametrize("method", ["rtn", "joint"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "joint"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_file_holds_the_integers_of_the_program(name: str, method: str, form: str, tmp_path: Path) -> None:
     program = every_grid(name, method)
@@ -172,6 +178,14 @@ def test_other_types(form: str, dtype: torch.dtype, options: str, tmp_path: Path
     assert scale is not None
     assert scale.dtype.name == name.upper()
     assert found["weights"]["num_integers"] == len(program.quantized)
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmulnbits", "dense"])
+def test_inputs_of_bfloat16(form: str, tmp_path: Path) -> None:
+    """A module of torch's own, whose input is a float: numpy knows no bfloat16, and the session takes float32."""
+    artifact, found = written(layers(dtype=torch.bfloat16), tmp_path, form=form)
+    assert artifact.dtype == "bfloat16"
+    assert "example inputs" in found["outputs"]["cases"][0]["case"]
 
 
 def test_experts_are_multiplied_one_by_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from tests.export.targets.zeros import METHODS, rounded
 from tests.families import captured
 from torch import nn
 
@@ -16,6 +17,7 @@ from sparsepass.export.targets.tensorrt.lower import check_grids, lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import find
 from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.integers import integers_of
 from sparsepass.passes import apply_passes
 
 has_no_builder = pytest.mark.skipif(
@@ -46,6 +48,23 @@ def test_integers_are_built_into_an_engine(options: str, kind: str, tmp_path: Pa
     assert stored.dtype.name == kind
     assert (tmp_path / "model.engine").stat().st_size == artifact.engines[0].size_bytes > 1000
     assert [layer.conforms for layer in artifact.layers if layer.weight == "0.weight"] == ["yes"]
+
+
+@has_no_builder
+@pytest.mark.parametrize("method", METHODS)
+def test_no_zero_is_lost(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "gpus", lambda: ())
+    program = rounded("bert", method, 8, True, 0)
+    artifact = lower_tensorrt(program, tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(86,), dtype="float16"))
+    graph = ir.load(tmp_path / "model.onnx").graph
+    for name in program.quantized:
+        own, stored = integers_of(program, name), graph.initializers[name].const_value
+        assert own is not None
+        assert stored is not None
+        (one,) = artifact.onnx.weights[name]
+        numbers = stored.numpy()
+        assert (numbers if one.axis == 1 else numbers.T).tolist() == own.numbers_OI.tolist(), name
+    assert {layer.conforms for layer in artifact.layers if layer.weight in program.sparse} == {"yes"}
 
 
 @pytest.mark.parametrize(
