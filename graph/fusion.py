@@ -19,6 +19,7 @@ from sparsepass.graph.program import Program, with_sparse
 from sparsepass.graph.records import FusedPart, SparseState
 from sparsepass.graph.rewrite import (
     attach_branch,
+    attach_branch_grid,
     attach_grid,
     attach_logits,
     attach_mask,
@@ -47,6 +48,8 @@ class _Beside:
     mask: Tensor | None = None
     logits: Tensor | None = None
     branch: Tensor | None = None
+    branch_grid: RoundingGrid | None = None
+    branch_scales: Tensor | None = None
     projection: Tensor | None = None
     grid: RoundingGrid | None = None
     scales: Tensor | None = None
@@ -69,7 +72,7 @@ class _Beside:
 
     @property
     def _by_row(self) -> dict[str, Tensor]:
-        known = {kind: getattr(self, kind) for kind in ("mask", "logits", "branch", "scales", "zero_points")}
+        known = {kind: getattr(self, kind) for kind in ("mask", "logits", "branch", "branch_scales", "scales", "zero_points")}
         return {kind: tensor for kind, tensor in known.items() if tensor is not None}
 
 
@@ -216,14 +219,25 @@ def _take(program: Program, weight: str) -> _Beside:
 
     mask, logits = read(state.mask), read(None if learned is None else learned.logits)
     weight_OR, projection = (None, None) if branch is None else (read(branch.weight), read(branch.projection))
+    branch_grid = _Beside()
     if branch is not None:
+        branch_grid = _take_grid(program, branch.weight)
         detach_branch(program, weight)
     if learned is not None:
         detach_logits(program, weight)
     if mask is not None:
         detach_mask(program, weight)
     del program.sparse[weight]
-    return replace(rounding, state=state, mask=mask, logits=logits, branch=weight_OR, projection=projection)
+    return replace(
+        rounding,
+        state=state,
+        mask=mask,
+        logits=logits,
+        branch=weight_OR,
+        branch_grid=branch_grid.grid,
+        branch_scales=branch_grid.scales,
+        projection=projection,
+    )
 
 
 def _take_grid(program: Program, weight: str) -> _Beside:
@@ -254,6 +268,8 @@ def _put_sparse(program: Program, site: Site, found: _Beside, state: SparseState
     if found.branch is not None:
         assert state.branch is not None
         attach_branch(program, site, found.branch, state.branch.k, found.projection)
+    if found.branch_grid is not None and found.branch_scales is not None:
+        attach_branch_grid(program, site, found.branch_grid, found.branch_scales)
     with_sparse(program, site.weight, changed_by=state.changed_by)
 
 

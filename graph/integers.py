@@ -1,4 +1,4 @@
-"""The integers of quantized weights, for whatever writes them."""
+"""The numbers of quantized weights, for whatever writes them."""
 
 from sparsepass.graph.ops import rounded_rows, where_kept
 from sparsepass.graph.program import Program
@@ -6,7 +6,7 @@ from sparsepass.graph.rounding import Rounded
 
 
 def integers_of(program: Program, name: str) -> Rounded | None:
-    """The integers, scales and zero points of a weight: what the graph computes with, before it is made floating-point again.
+    """The numbers, scales and zero points of a weight: what the graph computes with, before it is made floating-point again.
 
     Args:
         program: Not changed.
@@ -34,5 +34,4 @@ def integers_of(program: Program, name: str) -> Rounded | None:
     if sparse is not None and sparse.mask is not None:
         weight = where_kept(weight, program.tensor(sparse.mask))
     zero_points = None if state.zero_points is None else program.tensor(state.zero_points)
-    scales = program.tensor(state.scales)
-    return rounded_rows(weight, scales, zero_points, state.bits, state.group_size, state.axis)
+    return rounded_rows(weight, program.tensor(state.scales), zero_points, *state.call)  # type: ignore[arg-type]

@@ -176,6 +176,6 @@ def _attach(model: nn.Module, program: Program, weight: str) -> None:
     parent, _, name = path.rpartition(".")
     base = model.get_submodule(path)
     projection = program.tensor(branch.projection).detach().clone() if branch.projection else None
-    slorb_weight = program.tensor(branch.weight).detach().clone()
+    slorb_weight = masked_weight(program, branch.weight).clone()
     layer = SLoRBLinear(base, slorb_weight, branch.k, projection, transposed=type(base).__name__ == "Conv1D")
     setattr(model.get_submodule(parent), name, layer)

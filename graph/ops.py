@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.graph import soft_masks
-from sparsepass.graph.rounding import Rounded, RoundingGrid, as_rows, from_rows, num_groups, round_to_nearest
+from sparsepass.graph.rounding import FORMATS, Rounded, RoundingGrid, as_rows, from_rows, num_groups, round_to_nearest
 from sparsepass.graph.soft_masks import Draw
 
 MASKED_WEIGHT = "sparsepass::masked_weight"
@@ -22,6 +22,8 @@ LEARNED_WEIGHT = "sparsepass::learned_weight"
 QUANTIZED_WEIGHT = "sparsepass::quantized_weight"
 ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
 """What torch.export writes to check dtypes and sizes."""
+_SCALES = (torch.bfloat16, torch.float32, torch.float64)
+"""Types of scales: bfloat16, and those that hold all its values."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -135,9 +137,9 @@ def _(weight: Tensor, mask: Tensor, logits: Tensor, control: Tensor, n: int, m: 
 
 @torch.library.custom_op(QUANTIZED_WEIGHT, mutates_args=())
 def quantized_weight(
-    weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int
+    weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int, format: str = "int"
 ) -> Tensor:
-    """Return a weight rounded to the nearest of the values that its integers stand for.
+    """Return a weight rounded to the nearest of the values that the numbers of its grid stand for.
 
     Shapes: weight ``[...]`` of any float dtype; scales and zero points ``[O, G]``, or ``[E, O, G]`` for experts: the weight
     `as_rows`, with a group in the place of its columns.
@@ -146,11 +148,12 @@ def quantized_weight(
 
     Args:
         weight: Zeros stay zeros, so that a mask in front of it is kept.
-        scales: bfloat16.
-        zero_points: The integers that stand for 0, uint8; None for signed integers, where that is 0.
+        scales: bfloat16; or float32 or float64, which hold all its values, as a module's ``float()`` leaves them.
+        zero_points: The integers that stand for 0, uint8; None for numbers with a sign, where that is 0.
         bits: 8 or 4.
         group_size: Entries along the axis that share a scale; 0 for a whole row.
         axis: Axis of the weight that its layer sums over.
+        format: ``int``, or ``fp8``, which has 8 bits and no zero points.
 
     Returns:
         Shaped and typed like the weight, contiguous.
@@ -162,20 +165,23 @@ def quantized_weight(
         >>> quantized_weight(torch.tensor([[7.0, -3.4, 0.0, 1.6]]), torch.ones(1, 1).bfloat16(), None, 4, 0, 1)
         tensor([[ 7., -3.,  0.,  2.]])
     """
-    rounded = rounded_rows(weight, scales, zero_points, bits, group_size, axis)
+    rounded = rounded_rows(weight, scales, zero_points, bits, group_size, axis, format)
     return from_rows(rounded.weight_OI.to(weight.dtype), axis, weight)
 
 
 @quantized_weight.register_fake
-def _(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int) -> Tensor:
-    _check_grid(weight, scales, zero_points, bits, group_size, axis)
+def _(
+    weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int, format: str = "int"
+) -> Tensor:
+    _check_grid(weight, scales, zero_points, bits, group_size, axis, format)
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def rounded_rows(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int) -> Rounded:
-    """What `quantized_weight` rounds to, as integers. It takes the same arguments, and refuses the same."""
-    _check_grid(weight, scales, zero_points, bits, group_size, axis)
-    grid = RoundingGrid(bits=bits, group_size=group_size, symmetric=zero_points is None)
+def rounded_rows(
+    weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int, format: str = "int"
+) -> Rounded:
+    """What `quantized_weight` rounds to, as numbers. It takes the same arguments, and refuses the same."""
+    grid = _check_grid(weight, scales, zero_points, bits, group_size, axis, format)
     return round_to_nearest(as_rows(weight, axis, scales.dim()), grid, scales, zero_points)
 
 
@@ -184,7 +190,7 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _straight_to_the_first(_ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None, None, None
 
 
 quantized_weight.register_autograd(_straight_to_the_first, setup_context=_keep_nothing)
@@ -243,8 +249,20 @@ def _check_logits(weight: Tensor, logits: Tensor, control: Tensor, n: int, m: in
         raise ValueError(f"learned_weight expects scale, temperature and key in control, got shape {tuple(control.shape)}")
 
 
-def _check_grid(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int) -> None:
-    if bits not in (4, 8) or group_size < 0 or not weight.is_floating_point() or scales.dtype != torch.bfloat16:
+def _check_grid(
+    weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, axis: int, format: str
+) -> RoundingGrid:
+    if format not in FORMATS or (format == "fp8" and (bits != 8 or zero_points is not None)):
+        raise ValueError(
+            f"quantized_weight expects the format {' or '.join(FORMATS)}, and of fp8 8 bits and no zero points, got {format!r} "
+            f"and {bits} bits"
+        )
+    if scales.dtype == torch.float16:
+        raise ValueError(
+            "scales of a grid are bfloat16, and these were cast to float16, which does not hold all of them; cast the model "
+            "to float16 before it is quantized, not after"
+        )
+    if bits not in (4, 8) or group_size < 0 or not weight.is_floating_point() or scales.dtype not in _SCALES:
         raise ValueError(
             f"quantized_weight expects 8 or 4 bits, groups of 0 or more, a floating-point weight and scales of bfloat16, got "
             f"{bits}, {group_size}, {weight.dtype} and {scales.dtype}"
@@ -267,3 +285,4 @@ def _check_grid(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bits
             f"quantized_weight expects zero points like the scales, {expected} of uint8, got {tuple(zero_points.shape)} of "
             f"{zero_points.dtype}"
         )
+    return RoundingGrid(bits=bits, group_size=group_size, symmetric=zero_points is None, format=format)  # type: ignore[arg-type]

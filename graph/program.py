@@ -225,13 +225,17 @@ class Program(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = {name: (t.dtype, t.device) for name, t in self.tensors().items()}
+        scales = {state.scales: self.tensor(state.scales) for state in self.quantized.values()}
         for name, (dtype, _) in before.items():
-            if dtype.is_floating_point and (became := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+            if name not in scales and dtype.is_floating_point and (became := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
                 raise SparsepassError(
                     f"a program keeps the dtype it was captured with ({dtype}, {name}): its graph holds it in its casts; "
                     f"convert the model to {became} and capture it again, or use program.to_model().to({became})"
                 )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in scales.items():  # bfloat16, whatever the weights are
+            if (now := self.tensor(name)).dtype != tensor.dtype:
+                self.set_tensor(name, tensor.to(now.device))
         self.example_inputs = {name: fn(t) if not t.is_meta else t for name, t in self.example_inputs.items()}
         devices = {old: self.tensors()[name].device for name, (_, old) in before.items()}
         for old, new in devices.items():
@@ -421,5 +425,5 @@ def masked_weight(program: Program, name: str) -> Tensor:
         weight = torch.ops.sparsepass.masked_weight(weight, program.tensor(sparse.mask))
     if grid is not None:
         tensors = (program.tensor(grid.scales), grid.zero_points and program.tensor(grid.zero_points))
-        weight = torch.ops.sparsepass.quantized_weight(weight, *tensors, grid.bits, grid.group_size, grid.axis)
+        weight = torch.ops.sparsepass.quantized_weight(weight, *tensors, *grid.call)
     return weight

@@ -12,10 +12,12 @@ from typing import Any, Literal
 from rich.table import Table
 
 from sparsepass._terminal import Terminal
-from sparsepass.graph.rounding import RoundingGrid
+from sparsepass.graph.rounding import NumberFormat, RoundingGrid
 from sparsepass.graph.sites import Site
 
 JSON = Any
+LATER = {"later": True}
+"""Of a field that earlier versions do not know: with its default it is not written, so that they read what they could."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,16 @@ class SparseState:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedState:
-    """The grid of integers that the graph rounds a weight to.
+    """The grid that the graph rounds a weight to.
 
     Attributes:
         bits: 8 or 4.
         group_size: Entries along the axis that share a scale; 0 for a whole row.
         axis: Axis of the stored weight that its layer sums over.
         scales: Name of the buffer with the scales, bfloat16.
-        zero_points: Name of the buffer with the integers that stand for 0, uint8; None for signed integers, where that is 0.
+        zero_points: Name of the buffer with the integers that stand for 0, uint8; None for numbers with a sign, where that is
+            0.
+        format: Of the numbers; see `RoundingGrid`.
     """
 
     bits: int
@@ -92,11 +96,18 @@ class QuantizedState:
     axis: int
     scales: str
     zero_points: str | None = None
+    format: NumberFormat = field(default="int", metadata=LATER)
 
     @property
     def grid(self) -> RoundingGrid:
         """What the weight is rounded to, but for its scales."""
-        return RoundingGrid(bits=self.bits, group_size=self.group_size, symmetric=self.zero_points is None)
+        symmetric = self.zero_points is None
+        return RoundingGrid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, format=self.format)
+
+    @property
+    def call(self) -> tuple[int | str, ...]:
+        """What the operator `quantized_weight` is called with behind its tensors; of integers as in earlier versions."""
+        return (self.bits, self.group_size, self.axis, *([] if self.format == "int" else [self.format]))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -203,7 +214,8 @@ class Origin:
 def to_json(record: Any) -> JSON:
     """Turn a record, or a mapping of records, into JSON. Numbers that JSON lacks become ``{"float": "nan"}``."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        values = [(f, getattr(record, f.name)) for f in dataclasses.fields(record)]
+        return {f.name: to_json(value) for f, value in values if "later" not in f.metadata or value != f.default}
     if isinstance(record, Mapping):
         return {key: to_json(value) for key, value in record.items()}
     if isinstance(record, list | tuple):

@@ -149,32 +149,57 @@ def attach_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor
     Args:
         program: Changed in place. The weight keeps its values.
         site: A site of it that is not quantized yet. An embedding that is tied to it is rounded with it.
-        grid: Bits, groups and symmetry.
+        grid: Format, bits, groups and symmetry.
         scales: bfloat16, ``[O, G]``, or ``[E, O, G]`` for experts.
         zero_points: uint8, like the scales; None for a symmetric grid.
     """
-    graph = program.graph_module.graph
-    state = QuantizedState(
-        bits=grid.bits,
-        group_size=grid.group_size,
-        axis=site.nm_axis,
-        scales=beside(site, "scales"),
-        zero_points=None if zero_points is None else beside(site, "zero_points"),
-    )
-    program.set_tensor(state.scales, scales)
+    zeros = None if zero_points is None else beside(site, "zero_points")
+    state = _state_of(grid, site.nm_axis, beside(site, "scales"), zeros)
     if zero_points is not None and state.zero_points is not None:
         program.set_tensor(state.zero_points, zero_points)
-    read_at = [node for node in graph.nodes if node.op == "get_attr" and node.target == site.weight]
+    _round_reads(program, site.weight, state, scales)
+
+
+def attach_branch_grid(program: Program, site: Site, grid: RoundingGrid, scales: Tensor) -> None:
+    """Round S of a site's SLoRB branch to a grid in front of its product, as `attach_grid` does with a weight.
+
+    Args:
+        program: Changed in place. S keeps its values.
+        site: A site of it with a branch, which is not rounded yet.
+        grid: A symmetric one.
+        scales: bfloat16, ``[O, G]``.
+    """
+    branch = program.sparse[site.weight].branch
+    assert branch is not None
+    _round_reads(program, branch.weight, _state_of(grid, 1, beside(site, "slorb_scales"), None), scales)
+
+
+def _state_of(grid: RoundingGrid, axis: int, scales: str, zero_points: str | None) -> QuantizedState:
+    return QuantizedState(
+        bits=grid.bits,
+        group_size=grid.group_size,
+        axis=axis,
+        scales=scales,
+        zero_points=zero_points,
+        format=grid.format,
+    )
+
+
+def _round_reads(program: Program, weight: str, state: QuantizedState, scales: Tensor) -> None:
+    """Put the rounding of a weight between it (or its mask) and what reads it."""
+    graph = program.graph_module.graph
+    program.set_tensor(state.scales, scales)
+    read_at = [node for node in graph.nodes if node.op == "get_attr" and node.target == weight]
     behind = [user for node in read_at for user in node.users if user.target in (_MASKED, _LEARNED)]
     for value in behind or read_at:
         first = next(node for node in graph.nodes if node in value.users)
         with graph.inserting_before(first):
             read = [graph.get_attr(name) for name in state.names]
             zero = read[1] if len(read) > 1 else None
-            rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, grid.bits, grid.group_size, site.nm_axis))
+            rounded = graph.call_function(_QUANTIZED, (value, read[0], zero, *state.call))
         _inherit(_consumer(first), *read, rounded)
         value.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
-    program.quantized[site.weight] = state
+    program.quantized[weight] = state
 
 
 def detach_grid(program: Program, weight: str) -> None:
@@ -253,7 +278,7 @@ def attach_branch(program: Program, site: Site, weight: Tensor, k: int, projecti
 
 
 def detach_branch(program: Program, weight: str) -> None:
-    """Undo `attach_branch`.
+    """Undo `attach_branch`, and `attach_branch_grid`.
 
     Args:
         program: Changed in place.
@@ -261,6 +286,8 @@ def detach_branch(program: Program, weight: str) -> None:
     """
     state, graph = program.sparse[weight].branch, program.graph_module.graph
     assert state is not None
+    if state.weight in program.quantized:
+        detach_grid(program, state.weight)
     for node in list(graph.nodes):
         if node.op != "get_attr" or node.target != state.weight:
             continue

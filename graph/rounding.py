@@ -1,4 +1,4 @@
-"""The grid of integers that weights are rounded to: a scale, and where it has one a zero point, for each group of a row.
+"""The grid that weights are rounded to: a scale, and where it has one a zero point, for each group of a row.
 
 Whatever rounds weights, and whatever asks what rounding costs, takes the grid from here.
 
@@ -7,6 +7,7 @@ Tensor shapes: O rows, I columns, G groups of a row, K columns of a group.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,37 +15,74 @@ from torch.nn import functional
 
 from sparsepass.graph.support import SparsepassError
 
+NumberFormat = Literal["int", "fp8"]
+FORMATS: tuple[str, ...] = get_args(NumberFormat)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingGrid:
     """What weights may become.
 
     Attributes:
-        bits: Of an integer, 8 or 4.
+        bits: Of a number, 8 or 4; fp8 has 8.
         group_size: Columns that share a scale, the last ones of a row maybe fewer; 0 if all of a row do.
         symmetric: Whether 0 is the middle: integers are signed, and scales alone are stored. Otherwise integers begin at 0, and
-            a zero point says which of them stands for 0. Both hold 0 exactly, so that a pruned weight stays pruned.
+            a zero point says which of them stands for 0. Both hold 0 exactly, so that a pruned weight stays pruned. Numbers of
+            fp8 have a sign.
+        format: ``int``, or ``fp8``: floating-point numbers with 4 bits for the exponent and 3 for the fraction, up to 448
+            (e4m3, in torch ``float8_e4m3fn``).
 
     Raises:
         SparsepassError: If there is no such grid.
+
+    Source: fp8: FP8 Formats for Deep Learning, arXiv 2209.05433, section 3.
     """
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = True
+    format: NumberFormat = "int"
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise SparsepassError(f"weights are rounded to the format {' or '.join(FORMATS)}, not to {self.format!r}")
         if self.bits not in (4, 8):
             raise SparsepassError(f"weights are rounded to 8 or 4 bits, not to {self.bits}")
         if self.group_size < 0:
             raise SparsepassError(f"group_size is a number of columns, or 0 for a whole row; it is {self.group_size}")
+        if self.format == "fp8" and self.bits != 8:
+            raise SparsepassError(f"format=fp8 has 8 bits, not {self.bits}; leave bits out, or give format=int")
+        if self.format == "fp8" and not self.symmetric:
+            raise SparsepassError(
+                "format=fp8 has numbers of both signs and no zero points, so symmetric=false is for integers; leave it out, or "
+                "give format=int"
+            )
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The least and the largest integer."""
+        """The least and the largest number."""
+        if self.format == "fp8":
+            return -448, 448
         if not self.symmetric:
             return 0, 2**self.bits - 1
         return (-127, 127) if self.bits == 8 else (-8, 7)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What holds a number: a byte, also of 4 bits."""
+        if self.format == "fp8":
+            return torch.float8_e4m3fn
+        return torch.int8 if self.symmetric else torch.uint8
+
+    @property
+    def kind(self) -> str:
+        """What its numbers are called.
+
+        Example:
+            >>> RoundingGrid(bits=8, format="fp8").kind, RoundingGrid(symmetric=False).kind
+            ('fp8', 'uint4')
+        """
+        return "fp8" if self.format == "fp8" else f"{'int' if self.symmetric else 'uint'}{self.bits}"
 
     @property
     def text(self) -> str:
@@ -54,17 +92,16 @@ class RoundingGrid:
             >>> RoundingGrid(bits=8, group_size=0).text, RoundingGrid(symmetric=False).text
             ('int8, one scale a row', 'uint4, groups of 64')
         """
-        groups = f"groups of {self.group_size}" if self.group_size else "one scale a row"
-        return f"{'int' if self.symmetric else 'uint'}{self.bits}, {groups}"
+        return f"{self.kind}, {f'groups of {self.group_size}' if self.group_size else 'one scale a row'}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rounded:
-    """A weight as integers.
+    """A weight as numbers of its grid.
 
     Attributes:
         grid: What it was rounded to.
-        numbers_OGK: The integers, as floating values; the last group of a row is filled up with what stands for 0.
+        numbers_OGK: The numbers, in float32; the last group of a row is filled up with what stands for 0.
         scales_OG: bfloat16.
         zeros_OG: The integers that stand for 0, as floating values; None where that is 0.
         columns: Columns of the weight.
@@ -78,8 +115,8 @@ class Rounded:
 
     @property
     def numbers_OI(self) -> Tensor:  # noqa: N802
-        """The integers: int8, or uint8 where there are zero points."""
-        return self.numbers_OGK.flatten(-2)[..., : self.columns].to(torch.int8 if self.grid.symmetric else torch.uint8)
+        """The numbers: int8, or uint8 where there are zero points, or float8_e4m3fn."""
+        return self.numbers_OGK.flatten(-2)[..., : self.columns].to(self.grid.dtype)
 
     @cached_property
     def weight_OI(self) -> Tensor:  # noqa: N802
@@ -102,13 +139,13 @@ def round_to_nearest(
         zeros_OG: The integers that stand for 0, beside such scales; of a grid that is not symmetric.
 
     Returns:
-        Integers, scales and zero points. Zeros of the weight are zeros of the result, exactly, and none is -0.0.
+        Numbers, scales and zero points. Zeros of the weight are zeros of the result, exactly, and none is -0.0.
 
     Raises:
         SparsepassError: If a scale is not finite.
 
     Exactness: what lies on the grid already comes back bit for bit; from bfloat16 too, for up to 127 steps on either side: that
-    was rounded by at most 1/256, which is less than half a step there.
+    was rounded by at most 1/256, which is less than half a step there. Numbers of fp8 are 1/16 apart, or more.
 
     Example:
         >>> rounded = round_to_nearest(torch.tensor([[7.0, -3.4, 0.0, 1.6]]), RoundingGrid(group_size=4))
@@ -125,7 +162,7 @@ def round_to_nearest(
     assert grid.symmetric == (zeros_OG is None), "scales without their zero points say nothing"
     scales_OG = scales_OG.to(torch.bfloat16)
     if not scales_OG.isfinite().all():
-        raise SparsepassError(f"a scale of int{grid.bits} is not finite; give finite ones, or leave scales out")
+        raise SparsepassError(f"a scale of {grid.kind} is not finite; give finite ones, or leave scales out")
     return _rounded(grouped_OGK, grid, scales_OG, zeros_OG, columns)
 
 
@@ -142,7 +179,7 @@ def on_grid(weight_OI: Tensor, grid: RoundingGrid, scales_OG: Tensor, zeros_OG: 
 
 
 def nearest_numbers(values: Tensor, grid: RoundingGrid, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """The integers that come nearest to values, as floating ones; never -0.0.
+    """The numbers of a grid that come nearest to values, in their floating type; never -0.0.
 
     Args:
         values: Of any shape.
@@ -153,8 +190,13 @@ def nearest_numbers(values: Tensor, grid: RoundingGrid, scales: Tensor, zeros: T
     Example:
         >>> nearest_numbers(torch.tensor([-0.2, 1.4, 99.0]), RoundingGrid(), torch.tensor(0.5), None)
         tensor([0., 3., 7.])
+        >>> nearest_numbers(torch.tensor([-1e-4, 17.0, 999.0]), RoundingGrid(bits=8, format="fp8"), torch.tensor(1.0), None)
+        tensor([  0.,  16., 448.])
     """
-    numbers = (values / _divisor(scales)).round_()
+    numbers = values / _divisor(scales)
+    if grid.format == "fp8":  # held first, since what lies beyond the largest becomes no number
+        return numbers.clamp_(*grid.ends).to(grid.dtype).to(numbers.dtype) + 0.0
+    numbers.round_()
     numbers += 0.0 if zeros is None else zeros.float()
     return numbers.clamp_(*grid.ends)
 

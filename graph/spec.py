@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -201,7 +201,9 @@ def _quantized(program: ProgramFacts, tensors: dict[str, Tensor], graph: fx.Grap
         missing = [name for name in (weight, *state.names) if name not in tensors]
         if missing:
             yield Violation(weight, f"its grid needs {missing[0]}, which the program does not have")
-        elif applied.get(weight) != {(state.scales, state.zero_points, state.bits, state.group_size, state.axis)}:
+        elif state.format == "fp8" and (state.bits != 8 or state.zero_points is not None):
+            yield Violation(weight, "a grid of fp8 has 8 bits and no zero points")
+        elif applied.get(weight) != {(state.scales, state.zero_points, *state.call)}:
             yield Violation(weight, f"the graph does not round it to its grid, {state.grid.text}")
         elif not (scales := tensors[state.scales]).is_meta and not scales.isfinite().all():
             yield Violation(weight, f"a scale in {state.scales} is not finite")
@@ -258,15 +260,20 @@ def _stands_between(linear: fx.Node, cut: fx.Node) -> tuple[str | None, str | No
     """Names of the mask that is applied to a linear's weight, and of the branch that is added to its result; ? for others."""
     weight, total = linear.args[1], cut.args[0]
     mask = branch = None
-    if isinstance(weight, fx.Node) and weight.target is torch.ops.sparsepass.quantized_weight.default:
-        weight = weight.args[0]
+    weight = _behind_rounding(weight)
     if isinstance(weight, fx.Node) and weight.op != "get_attr":
         mask = _name_of(weight.args[1]) if isinstance(weight.args[0], fx.Node) and weight.args[0].op == "get_attr" else "?"
     if isinstance(total, fx.Node) and total is not linear:
         added = total.args[1]
         is_branch = isinstance(added, fx.Node) and len(added.users) == 1 and added.target is torch.ops.aten.linear.default
-        branch = _name_of(added.args[1]) if isinstance(added, fx.Node) and is_branch else "?"
+        branch = _name_of(_behind_rounding(added.args[1])) if isinstance(added, fx.Node) and is_branch else "?"
     return mask, branch
+
+
+def _behind_rounding(node: Any) -> Any:
+    """What a rounding is given, if a node is one; else the node."""
+    is_rounding = isinstance(node, fx.Node) and node.target is torch.ops.sparsepass.quantized_weight.default
+    return node.args[0] if is_rounding else node
 
 
 def _name_of(node: object) -> str:

@@ -203,6 +203,7 @@ def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
         pattern = f"{state.pattern} {how}"
     branch = None if state is None else state.branch
     grid = program.quantized.get(site.weight)
+    rounded = "" if branch is None or branch.weight not in program.quantized else ", quantized"
     block = _block(linear)
     num_writes = sum(number < facts.order[linear] for number in facts.writes(x))
     return (
@@ -211,7 +212,7 @@ def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
         f"is {'a parameter' if isinstance(weight, nn.Parameter) else 'no parameter'}",
         f"has {'no' if site.bias is None and not facts.as_modules else 'a'} bias",
         f"is {pattern}",
-        f"has {'no SLoRB branch' if branch is None else f'a SLoRB branch with k={branch.k}'}",
+        f"has {'no SLoRB branch' if branch is None else f'a SLoRB branch with k={branch.k}'}{rounded}",
         f"is {'not quantized' if grid is None else f'quantized ({grid.grid.text})'}",
         f"reads it after {num_writes} changes in place",
     )

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from sparsepass.graph.attention import takes_all
 from sparsepass.graph.hierarchy import Hierarchy, write_code
 from sparsepass.graph.ops import where_kept
-from sparsepass.graph.rounding import RoundingGrid, on_grid
+from sparsepass.graph.rounding import NumberFormat, RoundingGrid, on_grid
 from sparsepass.retrain.masks import row_pieces
 
 _aten = torch.ops.aten
@@ -75,6 +75,7 @@ def quantized_linear(
     zero_points: Tensor | None,
     bits: int,
     group_size: int,
+    format: NumberFormat = "int",
     bias: Tensor | None = None,
 ) -> Tensor:
     """Apply a linear layer with a weight that is masked, if there is a mask, and rounded, and forget the rounded weight.
@@ -91,7 +92,8 @@ def quantized_linear(
     >>> quantized_linear(torch.ones(3, 2), weight, None, scales, None, 4, 0).flatten().tolist()
     [4.0, 4.0, 4.0]
     """
-    return _linear(input, weight, mask, scales, zero_points, (bits, group_size), bias)
+    grid = RoundingGrid(bits=bits, group_size=group_size, symmetric=zero_points is None, format=format)
+    return _linear(input, weight, mask, scales, zero_points, grid, bias)
 
 
 def _linear(
@@ -100,7 +102,7 @@ def _linear(
     mask: Tensor | None,
     scales: Tensor | None,
     zeros: Tensor | None,
-    grid: tuple[int, int] | None,
+    grid: RoundingGrid | None,
     bias: Tensor | None,
 ) -> Tensor:
     kind = input.device.type
@@ -122,7 +124,7 @@ class _LeanLinear(torch.autograd.Function):
         mask_OI: Tensor | None,
         scales_OG: Tensor | None,
         zeros_OG: Tensor | None,
-        grid: tuple[int, int] | None,
+        grid: RoundingGrid | None,
         bias_O: Tensor | None,
         low: torch.dtype | None,
     ) -> Tensor:
@@ -152,19 +154,18 @@ def _used(
     mask_OI: Tensor | None,
     scales_OG: Tensor | None,
     zeros_OG: Tensor | None,
-    grid: tuple[int, int] | None,
+    grid: RoundingGrid | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight that a layer computes with: behind its mask and its rounding, where it has such."""
     if grid is None or scales_OG is None:
         assert mask_OI is not None
         return where_kept(weight_OI.to(dtype), mask_OI)
-    known = RoundingGrid(bits=grid[0], group_size=grid[1], symmetric=zeros_OG is None)
     used_OI = torch.empty_like(weight_OI, dtype=dtype)
     for rows, weight, used in row_pieces(weight_OI, used_OI):
         kept = weight if mask_OI is None else where_kept(weight, mask_OI[rows])
         zeros = None if zeros_OG is None else zeros_OG[rows]
-        used.copy_(on_grid(kept, known, scales_OG[rows], zeros))
+        used.copy_(on_grid(kept, grid, scales_OG[rows], zeros))
     return used_OI
 
 
@@ -229,8 +230,9 @@ def _merge_linear(linear: fx.Node) -> None:
     assert isinstance(used, fx.Node)
     if used.target is _MASKED:
         _merge([used], linear, masked_linear, source, *used.args, *bias)
-    elif used.target is _QUANTIZED and used.args[-1] == 1:
-        behind, *grid = used.args[:-1]
+    elif used.target is _QUANTIZED and used.args[5] == 1:
+        behind, scales, zeros, bits, size, _, number_format = (*used.args, "int")[:7]
+        grid = scales, zeros, bits, size, number_format
         assert isinstance(behind, fx.Node)
         if behind.target is _MASKED and len(behind.users) == 1:
             _merge([used, behind], linear, quantized_linear, source, *behind.args, *grid, *bias)

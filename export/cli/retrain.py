@@ -155,7 +155,7 @@ def run_command(
     trust_remote_code: support.TrustRemoteCode = False,
     as_json: support.AsJson = False,
 ) -> None:
-    """Take a model through a recipe: prune, retrain, eval and export, each in a folder of its own, verified at the end.
+    """Take a model through a recipe: prune, retrain, eval, export, each in a folder of its own, verified; and measure.
 
     The whole recipe is checked before anything runs. Given again, it goes on where it stopped: stages that are done are
     not run again, and a training goes on from its checkpoints.
@@ -257,7 +257,7 @@ def _show_outcomes(outcomes: Sequence["Outcome"]) -> None:
         done = f"{outcome.seconds:.0f} s" if outcome.ran else "done before"
         table.add_row(outcome.name, done, said.get(outcome.state or "", ""), str(outcome.folder))
     if (last := find_report(outcomes[-1].folder)) is not None:
-        show(sections(last, "retraining", "accuracy"))
+        show(sections(last, "retraining", "accuracy", "size", "speed"))
     show(table)
 
 

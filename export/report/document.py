@@ -170,14 +170,20 @@ def changed_report(folder: Path, parts: Collection[str]) -> Iterator[Path]:
         folder: Where they are to be. A new or empty one is there when all of them are.
         parts: Their names. In a folder that stands, its checksums follow them.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_for(folder.parent):
-        if not folder.is_dir() or not any(folder.iterdir()):
-            with replaced_folder(folder, checksums=False) as beside:
-                yield beside
-            return
+    if not _stands(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with waiting_for(folder.parent):
+            if not _stands(folder):
+                with replaced_folder(folder, checksums=False) as beside:
+                    yield beside
+                return
     with checksums_follow(folder, parts):
         yield folder
+
+
+def _stands(folder: Path) -> bool:
+    """Whether there is a folder that holds something. Its parent is not locked then: a run keeps that for itself."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def run_record(stage: str, *, command: str | None, seconds: float) -> RunEntry:

@@ -43,7 +43,9 @@ class MachineEntry(Part):
 class RunEntry(Part):
     """A command that added to the report."""
 
-    stage: str = Field(description="`prune`, `retrain`, `eval`, `export`, `plan`, `verify`, `bench` or `size` so far")
+    stage: str = Field(
+        description="`prune`, `retrain`, `eval`, `export`, `measure`, `plan`, `verify`, `bench` or `size` so far"
+    )
     command: str = Field(description="the command line, or `python` for a call from Python")
     created: str = Field(description="when it ended, ISO 8601, UTC")
     seconds: Number = Field(description="wall time, loading included")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         companion_differences as companion_differences,
         folder_contradictions as folder_contradictions,
     )
+    from sparsepass.export.stages.measuring import MeasureSection as MeasureSection
     from sparsepass.export.stages.news import listen as listen
     from sparsepass.export.stages.perplexities import accuracy as accuracy
     from sparsepass.export.stages.preparing import prepare as prepare, stage_name as stage_name, write_program as write_program

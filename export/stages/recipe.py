@@ -1,7 +1,8 @@
 """A recipe: one file for the whole way of a model, checked as a whole before anything runs.
 
-Its sections are the stages, in the order in which they run: ``prune``, ``retrain``, ``eval``, ``export``. Each section is a
-dataclass here or one of the library's own (``train``, ``data``, a target), so that a setting has one name everywhere.
+Its sections are the stages, in the order in which they run: ``prune``, ``retrain``, ``eval``, ``export``, ``measure``. Each
+section is a dataclass here or one of the library's own (``train``, ``data``, a target), so that a setting has one name
+everywhere.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sparsepass.export.stages.exporting import OLD_GROUPS, refuse_option
-from sparsepass.export.stages.settings import Calibration, Evaluation, ModelSource, inputs_of
+from sparsepass.export.stages.measuring import MeasureSection
+from sparsepass.export.stages.settings import BenchSettings, Calibration, Evaluation, ModelSource, inputs_of
 from sparsepass.export.stages.yaml_settings import override, parse_settings, read_recipe_text, refuse_unknown
 from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
@@ -26,7 +28,7 @@ from sparsepass.retrain.data import DataConfig
 from sparsepass.retrain.grids import check_quantize
 from sparsepass.retrain.teacher import SampleConfig
 
-ORDER: Final = ("model", "out", "prune", "retrain", "eval", "export")
+ORDER: Final = ("model", "out", "prune", "retrain", "eval", "export", "measure")
 """Keys of a recipe, in the order in which they run, whatever the order in the file."""
 
 _TEXT_FORMS = f"a text file (.txt, .jsonl, .parquet), a folder, the name of a hub data set, or {PYTHON_DOCS}"
@@ -123,6 +125,7 @@ class Recipe:
         retrain: None for no training.
         eval: None for no perplexity.
         export: One for each target.
+        measure: None if what was exported is not measured.
     """
 
     model: ModelSource
@@ -131,6 +134,7 @@ class Recipe:
     retrain: RetrainSection | None = None
     eval: Evaluation | None = None
     export: tuple[ExportSection, ...] = ()
+    measure: MeasureSection | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -181,6 +185,7 @@ def recipe_of(settings: Mapping[str, Any], where: str) -> Recipe:
         retrain=retrain_section(settings["retrain"], f"{where}: retrain") if settings.get("retrain") is not None else None,
         eval=_optional(Evaluation, settings, "eval", where),
         export=tuple(_export_section(one, f"{where}: export") for one in (exports if isinstance(exports, list) else [exports])),
+        measure=_measure_section(settings["measure"], f"{where}: measure") if settings.get("measure") is not None else None,
     )
     _check(recipe, where)
     return recipe
@@ -277,6 +282,13 @@ def _export_section(settings: Any, where: str) -> ExportSection:
     return _section(ExportSection, {"target": target, "verify": verify}, where)
 
 
+def _measure_section(settings: Any, where: str) -> MeasureSection:
+    given = dict(_mapping(settings, where))
+    if "bench" in given:
+        given["bench"] = _optional(BenchSettings, given, "bench", where)
+    return read_settings(MeasureSection, given, where=where)
+
+
 def _check(recipe: Recipe, where: str) -> None:
     """What the fields cannot tell one by one."""
     is_program = (Path(recipe.model.source).expanduser() / PROGRAM_FILE).is_file()
@@ -302,6 +314,8 @@ def _check(recipe: Recipe, where: str) -> None:
     if recipe.model.dtype is not None:
         parse_dtype(recipe.model.dtype)
     _check_exports(recipe, where)
+    if recipe.measure is not None:
+        recipe.measure.check([section.target for section in recipe.export], f"{where}: measure", is_program=is_program)
 
 
 def check_retrain(section: RetrainSection, where: str) -> None:

@@ -6,81 +6,43 @@ Rules:
 2. A stage that was interrupted is run again; a training goes on from its checkpoints.
 3. Where settings have changed, or a folder is gone, that is said, and nothing runs unless it is forced: then the stage and all
    that follow it are run anew.
-4. Of several processes (``accelerate launch``) the first one runs everything, and the others take part in the training.
+4. What was exported is measured last. That stage has no folder of its own: it adds to the report of a target.
+5. Of several processes (``accelerate launch``) the first one runs everything, and the others take part in the training.
 """
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import (
-    Any,
-    Final,
-    NotRequired,  # pydantic takes no other before Python 3.12
-)
-
-from pydantic import TypeAdapter
-from typing_extensions import TypedDict
+from typing import Any, Final
 
 from sparsepass.export.report import find_report, new_report, plain_json, read_report, run_record, write_report
 from sparsepass.export.stages.exporting import export
+from sparsepass.export.stages.measuring import measure_export
 from sparsepass.export.stages.perplexities import Measured, accuracy
 from sparsepass.export.stages.preparing import prepare, stage_name, write_program
 from sparsepass.export.stages.recipe import ExportSection, Recipe, check_named
 from sparsepass.export.stages.retraining import clear_run_folder, default_run_folder, retrain_program
 from sparsepass.export.stages.settings import ModelSource, inputs_of
+from sparsepass.export.stages.stage_records import (
+    Stage,
+    changes,
+    forget_stage,
+    is_done,
+    read_records,
+    record_stage,
+    recorded_state,
+)
 from sparsepass.export.targets import State
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.saved import PROGRAM_FILE
-from sparsepass.graph.support import (
-    NON_FINITE,
-    alone_in,
-    check_apart,
-    check_as,
-    check_free,
-    check_writable,
-    read_object,
-    replaced_folder,
-    write_text,
-)
+from sparsepass.graph.support import alone_in, check_apart, check_free, check_writable, replaced_folder
 from sparsepass.passes import parse_pipeline
 from sparsepass.retrain.run import is_first_process, trains_on_processor
 
-STAGES_FILE: Final = "stages.json"
-"""In a recipe's folder: stage -> its settings, whether it is done, and what verification came to."""
-
 _LOG = logging.getLogger(__name__)
 _WAIT_SECONDS: Final = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of a recipe.
-
-    Attributes:
-        name: ``prune``, ``retrain``, ``eval``, or ``export.`` and the target.
-        folder: Where its output goes.
-        settings: All that its output depends on, as JSON.
-        after: Fingerprint of the stage before it; empty for the first one.
-        run: Runs it; returns what verification came to, None where nothing is verified.
-        shared: Whether all processes take part.
-    """
-
-    name: str
-    folder: Path
-    settings: Mapping[str, Any]
-    after: str
-    run: Callable[[], State | None]
-    shared: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells this stage, with these settings and after these stages, from all others."""
-        text = json.dumps([self.name, self.settings, self.after], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,19 +102,21 @@ def run_recipe(
         _make_ready(recipe.out, stages, force=force)
         outcomes = []
         for stage in stages:
-            known = _read(recipe.out).get(stage.name, {})
+            known = read_records(recipe.out).get(stage.name, {})
             if is_done(stage, known):
                 _LOG.info("%s is done: %s", stage.name, stage.folder)
                 outcomes.append(
-                    Outcome(name=stage.name, folder=stage.folder, ran=False, state=_state(known), seconds=known["seconds"])
+                    Outcome(
+                        name=stage.name, folder=stage.folder, ran=False, state=recorded_state(known), seconds=known["seconds"]
+                    )
                 )
                 continue
             started = time.perf_counter()
-            _write(recipe.out, stage, done=False)
+            record_stage(recipe.out, stage, done=False)
             _LOG.info("stage %s", stage.name)
             state = stage.run()
             seconds = round(time.perf_counter() - started, 1)
-            _write(recipe.out, stage, done=True, state=state, seconds=seconds)
+            record_stage(recipe.out, stage, done=True, state=state, seconds=seconds)
             outcomes.append(Outcome(name=stage.name, folder=stage.folder, ran=True, state=state, seconds=seconds))
     return outcomes
 
@@ -194,10 +158,10 @@ def planned(recipe: Recipe, *, trust_remote_code: bool = False, device: str | No
     """
     trains_on_processor(device)
     _check_all(recipe, trust_remote_code)
-    known = _read(recipe.out)
+    known = read_records(recipe.out)
     lines, stale = [], False
     for stage in stages_of(recipe):
-        if stage.name not in known:
+        if stage.name not in known and not stage.adds:
             check_free(stage.folder)
         record = known.get(stage.name, {})
         found = changes(stage, record)
@@ -219,6 +183,8 @@ def _check_all(recipe: Recipe, trust_remote_code: bool = False) -> None:
         check_named(recipe.retrain, trust_remote_code)
     for section in recipe.export:
         section.target.check_here()
+    if recipe.measure is not None:
+        recipe.measure.check_here(trust_remote_code)
     check_writable(recipe.out)
     for stage in stages_of(recipe):
         check_apart(stage.folder, _read_by(recipe))
@@ -228,25 +194,12 @@ def _read_by(recipe: Recipe) -> tuple[str, ...]:
     """What a recipe reads that lies outside of it."""
     prune, retrain = recipe.prune, recipe.retrain
     found = inputs_of(recipe.model, recipe.eval, *(section.target for section in recipe.export))
+    found += inputs_of(None if recipe.measure is None else recipe.measure.against)
     if prune is not None:
         found += inputs_of(prune.calibration, parse_pipeline(prune.passes))
     if retrain is not None:
         found += retrain.inputs
     return found
-
-
-def is_done(stage: Stage, known: Mapping[str, Any]) -> bool:
-    """Whether what ``stages.json`` holds of a stage is this stage, done."""
-    return bool(known) and known["done"] and known["fingerprint"] == stage.fingerprint and stage.folder.is_dir()
-
-
-def changes(stage: Stage, known: Mapping[str, Any]) -> list[str]:
-    """What is different from when a stage was begun, for people; empty if it can be gone on with."""
-    if not known:
-        return []
-    if known["done"] and not stage.folder.is_dir():
-        return [f"{stage.folder} is gone"]
-    return [f"{stage.name}: {line}" for line in _differences(known["settings"], json.loads(json.dumps(stage.settings)))]
 
 
 class _Stages:
@@ -283,13 +236,25 @@ class _Stages:
             stage = Stage(name="eval", folder=recipe.out / "eval", settings=settings, after=after, run=self._eval)
             yield stage
             after = stage.fingerprint
-        for section in recipe.export:
-            yield Stage(
+        exports = [
+            Stage(
                 name=f"export.{section.target.name}",
                 folder=recipe.out / section.target.name,
                 settings=plain_json(section.settings),
                 after=after,
                 run=lambda section=section: self._export(section),  # type: ignore[misc]
+            )
+            for section in recipe.export
+        ]
+        yield from exports
+        if recipe.measure is not None:
+            yield Stage(
+                name="measure",
+                folder=recipe.out / recipe.measure.target,
+                settings=plain_json(asdict(recipe.measure)),
+                after=" ".join(stage.fingerprint for stage in exports),
+                run=self._measure,
+                adds=True,
             )
 
     def _prune(self) -> None:
@@ -350,6 +315,18 @@ class _Stages:
         )
         return result.state if section.verify else None
 
+    def _measure(self) -> None:
+        section = self._recipe.measure
+        assert section is not None
+        measure_export(
+            self._recipe.out / section.target,
+            section,
+            replace(self._recipe.model, trust_remote_code=self._trust),
+            [self._recipe.out / one.target.name for one in self._recipe.export],
+            program=self._programs[-1],
+            command=self._command,
+        )
+
 
 def _take_part(out: Path, stages: Sequence[Stage]) -> None:
     """Wait for what the first process does before the training, and take part in that.
@@ -358,16 +335,16 @@ def _take_part(out: Path, stages: Sequence[Stage]) -> None:
     """
     for stage in stages:
         if stage.shared:
-            if not is_done(stage, _read(out).get(stage.name, {})):
+            if not is_done(stage, read_records(out).get(stage.name, {})):
                 stage.run()
             return
-        while not is_done(stage, _read(out).get(stage.name, {})):
+        while not is_done(stage, read_records(out).get(stage.name, {})):
             time.sleep(_WAIT_SECONDS)
 
 
 def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
     """Refuse what cannot be gone on with, or remove it if that is wanted, before anything runs."""
-    known = _read(out)
+    known = read_records(out)
     found = [changes(stage, known.get(stage.name, {})) for stage in stages]
     first = next((index for index, lines in enumerate(found) if lines), None)
     stale = [] if first is None else [stage for stage in stages[first:] if stage.name in known]
@@ -378,72 +355,14 @@ def _make_ready(out: Path, stages: Sequence[Stage], *, force: bool) -> None:
         )
     for stage in stale:
         _LOG.info("%s is run anew", stage.name)
-        _forget(out, stage.name)
+        forget_stage(out, stage.name)
         if stage.shared:
             clear_run_folder(default_run_folder(stage.folder))
     for stage in stages:
-        if stage.name not in known:
+        if stage.name not in known and not stage.adds:
             check_free(stage.folder, force=force)
-
-
-def _state(record: Mapping[str, Any]) -> State | None:
-    """What verification came to; records of the time before there were three states say whether it held."""
-    if "state" in record:
-        state: State | None = record["state"]
-        return state
-    return {True: "held", False: "did_not_hold"}.get(record["held"])  # type: ignore[return-value]
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Without the column of texts where none is named: stages that were run before there was one to name stay done."""
     return {name: value for name, value in settings.items() if name != "text_column" or value is not None}
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [*old, *(name for name in new if name not in old)]
-        return [
-            line
-            for name in names
-            for line in _differences(old.get(name), new.get(name), f"{path}.{name}" if path else str(name))
-        ]
-    return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
-
-
-class _StageRecord(TypedDict):
-    """What is kept of a stage; stages that failed have no state."""
-
-    done: bool
-    state: NotRequired[str | None]
-    seconds: NotRequired[float]
-    fingerprint: str
-    settings: dict[str, Any]
-
-
-_RECORDS: Final = TypeAdapter(dict[str, _StageRecord])
-
-
-def _read(out: Path) -> dict[str, Any]:
-    path = out / STAGES_FILE
-    if not path.exists():
-        return {}
-    advice = "it is damaged: remove it, and run with --force to begin anew"
-    found = read_object(path, allowed=NON_FINITE, advice=advice)
-    check_as(_RECORDS, found, str(path), advice=advice)
-    return found
-
-
-def _write(out: Path, stage: Stage, *, done: bool, state: State | None = None, seconds: float = 0.0) -> None:
-    record = {
-        "done": done, "state": state, "seconds": seconds, "fingerprint": stage.fingerprint, "settings": stage.settings,
-    }  # fmt: skip
-    _store(out, _read(out) | {stage.name: record})
-
-
-def _forget(out: Path, name: str) -> None:
-    _store(out, {known: record for known, record in _read(out).items() if known != name})
-
-
-def _store(out: Path, records: Mapping[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / STAGES_FILE, json.dumps(records, indent=1) + "\n")

@@ -137,6 +137,8 @@ class Target(ABC):
 
     name: ClassVar[str]
     description: ClassVar[str]
+    is_checkpoint: ClassVar[bool] = False
+    """Whether `load_model` loads the folder that is written, so that it can be timed beside other models."""
 
     dtype: str | None = None
 

@@ -230,6 +230,8 @@ class ProgramArtifact(Artifact):
                 continue
             mask = f"mask {state.mask}" if state.mask else "mask folded"
             branch = f"SLoRB branch {state.branch.weight}, k={state.branch.k}" if state.branch else "no SLoRB branch"
+            if state.branch and (beside := program.quantized.get(state.branch.weight)) is not None:
+                branch += f", rounded to {beside.grid.text}"
             said.append(
                 f"{site.weight} {list(site.shape)} is {state.pattern} along axis {state.axis}, {mask}, {branch}{rounded}"
             )

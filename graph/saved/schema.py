@@ -55,6 +55,7 @@ class _QuantizedFields(_Entry):
     axis: Annotated[int, Field(ge=0, lt=_MOST_AXES)]
     scales: TensorName
     zero_points: TensorName | None
+    format: Literal["int", "fp8"] = "int"
 
 
 class _FusedFields(_Entry):

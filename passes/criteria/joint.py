@@ -4,7 +4,7 @@ Shape suffixes: O out, I in, M columns of one N:M group, K columns of a group th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
@@ -158,7 +158,7 @@ class _Rounding:
             by_group_MGO = weight_KO.unflatten(0, (-1, self.pattern.m)).movedim(1, 0)
             diag_MG1 = self._inv_diag_I1[part].unflatten(0, (-1, self.pattern.m)).movedim(1, 0)
             kept_KO = kept_of_group(by_group_MGO, diag_MG1, self.pattern).movedim(0, 1).flatten(0, 1)
-        whole = RoundingGrid(bits=self._grid.bits, group_size=0, symmetric=self._grid.symmetric)
+        whole = replace(self._grid, group_size=0)
         kept_OK = weight_KO.masked_fill(~kept_KO, 0).T
         if self._clip is None:
             scales_O1, zeros_O1 = fit_scales(kept_OK, whole)

@@ -152,12 +152,25 @@ def test_rounding_passes_the_gradient_straight_through(zeros: Tensor | None) -> 
     torch.library.opcheck(QUANTIZED, (weight.detach(), scales, zeros, 4, 4, 1))
 
 
+def test_rounding_to_fp8_is_that_of_torch() -> None:
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    scales = torch.full((6, 2), 0.004).bfloat16()
+    found = QUANTIZED(weight, scales, None, 8, 4, 1, "fp8")
+    steps = scales.float().repeat_interleave(4, dim=1)
+    assert torch.equal(found, (weight / steps).clamp(-448, 448).to(torch.float8_e4m3fn).float() * steps)
+    found.backward(torch.ones(6, 8))
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(6, 8))
+    torch.library.opcheck(QUANTIZED, (weight.detach(), scales, None, 8, 4, 1, "fp8"))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"bits": 3}, "8 or 4 bits"),
         ({"group_size": -1}, "8 or 4 bits"),
-        ({"scales": torch.ones(6, 2)}, "scales of bfloat16"),
+        ({"scales": torch.ones(6, 2, dtype=torch.int32)}, "scales of bfloat16"),
+        ({"scales": torch.ones(6, 2).half()}, "scales of a grid are bfloat16, and these were cast to float16"),
         ({"weight": torch.ones(6, 8, dtype=torch.int8)}, "floating-point weight"),
         ({"scales": torch.ones(2).bfloat16()}, "scales of 2 axes"),
         ({"axis": 2}, "an axis of the weight"),
@@ -166,6 +179,9 @@ def test_rounding_passes_the_gradient_straight_through(zeros: Tensor | None) -> 
         ({"scales": torch.ones(6, 3).bfloat16()}, r"expects scales \(6, 2\)"),
         ({"zero_points": torch.ones(6, 3, dtype=torch.uint8)}, r"zero points like the scales, \(6, 2\) of uint8"),
         ({"zero_points": torch.ones(6, 2)}, "of uint8"),
+        ({"format": "fp4"}, "the format int or fp8"),
+        ({"format": "fp8"}, "of fp8 8 bits"),
+        ({"format": "fp8", "bits": 8, "zero_points": torch.ones(6, 2, dtype=torch.uint8)}, "no zero points"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1,6 +1,7 @@
 """The grid that weights are rounded to, against the definition."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.packed import pack, unpack
-from sparsepass.graph.rounding import RoundingGrid, as_rows, fit_scales, from_rows, round_to_nearest
+from sparsepass.graph.rounding import RoundingGrid, as_rows, fit_scales, from_rows, nearest_numbers, round_to_nearest
 
 
 def slow(weight: Tensor, grid: RoundingGrid) -> Tensor:
@@ -28,14 +29,22 @@ def slow(weight: Tensor, grid: RoundingGrid) -> Tensor:
             step = float(scale) or 1.0
             zero = 0 if grid.symmetric else max(least, min(most, round(-low / step)))
             for column, value in enumerate(group):
-                number = max(least, min(most, round(float(torch.tensor(value) / step)) + zero))
+                nearest = nearest_fp8 if grid.format == "fp8" else round
+                number = max(least, min(most, nearest(float(torch.tensor(value) / step)) + zero))
                 result[row, first + column] = (number - zero) * float(scale)
     return result
 
 
-GRIDS = st.builds(
-    RoundingGrid, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([0, 4, 8, 64]), symmetric=st.booleans()
-)
+def nearest_fp8(value: float) -> float:
+    """By the definition of e4m3: 8 steps to each power of two from 2**-6 on, below that those of 2**-6; halves go to even."""
+    exponent = max(-6, math.floor(math.log2(abs(value)))) if value else -6
+    step = 2.0 ** (exponent - 3)
+    return round(value / step) * step
+
+
+SIZES = st.sampled_from([0, 4, 8, 64])
+INTEGERS = st.builds(RoundingGrid, bits=st.sampled_from([4, 8]), group_size=SIZES, symmetric=st.booleans())
+GRIDS = INTEGERS | st.builds(RoundingGrid, bits=st.just(8), group_size=SIZES, format=st.just("fp8"))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -49,12 +58,13 @@ def test_it_equals_the_definition(grid: RoundingGrid, rows: int, columns: int, s
     assert not bool(rounded.weight_OI[weight == 0].any()), "zeros are kept"
     assert rounded.numbers_OI.shape == weight.shape
     least, most = grid.ends
-    assert least <= int(rounded.numbers_OI.min()) <= int(rounded.numbers_OI.max()) <= most
-    assert rounded.numbers_OI.dtype == (torch.int8 if grid.symmetric else torch.uint8)
+    numbers = rounded.numbers_OI.float()
+    assert least <= float(numbers.min()) <= float(numbers.max()) <= most
+    assert rounded.numbers_OI.dtype == grid.dtype
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(GRIDS, st.integers(0, 1000))
+@given(INTEGERS, st.integers(0, 1000))
 def test_no_weight_moves_by_more_than_a_step(grid: RoundingGrid, seed: int) -> None:
     weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
     rounded = round_to_nearest(weight, grid)
@@ -71,8 +81,9 @@ def test_what_is_on_the_grid_comes_back_bit_for_bit(grid: RoundingGrid, seed: in
     scales, zeros = fit_scales(weight, grid, share)
     once = round_to_nearest(weight, grid, scales, zeros)
     again = round_to_nearest(once.weight_OI.to(dtype), grid, scales, zeros)
-    assert torch.equal(once.numbers_OI, again.numbers_OI)
+    assert torch.equal(once.numbers_OI.view(torch.uint8), again.numbers_OI.view(torch.uint8))
     assert not bool((once.weight_OI.signbit() & (once.weight_OI == 0)).any()), "there is no -0.0"
+    assert not bool((once.numbers_OI.view(torch.uint8) == 128).any() and grid.format == "fp8"), "nor among the numbers"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,30 @@ def test_the_packed_form_has_the_same_values(values: str) -> None:
 def test_scales_that_are_given() -> None:
     rounded = round_to_nearest(torch.tensor([[1.0, 0.4]]), RoundingGrid(group_size=2), torch.tensor([[0.5]]))
     assert rounded.weight_OI.tolist() == [[1.0, 0.5]]
+
+
+def test_every_number_of_fp8_is_kept_and_none_is_beyond_it() -> None:
+    bits = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    values = bits.view(torch.float8_e4m3fn).float()
+    values = values[values.isfinite()][None]
+    grid = RoundingGrid(bits=8, group_size=0, format="fp8")
+    assert torch.equal(round_to_nearest(values, grid).weight_OI, values)
+    beyond = nearest_numbers(torch.tensor([1e9, -1e9, 449.0, -1e-9]), grid, torch.tensor(1.0), None)
+    assert beyond.tolist() == [448.0, -448.0, 448.0, 0.0]
+    assert not bool(beyond[-1].signbit())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"bits": 8, "format": "fp4"}, "int or fp8, not to 'fp4'"),
+        ({"bits": 4, "format": "fp8"}, "format=fp8 has 8 bits, not 4; leave bits out"),
+        ({"bits": 8, "format": "fp8", "symmetric": False}, "no zero points, so symmetric=false is for integers"),
+    ],
+)
+def test_there_are_no_other_grids(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(SparsepassError, match=told):
+        RoundingGrid(**given)
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -65,3 +65,34 @@ def test_integers_and_scales_stay_as_they_are(tmp_path: Path) -> None:
         torch.testing.assert_close(
             found(**found.example_inputs).logits, program(**program.example_inputs).logits.float(), rtol=5e-2, atol=5e-2
         )
+
+
+def test_casts_of_a_quantized_program_keep_its_integers() -> None:
+    """`Program.float()` has nothing to do; `graph_module.float()`, below it, leaves scales that hold what they held."""
+    program = apply_passes(BY_NAME["llama"].model(), "nm_sparsify,quantize{group_size=16}", validate=False)
+    before = {name: integers_of(program, name) for name in program.quantized}
+    with torch.no_grad():
+        wanted = program(**program.example_inputs).logits
+
+    def check() -> None:
+        with torch.no_grad():
+            assert torch.equal(program(**program.example_inputs).logits, wanted)
+        for name, expected in before.items():
+            now = integers_of(program, name)
+            assert now is not None
+            assert expected is not None
+            assert torch.equal(now.numbers_OI, expected.numbers_OI)
+            assert torch.equal(now.scales_OG, expected.scales_OG)
+
+    scales = [state.scales for state in program.quantized.values()]
+    program.float()
+    assert {program.tensor(name).dtype for name in scales} == {torch.bfloat16}
+    check()
+    program.graph_module.float()
+    assert {program.tensor(name).dtype for name in scales} == {torch.float32}
+    check()
+    with pytest.raises(SparsepassError, match=r"keeps the dtype it was captured with \(torch.float32, "):
+        program.half()
+    program.graph_module.half()
+    with pytest.raises(ValueError, match="cast the model to float16 before it is quantized, not after"):
+        program(**program.example_inputs)

@@ -83,7 +83,7 @@ COMMANDS: Mapping[str, Command] = {
         results=(
             "out/pruned",
             "out/retrained",
-            "out/hf",
+            "out/packed",
             "out/stages.json",
         ),  # a folder for each stage
     ),
@@ -123,7 +123,17 @@ def make_base(base: Path) -> Path:
             "train": {"max_steps": 4, "batch_size": 4, "checkpoint_every": 2},
             "data": {"source": str(base / "text.txt"), "context": 16, "validation": 4},
         },
-        "export": [{"target": "hf"}],
+        "export": [{"target": "packed"}],
+        "measure": {
+            "bench": {
+                "batches": [1],
+                "prompt_tokens": 4,
+                "new_tokens": 4,
+                "prefill_tokens": 8,
+                "repeats": 1,
+                "memory": False,
+            }
+        },
     }
     (base / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return base

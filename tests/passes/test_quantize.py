@@ -23,7 +23,10 @@ from sparsepass.graph.support import CHECKSUMS_FILE
 from sparsepass.passes import Quantize, apply_passes
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
-OPTIONS = ["", "{bits=8}", "{symmetric=false}", "{bits=8,symmetric=false,group_size=0}", "{group_size=16,clip=weights}"]
+OPTIONS = [
+    "", "{bits=8}", "{symmetric=false}", "{bits=8,symmetric=false,group_size=0}", "{group_size=16,clip=weights}",
+    "{format=fp8}", "{format=fp8,group_size=16,clip=weights}",
+]  # fmt: skip
 
 
 def _outputs(program: Callable[..., Any], name: str) -> list[Tensor]:
@@ -39,7 +42,7 @@ def _numbers(program: Program, weight: str) -> Tensor:
     assert mask is not None
     behind = program.tensor(weight).detach() * program.tensor(mask)
     scales = program.tensor(state.scales)
-    return rounded_rows(behind, scales, zeros, state.bits, state.group_size, state.axis).numbers_OI
+    return rounded_rows(behind, scales, zeros, *state.call).numbers_OI.float()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -77,11 +80,13 @@ def test_the_graph_computes_with_what_integers_and_scales_say() -> None:
 
 
 @pytest.mark.parametrize("masks", ["keep", "choose"])
+@pytest.mark.parametrize("number_format", ["int", "fp8"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "convnet"])
-def test_joint_rounding_keeps_the_pattern_in_any_layout(family: str, masks: str) -> None:
+def test_joint_rounding_keeps_the_pattern_in_any_layout(family: str, number_format: str, masks: str) -> None:
     dense, inputs = captured(family), BY_NAME[family].inputs(8, 16)
     first = "nm_sparsify{criterion=magnitude}"
-    program = apply_passes(dense, f"{first},quantize{{method=joint,masks={masks}}}", calibration=inputs)
+    options = f"format={number_format},method=joint,masks={masks}"
+    program = apply_passes(dense, f"{first},quantize{{{options}}}", calibration=inputs)
     masked = apply_passes(dense, first)
     moved = 0
     for weight, sparse in program.sparse.items():
@@ -100,12 +105,13 @@ def test_joint_rounding_keeps_the_pattern_in_any_layout(family: str, masks: str)
     assert check_pattern(program, expected_sparse=list(program.sparse)).conforms
 
 
-def test_joint_rounding_moves_outputs_less() -> None:
+@pytest.mark.parametrize("grid", ["group_size=16", "format=fp8"])
+def test_joint_rounding_moves_outputs_less(grid: str) -> None:
     inputs = BY_NAME["llama"].inputs(16, 24)
     start = apply_passes(captured("llama"), "nm_sparsify{criterion=sparsegpt}", calibration=inputs)
     error = {}
     for method in ("rtn", "joint"):
-        found = apply_passes(start, f"quantize{{method={method},group_size=16}}", calibration=inputs).history[-1].validation
+        found = apply_passes(start, f"quantize{{method={method},{grid}}}", calibration=inputs).history[-1].validation
         assert found is not None
         error[method] = found["relative_error"]
     assert error["joint"] < 0.9 * error["rtn"]
@@ -201,6 +207,9 @@ def test_clipping_narrows_ranges_and_experts_have_statistics_of_their_own() -> N
         ("quantize{bits=3}", False, "8 or 4 bits, not to 3"),
         ("quantize{group_size=20}", False, "expects 16, 32, 64, 128, or 0"),
         ("quantize{clip=half}", False, "known: 'outputs', 'weights'"),
+        ("quantize{format=fp8,bits=4}", False, "format=fp8 has 8 bits, not 4; leave bits out"),
+        ("quantize{format=fp8,symmetric=false}", False, "symmetric=false is for integers"),
+        ("quantize{format=fp4}", False, "format='fp4' is not known; did you mean 'fp8'"),
     ],
 )
 def test_wrong_orders_and_values_are_refused(passes: str, calibrated: bool, told: str) -> None:
@@ -310,6 +319,13 @@ def _call(document: Any) -> list[Any]:
         (lambda d: _state(d).update(scales="no.scales"), "its grid needs no.scales"),
         (lambda d: _state(d).update(group_size=32), "does not round it to its grid, uint4, groups of 32"),
         (lambda d: _state(d).update(zero_points=None), "does not round it to its grid, int4"),
+        (lambda d: _state(d).update(format="fp4"), "quantized.*format"),
+        (lambda d: _state(d).update(format="fp8"), "a grid of fp8 has 8 bits and no zero points"),
+        (
+            lambda d: _state(d).update(format="fp8", bits=8, zero_points=None),
+            "does not round it to its grid, fp8, groups of 64",
+        ),
+        (lambda d: _call(d).append("fp4"), "does not round it to its grid"),
         (lambda d: d["quantized"].pop(DOWN), "the graph rounds it, and it is not said to be quantized"),
         (lambda d: _call(d).__setitem__(3, 8), "does not round it to its grid"),
         (lambda d: (_call(d).__setitem__(4, 5), _state(d).update(group_size=5)), "expects scales"),

@@ -56,6 +56,7 @@ def results(tree: Hierarchy, inputs: dict[str, Tensor], *, low: bool) -> tuple[T
         ("llama", "nm_sparsify,quantize{group_size=16}", 14, 2),
         ("llama", "nm_sparsify{ignore=q_proj},slorb{k=4},quantize{symmetric=false}", 14, 2),
         ("qwen2", "nm_sparsify,quantize{bits=8,group_size=0}", 14, 2),
+        ("qwen2", "nm_sparsify,quantize{format=fp8}", 14, 2),
         ("gpt2", "nm_sparsify,quantize", 0, 0),
         ("llama", "nm_sparsify", 14, 2),
         ("llama", "nm_sparsify,slorb{k=4}", 14, 2),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.load import check_fits
-from sparsepass.graph.program import Program
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.records import SparseState
 from sparsepass.graph.support import SparsepassError, load_tensors, quiet_loading, read_object
 from sparsepass.passes.maths import fixed_projection
@@ -136,8 +136,9 @@ def adapter_tensors(program: Program, dtype: torch.dtype) -> dict[str, Tensor]:
         branch = state.branch
         assert branch is not None
         path = weight.removesuffix(".weight")
-        check_fits({branch.weight: program.tensor(branch.weight)}, dtype)
-        s_OR = program.tensor(branch.weight).detach().to("cpu", dtype)
+        used_OR = masked_weight(program, branch.weight)
+        check_fits({branch.weight: used_OR}, dtype)
+        s_OR = used_OR.to("cpu", dtype)
         if branch.projection is None:
             x_RI = fixed_projection(s_OR.shape[1] * branch.k, branch.k, dtype=dtype)
         else:

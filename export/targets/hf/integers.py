@@ -1,15 +1,15 @@
-"""Quantized weights as compressed-tensors stores them, format ``pack-quantized``, which stock transformers and vLLM load.
+"""Quantized weights as compressed-tensors stores them, which stock transformers and vLLM load.
 
-1. A layer has ``weight_packed`` (integers in words), ``weight_scale``, ``weight_shape`` and, if it has zero points,
-   ``weight_zero_point``, in the place of ``weight``.
-2. Integers and scales are the program's own. A dropped weight's integer is that of 0.
+1. ``pack-quantized``: a layer has ``weight_packed`` (integers in words), ``weight_scale``, ``weight_shape`` and, if it has zero
+   points, ``weight_zero_point``, in the place of ``weight``. ``float-quantized``: ``weight`` is of fp8, with ``weight_scale``.
+2. Numbers and scales are the program's own. A dropped weight's number is that of 0.
 3. An embedding, and an output head of another grid than the layers, stay floating-point values on their grid: what reads this
    format looks for linear layers, of one grid with most versions.
 4. `config.json` says which layers these are. There is no ``sparsity_config``: that loads nowhere any more.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD: Final = "compressed-tensors"
-PARTS: Final = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PARTS: Final = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
 _INSTEAD: Final = "write floating-point values on their grids with hf{form=dense}, or quantize with this layer among ignore"
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class IntegerLayer:
-    """A layer whose integers are stored.
+    """A layer whose integers, or numbers of fp8, are stored.
 
     Attributes:
         path: Of the module.
@@ -50,6 +50,26 @@ class IntegerLayer:
         """Name of its weight in the model."""
         return f"{self.path}.weight"
 
+    @property
+    def form(self) -> str:
+        """What compressed-tensors calls the way that it is stored in."""
+        return "float-quantized" if self.grid.format == "fp8" else "pack-quantized"
+
+    @property
+    def numbers(self) -> str:
+        """What is stored, in words."""
+        return numbers_in_words(self.grid)
+
+
+def numbers_in_words(grid: RoundingGrid) -> str:
+    """What the numbers of a grid are called in a sentence.
+
+    Example:
+        >>> numbers_in_words(RoundingGrid()), numbers_in_words(RoundingGrid(bits=8, format="fp8"))
+        ('integers', 'numbers of fp8')
+    """
+    return "integers" if grid.format == "int" else f"numbers of {grid.kind}"
+
 
 def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerLayer, ...]:
     """The layers of a program that are stored as integers: all that are quantized, but for embeddings and some heads.
@@ -65,9 +85,10 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
     names = stored_names(model, linear)
     tied = {name for pair in program.aliases.items() for name in pair}
     roles = {site.weight: site.role for site in program.sites()}
-    grids = {state.grid for weight, state in program.quantized.items() if roles[weight] not in ("embedding", "head")}
+    own = {weight: state for weight, state in program.quantized.items() if weight in roles}  # others are SLoRB branches
+    grids = {state.grid for weight, state in own.items() if roles[weight] not in ("embedding", "head")}
     found = []
-    for weight, state in program.quantized.items():
+    for weight, state in own.items():
         if roles[weight] == "embedding" or (roles[weight] == "head" and grids and state.grid not in grids):
             continue
         path, shape = weight.removesuffix(".weight"), program.tensor(weight).shape
@@ -79,12 +100,11 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
         elif 0 < state.group_size < shape[1] and shape[1] % state.group_size:
             reason = f"its {shape[1]} input features are no multiple of group_size {state.group_size}"
         elif (branch := program.sparse.get(weight)) is not None and branch.branch is not None:
-            reason = "its SLoRB branch would have to be an adapter beside integers"
+            reason = "its SLoRB branch would have to be an adapter beside such numbers"
         if reason:
-            raise SparsepassError(f"{path} cannot be stored as integers: {reason}; {_INSTEAD}")
+            raise SparsepassError(f"{path} cannot be stored as {numbers_in_words(state.grid)}: {reason}; {_INSTEAD}")
         size = 0 if state.group_size >= shape[1] else state.group_size
-        grid = RoundingGrid(bits=state.bits, group_size=size, symmetric=state.zero_points is None)
-        found.append(IntegerLayer(path=path, name=names[path], grid=grid))
+        found.append(IntegerLayer(path=path, name=names[path], grid=replace(state.grid, group_size=size)))
     named = {layer.grid: layer.path for layer in found}
     if len(named) > 1 and (model._keep_in_fp32_modules or not all(grid.symmetric for grid in named)):
         said = "; ".join(f"{path}: {grid.text}" for grid, path in named.items())
@@ -96,7 +116,7 @@ def integer_tensors(found: Rounded, dtype: torch.dtype) -> dict[str, Tensor]:
     """What is stored of a layer: name behind the layer's -> tensor.
 
     Args:
-        found: Integers, scales and zero points.
+        found: Numbers, scales and zero points.
         dtype: Of the scales.
 
     Raises:
@@ -105,6 +125,8 @@ def integer_tensors(found: Rounded, dtype: torch.dtype) -> dict[str, Tensor]:
     scales_OG = found.scales_OG.to(dtype)
     if not torch.equal(scales_OG.float(), found.scales_OG.float()):
         raise SparsepassError(f"a scale of bfloat16 does not fit {dtype}; take dtype=bfloat16 or float32")
+    if found.grid.format == "fp8":
+        return {"weight": found.numbers_OI.contiguous(), "weight_scale": scales_OG.contiguous()}
     bits = found.grid.bits
     numbers_OI = found.numbers_OI.short() + (2 ** (bits - 1) if found.zeros_OG is None else 0)
     tensors = {
@@ -140,8 +162,14 @@ def quantization_config(model: nn.Module, layers: tuple[IntegerLayer, ...]) -> d
     for layer in layers:
         grids.setdefault(layer.grid, []).append(layer.path)
     ignore = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in paths]
+    forms = {layer.grid: layer.form for layer in layers}
+    whole, *others = set(forms.values())
     groups = {
-        f"group_{number}": {"targets": ["Linear"] if len(grids) == 1 else named, "weights": _scheme(grid)}
+        f"group_{number}": {
+            "targets": ["Linear"] if len(grids) == 1 else named,
+            "weights": _scheme(grid),
+            **({"format": forms[grid]} if others else {}),
+        }
         for number, (grid, named) in enumerate(grids.items())
     }
     # compressed-tensors 0.20 forgets that zero points are in words while a model has no values yet, and then refuses them. And
@@ -150,7 +178,7 @@ def quantization_config(model: nn.Module, layers: tuple[IntegerLayer, ...]) -> d
     as_floats = {"dequantize": True} if reads_weights or not all(grid.symmetric for grid in grids) else {}
     return as_floats | {
         "quant_method": METHOD,
-        "format": "pack-quantized",
+        "format": "mixed-precision" if others else whole,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
@@ -158,7 +186,8 @@ def quantization_config(model: nn.Module, layers: tuple[IntegerLayer, ...]) -> d
 
 
 def _scheme(grid: RoundingGrid) -> Mapping[str, Any]:
-    scheme: dict[str, Any] = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False}
+    kind = "float" if grid.format == "fp8" else "int"
+    scheme: dict[str, Any] = {"num_bits": grid.bits, "type": kind, "symmetric": grid.symmetric, "dynamic": False}
     if grid.group_size:
         return scheme | {"strategy": "group", "group_size": grid.group_size}
     return scheme | {"strategy": "channel"}

@@ -77,7 +77,7 @@ class HfArtifact:
             other names than the program's (MoE experts one by one).
         axes: Name of each sparse tensor in the files -> the axis along which the pattern runs there.
         files: Path of each file, relative to the folder -> its size in bytes.
-        integers: The layers whose integers are stored, by compressed-tensors.
+        integers: The layers whose integers, or numbers of fp8, are stored, by compressed-tensors.
         rounded: Quantized weights that are stored as floating-point values on their grids.
     """
 
@@ -100,9 +100,10 @@ class HfArtifact:
         grids = ", ".join(sorted({layer.grid.text for layer in self.integers}))
         said = []
         if self.integers:
+            forms = ", ".join(sorted({layer.form for layer in self.integers}))
             said.append(
-                f"{len(self.integers)} layers are stored as integers ({grids}; compressed-tensors, pack-quantized): loading "
-                "them needs `pip install compressed-tensors`, and nothing else"
+                f"{_told(self.integers)} ({grids}; compressed-tensors, {forms}): loading them needs "
+                "`pip install compressed-tensors`, and nothing else"
             )
         if self.rounded:
             more = f" and {len(self.rounded) - 3} more" if len(self.rounded) > 3 else ""
@@ -153,8 +154,8 @@ def lower_hf(
             as its reader will write it, because peft resolves it against the working directory. Only peft's Auto
             classes, which load both at once, need it; no relative path (such as ``..``) would do for all readers, so
             by default none is named.
-        as_integers: Whether weights that are quantized are stored as their integers; else as floating-point values on their
-            grids.
+        as_integers: Whether weights that are quantized are stored as the numbers of their grids, integers or fp8; else as
+            floating-point values.
 
     Returns:
         What was written.
@@ -207,6 +208,11 @@ def lower_hf(
         integers=integers,
         rounded=tuple(name for name in program.quantized if name not in {layer.weight for layer in integers}),
     )
+
+
+def _told(integers: tuple[IntegerLayer, ...]) -> str:
+    kinds = " and ".join(sorted({layer.numbers for layer in integers}))
+    return f"{len(integers)} layers are stored as {kinds}"
 
 
 def _without_branches(program: Program) -> Program:
@@ -290,8 +296,8 @@ def _card(program: Program, loads_with: str, dtype: str, integers: tuple[Integer
     ]
     if integers:
         lines += [
-            f"{len(integers)} layers are stored as integers, by compressed-tensors: `pip install compressed-tensors` first. A",
-            "weight that was dropped has the integer that stands for 0.",
+            f"{_told(integers)}, by compressed-tensors: `pip install compressed-tensors` first. A",
+            "weight that was dropped has the number that stands for 0.",
             "",
         ]
     if branches:

@@ -18,8 +18,8 @@ class HuggingFace(Target):
     """A folder that plain transformers loads; SLoRB branches lie beside the model as a PEFT adapter.
 
     Attributes:
-        form: How the target hf stores weights that are quantized: integers (by compressed-tensors, pack-quantized), or dense
-            (floating-point values on their grids).
+        form: How the target hf stores weights that are quantized: integers (and fp8, by compressed-tensors: pack-quantized and
+            float-quantized), or dense (floating-point values on their grids).
 
     Raises:
         SparsepassError: If there is no such form.
@@ -27,6 +27,7 @@ class HuggingFace(Target):
 
     name: ClassVar[str] = "hf"
     description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
+    is_checkpoint: ClassVar[bool] = True
 
     form: Literal["integers", "dense"] = "integers"
 
@@ -94,5 +95,5 @@ class HuggingFace(Target):
 def _equal(weights: Mapping[str, Any]) -> str:
     said = f"{weights['num_equal']} loaded weights are bit for bit the program's"
     if weights["num_integers"]:
-        said = f"{weights['num_integers']} layers hold the program's own integers and scales, zeros included; {said}"
+        said = f"{weights['num_integers']} layers hold the program's own numbers and scales, zeros included; {said}"
     return said

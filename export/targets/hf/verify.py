@@ -121,7 +121,7 @@ def _check_files(program: Program, model: Any, folder: Path) -> dict[str, Any]:
 
 
 def _check_integers(program: Program, folder: Path, layers: Sequence[IntegerLayer]) -> list[str]:
-    """What is wrong with the layers that are stored as integers, in the files."""
+    """What is wrong with the layers that are stored as integers or fp8, in the files."""
     stored: dict[str, Tensor] = {}
     names = {f"{layer.name}.{part}" for layer in layers for part in PARTS}
     for file in safetensors_files(folder) if layers else ():
@@ -131,11 +131,13 @@ def _check_integers(program: Program, folder: Path, layers: Sequence[IntegerLaye
         own = integers_of(program, layer.weight)
         assert own is not None
         found = {part: stored.get(f"{layer.name}.{part}") for part in PARTS}
-        scales, words = found["weight_scale"], found["weight_packed"]
-        if scales is None or words is None:
+        scales, numbers = found["weight_scale"], found["weight" if layer.grid.format == "fp8" else "weight_packed"]
+        if scales is None or numbers is None:
             failures.append(f"the loaded weight {layer.weight} is not in the files")
             continue
-        steps_OI = steps_from_words(words, own.columns, found["weight_zero_point"])
+        steps_OI = numbers.float()
+        if layer.grid.format == "int":
+            steps_OI = steps_from_words(numbers, own.columns, found["weight_zero_point"])
         lost = int(((own.weight_OI == 0) & (steps_OI != 0)).sum())
         expected = integer_tensors(own, scales.dtype)
         same = all(
@@ -144,7 +146,7 @@ def _check_integers(program: Program, folder: Path, layers: Sequence[IntegerLaye
         if lost:
             failures.append(f"the loaded weight {layer.weight} has lost {lost} zeros")
         elif not same:
-            failures.append(f"the loaded weight {layer.weight} does not have the program's own integers and scales")
+            failures.append(f"the loaded weight {layer.weight} does not have the program's own {layer.numbers} and scales")
     return failures
 
 

@@ -48,7 +48,7 @@ class StoredWeight:
         axis: Axis as stored along which that operation reduces; None if it reduces nothing (an embedding, a norm).
         view: How the weight became the initializer: ("transpose", axes), ("split", (axis, part, start, stop)),
             ("squeeze", axes), ("unsqueeze", axes), in this order; empty if it is stored as in the program.
-        form: What the initializer holds: floats, or integers for a DequantizeLinear or a MatMulNBits.
+        form: What the initializer holds: floats, or integers (or fp8) for a DequantizeLinear or a MatMulNBits.
         reason: Why a quantized weight is not in the form that was asked for; "" if it is.
     """
 

@@ -1,9 +1,11 @@
-"""Quantized weights in an ONNX graph: the program's own integers, in the place of floating-point values on their grids.
+"""Quantized weights in an ONNX graph: the program's own numbers, in the place of floating-point values on their grids.
 
 1. ``qdq``: integers, scales and zero points, and a DequantizeLinear (for each row, or in blocks) in front of what reads them.
    Of a table of 8-bit integers that is looked up, rows are taken first, and multiplied by their scales then: behind a
    DequantizeLinear the whole table would become floating-point for each token.
-2. ``matmulnbits``: onnxruntime's MatMulNBits in the place of each product that reads a matrix. What is no such product is qdq.
+   Numbers of fp8 (FLOAT8E4M3FN) too.
+2. ``matmulnbits``: onnxruntime's MatMulNBits in the place of each product that reads a matrix. What is no such product, or no
+   integers, is qdq.
 3. What neither can hold stays floating-point, on its grid. The record says of each weight what it became, and why.
 4. A SLoRB branch with a fixed projection adds one number S to all weights of a block, and ``(q - z) s + S`` is
    ``(q - (z - S/s)) s``. So it goes into the zero points of MatMulNBits, which may be floating-point.
@@ -16,16 +18,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from sparsepass.export.pattern import folded_note
 from sparsepass.export.targets.onnx.artifact import Array, Step, StoredWeight, apply_view
-from sparsepass.export.targets.onnx.options import BLOCKS, INTEGERS_OPSET, Integers
+from sparsepass.export.targets.onnx.options import BLOCKS, Integers, least_opset
 from sparsepass.graph.integers import integers_of
-from sparsepass.graph.program import Program
-from sparsepass.graph.rounding import from_rows
+from sparsepass.graph.program import Program, masked_weight
+from sparsepass.graph.records import QuantizedState
+from sparsepass.graph.rounding import RoundingGrid, from_rows
 from sparsepass.graph.support import SparsepassError
 
 _MICROSOFT: Final = "com.microsoft"
@@ -41,23 +46,21 @@ class _NoFormError(Exception):
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Laid:
-    """A weight's integers as an initializer holds them.
+    """A weight's numbers as an initializer holds them.
 
     Attributes:
-        numbers: The integers, int16; int8 or uint8 of a whole weight.
+        numbers: The integers, int16 (int8 or uint8 of a whole weight); of fp8 in ml_dtypes' type.
         scales: Like them, but with one entry for each group along the axis; a size of 1 is shared. float32.
         zeros: The integers that stand for 0, like the scales, int16; None where that is 0.
         axis: The one along which groups run.
-        bits: Of an integer.
-        group_size: Entries of a group; 0 if the whole axis is one.
+        grid: Of the program's weight.
     """
 
     numbers: Array
     scales: Array
     zeros: Array | None
     axis: int
-    bits: int
-    group_size: int
+    grid: RoundingGrid
 
 
 def write_integers(
@@ -84,13 +87,22 @@ def write_integers(
     model.metadata_props.update(folded_note(writer.folded))
 
 
-def told_of_integers(weights: Mapping[str, Iterable[StoredWeight]]) -> tuple[str, ...]:
-    """What a reader should know of integers that were written: how many in which form, and why others are not."""
+def told_of_integers(weights: Mapping[str, Iterable[StoredWeight]], quantized: Mapping[str, QuantizedState]) -> tuple[str, ...]:
+    """What a reader should know of numbers that were written: how many in which form, and why others are not.
+
+    Args:
+        weights: Weight of the program -> what the file holds of it.
+        quantized: The grid of each.
+    """
     found = [(name, one) for name, stored in weights.items() for one in stored]
     forms = {"matmulnbits": "MatMulNBits", "qdq": "DequantizeLinear"}
-    counts = {said: number for form, said in forms.items() if (number := sum(one.form == form for _, one in found))}
-    notes = [f"integers: {', '.join(f'{number} weights by {said}' for said, number in counts.items())}"] if counts else []
-    if "DequantizeLinear" in counts:
+    notes = []
+    for kind, said in {"int": "integers", "fp8": "fp8"}.items():
+        mine = [one.form for name, one in found if one.form in forms and quantized[name].format == kind]
+        if mine:
+            counts = ", ".join(f"{mine.count(form)} weights by {forms[form]}" for form in forms if form in mine)
+            notes.append(f"{said}: {counts}")
+    if any(one.form == "qdq" and quantized[name].format == "int" for name, one in found):
         notes.append(
             "behind a DequantizeLinear onnxruntime rounds activations to 8 bits, unless session.qdq_matmulnbits_accuracy_level "
             "is set to 0, as it was for verification"
@@ -129,7 +141,7 @@ class _IntegerWriter:
             _check_scales(laid, value)
             if self.request.form == "matmulnbits":
                 try:
-                    added = None if branch is None else self.program.tensor(branch.weight).detach().float().numpy()
+                    added = None if branch is None else masked_weight(self.program, branch.weight).float().numpy()
                     return self._multiply(value, laid, stored, added)
                 except _NoFormError as error:
                     reason = f"no MatMulNBits, because {error}"
@@ -148,18 +160,19 @@ class _IntegerWriter:
         attributes: dict[str, int] = {}
         is_blocked = axis in varying or len(varying) > 1
         if is_blocked:
-            attributes = {"axis": axis, "block_size": laid.group_size or laid.numbers.shape[axis]}
+            attributes = {"axis": axis, "block_size": laid.grid.group_size or laid.numbers.shape[axis]}
         elif varying:
             attributes = {"axis": varying[0]}
-        if self.request.opset < INTEGERS_OPSET and (is_blocked or laid.bits == 4):
-            raise _NoFormError(f"opset {self.request.opset} has no integers of {laid.bits} bits with such scales")
+        if self.request.opset < least_opset(laid.grid, is_blocked=is_blocked):
+            numbers = "fp8" if laid.grid.format == "fp8" else f"integers of {laid.grid.bits} bits"
+            raise _NoFormError(f"opset {self.request.opset} has no {numbers} with such scales")
         if not is_blocked:
             shape = (-1,) if varying else ()
             scales, zeros = scales.reshape(shape), None if zeros is None else zeros.reshape(shape)
-        kind = ir.DataType[f"{'' if zeros is None else 'U'}INT{laid.bits}"]
+        kind = ir.DataType[laid.grid.kind.upper()] if laid.grid.format == "int" else ir.DataType.FLOAT8E4M3FN
         name = stored.initializer
         inputs = self._in_place(value, laid.numbers.astype(kind.numpy()), kind, scales, zeros)
-        has_rows = laid.bits == 8 and zeros is None and attributes == {"axis": 0} and axis == 1
+        has_rows = laid.grid.bits == 8 and zeros is None and attributes == {"axis": 0} and axis == 1
         for use in list(value.uses()):
             if has_rows and _is_look_up(use.node, use.idx):
                 self._look_up(use.node, *inputs)
@@ -212,12 +225,14 @@ class _IntegerWriter:
     def _multiply(self, value: ir.Value, laid: _Laid, stored: StoredWeight, added: Array | None) -> StoredWeight:
         """A MatMulNBits in the place of every product that reads the weight."""
         numbers, scales, zeros = laid.numbers, laid.scales, laid.zeros
+        if laid.grid.format != "int":
+            raise _NoFormError(f"it takes integers, and these are {laid.grid.kind}")
         if numbers.ndim != 2:
             raise _NoFormError(f"its weight has {numbers.ndim} axes")
         uses = [(usage.node, _is_product(usage.node, usage.idx, laid.axis)) for usage in value.uses()]
         if others := sorted({node.op_type for node, is_product in uses if not is_product}):
             raise _NoFormError(f"{', '.join(others)} reads it, and MatMulNBits is a MatMul by a matrix of constants")
-        block = laid.group_size or _ROW_BLOCK
+        block = laid.grid.group_size or _ROW_BLOCK
         if block not in BLOCKS:
             raise _NoFormError(f"it takes blocks of {', '.join(map(str, BLOCKS))}, not of {block}")
         view = stored.view
@@ -228,18 +243,18 @@ class _IntegerWriter:
         num_blocks = -(-num_in // block)
         scales = np.broadcast_to(scales, (num_out, num_blocks)) if scales.shape[1] == 1 else scales
         zeros = np.broadcast_to(zeros, scales.shape) if zeros is not None and zeros.shape[1] == 1 else zeros
-        half = 1 << laid.bits - 1
+        half = 1 << laid.grid.bits - 1
         codes = numbers + (half if zeros is None else 0)
         filled = np.zeros((num_out, num_blocks * block), np.uint8)
         filled[:, :num_in] = codes
-        packed_zeros: Array | None = None if zeros is None else _pack(zeros.astype(np.uint8), laid.bits)
+        packed_zeros: Array | None = None if zeros is None else _pack(zeros.astype(np.uint8), laid.grid.bits)
         given = packed_zeros
         if added is not None:
             scales, given = _folded(scales, half if zeros is None else zeros, added, value)
             self.folded[stored.initializer] = half if packed_zeros is None else packed_zeros
-        packed = _pack(filled, laid.bits).reshape(num_out, num_blocks, -1)
+        packed = _pack(filled, laid.grid.bits).reshape(num_out, num_blocks, -1)
         inputs = self._in_place(value, packed, ir.DataType.UINT8, scales, given)
-        attributes = {"K": num_in, "N": num_out, "bits": laid.bits, "block_size": block}
+        attributes = {"K": num_in, "N": num_out, "bits": laid.grid.bits, "block_size": block}
         for product, _ in uses:
             self._replace_product(product, inputs, attributes)
         self.graph.opset_imports.setdefault(_MICROSOFT, 1)
@@ -283,21 +298,22 @@ def _lay_out(program: Program, weight: str) -> _Laid:
     assert found is not None
     parts = [each for each in (found.scales_OG, found.zeros_OG) if each is not None]
     scales, *zeros = (_grouped(each, state.axis, like, state.group_size).float().numpy() for each in parts)
+    numbers = from_rows(found.numbers_OI, state.axis, like)
     return _Laid(
-        numbers=from_rows(found.numbers_OI, state.axis, like).numpy(),
+        numbers=numbers.numpy() if state.format == "int" else numbers.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn),
         scales=scales,
         zeros=zeros[0].astype(np.int16) if zeros else None,
         axis=state.axis,
-        bits=state.bits,
-        group_size=state.group_size,
+        grid=state.grid,
     )
 
 
 def _viewed(whole: _Laid, view: tuple[Step, ...]) -> _Laid:
     """The part of a weight that an initializer holds, as it holds it."""
+    numbers = apply_view(whole.numbers, view)
     return replace(
         whole,
-        numbers=apply_view(whole.numbers, view).astype(np.int16),
+        numbers=numbers.astype(np.int16) if whole.grid.format == "int" else numbers,
         scales=apply_view(whole.scales, view),
         zeros=None if whole.zeros is None else apply_view(whole.zeros, view),
         axis=_axis_behind(whole.axis, view),

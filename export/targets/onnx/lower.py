@@ -324,7 +324,7 @@ def _write(
         notes = (*notes, f"not in the graph, because no output depends on their values: {', '.join(lost)}")
     for file, model in models.items():
         _save(model, out / file)
-    notes = (*notes, *told_of_integers(weights))
+    notes = (*notes, *told_of_integers(weights, program.quantized))
     twice = [name for name, found in weights.items() if len({s.file for s in found}) > 1]
     if twice:
         notes = (*notes, f"in both files, because both graphs read it: {', '.join(twice)}")

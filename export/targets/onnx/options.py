@@ -10,9 +10,11 @@ from sparsepass.export.targets.onnx.forms import Form, check_form
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
+from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.support import SparsepassError, closest
 
 DEFAULT_OPSET, _LOWEST_OPSET, _HIGHEST_OPSET = 20, 18, 23
+_FLOAT8_OPSET: Final = 19
 INTEGERS_OPSET: Final = 21
 """The first operator set with integers of 4 bits and with scales for blocks."""
 
@@ -124,14 +126,18 @@ def integers_wanted(program: Program, form: Form, opset: int | None, fold_slorb:
         SparsepassError: If the operator set that was given cannot say them, or a branch cannot be folded.
     """
     chosen = check_opset(opset)
-    needing = [name for name, state in program.quantized.items() if state.bits == 4 or _is_blocked(program, name)]
-    if form != "dense" and needing and chosen < INTEGERS_OPSET:
+    least = {
+        name: least_opset(state.grid, is_blocked=program.tensor(state.scales).shape[-1] > 1)
+        for name, state in program.quantized.items()
+    }
+    needing = max(least, key=lambda name: least[name], default=None)
+    if form != "dense" and needing is not None and chosen < least[needing]:
         if opset is None:
-            chosen = INTEGERS_OPSET
+            chosen = least[needing]
         elif form == "qdq":
-            grid = program.quantized[needing[0]].grid.text
+            grid = program.quantized[needing].grid.text
             raise SparsepassError(
-                f"opset {opset} has no DequantizeLinear for {grid}, as {needing[0]} has: give opset={INTEGERS_OPSET} or leave "
+                f"opset {opset} has no DequantizeLinear for {grid}, as {needing} has: give opset={least[needing]} or leave "
                 "it out, give form=matmulnbits or form=dense, or quantize{bits=8,group_size=0}"
             )
     if fold_slorb:
@@ -139,8 +145,21 @@ def integers_wanted(program: Program, form: Form, opset: int | None, fold_slorb:
     return Integers(form=form, opset=chosen, fold_slorb=fold_slorb)
 
 
-def _is_blocked(program: Program, weight: str) -> bool:
-    return program.tensor(program.quantized[weight].scales).shape[-1] > 1
+def least_opset(grid: RoundingGrid, *, is_blocked: bool) -> int:
+    """The first operator set whose DequantizeLinear takes numbers of a grid.
+
+    Args:
+        grid: Theirs.
+        is_blocked: Whether a row has several scales.
+
+    Example:
+        >>> from sparsepass.graph.rounding import RoundingGrid
+        >>> least_opset(RoundingGrid(bits=8, group_size=0, format="fp8"), is_blocked=False)
+        19
+    """
+    if is_blocked or grid.bits == 4:
+        return INTEGERS_OPSET
+    return _FLOAT8_OPSET if grid.format == "fp8" else _LOWEST_OPSET
 
 
 def _check_fold(program: Program, dtype: torch.dtype) -> None:
@@ -164,6 +183,8 @@ def _not_foldable(program: Program, name: str, state: SparseState) -> str:
         return "its weight is not quantized, so that it has no zero points"
     if branch.projection is not None:
         return "its projection is trainable, so that it gives no constant for each block"
+    if quantized.format != "int":
+        return f"onnxruntime's MatMulNBits takes integers, and these are {quantized.grid.kind}"
     if quantized.bits == 8:
         return "onnxruntime's MatMulNBits takes 8 bits with integer zero points only (1.32, on the CPU)"
     if not quantized.group_size or branch.k % quantized.group_size:

@@ -9,6 +9,7 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
 from sparsepass.export.targets.onnx.artifact import DECODER_FILE, ENCODER_FILE, MODEL_FILE
@@ -201,5 +202,7 @@ def _as(array: Array, kind: str) -> Array:
 
 
 def to_numpy(value: "Tensor | Array") -> Array:
-    """A tensor of any device as an array."""
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    """A tensor of any device as an array; of bfloat16, which numpy does not know, as float32, which holds all its values."""
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    return (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu().numpy()

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from sparsepass.export.pattern import unpack_bits
 from sparsepass.export.targets.onnx.artifact import Array, StoredWeight, apply_view
 from sparsepass.graph.integers import integers_of
-from sparsepass.graph.program import Program
+from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.rounding import from_rows
 
 _READERS = {"qdq": ("DequantizeLinear", 0), "matmulnbits": ("MatMulNBits", 1)}
@@ -67,7 +67,7 @@ def holds_integers(program: Program, weight: str, stored: StoredWeight, graph: i
     state, middle = program.sparse[weight].branch, 0 if own.zeros_OG is not None else 1 << own.grid.bits - 1
     if state is None:
         return False
-    added = program.tensor(state.weight).detach().float().numpy().repeat(state.k, axis=1)
+    added = masked_weight(program, state.weight).float().numpy().repeat(state.k, axis=1)
     numbers = own.numbers_OI.short().numpy() + middle
     allowed = _eps(found.dtype) * ((np.abs(found.zeros) + found.numbers) * found.scales + np.abs(added))
     off = np.abs(found.values.astype(np.float64) - (expected.astype(np.float64) + added))

@@ -23,7 +23,7 @@ class Onnx(Target):
         task: What the model is for, such as ``text-generation``; by default its configuration tells.
         form: How weights that are quantized are stored. onnx: qdq (the default: integers and DequantizeLinear), matmulnbits
             (onnxruntime's operator; qdq where it does not fit) or dense. tensorrt: qdq or dense. hf: integers (the default: by
-            compressed-tensors, pack-quantized) or dense. dense: floating-point values on their grids.
+            compressed-tensors, fp8 too) or dense. dense: floating-point values on their grids.
         fold_slorb: With form=matmulnbits, write SLoRB branches into zero points, without operators of their own.
 
     Raises:

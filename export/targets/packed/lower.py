@@ -312,7 +312,7 @@ def _packed_tensors(
     state = program.sparse.get(layer.weight)
     if state is not None and state.branch is not None:
         small = torch.float16 if settings.values == "fp16" else torch.bfloat16
-        parts["slorb_weight"] = program.tensor(state.branch.weight).detach().to(small)
+        parts["slorb_weight"] = masked_weight(program, state.branch.weight).to(small)
         if state.branch.projection is not None:
             parts["slorb_projection"] = program.tensor(state.branch.projection).detach().to(small)
     return {f"{layer.layer}.{part}": tensor for part, tensor in parts.items() if tensor is not None}

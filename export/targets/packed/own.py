@@ -22,7 +22,7 @@ def own_grid(program: Program, layers: Iterable[LayerChoice], values: str | None
         group_size: Of integers, as it is asked for.
 
     Raises:
-        SparsepassError: If they have several grids, zero points, or another one than is asked for.
+        SparsepassError: If they have several grids, no integers, zero points, or another one than is asked for.
     """
     states = {layer.layer: program.quantized.get(layer.weight) for layer in layers if not layer.reason}
     grids = {state.grid: name for name, state in states.items() if state is not None}
@@ -34,6 +34,11 @@ def own_grid(program: Program, layers: Iterable[LayerChoice], values: str | None
             f"a packed folder holds integers of one grid, and this program has several ({said}); quantize alike"
         )
     ((grid, name),) = grids.items()
+    if grid.format != "int":
+        raise SparsepassError(
+            f"packed layers hold integers or 16-bit values, and {name} is quantized to {grid.kind}; quantize with format=int, "
+            "or write the target hf or onnx"
+        )
     if not grid.symmetric:
         raise SparsepassError(
             f"packed layers have no zero points, and {name} is quantized with them; quantize with symmetric=true, or write "
@@ -59,7 +64,7 @@ def own_table(program: Program, path: str) -> tuple[Tensor, Tensor] | None:
     """
     name = program.aliases.get(f"{path}.weight", f"{path}.weight")
     state = program.quantized.get(name)
-    if state is None or state.axis != 1 or not (state.bits == 8 and state.group_size == 0 and state.zero_points is None):
+    if state is None or state.axis != 1 or state.grid != RoundingGrid(bits=8, group_size=0):
         return None
     found = integers_of(program, name)
     assert found is not None

@@ -30,6 +30,7 @@ class Packed(Target):
 
     name: ClassVar[str] = "packed"
     description: ClassVar[str] = "a Hugging Face folder of 2:4 layers without their zeros, which sparsepass's own kernels run"
+    is_checkpoint: ClassVar[bool] = True
 
     values: str | None = None
     group_size: int = _GROUP_SIZE

@@ -12,6 +12,7 @@ import gzip
 import json
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -35,6 +36,7 @@ from sparsepass.graph.support import SparsepassError
 
 ENGINES_FILE: Final = "engines.json"
 INT4_BLOCKS: Final = (64, 128)
+_FLOAT8_SM: Final = 89
 AHEAD_OF_TIME: Final = (80, 86, 89, 120)
 """What tensorrt-rtx builds for where no GPU is and none is named."""
 
@@ -143,7 +145,7 @@ def lower_tensorrt(program: Program, folder: str | Path, options: EngineTarget) 
     task = _plain_task(options.task) if installed.runtime.name == "torch-tensorrt" else options.task
     form: Form = "dense" if options.form == "dense" or installed.runtime.name == "torch-tensorrt" else "qdq"
     if form == "qdq":
-        check_grids(program)
+        check_grids(program, targets or tuple(gpu.sm for gpu in here))
     artifact = lower_onnx(program, out, dtype=options.dtype, opset=options.opset, task=task, form=form)
     examples = {name: tuple(tensor.shape) for name, tensor in program.example_inputs.items()}
     plans = plan_engines(artifact, options, config=program.origin.config, examples=examples, limits=program.limits)
@@ -224,11 +226,16 @@ def _measure(job: EngineJob, plans: tuple[EnginePlan, ...], written: TensorrtArt
     return found
 
 
-def check_grids(program: Program) -> None:
-    """Refuse integers that TensorRT does not take behind a DequantizeLinear.
+def check_grids(program: Program, sms: Collection[int] = ()) -> None:
+    """Refuse integers and fp8 that TensorRT does not take behind a DequantizeLinear.
 
     Source: NVIDIA's "Working with Quantized Types" (TensorRT 10): symmetric; 8 bits with a scale for the tensor or each row; 4
-    bits for the weights of matrices, in blocks of 64 or 128 that fill a row.
+    bits for the weights of matrices, in blocks of 64 or 128 that fill a row. fp8 from SM89 on: tensorrt-rtx 1.7 does not build
+    it for older ones.
+
+    Args:
+        program: Not changed.
+        sms: Compute capabilities that engines are built for.
 
     Raises:
         SparsepassError: If a weight has others; the message names it.
@@ -241,6 +248,8 @@ def check_grids(program: Program) -> None:
             reason = "it is looked up, and integers stand in front of a DequantizeLinear only"
         elif state.zero_points is not None:
             reason = "zero points have to be 0"
+        elif state.format == "fp8" and sms and min(sms) < _FLOAT8_SM:
+            reason = f"fp8 needs SM{_FLOAT8_SM}, and an engine is to be built for SM{min(sms)}; give sm={_FLOAT8_SM} or later"
         elif state.bits == 8 and scales.shape[-1] > 1:
             reason = "8 bits have one scale a row"
         elif state.bits == 4 and state.group_size not in INT4_BLOCKS:

@@ -35,6 +35,7 @@ class SemiStructured(Target):
     description: ClassVar[str] = (
         "a Hugging Face folder whose layers torch's 2:4 kernels run, where that is measured to be faster"
     )
+    is_checkpoint: ClassVar[bool] = True
 
     timings: Path | None = None
     shapes: Shapes = option((), flag="measure-shapes", parse=parse_shapes)

@@ -11,10 +11,11 @@ from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once
 
 from sparsepass.export.report.document import read_report
+from sparsepass.export.stages.measuring import MeasureSection
 from sparsepass.export.stages.recipe import PruneSection, RetrainSection, read_recipe, read_retrain_section, recipe_of
 from sparsepass.export.stages.retraining import retrain_program
 from sparsepass.export.stages.run import stages_of
-from sparsepass.export.stages.settings import Calibration, ModelSource
+from sparsepass.export.stages.settings import BenchSettings, Calibration, ModelSource
 from sparsepass.export.stages.yaml_settings import example_text, override, parse_settings, read_recipe_text, recipe_names
 from sparsepass.graph import SparsepassError
 from sparsepass.passes import Reconstruct, parse_pipeline
@@ -55,6 +56,11 @@ def sampling(beside: str | None = None, **sample: Any) -> dict[str, Any]:
     """A change of a recipe: its teacher writes text."""
     train, data = plain()["retrain"]["train"], {"source": "python-docs", "beside": beside}
     return {"retrain": {"train": train, "data": data, "sample": sample or None}}
+
+
+def measuring(**bench: Any) -> dict[str, Any]:
+    """A change of a recipe: it exports packed, and times that."""
+    return {"export": {"target": "packed"}, "measure": {"bench": bench}}
 
 
 def test_the_recipes_that_come_along() -> None:
@@ -146,7 +152,14 @@ def test_the_papers_settings(
 
 def test_the_example_is_a_recipe() -> None:
     recipe = recipe_of(parse_settings(example_text(), "the example"), "the example")
-    assert [stage.name for stage in stages_of(recipe)] == ["prune", "retrain", "eval", "export.onnx", "export.hf"]
+    assert [stage.name for stage in stages_of(recipe)] == [
+        "prune",
+        "retrain",
+        "eval",
+        "export.onnx",
+        "export.packed",
+        "measure",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +210,16 @@ def test_the_example_is_a_recipe() -> None:
         ({"export": [{"target": "hf"}, {"target": "hf"}]}, "twice"),
         ({"export": {"target": "hf", "opset": 18}}, "has no option opset"),
         ({"export": {"target": "tensorrt", "engine": {"runtme": "x"}}}, "did you mean 'runtime'"),
+        ({"measure": {}}, "r.yaml: measure: the target packed is not exported (onnx is); add it to export"),
+        ({"measure": {"target": "onnx"}}, "the target onnx writes none; set bench: null"),
+        ({"measure": {"target": "onnx", "bench": None, "size": False}}, "neither bench nor size is wanted"),
+        ({"measure": {"target": "onnx"}, "export": []}, "is not exported (nothing is)"),
+        ({"measure": {"targt": "onnx"}}, "did you mean 'target'"),
+        (measuring(batchs=[1]), "did you mean 'batches'"),
+        (measuring(batches=[0]), "batches of a benchmark is 0; expected at least 1"),
+        (measuring(repeats="many"), "repeats"),
+        ({"measure": {"bench": 3}, "export": {"target": "packed"}}, "settings of the form"),
+        ({"measure": {"dtype": "int9"}, "export": {"target": "packed"}}, "int9"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(changes: dict[str, Any], said: str) -> None:
@@ -204,6 +227,26 @@ def test_what_is_wrong_is_said_with_its_place(changes: dict[str, Any], said: str
     with pytest.raises(SparsepassError) as error:
         recipe_of(plain(**changes), "r.yaml")
     assert said in str(error.value)
+
+
+def test_the_dense_model_that_is_measured(place: Path, tmp_path: Path) -> None:
+    """By default the recipe's, as it is stored and not as it is trained; a saved program is none."""
+    from sparsepass.export.stages.preparing import prepare, write_program
+
+    recipe = recipe_of(plain(model={"source": "some/model", "revision": "v1"}, **measuring(batches=[1, 2])), "r.yaml")
+    assert recipe.measure is not None
+    assert recipe.measure.bench == BenchSettings(batches=(1, 2))
+    assert recipe.dtype == "float32"
+    assert recipe.measure.dense(recipe.model) == ModelSource(source="some/model", revision="v1")
+    write_program(prepare(str(place / "tiny"), passes="nm_sparsify", validate=False), tmp_path / "program")
+    saved = plain(model=str(tmp_path / "program"), **measuring())
+    del saved["prune"]
+    with pytest.raises(SparsepassError, match="name the dense model that it is compared with"):
+        recipe_of(saved, "r.yaml")
+    saved["measure"] = {"against": "other/model", "dtype": "bfloat16"}
+    named = recipe_of(saved, "r.yaml").measure
+    assert named is not None
+    assert named.dense(recipe.model) == ModelSource(source="other/model", dtype="bfloat16")
 
 
 def test_prune_alone_has_its_defaults_and_without_it_the_model_has_to_be_a_program(place: Path, tmp_path: Path) -> None:
@@ -252,14 +295,20 @@ def test_retrain_takes_a_recipe_or_its_two_parts(tmp_path: Path) -> None:
     assert (found.teacher, found.data.source) == ("x", ("python-docs",))
 
 
-@pytest.mark.parametrize("kind", [RetrainConfig, DataConfig, RetrainSection, SampleConfig])
-def test_the_documentation_has_every_setting_with_its_default(kind: type) -> None:
-    text = (Path(__file__).parents[3] / "docs" / "retrain.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        *((kind, "retrain") for kind in (RetrainConfig, DataConfig, RetrainSection, SampleConfig)),
+        (MeasureSection, "cli"),
+    ],
+)
+def test_the_documentation_has_every_setting_with_its_default(kind: type, page: str) -> None:
+    text = (Path(__file__).parents[3] / "docs" / f"{page}.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(kind):
         value = list(field.default) if isinstance(field.default, tuple) else field.default
         shown = value if isinstance(value, str) else json.dumps(value) if field.default is not dataclasses.MISSING else ""
         default = f"`{shown}`" if shown else ""
-        assert f"| `{field.name}` | {default} |" in text, f"docs/retrain.md does not tell of {field.name} and {default}"
+        assert f"| `{field.name}` | {default} |" in text, f"docs/{page}.md does not tell of {field.name} and {default}"
 
 
 def test_the_documentation_has_every_recipe() -> None:

@@ -22,7 +22,8 @@ from sparsepass.export.stages.retraining import default_run_folder, retrain_prog
 from sparsepass.retrain.run.metrics import METRICS, read_metrics
 
 STEPS = 30
-STAGES = ["prune", "retrain", "eval", "export.hf", "export.onnx"]
+STAGES = ["prune", "retrain", "eval", "export.hf", "export.onnx", "measure"]
+BENCH = {"batches": [1, 2], "prompt_tokens": 4, "new_tokens": 3, "prefill_tokens": 8, "repeats": 1, "memory": False}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         },
         "eval": {"text": words, "context": 16, "max_tokens": 64},
         "export": [{"target": "hf"}, {"target": "onnx"}],
+        "measure": {"target": "hf", "bench": BENCH},
     }
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     with exports_once():
@@ -58,6 +60,7 @@ def finished(place: Path) -> Path:
     planned = run("run", place / "recipe.yaml", "--dry-run").output
     assert "prune: done" in planned
     assert "retrain: to be gone on with" in planned
+    assert f"measure: to be run, into {place / 'out' / 'hf'}" in "".join(planned.splitlines())
     result = run("run", place / "recipe.yaml")
     assert result.exit_code == 0, result.output
     assert "going on from step" in result.stderr
@@ -106,13 +109,52 @@ def test_the_retrained_program_exports_with_its_checks(target: str, finished: Pa
     assert held["pattern"] is True
     assert held["weights"] is True
     assert held["outputs"] is True
-    assert [entry["stage"] for entry in report["runs"]] == ["prune", "retrain", "export"]
+    assert [entry["stage"] for entry in report["runs"][:3]] == ["prune", "retrain", "export"]
     assert report["retraining"]["runs"][0]["num_steps"] == STEPS
     named = [entry["name"] for entry in report["accuracy"]["measurements"]]
     assert named == ["dense", "2:4 + SLoRB", "2:4 + SLoRB, retrained"]
     assert (finished / target / "figures" / "retraining-1-loss.svg").is_file()
     checked = run("verify", finished / target)
     assert checked.exit_code == 0, checked.output
+
+
+def test_the_report_of_what_is_measured_shows_accuracy_size_and_speed_beside_dense(place: Path, finished: Path) -> None:
+    report = read_report(finished / "hf")
+    assert [entry["stage"] for entry in report["runs"]] == ["prune", "retrain", "export", "measure"]
+    assert [side["name"] for side in report["speed"]["sides"]] == ["hf", "tiny"]
+    assert [(point["phase"], point["batch"]) for point in report["speed"]["points"]] == [
+        ("decode", 1),
+        ("decode", 2),
+        ("prefill", 1),
+    ]
+    assert all(len(point["results"]) == 2 for point in report["speed"]["points"])
+    size = report["size"]
+    assert [entry["source"] for entry in size["files"]] == [str(place / "tiny"), str(finished / "hf"), str(finished / "onnx")]
+    assert all(entry["bytes"] > 0 for entry in size["files"])
+    assert "2:4 bf16, SLoRB k=8" in [form["form"] for form in size["forms"]]
+    assert report["accuracy"]["measurements"][0]["name"] == "dense"
+    page = (finished / "hf" / "report.html").read_text()
+    for heading in ("Accuracy", "Speed", "Size"):
+        assert f">{heading}</h2>" in page
+    onnx = read_report(finished / "onnx")
+    assert not {"speed", "size"} & onnx.keys()
+    assert run("verify", finished / "hf").exit_code == 0, "what was added is part of the folder"
+
+
+def test_a_measurement_that_was_interrupted_is_made_again(place: Path, finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "out")
+    records: dict[str, Any] = json.loads((tmp_path / "out" / "stages.json").read_text())
+    records["measure"]["done"] = False
+    (tmp_path / "out" / "stages.json").write_text(json.dumps(records))
+    before = times(tmp_path / "out")
+    result = run("run", place / "recipe.yaml", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    after = times(tmp_path / "out")
+    assert [name for name in before if after[name] != before[name]] == ["hf"]
+    assert [entry["stage"] for entry in read_report(tmp_path / "out" / "hf")["runs"]][-2:] == ["measure", "measure"]
+    assert states(tmp_path / "out") == dict.fromkeys(STAGES, True)
 
 
 @pytest.mark.parametrize("target", ["hf", "onnx"])
@@ -170,7 +212,7 @@ def test_changed_settings_are_said_and_run_anew_when_forced(place: Path, finishe
     refused = run("run", place / "recipe.yaml", *change)
     assert refused.exit_code == 2
     assert "eval: max_tokens was 64, is 32" in refused.stderr.replace("\n", " ")
-    assert "run eval, export.hf, export.onnx anew" in refused.stderr.replace("\n", " ")
+    assert "run eval, export.hf, export.onnx, measure anew" in refused.stderr.replace("\n", " ")
     assert times(finished) == before
     result = run("run", place / "recipe.yaml", *change, "--force")
     assert result.exit_code == 0, result.output
@@ -192,7 +234,18 @@ def test_a_change_in_an_interrupted_training_is_said(place: Path, finished: Path
     (tmp_path / "out" / "stages.json").write_text(json.dumps(unfinished))
     for name in ("retrained", "eval", "hf", "onnx"):
         shutil.rmtree(tmp_path / "out" / name)
-    change = ["-o", tmp_path / "out", "--set", "retrain.train.max_steps=3", "--set", "export=[]", "--set", "eval=null"]
+    change = [
+        "-o",
+        tmp_path / "out",
+        "--set",
+        "retrain.train.max_steps=3",
+        "--set",
+        "export=[]",
+        "--set",
+        "eval=null",
+        "--set",
+        "measure=null",
+    ]
     refused = run("run", place / "recipe.yaml", *change)
     assert refused.exit_code == 2
     assert f"retrain: train.max_steps was {STEPS}, is 3" in refused.stderr.replace("\n", " ")
@@ -225,7 +278,18 @@ def test_an_export_that_does_not_hold_is_exit_code_1(place: Path, tmp_path: Path
     from sparsepass.export.targets import Check, HuggingFace
 
     monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=False, summary="too far"),))
-    change = ["-o", tmp_path / "out", "--set", "export=[{target: hf}]", "--set", "retrain=null", "--set", "eval=null"]
+    change = [
+        "-o",
+        tmp_path / "out",
+        "--set",
+        "export=[{target: hf}]",
+        "--set",
+        "measure=null",
+        "--set",
+        "retrain=null",
+        "--set",
+        "eval=null",
+    ]
     for _ in range(2):
         result = run(
             "run", place / "recipe.yaml", *change, "--set", "prune.passes=nm_sparsify", "--set", "prune.calibration=null"
@@ -240,7 +304,18 @@ def test_an_export_that_could_not_be_checked_is_exit_code_3(
     from sparsepass.export.targets import Check, HuggingFace
 
     monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=None, summary="no kernels"),))
-    change = ["-o", tmp_path / "out", "--set", "export=[{target: hf}]", "--set", "retrain=null", "--set", "eval=null"]
+    change = [
+        "-o",
+        tmp_path / "out",
+        "--set",
+        "export=[{target: hf}]",
+        "--set",
+        "measure=null",
+        "--set",
+        "retrain=null",
+        "--set",
+        "eval=null",
+    ]
     change += ["--set", "prune.passes=nm_sparsify", "--set", "prune.calibration=null"]
     assert run("run", place / "recipe.yaml", *change).exit_code == 3
     assert run("run", place / "recipe.yaml", *change, "--allow-unchecked").exit_code == 0
@@ -260,7 +335,16 @@ def test_two_processes_share_a_recipe(place: Path, tmp_path: Path) -> None:
     """`accelerate launch`: one prunes and exports, both train; killed in between, and started again."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sparsepass.export.cli", "run"]
-    command = [*launch, str(place / "recipe.yaml"), "-o", str(tmp_path / "out"), "--set", "export=[{target: hf}]"]
+    command = [
+        *launch,
+        str(place / "recipe.yaml"),
+        "-o",
+        str(tmp_path / "out"),
+        "--set",
+        "export=[{target: hf}]",
+        "--set",
+        "measure=null",
+    ]
     for _ in range(2):
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """The target hf of a quantized program: integers as compressed-tensors stores them, read by stock transformers."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -38,12 +39,13 @@ def _checks(program: Program, folder: Path, lowered: Any) -> dict[str, Any]:
     return {check.name: check for check in HuggingFace().verify(program, folder, lowered, LoweringContext())}
 
 
+@pytest.mark.parametrize(("options", "numbers"), [("{group_size=16}", "integers"), ("{format=fp8}", "numbers of fp8")])
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES if family.name != "convnet"])
-def test_every_family_is_loaded_by_stock_transformers_or_refused(name: str, tmp_path: Path) -> None:
+def test_every_family_is_loaded_by_stock_transformers_or_refused(name: str, options: str, numbers: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    program = _program(name, "{group_size=16}")
+    program = _program(name, options)
     if name in REFUSED:
-        with pytest.raises(SparsepassError, match=f"cannot be stored as integers: it is {REFUSED[name]}.*form=dense"):
+        with pytest.raises(SparsepassError, match=f"cannot be stored as {numbers}: it is {REFUSED[name]}.*form=dense"):
             HuggingFace().lower(program, tmp_path, LoweringContext())
         assert not (tmp_path / "model.safetensors").exists()
         return
@@ -83,7 +85,40 @@ def test_files_hold_the_integers_of_the_program(options: str, dtype: str | None,
     assert sum(entry.required for entry in report.entries) == len(program.sparse)
 
 
-@pytest.mark.parametrize("options", ["", "{symmetric=false}"])
+@pytest.mark.parametrize(("options", "strategy"), [("format=fp8", "channel"), ("format=fp8,group_size=16", "group")])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_files_hold_fp8(options: str, strategy: str, dtype: str | None, tmp_path: Path) -> None:
+    program = _program("llama", f"{{{options}}}")
+    lowered = HuggingFace(dtype=dtype).lower(program, tmp_path, LoweringContext())
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for weight in program.quantized:
+        own, found = integers_of(program, weight), stored[weight]
+        assert own is not None
+        assert found.dtype == torch.float8_e4m3fn
+        assert torch.equal(found.view(torch.uint8), own.numbers_OI.view(torch.uint8))
+        assert torch.equal(stored[f"{weight}_scale"].float(), own.scales_OG.float())
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert said["format"] == "float-quantized"
+    assert said["config_groups"]["group_0"]["weights"]["strategy"] == strategy
+    assert "numbers of fp8" in (tmp_path / "README.md").read_text()
+    assert check_pattern(tmp_path, expected_sparse=list(program.sparse)).conforms
+    if importlib.util.find_spec("compressed_tensors"):
+        assert all(check.held for check in _checks(program, tmp_path, lowered).values())
+
+
+def test_layers_of_fp8_beside_layers_of_integers(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    program = _program("llama", "{targets=*.mlp.*,format=fp8}")
+    program = apply_passes(program, "quantize{targets=*.self_attn.*}", validate=False)
+    lowered = HuggingFace().lower(program, tmp_path, LoweringContext())
+    checks = _checks(program, tmp_path, lowered)
+    assert all(check.held for check in checks.values()), checks
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    assert [group["format"] for group in said["config_groups"].values()] == ["float-quantized", "pack-quantized"]
+
+
+@pytest.mark.parametrize("options", ["", "{symmetric=false}", "{format=fp8}"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_callers_of_both_types_get_the_programs_weights(dtype: torch.dtype, options: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
@@ -105,11 +140,12 @@ def test_callers_of_both_types_get_the_programs_weights(dtype: torch.dtype, opti
         ("weight_packed", "has lost 1 zeros"),
         ("weight_scale", "the program's own integers and scales"),
         ("weight_zero_point", "has lost [1-9][0-9]* zeros"),
+        ("weight", "has lost 1 zeros"),
     ],
 )
 def test_a_lost_zero_and_a_changed_scale_are_found(part: str, told: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    program = _program("llama", "{symmetric=false}")
+    program = _program("llama", "{format=fp8}" if part == "weight" else "{symmetric=false}")
     lowered = HuggingFace().lower(program, tmp_path, LoweringContext())
     file = tmp_path / "model.safetensors"
     stored = safetensors.torch.load_file(file)
@@ -117,6 +153,9 @@ def test_a_lost_zero_and_a_changed_scale_are_found(part: str, told: str, tmp_pat
         mask = program.tensor(program.sparse[f"{UP}.weight"].mask)  # type: ignore[arg-type]
         column = int((~mask[0]).nonzero()[0])
         stored[f"{UP}.{part}"][0, column // 8] ^= 1 << 4 * (column % 8) if column % 8 < 7 else -(1 << 28)
+    elif part == "weight":  # the least number that is not 0
+        mask = program.tensor(program.sparse[f"{UP}.weight"].mask)  # type: ignore[arg-type]
+        stored[f"{UP}.{part}"].view(torch.uint8)[0, int((~mask[0]).nonzero()[0])] = 1
     elif part == "weight_scale":
         stored[f"{UP}.{part}"][0, 0] *= 2
     else:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
+from tests.export.targets.zeros import check_zeros
 from tests.families import BY_NAME, FAMILIES, captured
 from torch import nn
 
@@ -30,16 +31,22 @@ GRIDS = (
     "bits=4,group_size=16", "bits=4,group_size=0,symmetric=false",
     "bits=8,group_size=0", "bits=8,group_size=32,symmetric=false",
 )  # fmt: skip
+FP8 = ("format=fp8", "format=fp8,group_size=16")
 
 
 @functools.cache
 def every_grid(name: str, method: str) -> Program:
     """A program with each grid in layers of one kind."""
     pairs = zip(LAYERS[name], GRIDS, strict=True)
-    passes = [f"quantize{{targets={layer},method={method},{grid}}}" for layer, grid in pairs]
-    calibration = BY_NAME[name].inputs(4, 8)["input_ids"] if method == "joint" else None
+    rounding = "joint" if method == "joint" else "rtn"
+    passes = [f"quantize{{targets={layer},method={rounding},{grid}}}" for layer, grid in pairs]
+    if method == "awq":
+        passes.insert(0, "awq_scale{group_size=16}")
+    calibration = None if method == "rtn" else BY_NAME[name].inputs(4, 8)["input_ids"]
     text = ",".join(("nm_sparsify{criterion=magnitude}", *passes))
-    return apply_passes(captured(name), text, calibration=calibration, validate=False)
+    program = apply_passes(captured(name), text, calibration=calibration, validate=False)
+    assert check_zeros(program) > 0
+    return program
 
 
 def quantized(name: str, options: str, passes: str = "nm_sparsify{criterion=magnitude}") -> Program:
@@ -83,7 +90,7 @@ def changed(folder: Path, name: str, change: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["qdq", "matmulnbits"])
-@pytest.mark.parametrize("method", ["rtn", "joint"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "joint"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_file_holds_the_integers_of_the_program(name: str, method: str, form: str, tmp_path: Path) -> None:
     program = every_grid(name, method)
@@ -128,15 +135,57 @@ def test_every_family_by_dequantize_linear(name: str, tmp_path: Path) -> None:
             assert bool(one.reason) == (one.form == "floats")
 
 
-@pytest.mark.parametrize(("form", "dtype"), [("qdq", torch.float16), ("matmulnbits", torch.bfloat16)])
-def test_other_types(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    program = quantized("bert", "group_size=16,symmetric=false")
+@pytest.mark.parametrize("options", FP8)
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "whisper"])
+def test_fp8_by_dequantize_linear(name: str, options: str, tmp_path: Path) -> None:
+    """onnxruntime's CPU provider runs it."""
+    program = quantized(name, options)
+    artifact, found = written(program, tmp_path, form="qdq" if name == "gpt2" else "matmulnbits", with_past=False)
+    assert artifact.opset == (21 if "group_size" in options else 20)
+    assert any(note.startswith("fp8: ") for note in artifact.notes)
+    assert not any("rounds activations to 8 bits" in note for note in artifact.notes)
+    for file in artifact.expected_sparse:
+        graph = ir.load(tmp_path / file).graph
+        for weight in program.quantized:
+            own = integers_of(program, weight)
+            assert own is not None
+            for one in artifact.weights[weight]:
+                if one.file != file or one.form == "floats":
+                    continue
+                assert one.reason == ("" if name == "gpt2" else "no MatMulNBits, because it takes integers, and these are fp8")
+                stored = graph.initializers[one.initializer].const_value
+                assert stored is not None
+                assert stored.dtype == ir.DataType.FLOAT8E4M3FN
+                if name == "gpt2":
+                    numbers = stored.numpy().astype(np.float32)
+                    assert np.array_equal(numbers if one.axis == 1 else numbers.T, own.numbers_OI.float().numpy())
+    assert found["weights"]["num_integers"] > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "options"),
+    [
+        ("qdq", torch.float16, "group_size=16,symmetric=false"),
+        ("matmulnbits", torch.bfloat16, "group_size=16,symmetric=false"),
+        ("qdq", torch.float16, "format=fp8"),
+    ],
+)
+def test_other_types(form: str, dtype: torch.dtype, options: str, tmp_path: Path) -> None:
+    program = quantized("bert", options)
     name = str(dtype).removeprefix("torch.")
     _, found = written(program, tmp_path, form=form, dtype=name)
     scale = ir.load(tmp_path / "model.onnx").graph.initializers["pooler.dense.weight_scale"].const_value
     assert scale is not None
     assert scale.dtype.name == name.upper()
     assert found["weights"]["num_integers"] == len(program.quantized)
+
+
+@pytest.mark.parametrize("form", ["qdq", "matmulnbits", "dense"])
+def test_inputs_of_bfloat16(form: str, tmp_path: Path) -> None:
+    """A module of torch's own, whose input is a float: numpy knows no bfloat16, and the session takes float32."""
+    artifact, found = written(layers(dtype=torch.bfloat16), tmp_path, form=form)
+    assert artifact.dtype == "bfloat16"
+    assert "example inputs" in found["outputs"]["cases"][0]["case"]
 
 
 def test_experts_are_multiplied_one_by_one(tmp_path: Path) -> None:
@@ -207,6 +256,8 @@ def test_a_scale_that_the_type_cannot_hold(tmp_path: Path) -> None:
         ("bits=8,group_size=0", "qdq", 18, 18),
         ("group_size=16", "matmulnbits", 18, 18),
         ("group_size=16", "dense", 18, 18),
+        ("format=fp8", "qdq", 19, 19),
+        ("format=fp8", "matmulnbits", 18, 18),
     ],
 )
 def test_the_operator_set_is_what_is_needed(options: str, form: str, opset: int | None, expected: int, tmp_path: Path) -> None:
@@ -219,6 +270,8 @@ def test_a_lower_operator_set_is_refused(options: str, tmp_path: Path) -> None:
     with pytest.raises(SparsepassError, match=r"opset 20 has no DequantizeLinear for .*give opset=21 .*form=matmulnbits"):
         lower_onnx(layers(options), tmp_path, opset=20)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SparsepassError, match=r"opset 18 has no DequantizeLinear for fp8, one scale a row, .*give opset=19 "):
+        lower_onnx(layers("format=fp8"), tmp_path, opset=18)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +279,7 @@ def test_a_lower_operator_set_is_refused(options: str, tmp_path: Path) -> None:
     [
         ("qdq", "group_size=16"), ("qdq", "group_size=16,symmetric=false"), ("qdq", "bits=8,group_size=0"),
         ("matmulnbits", "group_size=16"), ("matmulnbits", "bits=8,group_size=0,symmetric=false"),
-        ("fold", "group_size=16"), ("fold", "group_size=16,symmetric=false"),
+        ("fold", "group_size=16"), ("fold", "group_size=16,symmetric=false"), ("qdq", FP8[0]), ("qdq", FP8[1]),
     ],
 )  # fmt: skip
 def test_a_lost_zero_is_found(form: str, options: str, tmp_path: Path) -> None:
@@ -240,7 +293,7 @@ def test_a_lost_zero_is_found(form: str, options: str, tmp_path: Path) -> None:
     def lose(array: Any) -> None:
         if form == "qdq":
             row = (0, column) if array.shape[0] == 32 else (column, 0)
-            array[row] = int(array[row]) ^ 1
+            array[row] = 1 if "fp8" in options else int(array[row]) ^ 1
         else:
             half = program.quantized["0.weight"].bits == 4
             array.reshape(32, -1)[0, column // 2 if half else column] ^= 16 if half and column % 2 else 1

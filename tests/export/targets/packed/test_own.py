@@ -96,6 +96,7 @@ def _quantized(passes: str) -> Program:
     ("passes", "options", "told"),
     [
         (",quantize{symmetric=false}", {}, "no zero points.*symmetric=true"),
+        (",quantize{format=fp8}", {}, "quantized to fp8; quantize with format=int, or write the target hf or onnx"),
         (",quantize{targets=q_proj},quantize{targets=up_proj,bits=8}", {}, "holds integers of one grid.*several"),
         (",quantize", {"values": "int8"}, "values=int8 with group_size=64 would round its weights again"),
         (",quantize", {"values": "bf16"}, "values=bf16 .*would round its weights again"),

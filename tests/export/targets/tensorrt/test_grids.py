@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from tests.export.targets.zeros import METHODS, rounded
 from tests.families import captured
 from torch import nn
 
@@ -16,6 +17,7 @@ from sparsepass.export.targets.tensorrt.lower import check_grids, lower_tensorrt
 from sparsepass.export.targets.tensorrt.packages import find
 from sparsepass.export.targets.tensorrt.target import TensorRT
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.integers import integers_of
 from sparsepass.passes import apply_passes
 
 has_no_builder = pytest.mark.skipif(
@@ -33,10 +35,12 @@ def quantized(options: str, first: nn.Module | None = None, shape: tuple[int, ..
 
 
 @has_no_builder
-@pytest.mark.parametrize(("options", "kind"), [("bits=8,group_size=0", "INT8"), ("bits=4,group_size=64", "INT4")])
+@pytest.mark.parametrize(
+    ("options", "kind"), [("bits=8,group_size=0", "INT8"), ("bits=4,group_size=64", "INT4"), ("format=fp8", "FLOAT8E4M3FN")]
+)
 def test_integers_are_built_into_an_engine(options: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "gpus", lambda: ())
-    artifact = lower_tensorrt(quantized(options), tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(86,)))
+    artifact = lower_tensorrt(quantized(options), tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(89,)))
     graph = ir.load(tmp_path / "model.onnx").graph
     assert [node.op_type for node in graph].count("DequantizeLinear") == 1
     stored = graph.initializers["0.weight"].const_value
@@ -44,6 +48,23 @@ def test_integers_are_built_into_an_engine(options: str, kind: str, tmp_path: Pa
     assert stored.dtype.name == kind
     assert (tmp_path / "model.engine").stat().st_size == artifact.engines[0].size_bytes > 1000
     assert [layer.conforms for layer in artifact.layers if layer.weight == "0.weight"] == ["yes"]
+
+
+@has_no_builder
+@pytest.mark.parametrize("method", METHODS)
+def test_no_zero_is_lost(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "gpus", lambda: ())
+    program = rounded("bert", method, 8, True, 0)
+    artifact = lower_tensorrt(program, tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(86,), dtype="float16"))
+    graph = ir.load(tmp_path / "model.onnx").graph
+    for name in program.quantized:
+        own, stored = integers_of(program, name), graph.initializers[name].const_value
+        assert own is not None
+        assert stored is not None
+        (one,) = artifact.onnx.weights[name]
+        numbers = stored.numpy()
+        assert (numbers if one.axis == 1 else numbers.T).tolist() == own.numbers_OI.tolist(), name
+    assert {layer.conforms for layer in artifact.layers if layer.weight in program.sparse} == {"yes"}
 
 
 @pytest.mark.parametrize(
@@ -54,11 +75,18 @@ def test_integers_are_built_into_an_engine(options: str, kind: str, tmp_path: Pa
         ("bits=8,group_size=64", "8 bits have one scale a row"),
         ("bits=4,group_size=32", "4 bits have groups of 64 or 128"),
         ("bits=4,group_size=0", "4 bits have groups of 64 or 128"),
+        ("format=fp8,group_size=64", "8 bits have one scale a row"),
     ],
 )
 def test_other_grids_are_refused(options: str, said: str) -> None:
     with pytest.raises(SparsepassError, match=f"TensorRT cannot take .*{re.escape(said)}.*form=dense"):
         check_grids(quantized(options))
+
+
+def test_fp8_is_refused_for_gpus_without_it() -> None:
+    check_grids(quantized("format=fp8"), (89, 120))
+    with pytest.raises(SparsepassError, match="fp8 needs SM89, and an engine is to be built for SM80; give sm=89 or later"):
+        check_grids(quantized("format=fp8"), (80, 89))
 
 
 def test_other_layers_of_four_bits_are_refused() -> None:
