@@ -24,7 +24,7 @@ from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.placement import home_of, placed
 from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError, evaluating, find_device, path_named
-from sparsepass.graph.texts import Text, check_text_file, first_ids
+from sparsepass.graph.texts import Text, check_text_file, first_ids, tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -341,7 +341,8 @@ def _bos_id(
     if bos is None:
         if not is_text or tokenizer is None or tokenizer.bos_token_id is None:
             return None
-        first = list(tokenizer("a", verbose=False)["input_ids"])[:1]
+        with tokenizing(tokenizer):
+            first = list(tokenizer("a", verbose=False)["input_ids"])[:1]
         return int(tokenizer.bos_token_id) if first == [tokenizer.bos_token_id] else None
     if not bos:
         return None

@@ -225,9 +225,9 @@ def _inputs(sides: "Sides", file: Path | None, text: Evaluation | None) -> "dict
 
 def _tokenized(sides: "Sides", text: Evaluation) -> "dict[str, Tensor]":
     import torch
-    from transformers import AutoTokenizer
 
     from sparsepass.graph import SparsepassError
+    from sparsepass.graph.load import tokenizer_in
     from sparsepass.graph.texts import first_ids
     from sparsepass.passes.data import special_frame
 
@@ -236,7 +236,7 @@ def _tokenized(sides: "Sides", text: Evaluation) -> "dict[str, Tensor]":
         place = Path(name).expanduser()
         place = place if place.is_dir() else place.parent
         if (place / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+            tokenizer = tokenizer_in(place, name)
             break
     if tokenizer is None:
         raise SparsepassError("--text needs a tokenizer, and none lies beside either side; give --inputs FILE.safetensors")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from sparsepass.export.report import ReportDocument, find_report
-from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph import Program
 from sparsepass.graph.fusion import split_siblings
+from sparsepass.graph.load import tokenizer_in
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import INFINITIES, read_json, read_object
+from sparsepass.graph.texts import tokenizing
 
 _IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -107,7 +109,7 @@ def _of_tokenizers(a: Side, b: Side) -> Iterator[str]:
     where = f"the tokenizers differ ({_TOKENIZER} in {b.name})"
     if (token := next((t for t in {**known, **found} if known.get(t) != found.get(t)), None)) is not None:
         yield f"{where}: the token {token!r} is {known.get(token)} in {a.name}, and {found.get(token)} in {b.name}"
-    elif any(one.encode(text) != other.encode(text) for text in _PROBES):
+    elif _ids(one) != _ids(other):
         yield f"{where}: they split one text in different ways"
     for name in _SPECIAL:
         if getattr(one, name, None) != getattr(other, name, None):
@@ -116,18 +118,16 @@ def _of_tokenizers(a: Side, b: Side) -> Iterator[str]:
         yield f"{where}: their chat templates are not the same"
 
 
+def _ids(tokenizer: Any) -> list[list[int]]:
+    with tokenizing(tokenizer):
+        return [tokenizer.encode(text) for text in _PROBES]
+
+
 def _tokenizer(side: Side) -> Any:
     """The tokenizer of a side, or the one that lies beside its file."""
     if side.tokenizer is not None or side.folder is None or not (side.folder / "tokenizer_config.json").is_file():
         return side.tokenizer
-    from transformers import AutoTokenizer
-
-    from sparsepass.graph.load import LOADING_ERRORS
-
-    try:
-        return AutoTokenizer.from_pretrained(side.folder, local_files_only=True, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise SparsepassError(f"the tokenizer in {side.folder} cannot be read ({error}); copy the folder again") from error
+    return tokenizer_in(side.folder, str(side.folder))
 
 
 def _of_ids(a: Side, b: Side) -> Iterator[str]:

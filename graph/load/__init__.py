@@ -1,5 +1,6 @@
 """How a model enters: from a folder, the hub, a GGUF file, a saved program, or memory."""
 
+from sparsepass.graph.load.checkpoint import tokenizer_in
 from sparsepass.graph.load.contents import check_all_used, check_plain, check_plain_state
 from sparsepass.graph.load.described import LOADING_ERRORS, check_numbers
 from sparsepass.graph.load.dtypes import check_fits, parse_dtype
@@ -21,4 +22,5 @@ __all__ = [
     "parse_dtype",
     "save_companions",
     "split_parts",
+    "tokenizer_in",
 ]

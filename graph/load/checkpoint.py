@@ -22,6 +22,7 @@ from sparsepass.graph.support import (
     weights_entry,
     weights_files,
 )
+from sparsepass.graph.texts import is_tokenizer_fault, panics_unseen, try_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -254,16 +255,10 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
     """Return the tokenizer and the processor that lie in a folder, each None if it has none, and notes."""
     import transformers
 
-    tokenizer = processor = None
+    processor = None
     notes: list[str] = []
-    check_companions(folder)
+    tokenizer = tokenizer_in(folder, name, trust_remote_code=trust_remote_code)
     with quiet_loading(), explained(name, "its tokenizer or processor files"):
-        if found := [file for file in _TOKENIZER_FILES if (folder / file).is_file()]:
-            with tokenizer_explained(name, found):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=trust_remote_code, local_files_only=True
-                )
-                tokenizer("a b", add_special_tokens=False)  # settings of a wrong type show when it is used
         kind = _processor_kind(folder, has_tokenizer=tokenizer is not None)
         if kind is not None:
             try:
@@ -276,14 +271,40 @@ def companions_in(folder: Path, name: str, *, trust_remote_code: bool) -> tuple[
     return tokenizer, processor, notes
 
 
+def tokenizer_in(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer that lies in a folder, None if none does.
+
+    Args:
+        folder: The model's.
+        name: What the user calls it, for messages.
+        trust_remote_code: Whether code that comes with it may run.
+
+    Raises:
+        SparsepassError: If its files are damaged.
+    """
+    import transformers
+
+    check_companions(folder)
+    found = [file for file in _TOKENIZER_FILES if (folder / file).is_file()]
+    if not found:
+        return None
+    with quiet_loading(), tokenizer_explained(name, found):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        try_tokenizer(tokenizer)
+    return tokenizer
+
+
 @contextmanager
 def tokenizer_explained(name: str, files: Sequence[str]) -> Iterator[None]:
-    """Tell which files no tokenizer could be made of. The package tokenizers raises plain Exceptions."""
+    """Tell which files no tokenizer could be made of."""
     try:
-        yield
-    except SparsepassError:
-        raise
-    except Exception as error:
+        with panics_unseen():
+            yield
+    except BaseException as error:
+        if not is_tokenizer_fault(error):
+            raise
         versions = " and ".join(f"{package} {package_version(package)}" for package in ("transformers", "tokenizers"))
         raise SparsepassError(
             f"model {name}: no tokenizer can be made of {', '.join(files)}, its tokenizer or processor files: "

@@ -34,6 +34,11 @@ _JSON_FILES: Final = (
     "chat_template.json",
 )  # fmt: skip
 """Files that transformers reads beside the weights, each an object."""
+_TOKENIZER_PARTS: Final = {
+    "normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "truncation", "padding",
+    "normalizers", "pretokenizers", "processors", "decoders",
+}  # fmt: skip
+"""What tokenizer.json is made of, each an object, or a list of them where it is named for many."""
 
 
 @contextmanager
@@ -53,11 +58,26 @@ def check_companions(folder: Path) -> None:
     """Read the JSON files of a folder that transformers reads, strictly: what it makes of damaged ones is no error of theirs.
 
     Raises:
-        SparsepassError: If one cannot be read, or is no object.
+        SparsepassError: If one cannot be read, or is no object, or a part of tokenizer.json is none.
     """
     for name in _JSON_FILES:
         if (folder / name).exists():
-            read_object(folder / name, allowed=INFINITIES)
+            document = read_object(folder / name, allowed=INFINITIES)
+            if name == "tokenizer.json":
+                _check_parts(document, folder / name, "")
+
+
+def _check_parts(document: Mapping[str, Any], path: Path, where: str) -> None:
+    # The package tokenizers takes a list for an object too, its fields in order, and makes a part of what was none.
+    for key in _TOKENIZER_PARTS & document.keys():
+        value, place = document[key], f"{where}{key}"
+        many = isinstance(value, list) and key.endswith("s")
+        for index, part in enumerate(value) if many else [(None, value)]:
+            here = place if index is None else f"{place}[{index}]"
+            if isinstance(part, Mapping):
+                _check_parts(part, path, f"{here}.")
+            elif part is not None or many:
+                raise SparsepassError(f"{path}: {here} is {type(part).__name__}, expected an object; copy the file again")
 
 
 def check_numbers(document: Mapping[str, Any], where: "Path | str") -> None:

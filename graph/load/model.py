@@ -45,6 +45,7 @@ from sparsepass.graph.support import (
     path_named,
     quiet_loading,
 )
+from sparsepass.graph.texts import try_tokenizer
 from sparsepass.graph.widening import widened
 
 if TYPE_CHECKING:
@@ -369,6 +370,7 @@ def _from_gguf(folder: Path, file: str, wanted: _Wanted, facts: Mapping[str, obj
     model, notes = _built(model_class, folder, name, doubt=doubt, config=config, **options)
     with quiet_loading(), tokenizer_explained(name, [file]):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+        try_tokenizer(tokenizer)
     notes.append("weights were dequantized from GGUF: what is called dense here lies on the file's own grid")
     # The weights are plain floating-point now; left in place, these would mark the saved model as quantized.
     if getattr(model.config, "quantization_config", None) is not None:

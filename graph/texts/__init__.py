@@ -12,6 +12,7 @@ from sparsepass.graph.texts.files import (
     row_text,
 )
 from sparsepass.graph.texts.rows import TEXT_SUFFIXES, RecordError, arrow_schema, path_kind, records, spread_order
+from sparsepass.graph.texts.tokenizing import is_tokenizer_fault, panics_unseen, tokenizing, try_tokenizer
 
 __all__ = [
     "CHAT_COLUMN",
@@ -24,9 +25,13 @@ __all__ = [
     "check_text_file",
     "find_text_column",
     "first_ids",
+    "is_tokenizer_fault",
     "last_cut",
+    "panics_unseen",
     "path_kind",
     "records",
     "row_text",
     "spread_order",
+    "tokenizing",
+    "try_tokenizer",
 ]

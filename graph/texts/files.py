@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.graph.texts.rows import path_kind, records
+from sparsepass.graph.texts.tokenizing import tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +167,8 @@ def first_ids(
         held = "".join(parts)
         begin = held if num_tokens is None or (is_whole and len(held) <= size) else held[: last_cut(held[:size]) or size]
         # verbose=False: a text longer than the model's context is meant here.
-        ids = list(tokenizer(begin, add_special_tokens=False, verbose=False)["input_ids"])
+        with tokenizing(tokenizer):
+            ids = list(tokenizer(begin, add_special_tokens=False, verbose=False)["input_ids"])
         if len(begin) == len(held) and is_whole:
             if not held.strip():
                 raise SparsepassError(f"{what} is empty; give some text of at least two tokens")

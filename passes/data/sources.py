@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsepass.graph.support import SparsepassError, first_line, path_named
+from sparsepass.graph.texts import tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,8 +115,9 @@ def load_data_set(name: str, *, what: str, streaming: bool) -> Any:
 
 def special_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer itself puts before and after a text."""
-    body = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    full = list(tokenizer("a", verbose=False)["input_ids"])
+    with tokenizing(tokenizer):
+        body = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+        full = list(tokenizer("a", verbose=False)["input_ids"])
     for start in range(len(full) - len(body) + 1):
         if full[start : start + len(body)] == body:
             return full[:start], full[start + len(body) :]

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, final
 import torch
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.graph.texts import last_cut
+from sparsepass.graph.texts import last_cut, tokenizing
 from sparsepass.passes.data.sources import special_frame
 
 if TYPE_CHECKING:
@@ -255,7 +255,8 @@ class Packer:
 
     def _tokens(self, text: str) -> list[int]:
         # verbose=False: a text longer than the model's context is what is meant here, and not worth a warning.
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with tokenizing(self.tokenizer):
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _too_short(self, num_tokens: int) -> SparsepassError:
         return SparsepassError(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsepass.graph.support import SparsepassError
-from sparsepass.graph.texts import row_text
+from sparsepass.graph.texts import row_text, tokenizing
 from sparsepass.passes.data import special_frame
 
 if TYPE_CHECKING:
@@ -189,8 +189,9 @@ class Encoder:
         if not texts:
             return []
         # verbose=False: a text longer than the model's context is what is meant here, and not worth a warning.
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return list(encoded["input_ids"])
+        with tokenizing(self.tokenizer):
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            return list(encoded["input_ids"])
 
 
 def _array(ids: Sequence[int]) -> Array:

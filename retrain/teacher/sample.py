@@ -29,6 +29,7 @@ from sparsepass.graph.support import (
     replaced_file,
     shows_progress,
 )
+from sparsepass.graph.texts import tokenizing
 from sparsepass.retrain.teacher.online import fingerprint
 
 SAMPLED: Final = "sampled-{}.jsonl"
@@ -174,7 +175,9 @@ def sample_to_file(
                 seed = noise_key(config.seed, first, 0)
                 ids = sample(model, prompts, config.length, temperature=config.temperature, seed=seed)
                 for row in ids[max(done - first, 0) : count - first].tolist():
-                    file.write(json.dumps({"input_ids": row, "text": tokenizer.decode(row)}) + "\n")
+                    with tokenizing(tokenizer):
+                        text = tokenizer.decode(row)
+                    file.write(json.dumps({"input_ids": row, "text": text}) + "\n")
                     advance("")
                 file.flush()
         with (
@@ -279,7 +282,8 @@ def _is_sampled(path: Path) -> bool:
 
 def _prompt(tokenizer: Any, start: str | None) -> list[int]:
     if start is not None:
-        ids: list[int] = tokenizer(start, add_special_tokens=False).input_ids
+        with tokenizing(tokenizer):
+            ids: list[int] = tokenizer(start, add_special_tokens=False).input_ids
         if not ids:
             raise SparsepassError(f"sequences are to start from {start!r}, which the tokenizer makes no token of")
         return ids

@@ -10,6 +10,7 @@ from tests.fuzz.kind import Files, Kind
 from tests.fuzz.mutations import damaged_json, damaged_safetensors
 
 from sparsepass.graph.load import load_model
+from sparsepass.graph.texts import first_ids
 
 
 def write(place: Path) -> None:
@@ -33,7 +34,7 @@ def damaged(place: Path) -> SearchStrategy[Files]:
 def read(place: Path) -> object:
     """Load it, and tokenize a text."""
     loaded = load_model(place)
-    return None if loaded.tokenizer is None else loaded.tokenizer("the fox [/b] \x1b", add_special_tokens=False)
+    return None if loaded.tokenizer is None else first_ids("the fox [/b] \x1b", loaded.tokenizer, None, what="text")
 
 
 KIND = Kind(name="checkpoint", sound=write, damaged=damaged, read=read)

@@ -1,0 +1,65 @@
+"""Tokenizers whose files are damaged: told when they are loaded, or at the first text that shows it."""
+
+import base64
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.export.tiny import save_tiny_llama
+
+from sparsepass.graph import SparsepassError
+from sparsepass.graph.load import load_model
+from sparsepass.graph.texts import first_ids, tokenizing
+
+
+def changed(folder: Path, **parts: Any) -> Path:
+    """A tiny checkpoint with other parts in its tokenizer.json."""
+    save_tiny_llama(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    return folder
+
+
+def table_of(size: int) -> dict[str, str]:
+    """A table of characters that is too short: its reader goes past the end at the first byte of at least ``size``."""
+    table = struct.pack("<I", 4 * size) + bytes(4 * size) + b"x"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+@pytest.mark.parametrize(
+    ("parts", "place"),
+    [
+        ({"normalizer": [[""]]}, r"normalizer is list"),
+        ({"decoder": ["a"]}, r"decoder is list"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, ["a"]]}},
+            r"normalizer\.normalizers\[1\] is list",
+        ),
+    ],
+)
+def test_a_list_is_no_part(tmp_path: Path, parts: dict[str, Any], place: str) -> None:
+    with pytest.raises(SparsepassError, match=rf"tokenizer\.json: {place}, expected an object"):
+        load_model(changed(tmp_path, **parts))
+
+
+@pytest.mark.parametrize("table", [{"type": "Precompiled", "precompiled_charsmap": ""}, table_of(4)])
+def test_a_panic_is_told_on_load(tmp_path: Path, capfd: pytest.CaptureFixture[str], table: dict[str, str]) -> None:
+    with pytest.raises(SparsepassError, match=r"tokenizer.*PanicException"):
+        load_model(changed(tmp_path, normalizer=table))
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_panic_is_told_at_a_text(tmp_path: Path) -> None:
+    tokenizer = load_model(changed(tmp_path, normalizer=table_of(0xF1))).tokenizer
+    assert tokenizer is not None
+    assert first_ids("the fox", tokenizer, None, what="text")
+    with pytest.raises(SparsepassError, match=rf"the tokenizer of {tmp_path} fails: PanicException: index out of bounds"):
+        first_ids("the fox \U000f0000", tokenizer, None, what="text")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SparsepassError])
+def test_what_is_no_fault_of_its_files_stays(error: type[BaseException]) -> None:
+    with pytest.raises(error), tokenizing(None):
+        raise error
