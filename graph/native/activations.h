@@ -175,4 +175,13 @@ inline void put_results(int type, const float* y, const float* bias, int64_t tok
   }
 }
 
+// Fetches where put_results will write.
+inline void fetch_results(int type, int64_t token, int64_t first, int64_t last, const Outputs& to) {
+  for (int64_t part = 0, begin = 0; part < to.parts; begin = to.ends[part++]) {
+    const int64_t size = to.ends[part] - begin, from = std::max(first, begin), bytes = element_bytes(type);
+    const uint8_t* at = static_cast<const uint8_t*>(to.buffers[part]) + (token * size + from - begin) * bytes;
+    for (int64_t byte = 0; byte < (std::min(last, to.ends[part]) - from) * bytes; byte += 64) __builtin_prefetch(at + byte, 1);
+  }
+}
+
 }  // namespace sparsepass

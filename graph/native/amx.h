@@ -28,12 +28,12 @@
 namespace sparsepass::amx {
 
 constexpr int64_t kTile = 1024;          // bytes
+constexpr int64_t kLine = 64;            // bytes of a tile's row
 constexpr int64_t kColumns = 32;         // of a tile
 constexpr int64_t kTokens = 16;          // of a tile
 constexpr int64_t kRows = 32;            // of two tiles of the weight
-constexpr int64_t kRowsAtOnce = 128;     // the more, the less often is x read
-constexpr int64_t kBlocksAtOnce = 16;    // of columns: tiles of these rows and columns, 512 KB, stay in the second cache
-constexpr int64_t kStepsAtOnce = 64;     // tiles side by side
+constexpr int64_t kRowsAtOnce = 256;     // the more, the less often is x read
+constexpr int64_t kBlocksAtOnce = 4;     // of columns: of these, 32 tokens stay in the first cache, and these rows in the second one
 constexpr int64_t kFewTokens = 64;       // whose tiles stay in the second cache beside those of any rows
 constexpr int64_t kTokensAtOnce = 1024;  // whose tiles and sums are kept
 
@@ -99,11 +99,14 @@ SPARSEPASS_TILES inline void take_tokens(const uint8_t* words, int64_t bytes, in
 // Some columns of a row of integers as bf16, scaled: 32 of them every 2 kTile bytes. Scales change at multiples of 16 columns.
 SPARSEPASS_TILES inline void take_bytes(const uint8_t* bytes, const uint16_t* scales, int64_t size, int64_t groups, int64_t column, int64_t steps,
                                         uint8_t* out) {
-  int64_t group = column / size, until = (group + 1) * size;
+  int64_t group = column / size, until = column;
+  __m512 scale = _mm512_setzero_ps();
   auto sixteen = [&](const uint8_t* from) SPARSEPASS_TILES {
-    if (column == until) group++, until += size;
+    if (column >= until) {
+      scale = _mm512_set1_ps(widen_bf16(scales[std::min(group, groups - 1)]));  // a row's padding has no scale
+      until = ++group * size;
+    }
     column += 16;
-    const __m512 scale = _mm512_set1_ps(widen_bf16(scales[std::min(group, groups - 1)]));  // a row's padding has no scale
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))), scale);
   };
   for (int64_t step = 0; step < steps; step++, bytes += kColumns, out += 2 * kTile) {
@@ -112,45 +115,63 @@ SPARSEPASS_TILES inline void take_bytes(const uint8_t* bytes, const uint16_t* sc
   }
 }
 
-// Some rows of a weight.
+// Some rows of a weight, from an even one on.
 struct Rows {
   const SparsepassWeight& weight;
   const Layout& layout;
   int64_t first, count;
 
-  // Room for 32 rows each: `steps` pairs of tiles, in which a row's columns lie 2 kTile bytes apart. Rows that are not there are zeros.
+  // Room for 32 rows each: `steps` pairs of tiles, in which a row's columns lie 2 kTile bytes apart, and rows one after the other. They are
+  // taken two at a time, or one; rows that are not there are zeros.
   template <class Take>
   void each(int64_t steps, uint8_t* out, const Take& take) const {
-    for (int64_t i = 0; i < ceil_div(count, kRows) * kRows; i++) {
-      uint8_t* to = out + i / kRows * steps * 2 * kTile + i % kRows * 64;
-      if (i < count) {
-        take(i, to);
-      } else {
-        for (int64_t step = 0; step < steps; step++) std::memset(to + step * 2 * kTile, 0, 64);
-      }
+    for (int64_t i = 0; i < ceil_div(count, kRows) * kRows; i += 2) {
+      uint8_t* to = out + i / kRows * steps * 2 * kTile + i % kRows * kLine;
+      const int64_t there = std::clamp<int64_t>(count - i, 0, 2);
+      if (there > 0) take(i, there, to);
+      for (int64_t row = there; row < 2; row++)
+        for (int64_t step = 0; step < steps; step++) std::memset(to + row * kLine + step * 2 * kTile, 0, kLine);
     }
+  }
+
+  // Blocks of one row or two with their zeros; those of later rows are fetched.
+  template <bool kWords>
+  void unpack(const Panel& panel, int64_t begin, int64_t end, int64_t i, int64_t there, uint8_t* out, int64_t apart, int64_t rows_apart) const {
+    constexpr int64_t kAhead = 4;
+    const auto* data = static_cast<const uint8_t*>(weight.data);
+    if (i + kAhead < count) {
+      const uint8_t* later = data + layout.at(first + i + kAhead, panel) + (begin - panel.begin) * layout.block_bytes;
+      for (int64_t byte = 0; byte < (end - begin) * layout.block_bytes; byte += kLine) __builtin_prefetch(later + byte);
+    }
+    const auto& rows = there == 2 ? avx512::unpack<kWords, 2> : avx512::unpack<kWords, 1>;
+    rows(layout, panel, begin, end, data, first + i, out, apart, rows_apart, false);
   }
 
   // Their columns in the blocks from `begin` to `end` of a panel.
   void take(const Panel& panel, int64_t begin, int64_t end, int64_t steps, uint8_t* out) const {
-    const auto* data = static_cast<const uint8_t*>(weight.data);
     if (!is_integer(weight.kind)) {
-      return each(steps, out, [&](int64_t i, uint8_t* to) { avx512::unpack<true>(layout, panel, begin, end, data, first + i, to, 2 * kTile); });
+      return each(steps, out, [&](int64_t i, int64_t there, uint8_t* to) { unpack<true>(panel, begin, end, i, there, to, 2 * kTile, kLine); });
     }
-    alignas(64) uint8_t bytes[kBlocksAtOnce * kGroup];
+    constexpr int64_t kBytes = kBlocksAtOnce * kGroup;
+    alignas(64) uint8_t bytes[2 * kBytes];
     const int64_t size = weight.group_size ? weight.group_size : weight.columns, groups = ceil_div(weight.columns, size);
-    each(steps, out, [&](int64_t i, uint8_t* to) {
-      avx512::unpack<false>(layout, panel, begin, end, data, first + i, bytes);
-      take_bytes(bytes, weight.scales + (first + i) * groups, size, groups, begin * kGroup, steps, to);
+    each(steps, out, [&](int64_t i, int64_t there, uint8_t* to) {
+      unpack<false>(panel, begin, end, i, there, bytes, kLine, kBytes);
+      for (int64_t row = 0; row < there; row++)
+        take_bytes(bytes + row * kBytes, weight.scales + (first + i + row) * groups, size, groups, begin * kGroup, steps, to + row * kLine);
     });
   }
 
   void take_branch(int64_t steps, uint8_t* out) const {
     const int64_t sums = weight.columns / weight.k;
-    each(steps, out, [&](int64_t i, uint8_t* to) {
-      for (int64_t from = 0; from < sums; from += kColumns, to += 2 * kTile) {
-        std::memset(to, 0, 64);
-        std::memcpy(to, weight.branch + (first + i) * sums + from, static_cast<size_t>(std::min(kColumns, sums - from)) * 2);
+    each(steps, out, [&](int64_t i, int64_t there, uint8_t* to) {
+      for (int64_t row = 0; row < there; row++) {
+        for (int64_t step = 0; step < steps; step++) {
+          uint8_t* line = to + row * kLine + step * 2 * kTile;
+          const int64_t from = step * kColumns;
+          std::memset(line, 0, kLine);
+          std::memcpy(line, weight.branch + (first + i + row) * sums + from, static_cast<size_t>(std::min(kColumns, sums - from)) * 2);
+        }
       }
     });
   }
@@ -162,8 +183,11 @@ inline void fetch(const uint8_t* tile) {
 }
 
 // 32 rows meet 32 tokens, or 16: `sums` are the tiles of the first 16 tokens, then those of the next. They are added to unless `is_first`.
+// The rows come from the second cache and leave the first one to x, whose tiles are fetched where they are met for the first time
+// (Intel Xeon, AMX: rows that are fetched beforehand, or loaded to stay, cost 15% of what it gives).
 template <bool kTwice>
-SPARSEPASS_TILES inline void multiply(const uint8_t* rows, const uint8_t* x, int64_t x_row, int64_t steps, bool is_first, float* sums) {
+SPARSEPASS_TILES inline void multiply(const uint8_t* rows, const uint8_t* x, int64_t x_row, int64_t steps, bool is_first, bool fetches,
+                                      float* sums) {
   constexpr int64_t kNumbers = kTile / 4, kAhead = 2;  // steps
   if (is_first) {
     _tile_zero(0);
@@ -181,13 +205,13 @@ SPARSEPASS_TILES inline void multiply(const uint8_t* rows, const uint8_t* x, int
     }
   }
   for (int64_t step = 0; step < steps; step++, rows += 2 * kTile, x += kTile) {
-    fetch(rows + kAhead * 2 * kTile);
-    fetch(rows + kAhead * 2 * kTile + kTile);
-    fetch(x + kAhead * kTile);
-    if constexpr (kTwice) fetch(x + x_row + kAhead * kTile);
-    _tile_loadd(4, rows, 64);
+    if (fetches) {
+      fetch(x + kAhead * kTile);
+      if constexpr (kTwice) fetch(x + x_row + kAhead * kTile);
+    }
+    _tile_stream_loadd(4, rows, 64);
     _tile_loadd(6, x, 64);
-    _tile_loadd(5, rows + kTile, 64);
+    _tile_stream_loadd(5, rows + kTile, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kTwice) _tile_loadd(7, x + x_row, 64);
     _tile_dpbf16ps(1, 5, 6);
@@ -215,56 +239,72 @@ SPARSEPASS_TILES inline void put_row(int type, const float* y, const float* bias
   }
 }
 
-// Some rows, kRowsAtOnce at most, meet all tokens, whose tiles are x: `steps` side by side, those of the branch last.
-SPARSEPASS_TILES inline void rows_meet(const SparsepassWeight& w, const Layout& layout, int64_t first, int64_t last, const uint8_t* x, int64_t steps,
-                                       int64_t tokens, int type, int64_t before, const Outputs& to) {
+// Tokens as tiles, and where their sums go.
+struct Tokens {
+  const uint8_t* tiles;   // 16 tokens after 16 tokens, `steps` of them each
+  int64_t steps, count;
+
+  int64_t blocks() const { return ceil_div(count, kTokens); }
+};
+
+// `count` pairs of tiles for each 32 rows, the first of them `done` steps behind the rows' first columns, meet all tokens.
+SPARSEPASS_TILES inline void meet(const uint8_t* rows, int64_t pairs, int64_t count, int64_t done, const Tokens& tokens, float* sums) {
+  const int64_t blocks = tokens.blocks(), x_row = tokens.steps * kTile;
+  for (int64_t block = 0; block < blocks; block += 2) {
+    const auto& step = block + 1 < blocks ? multiply<true> : multiply<false>;
+    const uint8_t* x = tokens.tiles + block * x_row + done * kTile;
+    for (int64_t pair = 0; pair < pairs; pair++)
+      step(rows + pair * count * 2 * kTile, x, x_row, count, done == 0, pair == 0, sums + (pair * blocks + block) * 2 * (kTile / 4));
+  }
+}
+
+// Sums of the rows from `first` to `last`, as results of the tokens, of which so many others come before.
+SPARSEPASS_TILES inline void put_sums(const float* sums, int64_t first, int64_t last, const Tokens& tokens, int type, const float* bias, int64_t before,
+                                      const Outputs& to) {
+  alignas(64) float turned[kTokens * kRowsAtOnce];
+  const int64_t blocks = tokens.blocks();
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t begin = block * kTokens, end = std::min(tokens.count, begin + kTokens);
+    for (int64_t token = begin; token < end; token++) fetch_results(type, before + token, first, last, to);
+    for (int64_t pair = 0; pair < ceil_div(last - first, kRows); pair++) {
+      const float* tiles = sums + (pair * blocks + block) * 2 * (kTile / 4);
+      turn(tiles, 16, 16, turned + pair * kRows, kRowsAtOnce);
+      turn(tiles + kTile / 4, 16, 16, turned + pair * kRows + kRows / 2, kRowsAtOnce);
+    }
+    for (int64_t token = begin; token < end; token++)
+      put_results(type, turned + (token - begin) * kRowsAtOnce - first, bias, before + token, first, last, to, put_row);
+  }
+}
+
+// Some rows, kRowsAtOnce at most, meet all tokens; steps of the branch come last.
+SPARSEPASS_TILES inline void rows_meet(const SparsepassWeight& w, const Layout& layout, int64_t first, int64_t last, const Tokens& tokens, int type,
+                                       int64_t before, const Outputs& to) {
   thread_local std::vector<uint8_t> room_of_rows, room_of_sums;
   const Rows rows{w, layout, first, last - first};
-  const int64_t pairs = ceil_div(rows.count, kRows), blocks = ceil_div(tokens, kTokens), x_row = steps * kTile;
-  auto* sums = reinterpret_cast<float*>(aligned(room_of_sums, pairs * blocks * 2 * kTile));
+  const int64_t pairs = ceil_div(rows.count, kRows);
+  auto* sums = reinterpret_cast<float*>(aligned(room_of_sums, pairs * tokens.blocks() * 2 * kTile));
+  auto room_for = [&](int64_t count) { return aligned(room_of_rows, pairs * count * 2 * kTile); };
   const Configuration configuration;
   _tile_loadconfig(&configuration);
-  // Tiles that are `before_them` steps behind the first.
-  auto meet_all = [&](const uint8_t* tiles, int64_t count, int64_t before_them) SPARSEPASS_TILES {
-    for (int64_t from = 0; from < count; from += kStepsAtOnce) {
-      for (int64_t block = 0; block < blocks; block += 2) {
-        const auto& meet = block + 1 < blocks ? multiply<true> : multiply<false>;
-        const uint8_t* some = x + block * x_row + (before_them + from) * kTile;
-        for (int64_t pair = 0; pair < pairs; pair++) {
-          float* own_sums = sums + (pair * blocks + block) * 2 * (kTile / 4);
-          meet(tiles + (pair * count + from) * 2 * kTile, some, x_row, std::min(kStepsAtOnce, count - from), before_them + from == 0, own_sums);
-        }
-      }
-    }
-  };
   int64_t done = 0;
   for (int64_t number = 0; number < layout.panels; number++) {
     const Panel panel = layout.panel(number);
     for (int64_t begin = panel.begin; begin < panel.last(); begin += kBlocksAtOnce) {
       const int64_t end = std::min(begin + kBlocksAtOnce, panel.last());
       const int64_t count = std::min(end * (kGroup / kColumns), layout.padded_columns() / kColumns) - done;
-      uint8_t* tiles = aligned(room_of_rows, pairs * count * 2 * kTile);
+      uint8_t* tiles = room_for(count);
       rows.take(panel, begin, end, count, tiles);
-      meet_all(tiles, count, done);
+      meet(tiles, pairs, count, done, tokens, sums);
       done += count;
     }
   }
-  if (done < steps) {
-    uint8_t* tiles = aligned(room_of_rows, pairs * (steps - done) * 2 * kTile);
-    rows.take_branch(steps - done, tiles);
-    meet_all(tiles, steps - done, done);
+  if (const int64_t count = tokens.steps - done; count > 0) {
+    uint8_t* tiles = room_for(count);
+    rows.take_branch(count, tiles);
+    meet(tiles, pairs, count, done, tokens, sums);
   }
   _tile_release();
-  alignas(64) float turned[kTokens * kRowsAtOnce];
-  for (int64_t block = 0; block < blocks; block++) {
-    for (int64_t pair = 0; pair < pairs; pair++) {
-      const float* tiles = sums + (pair * blocks + block) * 2 * (kTile / 4);
-      turn(tiles, 16, 16, turned + pair * kRows, kRowsAtOnce);
-      turn(tiles + kTile / 4, 16, 16, turned + pair * kRows + kRows / 2, kRowsAtOnce);
-    }
-    for (int64_t token = block * kTokens; token < std::min(tokens, (block + 1) * kTokens); token++)
-      put_results(type, turned + token % kTokens * kRowsAtOnce - first, w.bias, before + token, first, last, to, put_row);
-  }
+  put_sums(sums, first, last, tokens, type, w.bias, before, to);
 }
 
 // y = x times the transposed weight, plus branch and bias, for a packed weight of bf16 or integers, which meets x as bf16.
@@ -294,7 +334,7 @@ inline void linear(const SparsepassWeight& w, int type, const void* x, int64_t s
     const int64_t step = count > kFewTokens ? kRowsAtOnce : kRows;
     in_parts(w.rows, kRows, threads, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin; first < end; first += step)
-        rows_meet(w, layout, first, std::min(end, first + step), tiles, steps, count, type, before, to);
+        rows_meet(w, layout, first, std::min(end, first + step), {tiles, steps, count}, type, before, to);
     });
   }
 }

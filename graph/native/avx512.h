@@ -413,37 +413,53 @@ SPARSEPASS_WORDS void to_words(const SparsepassWeight& w, const Layout& from, in
 
 // ---- With their zeros ----
 
-// The blocks from `begin` to `end` of a row, of one panel: 32 columns of words or 64 of bytes at a time, which lie `apart` bytes from each
-// other; whole registers are written. Returns where the next ones go.
-template <bool kWords>
+// Lanes and places of avx2::Places for whole registers.
+struct WidePlaces {
+  __m512i first, second, place;
+
+  SPARSEPASS_WORDS explicit WidePlaces(const avx2::Places& half)
+      : first(_mm512_broadcast_i64x4(half.first)), second(_mm512_broadcast_i64x4(half.second)), place(_mm512_broadcast_i64x4(half.place)) {}
+
+  // One register of values and one of codes: the columns of one row.
+  template <bool kWords>
+  SPARSEPASS_WORDS __m512i spread(__m512i values, __m512i codes) const {
+    const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
+    const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
+    if constexpr (kWords) {
+      const __m512i found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
+      return _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
+    } else {
+      const __m512i found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
+      return _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
+    }
+  }
+};
+
+// The blocks from `begin` to `end` of a row, or of two, of one panel: 32 columns of words or 64 of bytes at a time, which lie `apart` bytes
+// from each other; whole registers are written. `reads_on`: what lies behind them is needed next. Returns where the next columns go.
+template <bool kWords, int kRows = 1>
 SPARSEPASS_WORDS uint8_t* unpack(const Layout& layout, const Panel& panel, int64_t begin, int64_t end, const uint8_t* data, int64_t row,
-                                 uint8_t* out, int64_t apart = 64) {
-  const avx2::Places half = avx2::places_of<kWords>(row);
-  const __m512i first = _mm512_broadcast_i64x4(half.first), second = _mm512_broadcast_i64x4(half.second);
-  const __m512i place = _mm512_broadcast_i64x4(half.place), two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
+                                 uint8_t* out, int64_t apart = 64, int64_t rows_apart = 0, bool reads_on = true) {
+  constexpr int kSteps = kWords ? 4 : 2;  // registers of a block
+  const WidePlaces places[2] = {WidePlaces(avx2::places_of<kWords>(row)), WidePlaces(avx2::places_of<kWords>(row + kRows - 1))};
+  const __m512i two_bits = kWords ? _mm512_set1_epi16(3) : _mm512_set1_epi8(3);
   const __m512i four_bits = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
-  const bool nibbles = layout.kind == kInt4, fetches = fetches_ahead() && row % 2 == 0;
-  const uint8_t* at = data + layout.at(row, panel) + (begin - panel.begin) * layout.block_bytes;
-  for (int64_t block = begin; block < end; block++, at += layout.block_bytes) {
-    if (fetches) avx2::fetch(at, layout.block_bytes);
-    const bool is_left = block == layout.full;
+  const bool nibbles = layout.kind == kInt4, fetches = reads_on && fetches_ahead() && row % 2 == 0;
+  const int64_t block_bytes = layout.block_bytes;
+  const uint8_t* at = data + layout.at(row, panel) + (begin - panel.begin) * block_bytes;
+  for (int64_t block = begin; block < end; block++, at += block_bytes) {
+    if (fetches) avx2::fetch(at, block_bytes);
+    const int64_t count = block == layout.full ? panel.left / 2 : kSteps;
     const __m512i all = _mm512_broadcast_i64x4(avx2::load(at));
-    const int64_t count = (is_left ? panel.left : layout.per_block) / 2;
-    for (int64_t k = 0; k < count; k++, out += apart) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSteps; k++) {
+      if (k >= count) break;
       const __m512i codes = _mm512_and_si512(_mm512_srlv_epi16(all, _mm512_load_si512(kTables.shifts[k])), two_bits);
       __m512i values = _mm512_loadu_si512(at + Layout::kStep + (nibbles ? 0 : k) * 64);
       if (nibbles) values = _mm512_sub_epi8(_mm512_and_si512(k ? _mm512_srli_epi16(values, 4) : values, four_bits), eight);
-      const __m512i of_first = _mm512_shuffle_epi8(codes, first), of_second = _mm512_shuffle_epi8(codes, second);
-      const __m512i firsts = _mm512_shuffle_epi8(values, first), seconds = _mm512_shuffle_epi8(values, second);
-      __m512i found;
-      if constexpr (kWords) {
-        found = _mm512_maskz_mov_epi16(_mm512_cmpeq_epi16_mask(of_first, place), firsts);
-        found = _mm512_mask_mov_epi16(found, _mm512_cmpeq_epi16_mask(of_second, place), seconds);
-      } else {
-        found = _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(of_first, place), firsts);
-        found = _mm512_mask_mov_epi8(found, _mm512_cmpeq_epi8_mask(of_second, place), seconds);
-      }
-      _mm512_storeu_si512(out, found);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; r++) _mm512_storeu_si512(out + r * rows_apart, places[r].template spread<kWords>(values, codes));
+      out += apart;
     }
   }
   return out;
