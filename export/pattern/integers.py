@@ -6,8 +6,8 @@ from typing import Final
 
 from torch import Tensor
 
+from sparsepass.graph.integer_words import steps_from_words
 from sparsepass.graph.support import SparsepassError
-from sparsepass.graph.words import steps_from_words
 
 PACKED: Final = ".weight_packed"
 _PARTS: Final = (PACKED, ".weight_scale", ".weight_shape", ".weight_zero_point")

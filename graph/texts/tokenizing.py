@@ -1,16 +1,19 @@
 """Calls of a tokenizer, which is made of files that come with a model: what goes wrong in it is told as the fault of these."""
 
+import inspect
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from sparsepass.graph.support import SparsepassError, first_line
 
 _PROBE = "A b, the 2nd fox [/b] <s>\x1b\n\tcafe\u0301 é 語 \u200b\U0001f98a"
 """A text with something of everything: damaged tables of characters show on one of their own only."""
+_BESIDE_WORDS: Final = {"boxes": [0, 0, 1, 1], "xpaths": "/html/body"}
+"""What tokenizers of pages (LayoutLM, MarkupLM) want for each word, and take no text without."""
 
 
 @contextmanager
@@ -61,7 +64,11 @@ def try_tokenizer(tokenizer: Any) -> None:
         SparsepassError: If it fails.
     """
     with tokenizing(tokenizer), panics_unseen():
-        tokenizer.decode(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+        words = _PROBE.split()
+        known = inspect.signature(tokenizer.__call__).parameters
+        beside: dict[str, Any] = {name: [each] * len(words) for name, each in _BESIDE_WORDS.items() if name in known}
+        ids = tokenizer(words if beside else _PROBE, add_special_tokens=False, **beside)["input_ids"]
+        tokenizer.decode(ids)
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from sparsepass.graph.integer_words import to_words
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.packed_folder import linear_layers, stored_names
 from sparsepass.graph.program import Program
 from sparsepass.graph.rounding import Rounded, RoundingGrid
 from sparsepass.graph.support import SparsepassError
-from sparsepass.graph.words import to_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

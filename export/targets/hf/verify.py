@@ -14,11 +14,11 @@ from sparsepass.export.targets.hf.lower import auto_class, stored_weights
 from sparsepass.graph.admission import in_float64, plain_settings
 from sparsepass.graph.equivalence import difference
 from sparsepass.graph.fusion import split_siblings
+from sparsepass.graph.integer_words import steps_from_words
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.model import to_model
 from sparsepass.graph.program import Program, masked_weight
 from sparsepass.graph.support import load_tensors, package_version, quiet_loading
-from sparsepass.graph.words import steps_from_words
 from sparsepass.passes.maths import NMPattern, num_violations
 
 # Relative error of the outputs that is taken for rounding without a further look, by the checkpoint's dtype.

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tests.export.tiny import save_tiny_llama
 
 from sparsepass.graph import SparsepassError
-from sparsepass.graph.load import load_model
+from sparsepass.graph.load import load_model, tokenizer_in
 from sparsepass.graph.texts import first_ids, tokenizing
 
 
@@ -57,6 +58,13 @@ def test_a_panic_is_told_at_a_text(tmp_path: Path) -> None:
     assert first_ids("the fox", tokenizer, None, what="text")
     with pytest.raises(SparsepassError, match=rf"the tokenizer of {tmp_path} fails: PanicException: index out of bounds"):
         first_ids("the fox \U000f0000", tokenizer, None, what="text")
+
+
+def test_words_of_pages_are_taken_with_their_places(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "fox"]))
+    transformers.LayoutLMv2Tokenizer(str(vocabulary)).save_pretrained(tmp_path / "page")
+    assert type(tokenizer_in(tmp_path / "page", "page")).__name__.startswith("LayoutLMv2")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SparsepassError])

@@ -15,9 +15,9 @@ from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets import LoweringContext
 from sparsepass.export.targets.hf import HuggingFace, load_plain
 from sparsepass.graph import Program, SparsepassError
+from sparsepass.graph.integer_words import from_words
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.program import masked_weight
-from sparsepass.graph.words import from_words
 from sparsepass.passes import apply_passes
 
 UP = "model.layers.0.mlp.up_proj"

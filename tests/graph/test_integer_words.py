@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sparsepass.graph.words import from_words, steps_from_words, to_words
+from sparsepass.graph.integer_words import from_words, steps_from_words, to_words
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
