@@ -13,6 +13,7 @@ from sparsepass.export.stages.settings import BenchSettings, ModelSource
 from sparsepass.export.targets import Target
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.load import parse_dtype
+from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import find_device
 
 
@@ -34,13 +35,15 @@ class MeasureSection:
     bench: BenchSettings | None = field(default_factory=BenchSettings)
     size: bool = True
 
-    def check(self, exports: Sequence[Target], where: str, *, is_program: bool) -> None:
+    def check(self, exports: Sequence[Target], where: str, model: ModelSource, *, is_program: bool, is_quantized: bool) -> None:
         """Make sure that a recipe exports what is measured, and that it can be measured.
 
         Args:
             exports: What the recipe exports.
             where: Place of the section, for messages.
-            is_program: Whether the recipe's model is a saved program, which is no dense model.
+            model: The recipe's.
+            is_program: Whether that is a saved program, which is no dense model.
+            is_quantized: Whether the recipe rounds weights.
 
         Raises:
             SparsepassError: If it cannot.
@@ -53,14 +56,20 @@ class MeasureSection:
             )
         if self.bench is None and not self.size:
             raise SparsepassError(f"{where}: neither bench nor size is wanted; leave the section out")
-        if self.bench is not None and not found.is_checkpoint:
+        if self.bench is not None and not found.is_checkpoint(is_quantized=is_quantized):
+            integers = " of integers" if found.is_checkpoint(is_quantized=False) else ""
             raise SparsepassError(
-                f"{where}: bench runs folders that load as a model, and the target {self.target} writes none; set bench: null "
-                "for its size alone, or name another target"
+                f"{where}: bench runs folders that load as a model, and the target {self.target} writes none{integers}; set "
+                "bench: null for its size alone, or name another target"
             )
         if self.against is None and is_program:
             raise SparsepassError(
                 f"{where}: the recipe's model is a saved program; name the dense model that it is compared with: against: MODEL"
+            )
+        if self.size and self.against is None and (model.revision is not None or model.trust_remote_code):
+            raise SparsepassError(
+                f"{where}: sizes are counted from a configuration of the hub's default revision, without code of its own, and "
+                "model has revision or trust_remote_code; set size: false, or name a local folder as model"
             )
         if self.dtype is not None:
             parse_dtype(self.dtype)
@@ -72,6 +81,8 @@ class MeasureSection:
             SparsepassError: If they are not.
         """
         if self.against is not None:
+            if (Path(self.against).expanduser() / PROGRAM_FILE).is_file():
+                raise SparsepassError(f"measure.against: {self.against} is a saved program; name the dense model")
             ModelSource(source=self.against, trust_remote_code=trust_remote_code).check()
         if self.bench is not None:
             find_device(self.bench.device)

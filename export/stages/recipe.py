@@ -297,12 +297,13 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}: there is no section prune, and the model {recipe.model.source} is no saved program, so there is nothing "
             "sparse to go on with; add prune, or name a folder that `sparsepass prune` wrote"
         )
+    quantizes = False
     if recipe.prune is not None:
         try:
             pipeline = parse_pipeline(recipe.prune.passes)
             resolved(pipeline, has_calibration=recipe.prune.calibration.data is not None)
+            quantizes = any(Condition.QUANTIZED in item.provides for item in pipeline)
             if recipe.retrain is not None and not is_program:  # what a saved one holds is looked at when it is read
-                quantizes = any(Condition.QUANTIZED in item.provides for item in pipeline)
                 check_quantize(quantizes, recipe.retrain.train.quantize)
         except SparsepassError as error:
             raise SparsepassError(f"{where}: prune.passes: {error}") from error
@@ -315,7 +316,8 @@ def _check(recipe: Recipe, where: str) -> None:
         parse_dtype(recipe.model.dtype)
     _check_exports(recipe, where)
     if recipe.measure is not None:
-        recipe.measure.check([section.target for section in recipe.export], f"{where}: measure", is_program=is_program)
+        targets = [section.target for section in recipe.export]
+        recipe.measure.check(targets, f"{where}: measure", recipe.model, is_program=is_program, is_quantized=quantizes)
 
 
 def check_retrain(section: RetrainSection, where: str) -> None:

@@ -137,9 +137,6 @@ class Target(ABC):
 
     name: ClassVar[str]
     description: ClassVar[str]
-    is_checkpoint: ClassVar[bool] = False
-    """Whether `load_model` loads the folder that is written, so that it can be timed beside other models."""
-
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -157,6 +154,15 @@ class Target(ABC):
     def model_task(self) -> str | None:
         """What the model is for, if an option `task` says so; it is loaded as that."""
         return getattr(self, "task", None)
+
+    def is_checkpoint(self, *, is_quantized: bool) -> bool:
+        """Whether `load_model` loads the folder that is written, so that it can be timed beside other models.
+
+        Args:
+            is_quantized: Whether the program's weights are rounded to integers or fp8.
+        """
+        del is_quantized
+        return False
 
     @abstractmethod
     def check_here(self) -> None:

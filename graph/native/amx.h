@@ -239,7 +239,7 @@ SPARSEPASS_TILES inline void put_row(int type, const float* y, const float* bias
   }
 }
 
-// Tokens as tiles, and where their sums go.
+// Tokens as tiles.
 struct Tokens {
   const uint8_t* tiles;   // 16 tokens after 16 tokens, `steps` of them each
   int64_t steps, count;

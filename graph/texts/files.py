@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.graph.texts.rows import path_kind, records
-from sparsepass.graph.texts.tokenizing import tokenizing
+from sparsepass.graph.texts.tokenizing import tokenizing, whole_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def row_text(value: object, tokenizer: "PreTrainedTokenizerBase | None", where: 
         ('words', '')
     """
     if value is None or isinstance(value, str):
-        return _whole(value or "", where)
+        return whole_text(value or "", where)
     if not (isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value)):
         raise SparsepassError(
             f"{where} holds {type(value).__name__}, not text (nor a chat, a list of messages); "
@@ -76,23 +76,11 @@ def row_text(value: object, tokenizer: "PreTrainedTokenizerBase | None", where: 
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise SparsepassError(f"{where} holds a chat, and the tokenizer has no chat template; give the chats as text")
     try:
-        return _whole(str(tokenizer.apply_chat_template(value, tokenize=False)), where)
+        return whole_text(str(tokenizer.apply_chat_template(value, tokenize=False)), where)
     except SparsepassError:
         raise
     except Exception as error:  # of a template, a program that comes with the model
         raise SparsepassError(f"{where}: the chat template does not take this chat: {first_line(error)}") from error
-
-
-def _whole(text: str, where: str) -> str:
-    """The text itself, unless it holds half of a character: JSON can, UTF-8 and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start].encode("unicode_escape").decode()
-        raise SparsepassError(
-            f"{where} holds half of a character ({half}, a lone surrogate), which is no text; mend it"
-        ) from error
-    return text
 
 
 def check_text_file(path: Path, what: str, *, column: str | None = None) -> None:
@@ -167,7 +155,7 @@ def first_ids(
         held = "".join(parts)
         begin = held if num_tokens is None or (is_whole and len(held) <= size) else held[: last_cut(held[:size]) or size]
         # verbose=False: a text longer than the model's context is meant here.
-        with tokenizing(tokenizer):
+        with tokenizing(tokenizer, begin):
             ids = list(tokenizer(begin, add_special_tokens=False, verbose=False)["input_ids"])
         if len(begin) == len(held) and is_whole:
             if not held.strip():

@@ -255,7 +255,7 @@ class Packer:
 
     def _tokens(self, text: str) -> list[int]:
         # verbose=False: a text longer than the model's context is what is meant here, and not worth a warning.
-        with tokenizing(self.tokenizer):
+        with tokenizing(self.tokenizer, text):
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _too_short(self, num_tokens: int) -> SparsepassError:

@@ -189,7 +189,7 @@ class Encoder:
         if not texts:
             return []
         # verbose=False: a text longer than the model's context is what is meant here, and not worth a warning.
-        with tokenizing(self.tokenizer):
+        with tokenizing(self.tokenizer, *texts):
             encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             return list(encoded["input_ids"])
 

@@ -282,7 +282,7 @@ def _is_sampled(path: Path) -> bool:
 
 def _prompt(tokenizer: Any, start: str | None) -> list[int]:
     if start is not None:
-        with tokenizing(tokenizer):
+        with tokenizing(tokenizer, start):
             ids: list[int] = tokenizer(start, add_special_tokens=False).input_ids
         if not ids:
             raise SparsepassError(f"sequences are to start from {start!r}, which the tokenizer makes no token of")

@@ -1,4 +1,4 @@
-"""Quantized weights as compressed-tensors stores them, which stock transformers and vLLM load.
+"""Quantized weights as compressed-tensors stores them, which stock transformers loads.
 
 1. ``pack-quantized``: a layer has ``weight_packed`` (integers in words), ``weight_scale``, ``weight_shape`` and, if it has zero
    points, ``weight_zero_point``, in the place of ``weight``. ``float-quantized``: ``weight`` is of fp8, with ``weight_scale``.

@@ -27,7 +27,6 @@ class HuggingFace(Target):
 
     name: ClassVar[str] = "hf"
     description: ClassVar[str] = "a folder that plain transformers loads; SLoRB beside it as a PEFT LoRA adapter"
-    is_checkpoint: ClassVar[bool] = True
 
     form: Literal["integers", "dense"] = "integers"
 
@@ -35,6 +34,10 @@ class HuggingFace(Target):
         super().__post_init__()
         if self.form not in ("integers", "dense"):
             raise option_error(f"form={self.form} is not known; expected integers or dense")
+
+    def is_checkpoint(self, *, is_quantized: bool) -> bool:
+        """It is, unless weights are written as integers, which only transformers reads."""
+        return not is_quantized or self.form == "dense"
 
     def check_here(self) -> None:
         """It is written anywhere."""

@@ -30,7 +30,6 @@ class Packed(Target):
 
     name: ClassVar[str] = "packed"
     description: ClassVar[str] = "a Hugging Face folder of 2:4 layers without their zeros, which sparsepass's own kernels run"
-    is_checkpoint: ClassVar[bool] = True
 
     values: str | None = None
     group_size: int = _GROUP_SIZE
@@ -52,6 +51,11 @@ class Packed(Target):
             check_form(self.values, 8, self.group_size, "the target packed")
         if self.dtype not in (None, "bfloat16", "float16", "float32"):
             raise option_error(f"dtype={self.dtype}: packed layers take bfloat16, float16 and float32; choose one of these")
+
+    def is_checkpoint(self, *, is_quantized: bool) -> bool:
+        """It is, whatever its weights are."""
+        del is_quantized
+        return True
 
     def check_here(self) -> None:
         """It is written anywhere."""

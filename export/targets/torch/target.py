@@ -35,7 +35,6 @@ class SemiStructured(Target):
     description: ClassVar[str] = (
         "a Hugging Face folder whose layers torch's 2:4 kernels run, where that is measured to be faster"
     )
-    is_checkpoint: ClassVar[bool] = True
 
     timings: Path | None = None
     shapes: Shapes = option((), flag="measure-shapes", parse=parse_shapes)
@@ -56,6 +55,11 @@ class SemiStructured(Target):
     def rules(self) -> ChoiceRules:
         """How layers are chosen."""
         return ChoiceRules(shapes=self.shapes, sparse_only=self.sparse_only, compiled=self.compiled)
+
+    def is_checkpoint(self, *, is_quantized: bool) -> bool:
+        """It is, whatever its weights are."""
+        del is_quantized
+        return True
 
     def check_here(self) -> None:
         """Make sure that recorded times can be read, and that the kernels take the type and run on the GPU, if there is one."""

@@ -220,6 +220,19 @@ def test_the_example_is_a_recipe() -> None:
         (measuring(repeats="many"), "repeats"),
         ({"measure": {"bench": 3}, "export": {"target": "packed"}}, "settings of the form"),
         ({"measure": {"dtype": "int9"}, "export": {"target": "packed"}}, "int9"),
+        (
+            {
+                "prune": {"passes": "nm_sparsify,quantize"},
+                "retrain": None,
+                "export": {"target": "hf"},
+                "measure": {"target": "hf"},
+            },
+            "writes none of integers",
+        ),
+        (
+            {"model": {"source": "some/model", "revision": "v1"}, **measuring()},
+            "counted from a configuration of the hub's default",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(changes: dict[str, Any], said: str) -> None:
@@ -233,7 +246,8 @@ def test_the_dense_model_that_is_measured(place: Path, tmp_path: Path) -> None:
     """By default the recipe's, as it is stored and not as it is trained; a saved program is none."""
     from sparsepass.export.stages.preparing import prepare, write_program
 
-    recipe = recipe_of(plain(model={"source": "some/model", "revision": "v1"}, **measuring(batches=[1, 2])), "r.yaml")
+    measured = {"export": {"target": "packed"}, "measure": {"bench": {"batches": [1, 2]}, "size": False}}
+    recipe = recipe_of(plain(model={"source": "some/model", "revision": "v1"}, **measured), "r.yaml")
     assert recipe.measure is not None
     assert recipe.measure.bench == BenchSettings(batches=(1, 2))
     assert recipe.dtype == "float32"

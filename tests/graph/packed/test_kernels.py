@@ -101,6 +101,19 @@ def test_many_tokens_meet_rows_in_panels_and_a_branch(
     close(PackedLinear.from_packed(packed).lay_out()(x), expected(packed, x, path), 2.0)
 
 
+@pytest.mark.numerics
+@ON_EACH_PATH
+@OF_EACH_KIND
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(259, 4232, 70), (515, 600, 130), (289, 8328, 66)])
+def test_many_tokens_meet_more_rows_than_are_taken_at_once(
+    values: Values, path: str, rows: int, columns: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(path, values, monkeypatch)
+    packed = packed_weight(rows, columns, values)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    close(PackedLinear.from_packed(packed).lay_out()(x), expected(packed, x, path), 2.0)
+
+
 @ON_EACH_PATH
 @pytest.mark.parametrize("values", ["int8", "int4"])
 @pytest.mark.parametrize("group_size", [0, 16, 64, 128])

