@@ -14,6 +14,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import random
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,11 @@ _NOT_OURS = (
     # inductor's worker pool forks a process that has threads; torch does it on purpose (Python 3.12 and later warn).
     "ignore:This process .* is multi-threaded, use of fork\\(\\) may lead to deadlocks:DeprecationWarning",
 )
+
+
+# How long one example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

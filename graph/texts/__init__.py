@@ -12,7 +12,7 @@ from sparsepass.graph.texts.files import (
     row_text,
 )
 from sparsepass.graph.texts.rows import TEXT_SUFFIXES, RecordError, arrow_schema, path_kind, records, spread_order
-from sparsepass.graph.texts.tokenizing import is_tokenizer_fault, panics_unseen, tokenizing, try_tokenizer
+from sparsepass.graph.texts.tokenizer import is_tokenizer_fault, panics_unseen, tokenizing, try_tokenizer
 
 __all__ = [
     "CHAT_COLUMN",

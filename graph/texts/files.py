@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sparsepass.graph.support import SparsepassError, first_line
 from sparsepass.graph.texts.rows import path_kind, records
-from sparsepass.graph.texts.tokenizing import tokenizing, whole_text
+from sparsepass.graph.texts.tokenizer import tokenizing, whole_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

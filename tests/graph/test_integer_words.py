@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from sparsepass.graph.integer_words import from_words, steps_from_words, to_words
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(st.sampled_from([4, 8]), st.integers(1, 4), st.integers(1, 21), st.integers(0, 1000))
 def test_words_hold_integers_from_the_lowest_bit_on(bits: int, rows: int, columns: int, seed: int) -> None:
     numbers = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

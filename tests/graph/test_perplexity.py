@@ -119,7 +119,7 @@ def test_equals_the_loss_of_transformers_on_one_window(llama: LlamaForCausalLM, 
     batch_size=st.integers(1, 9),
     bos=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_token_is_scored_once_whatever_the_batch(
     context: int, part: float, length: int, batch_size: int, bos: bool
 ) -> None:

@@ -47,7 +47,7 @@ INTEGERS = st.builds(RoundingGrid, bits=st.sampled_from([4, 8]), group_size=SIZE
 GRIDS = INTEGERS | st.builds(RoundingGrid, bits=st.just(8), group_size=SIZES, format=st.just("fp8"))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(GRIDS, st.integers(1, 3), st.integers(1, 21), st.integers(0, 1000), st.sampled_from([0.0, 1.0, -1.0]))
 def test_it_equals_the_definition(grid: RoundingGrid, rows: int, columns: int, seed: int, shift: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def test_it_equals_the_definition(grid: RoundingGrid, rows: int, columns: int, s
     assert rounded.numbers_OI.dtype == grid.dtype
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(INTEGERS, st.integers(0, 1000))
 def test_no_weight_moves_by_more_than_a_step(grid: RoundingGrid, seed: int) -> None:
     weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
@@ -72,7 +72,7 @@ def test_no_weight_moves_by_more_than_a_step(grid: RoundingGrid, seed: int) -> N
     assert bool(((rounded.weight_OI - weight).abs() <= steps * (0.5 if grid.symmetric else 1.0) * (1 + 1e-5)).all())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(GRIDS, st.integers(0, 1000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.floats(0.3, 1))
 def test_what_is_on_the_grid_comes_back_bit_for_bit(grid: RoundingGrid, seed: int, dtype: torch.dtype, share: float) -> None:
     if grid.bits == 8 and not grid.symmetric and dtype == torch.bfloat16:

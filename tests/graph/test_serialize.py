@@ -61,7 +61,7 @@ SPECIAL = st.sampled_from(
 ARGUMENTS = st.recursive(SCALARS | SPECIAL, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner), max_leaves=8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=ARGUMENTS)
 def test_every_argument_comes_back_with_its_type(value: Any) -> None:
     graph = fx.Graph()

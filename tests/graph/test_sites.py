@@ -167,7 +167,7 @@ def a_site(layout: Any, shape: tuple[int, ...], nm_axis: int) -> Site:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_matrix_of_every_layout_and_back(data: st.DataObject) -> None:
     size = st.integers(1, 5)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from sparsepass.graph import SparsepassError
 from sparsepass.passes import PASSES, Fold, NMSparsify, SLoRB, parse_pipeline, pipeline_to_text
@@ -15,7 +15,6 @@ _PATTERNS = st.lists(
 ).map(tuple)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(["2:4", "1:4", "4:8"]),
     st.sampled_from([None, *CRITERIA]),

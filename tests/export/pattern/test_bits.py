@@ -27,7 +27,7 @@ def slow_count(values: Any, n: int, m: int, axis: int) -> tuple[int, int, tuple[
     return num_groups, num_violations, first
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_counts_agree_with_the_definition(data: st.DataObject) -> None:
     n, m = data.draw(st.sampled_from([(2, 4), (1, 4), (4, 8), (1, 2), (2, 3), (3, 5), (8, 16)]))

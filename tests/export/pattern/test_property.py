@@ -193,7 +193,7 @@ def build(chain: Chain, op: str, attributes: dict[str, Any], held: str) -> onnx.
     return helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], tensors), opset_imports=OPSET, ir_version=10)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     chain=chains(),
     product=st.sampled_from(["MatMul", "left", "Gemm", "Conv"]),

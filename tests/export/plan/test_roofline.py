@@ -111,7 +111,7 @@ def test_intensity_grows_with_tokens() -> None:
     assert intensity(layer, 512.0) > intensity(layer, 64.0) > intensity(layer, 1.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     in_features=st.integers(1, 300).map(lambda n: 16 * n),
     out_features=st.integers(1, 300).map(lambda n: 16 * n),

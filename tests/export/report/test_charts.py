@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, strategies as st
 from markupsafe import Markup
 
 from sparsepass.export.report.charts import (
@@ -45,7 +45,6 @@ def test_text_is_escaped_once_and_markup_is_not() -> None:
 
 @given(FIGURES, st.booleans(), st.booleans())
 @example([1e-308, 10.0, 6e11], False, False)
-@settings(deadline=None)
 def test_an_axis_holds_every_value(values: list[float], from_zero: bool, tight: bool) -> None:
     scale = value_scale(values, from_zero=from_zero, tight=tight)
     assert scale.low < scale.high

@@ -331,7 +331,7 @@ class RandomNet(nn.Module):
 STEPS = sorted(name[1:] for name in vars(RandomNet) if name.startswith("_") and not name.startswith("__"))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=4))
 def test_random_graphs(steps: list[str]) -> None:
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ def slow_unpack(packed: PackedWeight) -> Tensor:
     return weight
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 5),
     groups=st.integers(1, 20),
@@ -43,7 +43,7 @@ def test_floats_come_back_bit_for_bit(rows: int, groups: int, seed: int, dtype: 
 
 
 @pytest.mark.parametrize(("values", "group_size"), [("int8", 0), ("int8", 32), ("int4", 0), ("int4", 16), ("int4", 128)])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 4), groups=st.integers(1, 40), seed=st.integers(0, 1000), size=st.sampled_from([1e-30, 1.0, 1e30]))
 def test_integers_are_the_nearest_and_nothing_clips(
     values: str, group_size: int, rows: int, groups: int, seed: int, size: float

@@ -173,7 +173,7 @@ def test_whole_safetensors_files_are_read(tmp_path: Path) -> None:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_change_of_bytes_comes_through_as_another_error(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -196,7 +196,7 @@ def test_no_change_of_bytes_comes_through_as_another_error(
         load_tensors(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     content=st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789.eE-+truefalsnNaI\\ud ', max_size=60).map(str.encode)
 )

@@ -15,7 +15,7 @@ CHAT = [{"role": "user", "content": "one two"}, {"role": "assistant", "content":
 TOKENIZER = tiny_tokenizer()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lines=st.lists(
         st.lists(st.sampled_from(["the", "quick fox", " ", "", "jumps", "über"]), max_size=8).map(" ".join),

@@ -41,7 +41,7 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, NMPattern]:
     return weight_OI.reshape(rows, groups * m), pattern
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights(), st.sampled_from(sorted(CRITERIA)), st.integers(0, 3))
 def test_every_criterion_keeps_the_pattern_and_its_promise(case: tuple[Tensor, NMPattern], name: str, seed: int) -> None:
     weight_OI, pattern = case
@@ -57,7 +57,7 @@ def test_every_criterion_keeps_the_pattern_and_its_promise(case: tuple[Tensor, N
         assert torch.equal(pruned.weight_OI[pruned.mask_OI], weight_OI[pruned.mask_OI])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights())
 def test_magnitude_and_wanda_equal_their_definitions(case: tuple[Tensor, NMPattern]) -> None:
     weight_OI, pattern = case
@@ -85,7 +85,7 @@ def slow_ria(weight_OI: Tensor, norms_I: Tensor) -> Tensor:
     return score_OI
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights())
 def test_ria_keeps_the_largest_scores_of_its_definition(case: tuple[Tensor, NMPattern]) -> None:
     weight_OI, pattern = case

@@ -63,7 +63,7 @@ def remade(weight_OI: Tensor, mask_OI: Tensor, upper_II: Tensor) -> Tensor:
     return left_OI * mask_OI
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layers(), st.sampled_from([0.0, 1e-4, 0.01]))
 def test_sparsegpt_leaves_the_error_that_its_definition_leaves(layer: tuple[Tensor, Tensor], damping: float) -> None:
     # which, column by column, may be more than that of the mask alone, unlike ALPS's and refine's
@@ -81,7 +81,7 @@ def test_sparsegpt_leaves_the_error_that_its_definition_leaves(layer: tuple[Tens
     check_no_worse(weight_OI, pruned.weight_OI, expected_OI, x_TI, factor=2, resolution=1e-3)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layers(), st.sampled_from(sorted(CRITERIA.keys() - {"sparsegpt"})), st.sampled_from([0.0, 1e-4, 0.01]))
 def test_no_criterion_is_worse_than_its_mask_alone(layer: tuple[Tensor, Tensor], name: str, damping: float) -> None:
     weight_OI, x_TI = layer
@@ -90,7 +90,7 @@ def test_no_criterion_is_worse_than_its_mask_alone(layer: tuple[Tensor, Tensor],
     check_no_worse(weight_OI, pruned.weight_OI, weight_OI * pruned.mask_OI, x_TI)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layers(), st.sampled_from(sorted(CRITERIA)), st.sampled_from([0.0, 0.01]), st.sampled_from([1, 10, 60]))
 def test_refine_is_never_worse_than_its_start(layer: tuple[Tensor, Tensor], name: str, damping: float, num_steps: int) -> None:
     weight_OI, x_TI = layer
@@ -104,7 +104,7 @@ def test_refine_is_never_worse_than_its_start(layer: tuple[Tensor, Tensor], name
     check_no_worse(weight_OI, again.weight_OI, start.weight_OI, x_TI)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layers(), st.sampled_from(sorted(CRITERIA)), st.sampled_from([0.0, 1e-4]), st.sampled_from([1, 2, 4, 8]))
 def test_a_branch_is_never_worse_than_none(layer: tuple[Tensor, Tensor], name: str, damping: float, k: int) -> None:
     weight_OI, x_TI = layer

@@ -88,7 +88,7 @@ def test_proxsparse_equals_the_row_by_row_definition(pattern: NMPattern) -> None
     assert torch.equal(pruned.weight_OI[pruned.mask_OI], weight_OI[pruned.mask_OI])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(2, 6).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.lists(st.floats(-3, 3), min_size=m, max_size=m))),
     st.floats(0, 4),

@@ -322,7 +322,7 @@ def test_default_text_has_two_disjoint_parts() -> None:
 
 
 @given(count=st.integers(0, 300), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_spread_order_visits_each_once(count: int, seed: int) -> None:
     order = list(spread_order(count, seed))
     assert sorted(order) == list(range(count))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from tests.families import BY_NAME, captured
 
 from sparsepass.graph import Program, SparsepassError
@@ -23,7 +23,6 @@ def random_mask(rows: int, groups: int, n: int, m: int, seed: int = 0) -> torch.
     return torch.zeros(rows, groups, m, dtype=torch.bool).scatter_(2, score.topk(n).indices, True).reshape(rows, groups * m)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (2, 16), (8, 16)]),
     st.integers(1, 5),

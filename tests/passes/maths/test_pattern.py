@@ -48,7 +48,7 @@ def slow_violations(weight_OI: Tensor, pattern: NMPattern) -> int:
     return count
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(scores())
 def test_mask_equals_the_definition(case: tuple[Tensor, NMPattern]) -> None:
     score_OI, pattern = case
@@ -60,7 +60,7 @@ def test_mask_equals_the_definition(case: tuple[Tensor, NMPattern]) -> None:
     assert bool((kept == pattern.n).all())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(scores())
 def test_violations_equal_the_definition(case: tuple[Tensor, NMPattern]) -> None:
     weight_OI, pattern = case
@@ -71,7 +71,7 @@ def test_violations_equal_the_definition(case: tuple[Tensor, NMPattern]) -> None
     assert is_nm(weight_OI.masked_fill(~nm_mask(weight_OI, pattern), 0), pattern)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(allow_nan=True), max_size=20), DTYPES)
 def test_canonical_zeros_changes_only_negative_zeros(values: list[float], dtype: torch.dtype) -> None:
     tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
@@ -119,7 +119,7 @@ def test_features_that_m_does_not_divide_are_named() -> None:
         is_nm(torch.ones(4, 4), pattern, axis=2)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(patterns())
 def test_pattern_text_round_trips(pattern: NMPattern) -> None:
     assert NMPattern.parse(str(pattern)) == pattern

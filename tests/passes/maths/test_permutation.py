@@ -30,7 +30,7 @@ def scores(seed: int, channels: int, rows: int, *, ties: bool = False) -> Tensor
     return found.round() if ties else found
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 6),
@@ -50,7 +50,7 @@ def test_no_order_keeps_less_than_the_given_one(
     assert kept_score(score_CR, pattern) == pytest.approx(before)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from(PATTERNS))
 def test_beside_all_orders_of_eight_channels(seed: int, rows: int, pattern: NMPattern) -> None:
     score_CR = scores(seed, 8, rows)

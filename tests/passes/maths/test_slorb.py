@@ -26,7 +26,7 @@ def layer(out_features: int, in_features: int, tokens: int) -> tuple[Tensor, Ten
     return original_OI, masked_OI, x_TI
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
 def test_segment_sum_and_projection_equal_the_definition(rank: int, k: int, tokens: int) -> None:
     x_TI = random(tokens, rank * k)
@@ -41,7 +41,7 @@ def test_segment_sum_and_projection_equal_the_definition(rank: int, k: int, toke
     torch.testing.assert_close(x_TI @ projection_RI.T, expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),

@@ -61,7 +61,7 @@ def test_merging_mirrors_again_whichever_side_was_read(read: tuple[int, ...]) ->
     torch.testing.assert_close(gram_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 9), max_size=4),
     st.integers(1, 9),

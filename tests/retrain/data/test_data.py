@@ -85,7 +85,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), context=st.integers(1, 30), streamed=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_packing_keeps_every_token_in_order(sizes: list[int], context: int, streamed: bool) -> None:
     documents, tokens = texts(sizes)
     if len(tokens) < context:

@@ -108,7 +108,7 @@ def test_a_wrong_factor_is_caught() -> None:
     assert not agree(case.gradients(found.loss), case.gradients(planted), 1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kd_weight=st.sampled_from([0.0, 0.3, 1.0]) | st.floats(0, 1),
     temperature=st.sampled_from([1.0]) | st.floats(0.5, 8),

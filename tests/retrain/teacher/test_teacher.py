@@ -73,7 +73,7 @@ def bucketed(z_NV: Tensor, y_NV: Tensor, k: int, temperature: float) -> Tensor:
     return total
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     k=st.integers(1, V),
     temperature=st.sampled_from([1.0, 2.0]) | st.floats(0.5, 5),

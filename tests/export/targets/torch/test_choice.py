@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from tests.export.targets.torch.torch_cpu import TIMINGS, layer
 
 from sparsepass.export.targets.torch.choice import MIN_GAIN, Timing, decide
@@ -28,7 +28,6 @@ def timings(**gains: float) -> list[Timing]:
     return [Timing(batch=1, sequence=int(name[1:]), dense_ms=gain, sparse_ms={"cutlass": 1.0}) for name, gain in gains.items()]
 
 
-@settings(deadline=None)
 @given(st.lists(POINTS, max_size=12), st.booleans())
 def test_no_layer_gets_slower_than_it_was_measured_dense(points: list[Timing], sparse_only: bool) -> None:
     verdict = decide(points, sparse_only=sparse_only)
@@ -43,7 +42,6 @@ def test_no_layer_gets_slower_than_it_was_measured_dense(points: list[Timing], s
     assert decide(reversed(points), sparse_only=sparse_only).min_tokens == verdict.min_tokens, "the order says nothing"
 
 
-@settings(deadline=None)
 @given(st.lists(POINTS.filter(lambda p: "cutlass" in p.sparse_ms), min_size=1, max_size=8))
 def test_a_gain_at_the_largest_size_is_never_given_away(points: list[Timing]) -> None:
     largest = max(point.tokens for point in points)

@@ -19,7 +19,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int16)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_what_is_packed_comes_back_bit_for_bit(data: st.DataObject) -> None:
     rows, groups = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 20))
