@@ -14,7 +14,7 @@ COMPILER = next((name for name in ("g++", "clang++") if shutil.which(name)), Non
 # Without torch: the interpreter and ctypes alone. Buffers are exactly as large as they have to be.
 DRIVER = """
 import ctypes, random, sys
-from sparsepass_library import KINDS, NativeWeight, load
+from sparsepass_library import KINDS, PATHS, NativeWeight, load
 from pathlib import Path
 
 library = load(Path(sys.argv[1]))
@@ -35,12 +35,12 @@ libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 GOOD = [first | second << 2 for first in range(4) for second in range(first + 1, 4)]
 ran = 0
-for path in (0, 1, 2):
+for path in PATHS.values():
     for name, kind in KINDS.items():
         if not library.has(path, kind):
             continue
         long_row = (33, 4104 if kind < 2 else 8200)
-        for rows, columns in ((1, 8), (3, 48), (7, 64), (33, 72), (16, 576), (5, 136), (40, 1032), long_row):
+        for rows, columns in ((1, 8), (3, 48), (7, 64), (33, 72), (16, 576), (5, 136), (40, 1032), (291, 72), long_row):
             wide = columns > 4096
             kept_bytes = columns // 2 * (2 if kind < 2 else 1) // (2 if name == "int4" else 1)
             # Words whose upper byte says 1 to 2, so that sums stay finite.
