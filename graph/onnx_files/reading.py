@@ -131,11 +131,15 @@ def _faults_of_node(node: "onnx.NodeProto", versions: dict[str, int], folder: Pa
             yield from _faults_of_tensor(tensor, folder)
     domain = "" if node.domain == "ai.onnx" else node.domain
     version = versions.get(node.domain, versions.get(domain))
-    if version is None or not onnx.defs.has(node.op_type, domain):
+    if not onnx.defs.has(node.op_type, domain):
+        return
+    if version is None:
+        yield f"{what} is of the domain {domain!r}, of which the file imports no opset"
         return
     try:
         schema = onnx.defs.get_schema(node.op_type, version, domain)
     except onnx.defs.SchemaError:
+        yield f"{what} is not in version {version} of its opset"
         return
     if not schema.min_input <= len(node.input) <= schema.max_input:
         yield f"{what} has {len(node.input)} inputs"
@@ -148,6 +152,11 @@ def _faults_of_node(node: "onnx.NodeProto", versions: dict[str, int], folder: Pa
             yield f"{what} has an attribute {name!r} of another type than {kind.name}"
         if expected.required and name not in given:
             yield f"{what} lacks the attribute {name!r}"
+            return
+    if node.op_type == "Scan" and "num_scan_inputs" in given and not domain:
+        number, axes = given["num_scan_inputs"].i, given["scan_input_axes"].ints if "scan_input_axes" in given else ()
+        if not 1 <= number <= len(node.input) or len(axes) not in (0, number):
+            yield f"{what} has {len(node.input)} inputs, and scans {number} along {len(axes) or number} axes"
 
 
 def _are_texts(*found: object) -> bool:

@@ -110,7 +110,7 @@ def _work(name: str, seed: int, number: int, log: Path) -> None:
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=number, database=None, phases=[hypothesis.Phase.generate],
+        max_examples=number, deadline=None, database=None, phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     @hypothesis.given(files=all_kinds()[name].damaged(sound_folder(name)))
