@@ -133,8 +133,8 @@ def _faults_of_node(node: "onnx.NodeProto", versions: dict[str, int], folder: Pa
     version = versions.get(node.domain, versions.get(domain))
     if not onnx.defs.has(node.op_type, domain):
         return
-    if version is None:
-        yield f"{what} is of the domain {domain!r}, of which the file imports no opset"
+    if version is None or not 0 < version < 1 << 31:
+        yield f"{what} is of the domain {domain!r}, of which the file imports {'no opset' if version is None else version}"
         return
     try:
         schema = onnx.defs.get_schema(node.op_type, version, domain)
