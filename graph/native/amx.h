@@ -35,7 +35,7 @@ constexpr int64_t kRows = 32;            // of two tiles of the weight
 constexpr int64_t kRowsAtOnce = 256;     // the more, the less often is x read
 constexpr int64_t kBlocksAtOnce = 4;     // of columns: of these, 32 tokens stay in the first cache, and these rows in the second one
 constexpr int64_t kFewTokens = 64;       // whose tiles stay in the second cache beside those of any rows
-constexpr int64_t kTokensAtOnce = 1024;  // whose tiles and sums are kept
+constexpr int64_t kTokensAtOnce = 512;   // whose sums of so many rows stay in the second cache
 
 inline bool has() {
   static const bool answer = [] {
@@ -316,8 +316,9 @@ inline void linear(const SparsepassWeight& w, int type, const void* x, int64_t s
   const int64_t padded = layout.padded_columns();
   const int64_t steps_of_x = padded / kColumns, steps_of_sums = has_branch ? ceil_div(w.columns / w.k, kColumns) : 0;
   const int64_t steps = steps_of_x + steps_of_sums;
-  for (int64_t before = 0; before < tokens; before += kTokensAtOnce) {
-    const int64_t count = std::min(kTokensAtOnce, tokens - before);
+  const int64_t at_once = ceil_div(ceil_div(tokens, ceil_div(tokens, kTokensAtOnce)), 2 * kTokens) * 2 * kTokens;  // parts alike
+  for (int64_t before = 0; before < tokens; before += at_once) {
+    const int64_t count = std::min(at_once, tokens - before);
     const Activations::Source source{type, static_cast<const uint8_t*>(x) + before * stride * element_bytes(type), w.columns, stride, count, threads};
     of_x.take_words(source, false, padded);
     if (has_branch) of_sums.take_sums(source, false, w.k, false);

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kRows = 32, kRowsOfMany = 128;
 constexpr int64_t kTokensAtOnce = 256;  // whose sums are kept in float
 constexpr int64_t kMostAsBytes = 64;    // tokens that int8 and int4 meet as bytes, where more are met as words
-constexpr int64_t kLeastForTiles = 9;   // tokens that a unit for matrices meets sooner than the kernels for few
+constexpr int64_t kLeastForTiles = 9, kLeastBytesForTiles = 13;  // tokens that a unit for matrices meets sooner than the kernels for few
 
 struct Words {
   const uint16_t* weight;
@@ -234,7 +234,7 @@ void linear_some(const SparsepassWeight& w, int type, const void* x, int64_t str
 
 void linear(const SparsepassWeight& w, int type, const void* x, int64_t stride, int64_t tokens, const Outputs& to, int threads) {
 #if defined(SPARSEPASS_HAS_TILES)
-  const int64_t least = is_integer(w.kind) ? kMostAsBytes + 1 : kLeastForTiles;
+  const int64_t least = is_integer(w.kind) ? kLeastBytesForTiles : kLeastForTiles;
   if (w.path == kAmx && !w.dense && tokens >= least) return amx::linear(w, type, x, stride, tokens, to, threads);
 #endif
   const bool as_words = is_integer(w.kind) && !w.dense && is_avx512(w.path) && tokens > kMostAsBytes && sparsepass_has(kAvx512, kBf16);

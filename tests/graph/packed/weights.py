@@ -54,7 +54,8 @@ def expected(packed: PackedWeight, x: Tensor, path: str) -> Tensor:
     # torch multiplies x as it is, and the weight in x's type.
     if path == "torch" or x.numel() // x.shape[-1] > most_tokens(form):
         return x.double() @ unpack(packed, x.dtype).double().T
-    if packed.values in ("int8", "int4") and x.numel() // x.shape[-1] > 64 and path in ("avx512", "amx"):
+    most_as_bytes = {"avx512": 64, "amx": 12}
+    if packed.values in ("int8", "int4") and x.numel() // x.shape[-1] > most_as_bytes.get(path, x.numel()):
         return rounded(x, "bf16") @ unpack(packed, torch.bfloat16).double().T
     return rounded(x, packed.values) @ unpack(packed, torch.float32).double().T
 
