@@ -137,6 +137,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     description: ClassVar[str]
+
     dtype: str | None = None
 
     def __post_init__(self) -> None:

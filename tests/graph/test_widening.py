@@ -8,6 +8,7 @@ from tests.families import BY_NAME
 from sparsepass.graph import Program, SparsepassError, capture
 from sparsepass.graph.integers import integers_of
 from sparsepass.graph.load import load_model
+from sparsepass.graph.rounding import Rounded
 from sparsepass.graph.widening import widened
 from sparsepass.passes import apply_passes
 
@@ -49,6 +50,13 @@ def test_only_wider_types_are_taken() -> None:
         widened(program, torch.bfloat16)
 
 
+def assert_same(now: Rounded | None, expected: Rounded | None) -> None:
+    assert now is not None
+    assert expected is not None
+    assert torch.equal(now.numbers_OI, expected.numbers_OI)
+    assert torch.equal(now.scales_OG, expected.scales_OG)
+
+
 def test_integers_and_scales_stay_as_they_are(tmp_path: Path) -> None:
     program = apply_passes(BY_NAME["llama"].model().bfloat16(), "nm_sparsify,quantize{group_size=16},quantize_embedding")
     before = {name: integers_of(program, name) for name in program.quantized}
@@ -56,11 +64,7 @@ def test_integers_and_scales_stay_as_they_are(tmp_path: Path) -> None:
     found = load_model(tmp_path / "half", dtype="float32").program
     assert found is not None
     for name, expected in before.items():
-        now = integers_of(found, name)
-        assert now is not None
-        assert expected is not None
-        assert torch.equal(now.numbers_OI, expected.numbers_OI)
-        assert torch.equal(now.scales_OG, expected.scales_OG)
+        assert_same(integers_of(found, name), expected)
     with torch.no_grad():  # in bfloat16 a value on the grid is rounded once more
         torch.testing.assert_close(
             found(**found.example_inputs).logits, program(**program.example_inputs).logits.float(), rtol=5e-2, atol=5e-2
@@ -78,11 +82,7 @@ def test_casts_of_a_quantized_program_keep_its_integers() -> None:
         with torch.no_grad():
             assert torch.equal(program(**program.example_inputs).logits, wanted)
         for name, expected in before.items():
-            now = integers_of(program, name)
-            assert now is not None
-            assert expected is not None
-            assert torch.equal(now.numbers_OI, expected.numbers_OI)
-            assert torch.equal(now.scales_OG, expected.scales_OG)
+            assert_same(integers_of(program, name), expected)
 
     scales = [state.scales for state in program.quantized.values()]
     program.float()

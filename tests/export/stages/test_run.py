@@ -22,6 +22,7 @@ from sparsepass.export.stages.retraining import default_run_folder, retrain_prog
 from sparsepass.retrain.run.metrics import METRICS, read_metrics
 
 STEPS = 30
+ONLY_HF = [part for each in ("export=[{target: hf}]", "measure=null", "retrain=null", "eval=null") for part in ("--set", each)]
 STAGES = ["prune", "retrain", "eval", "export.hf", "export.onnx", "measure"]
 BENCH = {"batches": [1, 2], "prompt_tokens": 4, "new_tokens": 3, "prefill_tokens": 8, "repeats": 1, "memory": False}
 
@@ -278,18 +279,7 @@ def test_an_export_that_does_not_hold_is_exit_code_1(place: Path, tmp_path: Path
     from sparsepass.export.targets import Check, HuggingFace
 
     monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=False, summary="too far"),))
-    change = [
-        "-o",
-        tmp_path / "out",
-        "--set",
-        "export=[{target: hf}]",
-        "--set",
-        "measure=null",
-        "--set",
-        "retrain=null",
-        "--set",
-        "eval=null",
-    ]
+    change = ["-o", tmp_path / "out", *ONLY_HF]
     for _ in range(2):
         result = run(
             "run", place / "recipe.yaml", *change, "--set", "prune.passes=nm_sparsify", "--set", "prune.calibration=null"
@@ -304,18 +294,7 @@ def test_an_export_that_could_not_be_checked_is_exit_code_3(
     from sparsepass.export.targets import Check, HuggingFace
 
     monkeypatch.setattr(HuggingFace, "verify", lambda *_: (Check(name="outputs", held=None, summary="no kernels"),))
-    change = [
-        "-o",
-        tmp_path / "out",
-        "--set",
-        "export=[{target: hf}]",
-        "--set",
-        "measure=null",
-        "--set",
-        "retrain=null",
-        "--set",
-        "eval=null",
-    ]
+    change = ["-o", tmp_path / "out", *ONLY_HF]
     change += ["--set", "prune.passes=nm_sparsify", "--set", "prune.calibration=null"]
     assert run("run", place / "recipe.yaml", *change).exit_code == 3
     assert run("run", place / "recipe.yaml", *change, "--allow-unchecked").exit_code == 0
