@@ -35,7 +35,7 @@ def read_proto(path: Path, *, error: type[SparsepassError] = SparsepassError) ->
         SparsepassError: If it cannot be read as an ONNX model, or is no valid one.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     where = f"{shown(path)} cannot be read as an ONNX model"
     with opened(path, error=error, advice=_ADVICE) as file:

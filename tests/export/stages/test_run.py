@@ -24,6 +24,8 @@ from sparsepass.retrain.run.metrics import METRICS, read_metrics
 STEPS = 30
 ONLY_HF = [part for each in ("export=[{target: hf}]", "measure=null", "retrain=null", "eval=null") for part in ("--set", each)]
 STAGES = ["prune", "retrain", "eval", "export.hf", "export.onnx", "measure"]
+USED = {"hf": ["No: hf: ", "--target packed"], "onnx": ["Unknown: ", "sparse-export FOLDER --target tensorrt"]}
+"""What a page says of whether a runtime uses the sparsity: of the target that is measured, and of another."""
 BENCH = {"batches": [1, 2], "prompt_tokens": 4, "new_tokens": 3, "prefill_tokens": 8, "repeats": 1, "memory": False}
 
 
@@ -176,8 +178,7 @@ def test_the_page_of_a_full_run_tells_its_story_in_a_browser(target: str, finish
         "output head: pruning it costs much accuracy",
         "times dense",
         "compute what the program computes",
-        "Unknown: ",
-        "sparse-export FOLDER --target tensorrt",
+        *USED[target],
         "Verification held",
         "model.layers.1.mlp.down_proj",
         "Learning rate",

@@ -16,7 +16,7 @@ from tests.fuzz.mutations import damaged_bytes, damaged_value
 from sparsepass.export.pattern import check_pattern
 from sparsepass.graph.equivalence import compare
 
-_VALUES = (
+_VALUES: tuple[Any, ...] = (
     *(
         "",
         "x",
@@ -102,7 +102,8 @@ def damaged(place: Path) -> SearchStrategy[Files]:
 def _as_bytes(document: Any) -> bytes:
     """A model of its fields; those that are of no type that fits make no case."""
     try:
-        return json_format.ParseDict(document, onnx.ModelProto()).SerializeToString()
+        written: bytes = json_format.ParseDict(document, onnx.ModelProto()).SerializeToString()
+        return written
     except (json_format.ParseError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         reject()
 
