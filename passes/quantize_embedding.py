@@ -43,6 +43,11 @@ class QuantizeEmbedding(Pass):
     needs = "nothing"
 
     @property
+    def grid(self) -> RoundingGrid:
+        """What they are rounded to."""
+        return GRID
+
+    @property
     def provides(self) -> Mapping[Condition, str]:
         """Rounded weights."""
         return {Condition.QUANTIZED: "put quantize in front of it"}

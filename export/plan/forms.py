@@ -30,6 +30,7 @@ class StoredForm:
         values: Of the layers that passes take.
         pattern: N:M of these layers, whose kept values and their places are stored; None if all values are.
         group_size: Input features that share a scale of an integer; 0 for a whole row.
+        has_zero_points: Whether each scale has the integer that stands for 0 beside it, of as many bits as the others.
         branch_k: Of SLoRB branches beside layers with a pattern; 0 for none.
         is_trained: Whether their projection is a weight of its own.
         tables: Of the embedding and the output head: ``int8`` with a scale for each word, or as everything else.
@@ -38,6 +39,7 @@ class StoredForm:
     values: Values = "bf16"
     pattern: NMPattern | None = None
     group_size: int = 0
+    has_zero_points: bool = False
     branch_k: int = 0
     is_trained: bool = False
     tables: Literal["int8"] | None = None
@@ -51,6 +53,7 @@ class StoredForm:
             '2:4 int4, SLoRB k=16, embedding int8'
         """
         words = [f"{self.pattern or 'dense'} {self.values}"]
+        words += ["zero points"] if self.has_zero_points else []
         words += [f"SLoRB k={self.branch_k}"] if self.branch_k else []
         words += [f"embedding {self.tables}"] if self.tables else []
         return ", ".join(words)
@@ -156,7 +159,8 @@ def promised(shapes: _Tensors, form: StoredForm, only: Collection[str] | None = 
         if form.pattern is not None:
             indices += number * share * math.ceil(math.log2(form.pattern.m)) / 8
         if form.values.startswith("int"):
-            scales += layer.rows * layer.experts * num_groups(layer.columns, form.group_size) * _SCALE_BYTES
+            each = _SCALE_BYTES + (_BITS[form.values] / 8 if form.has_zero_points else 0)
+            scales += layer.rows * layer.experts * num_groups(layer.columns, form.group_size) * each
         if form.branch_k and layer.columns % form.branch_k == 0:
             rank = layer.columns // form.branch_k
             branches += layer.experts * rank * (layer.rows + (layer.columns if form.is_trained else 0)) * rest
@@ -242,4 +246,12 @@ def _known_form(path: Path) -> Iterator[tuple[StoredForm, Collection[str] | None
         groups = stated.get("config_groups")
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
         if len(weights) == 1 and isinstance(weights[0], dict) and weights[0].get("num_bits") in (4, 8):
-            yield StoredForm(values=f"int{weights[0]['num_bits']}", group_size=weights[0].get("group_size") or 0), None  # type: ignore[arg-type]
+            given = weights[0]
+            yield (
+                StoredForm(
+                    values=f"int{given['num_bits']}",  # type: ignore[arg-type]
+                    group_size=given.get("group_size") or 0,
+                    has_zero_points=given.get("symmetric") is False,
+                ),
+                None,
+            )

@@ -185,6 +185,7 @@ def export(
         model = ModelSource(source=str(model))
     calibration = calibration if isinstance(calibration, Calibration) else Calibration(data=calibration)
     check_free(out, force=force, inputs=inputs_of(model, calibration, evaluation, pipeline, chosen))
+    chosen.check_passes(pipeline or ())
     chosen.check_here()
     if isinstance(model, ModelSource):
         model = replace(

@@ -6,7 +6,7 @@ everywhere.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -19,7 +19,7 @@ from sparsepass.export.targets import Target, parse_target, targets_table
 from sparsepass.graph.load import parse_dtype
 from sparsepass.graph.saved import PROGRAM_FILE
 from sparsepass.graph.support import SparsepassError, check_writable
-from sparsepass.passes import parse_pipeline
+from sparsepass.passes import Pass, parse_pipeline
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.data import PYTHON_DOCS, locate
 from sparsepass.passes.manager import resolved
@@ -298,6 +298,7 @@ def _check(recipe: Recipe, where: str) -> None:
             "sparse to go on with; add prune, or name a folder that `sparsepass prune` wrote"
         )
     quantizes = False
+    pipeline: tuple[Pass, ...] = ()
     if recipe.prune is not None:
         try:
             pipeline = parse_pipeline(recipe.prune.passes)
@@ -314,7 +315,7 @@ def _check(recipe: Recipe, where: str) -> None:
         recipe.eval.check()
     if recipe.model.dtype is not None:
         parse_dtype(recipe.model.dtype)
-    _check_exports(recipe, where)
+    _check_exports(recipe, pipeline, where)
     if recipe.measure is not None:
         targets = [section.target for section in recipe.export]
         recipe.measure.check(targets, f"{where}: measure", recipe.model, is_program=is_program, is_quantized=quantizes)
@@ -366,11 +367,16 @@ def is_cached(section: RetrainSection) -> bool:
     return section.teacher_cache is not None and Path(section.teacher_cache).is_dir()
 
 
-def _check_exports(recipe: Recipe, where: str) -> None:
+def _check_exports(recipe: Recipe, passes: Iterable[Pass], where: str) -> None:
     names = [one.target.name for one in recipe.export]
     for name in names:
         if names.count(name) > 1:
             raise SparsepassError(f"{where}: export: the target {name} is there twice; each has one folder")
+    for one in recipe.export:
+        try:
+            one.target.check_passes(passes)
+        except SparsepassError as error:
+            raise SparsepassError(f"{where}: export: {error}") from error
 
 
 def _optional(kind: type[Kind], settings: Mapping[str, Any], name: str, where: str) -> Kind | None:

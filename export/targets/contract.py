@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
+    from sparsepass.passes import Pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +173,19 @@ class Target(ABC):
         Raises:
             SparsepassError: If a package or a GPU is missing, a file cannot be read, or an option suits nothing here.
         """
+
+    def check_passes(self, passes: "Iterable[Pass]") -> None:
+        """Make sure that this form can hold what passes make, before any of them runs.
+
+        What depends on the shape of a layer is for `lower` to refuse.
+
+        Args:
+            passes: Those that are going to be applied.
+
+        Raises:
+            SparsepassError: If it holds no weight that one of them rounds.
+        """
+        del passes
 
     @abstractmethod
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:

@@ -3,8 +3,8 @@
 1. ``pack-quantized``: a layer has ``weight_packed`` (integers in words), ``weight_scale``, ``weight_shape`` and, if it has zero
    points, ``weight_zero_point``, in the place of ``weight``. ``float-quantized``: ``weight`` is of fp8, with ``weight_scale``.
 2. Numbers and scales are the program's own. A dropped weight's number is that of 0.
-3. An embedding, and an output head of another grid than the layers, stay floating-point values on their grid: what reads this
-   format looks for linear layers, of one grid with most versions.
+3. An embedding, a convolution, and an output head of another grid than the layers stay floating-point values on their grid:
+   what reads this format looks for linear layers, of one grid with most versions.
 4. `config.json` says which layers these are. There is no ``sparsity_config``: that loads nowhere any more.
 """
 
@@ -38,7 +38,7 @@ class IntegerLayer:
     Attributes:
         path: Of the module.
         name: Its name in the files.
-        grid: As it is stored: a group that is a whole row is one scale a row.
+        grid: As it is stored: one scale a row for a group that is larger than a row, or that fills the widest row.
     """
 
     path: str
@@ -72,7 +72,7 @@ def numbers_in_words(grid: RoundingGrid) -> str:
 
 
 def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerLayer, ...]:
-    """The layers of a program that are stored as integers: all that are quantized, but for embeddings and some heads.
+    """The layers of a program that are stored as integers: linear ones that are quantized, but for some heads.
 
     Args:
         program: Not changed.
@@ -84,12 +84,17 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
     linear = {path: module for path, module in linear_layers(model).items() if type(module) is nn.Linear}
     names = stored_names(model, linear)
     tied = {name for pair in program.aliases.items() for name in pair}
-    roles = {site.weight: site.role for site in program.sites()}
-    own = {weight: state for weight, state in program.quantized.items() if weight in roles}  # others are SLoRB branches
-    grids = {state.grid for weight, state in own.items() if roles[weight] not in ("embedding", "head")}
+    sites = {site.weight: site for site in program.sites()}
+    own = {  # others are SLoRB branches, and what stays floating-point values
+        weight: state
+        for weight, state in program.quantized.items()
+        if weight in sites and sites[weight].role != "embedding" and sites[weight].layout not in ("conv1d", "conv2d")
+    }
+    grids = {state.grid for weight, state in own.items() if sites[weight].role != "head"}
+    widest = max((program.tensor(weight).shape[1] for weight in own), default=0)
     found = []
     for weight, state in own.items():
-        if roles[weight] == "embedding" or (roles[weight] == "head" and grids and state.grid not in grids):
+        if sites[weight].role == "head" and grids and state.grid not in grids:
             continue
         path, shape = weight.removesuffix(".weight"), program.tensor(weight).shape
         reason = ""
@@ -103,7 +108,7 @@ def integer_layers(program: Program, model: "PreTrainedModel") -> tuple[IntegerL
             reason = "its SLoRB branch would have to be an adapter beside such numbers"
         if reason:
             raise SparsepassError(f"{path} cannot be stored as {numbers_in_words(state.grid)}: {reason}; {_INSTEAD}")
-        size = 0 if state.group_size >= shape[1] else state.group_size
+        size = 0 if state.group_size > shape[1] or state.group_size >= widest else state.group_size
         found.append(IntegerLayer(path=path, name=names[path], grid=replace(state.grid, group_size=size)))
     named = {layer.grid: layer.path for layer in found}
     if len(named) > 1 and (model._keep_in_fp32_modules or not all(grid.symmetric for grid in named)):

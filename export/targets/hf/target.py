@@ -1,6 +1,6 @@
 """The target `hf` and its options."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
@@ -10,6 +10,7 @@ from sparsepass.export.targets.evidence import pattern_summary
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
+    from sparsepass.passes import Pass
 
 
 @final
@@ -41,6 +42,17 @@ class HuggingFace(Target):
 
     def check_here(self) -> None:
         """It is written anywhere."""
+
+    def check_passes(self, passes: "Iterable[Pass]") -> None:
+        """Make sure that no SLoRB branch comes to stand beside integers."""
+        from sparsepass.passes import Quantize, SLoRB
+
+        kinds = {type(item) for item in passes if not (item.targets or item.ignore)}
+        if self.form == "integers" and kinds >= {Quantize, SLoRB}:
+            raise option_error(
+                "the target hf keeps SLoRB branches as an adapter, which has no place beside integers; leave slorb or quantize "
+                "out, write floating-point values on their grids with hf{form=dense}, or write the target onnx or packed"
+            )
 
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the model, its adapter, tokenizer and processor."""

@@ -156,9 +156,12 @@ class _IntegerWriter:
     def _dequantize(self, value: ir.Value, laid: _Laid, stored: StoredWeight) -> StoredWeight:
         """A DequantizeLinear in front of everything that reads the weight."""
         scales, zeros, axis = laid.scales, laid.zeros, laid.axis
+        scales = np.where(scales == 0, np.float32(1), scales)  # TensorRT takes no 0; a group of zeros is one by any scale
         varying = [place for place, size in enumerate(scales.shape) if size > 1]
         attributes: dict[str, int] = {}
-        is_blocked = axis in varying or len(varying) > 1
+        # One block that fills each row: TensorRT takes integers of 4 bits in blocks only.
+        is_one_block = laid.grid.bits == 4 and laid.grid.group_size == laid.numbers.shape[axis] and scales.ndim == 2
+        is_blocked = axis in varying or len(varying) > 1 or is_one_block
         if is_blocked:
             attributes = {"axis": axis, "block_size": laid.grid.group_size or laid.numbers.shape[axis]}
         elif varying:

@@ -52,6 +52,7 @@ class PackedArtifact:
             floating values nor the program's own integers.
         own: Whether integers and scales are the program's own.
         tables: Module path -> name in the files, of embeddings and heads in int8.
+        rounded: Quantized weights that are stored as floating-point values.
         auto_class: The Auto class that loads the folder.
         dtype: Type of what is not packed.
         files: Path of each file, relative to the folder -> its size in bytes.
@@ -69,6 +70,7 @@ class PackedArtifact:
     times: OneTokenTimes
     own: bool = False
     tables: Mapping[str, str] = field(default_factory=dict)
+    rounded: tuple[str, ...] = ()
 
     @property
     def packed(self) -> tuple[LayerChoice, ...]:
@@ -97,6 +99,11 @@ class PackedArtifact:
             said.append(
                 f"rounded to {self.settings.values}: relative error of a weight {middle:.2g} in the middle, "
                 f"{self.errors[worst]:.2g} at most ({worst})"
+            )
+        if self.rounded:
+            said.append(
+                f"{len(self.rounded)} weights that are quantized and not packed ({self.rounded[0]}, say) are floating-point "
+                f"values on their grids, rounded to {self.dtype}"
             )
         reasons = Counter(layer.reason for layer in self.layers if layer.reason)
         said += [f"{number} left dense: {reason}" for reason, number in reasons.most_common()]
@@ -253,10 +260,17 @@ def lower_packed(
         times=one_token_times([packed_weight(program, layer, settings) for layer in of_each_shape.values()], kind),
         own=grid is not None,
         tables=embeddings,
+        rounded=_left_rounded(program, (*packed, *(f"{path}.weight" for path in embeddings))),
     )
     (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return replace(artifact, files=files)
+
+
+def _left_rounded(program: Program, held: Iterable[str]) -> tuple[str, ...]:
+    """The quantized weights of layers that are not held as integers."""
+    names = {program.aliases.get(name, name) for name in held}
+    return tuple(site.weight for site in program.sites() if site.weight in program.quantized and site.weight not in names)
 
 
 def _check_branches(program: Program, layers: Iterable[LayerChoice]) -> None:

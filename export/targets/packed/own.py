@@ -34,22 +34,36 @@ def own_grid(program: Program, layers: Iterable[LayerChoice], values: str | None
             f"a packed folder holds integers of one grid, and this program has several ({said}); quantize alike"
         )
     ((grid, name),) = grids.items()
+    check_own(name, grid, values, group_size)
+    return grid
+
+
+def check_own(name: str, grid: RoundingGrid, values: str | None, group_size: int) -> None:
+    """Raise unless packed layers hold the integers of a grid.
+
+    Args:
+        name: Of a layer with this grid, or of what is going to round layers to it.
+        grid: The grid.
+        values: As for `own_grid`.
+        group_size: As for `own_grid`.
+
+    Raises:
+        SparsepassError: If it has no integers, zero points, or is another one than is asked for.
+    """
     if grid.format != "int":
         raise SparsepassError(
-            f"packed layers hold integers or 16-bit values, and {name} is quantized to {grid.kind}; quantize with format=int, "
+            f"packed layers hold integers or 16-bit values, and {name} is {grid.kind}; quantize with format=int, "
             "or write the target hf or onnx"
         )
     if not grid.symmetric:
         raise SparsepassError(
-            f"packed layers have no zero points, and {name} is quantized with them; quantize with symmetric=true, or write "
-            "another target"
+            f"packed layers have no zero points, and {name} is {grid.kind}, which has them; quantize with symmetric=true, or "
+            "write another target"
         )
     if values is not None and (values, group_size) != (f"int{grid.bits}", grid.group_size):
         raise SparsepassError(
-            f"the program is quantized ({grid.text}), and values={values} with group_size={group_size} would round its weights "
-            "again; leave both out"
+            f"{name} is {grid.text}, and values={values} with group_size={group_size} would round it again; leave both out"
         )
-    return grid
 
 
 def own_table(program: Program, path: str) -> tuple[Tensor, Tensor] | None:

@@ -1,5 +1,6 @@
 """The target `packed` and its options."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
@@ -8,6 +9,7 @@ from sparsepass.export.targets.contract import Check, Lowered, LoweringContext, 
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
+    from sparsepass.passes import Pass
 
 _VALUES = ("bf16", "fp16", "int8", "int4")
 _GROUP_SIZE = 64
@@ -59,6 +61,15 @@ class Packed(Target):
 
     def check_here(self) -> None:
         """It is written anywhere."""
+
+    def check_passes(self, passes: "Iterable[Pass]") -> None:
+        """Make sure that what they round layers to is what packed layers hold."""
+        from sparsepass.export.targets.packed.own import check_own
+        from sparsepass.passes import Quantize
+
+        for item in passes:
+            if isinstance(item, Quantize):
+                check_own("what quantize rounds", item.grid, self.values, self.group_size)
 
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the model, tokenizer and processor."""

@@ -12,7 +12,6 @@ import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -24,6 +23,7 @@ from sparsepass.export.targets.evidence import LayerEvidence, check_two_four
 from sparsepass.export.targets.onnx import Form, OnnxArtifact, lower_onnx
 from sparsepass.export.targets.tensorrt.build import BuildRequest, Built, build_engine, build_torch_engine
 from sparsepass.export.targets.tensorrt.evidence import Observed, gather, surroundings
+from sparsepass.export.targets.tensorrt.grids import check_grids
 from sparsepass.export.targets.tensorrt.log import SparsityLog, parse_inspection, parse_log
 from sparsepass.export.targets.tensorrt.options import EngineTarget, check_sm
 from sparsepass.export.targets.tensorrt.packages import RUNTIMES, Gpu, Installed, abilities, choose, gpus
@@ -35,8 +35,6 @@ from sparsepass.graph.program import Program
 from sparsepass.graph.support import SparsepassError
 
 ENGINES_FILE: Final = "engines.json"
-INT4_BLOCKS: Final = (64, 128)
-_FLOAT8_SM: Final = 89
 AHEAD_OF_TIME: Final = (80, 86, 89, 120)
 """What tensorrt-rtx builds for where no GPU is and none is named."""
 
@@ -224,45 +222,6 @@ def _measure(job: EngineJob, plans: tuple[EnginePlan, ...], written: TensorrtArt
             del dense, sparse
             (place / f"{plan.name}.engine").unlink()
     return found
-
-
-def check_grids(program: Program, sms: Collection[int] = ()) -> None:
-    """Refuse integers and fp8 that TensorRT does not take behind a DequantizeLinear.
-
-    Source: NVIDIA's "Working with Quantized Types" (TensorRT 10): symmetric; 8 bits with a scale for the tensor or each row; 4
-    bits for the weights of matrices, in blocks of 64 or 128 that fill a row. fp8 from SM89 on: tensorrt-rtx 1.7 does not build
-    it for older ones.
-
-    Args:
-        program: Not changed.
-        sms: Compute capabilities that engines are built for.
-
-    Raises:
-        SparsepassError: If a weight has others; the message names it.
-    """
-    tables = {site.weight for site in program.sites() if site.role == "embedding"}
-    for name, state in program.quantized.items():
-        weight, scales = program.tensor(name), program.tensor(state.scales)
-        reason = ""
-        if name in tables:
-            reason = "it is looked up, and integers stand in front of a DequantizeLinear only"
-        elif state.zero_points is not None:
-            reason = "zero points have to be 0"
-        elif state.format == "fp8" and sms and min(sms) < _FLOAT8_SM:
-            reason = f"fp8 needs SM{_FLOAT8_SM}, and an engine is to be built for SM{min(sms)}; give sm={_FLOAT8_SM} or later"
-        elif state.bits == 8 and scales.shape[-1] > 1:
-            reason = "8 bits have one scale a row"
-        elif state.bits == 4 and state.group_size not in INT4_BLOCKS:
-            reason = f"4 bits have groups of {' or '.join(map(str, INT4_BLOCKS))}"
-        elif state.bits == 4 and scales.dim() < weight.dim():
-            reason = "4 bits are for matrices, not for convolutions"
-        elif state.bits == 4 and weight.shape[state.axis] % state.group_size:
-            reason = f"its {weight.shape[state.axis]} input features are no multiple of {state.group_size}"
-        if reason:
-            raise SparsepassError(
-                f"TensorRT cannot take {name} ({state.grid.text}): {reason}; quantize with quantize{{bits=8,group_size=0}} or "
-                "quantize{group_size=64}, without quantize_embedding, or write floating-point values with form=dense"
-            )
 
 
 def _notes(program: Program, installed: Installed, artifact: OnnxArtifact, here: tuple[Gpu, ...]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The target `tensorrt`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
@@ -10,6 +11,7 @@ from sparsepass.export.targets.tensorrt.options import EngineTarget
 
 if TYPE_CHECKING:
     from sparsepass.graph import Program
+    from sparsepass.passes import Pass
 
 
 @final
@@ -59,6 +61,13 @@ class TensorRT(EngineTarget):
         here = gpus()
         resolve_targets(self, choose(self.runtime, here), here)
         Onnx(dtype=self.dtype, opset=self.opset, task=self.task).check_here()
+
+    def check_passes(self, passes: "Iterable[Pass]") -> None:
+        """Make sure that what they round weights to is what TensorRT takes."""
+        from sparsepass.export.targets.tensorrt.grids import check_passes
+
+        if self.form != "dense" and self.runtime != "torch-tensorrt":
+            check_passes(passes, self.sm)
 
     def lower(self, program: "Program", folder: Path, context: LoweringContext) -> Lowered:
         """Write the graphs, and the engines that are built from them."""

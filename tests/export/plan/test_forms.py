@@ -85,13 +85,16 @@ def test_a_packed_folder_takes_what_is_promised(folder: Path) -> None:
     program = apply_passes(model, "nm_sparsify,quantize,quantize_embedding", validate=False)
     export(program, "packed", folder / "packed", verify=False)
     export(program, "hf", folder / "hf", verify=False)
+    unsigned = apply_passes(model, "nm_sparsify,quantize{group_size=16,symmetric=false}", validate=False)
+    export(unsigned, "hf", folder / "asymmetric", verify=False)
     export(apply_passes(model, "nm_sparsify,slorb{k=16}", validate=False), "packed", folder / "slorb", verify=False)
-    found = sizes(folder / "model", [folder / "packed", folder / "slorb", folder / "hf"])
-    dense, packed, slorb, integers = found.files
+    found = sizes(folder / "model", [folder / "packed", folder / "slorb", folder / "hf", folder / "asymmetric"])
+    dense, packed, slorb, integers, asymmetric = found.files
     assert dense.form == "dense bf16"
     assert packed.form == "2:4 int4, embedding int8"
     assert slorb.form == "2:4 bf16, SLoRB k=16"
     assert integers.form == "dense int4"
+    assert asymmetric.form == "dense int4, zero points"
     for file in found.files:
         taken = sum(each.stat().st_size for each in Path(file.source).glob("*.safetensors"))
         assert file.bytes == taken

@@ -277,6 +277,24 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(
     assert files(tmp_path) == {"full/file"}
 
 
+@pytest.mark.parametrize(
+    ("target", "passes", "said"),
+    [
+        ("packed", "quantize{symmetric=false}", "packed layers have no zero points, and what quantize rounds is uint4"),
+        ("packed", "quantize{format=fp8}", "what quantize rounds is fp8; quantize with format=int"),
+        ("packed{values=int8}", "quantize", "values=int8 with group_size=64 would round it again"),
+        ("tensorrt", "quantize{symmetric=false}", "what quantize rounds .*: zero points have to be 0"),
+        ("tensorrt", "quantize_embedding", "what quantize_embedding rounds .*: it is looked up"),
+        ("hf", "slorb,quantize", "which has no place beside integers"),
+    ],
+)
+def test_integers_that_a_form_does_not_hold_are_refused_before_a_model_is_looked_for(
+    target: str, passes: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SparsepassError, match=said):
+        export("no/such/model", target, tmp_path / "out", passes=f"nm_sparsify,{passes}", calibration="no-such-text.txt")
+
+
 def test_branches_are_switched_off_and_on_again(program: Program) -> None:
     inputs = program.example_inputs
     alone = apply_passes(prepare_dense(program), "nm_sparsify", validate=False)

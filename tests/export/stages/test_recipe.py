@@ -58,6 +58,11 @@ def sampling(beside: str | None = None, **sample: Any) -> dict[str, Any]:
     return {"retrain": {"train": train, "data": data, "sample": sample or None}}
 
 
+def pruning(passes: str, target: str) -> dict[str, Any]:
+    """A change of a recipe: it only prunes, and exports."""
+    return {"prune": {"passes": passes}, "retrain": None, "export": {"target": target}}
+
+
 def measuring(**bench: Any) -> dict[str, Any]:
     """A change of a recipe: it exports packed, and times that."""
     return {"export": {"target": "packed"}, "measure": {"bench": bench}}
@@ -209,6 +214,9 @@ def test_the_example_is_a_recipe() -> None:
         ({"export": {"target": "onxx"}}, "did you mean 'onnx'"),
         ({"export": [{"target": "hf"}, {"target": "hf"}]}, "twice"),
         ({"export": {"target": "hf", "opset": 18}}, "has no option opset"),
+        (pruning("nm_sparsify,quantize{symmetric=false}", "packed"), "export: packed layers have no zero points"),
+        (pruning("nm_sparsify,slorb,quantize", "hf"), "export: the target hf keeps SLoRB branches as an adapter"),
+        (pruning("nm_sparsify,quantize{bits=8}", "tensorrt"), "8 bits have one scale a row"),
         ({"export": {"target": "tensorrt", "engine": {"runtme": "x"}}}, "did you mean 'runtime'"),
         ({"measure": {}}, "r.yaml: measure: the target packed is not exported (onnx is); add it to export"),
         ({"measure": {"target": "onnx"}}, "the target onnx writes none; set bench: null"),

@@ -13,12 +13,14 @@ import pytest
 import yaml
 from tests.export.cli.commands import run, same
 from tests.export.report.browser import SIZES_OF_PICTURES, browser
+from tests.export.targets.zeros import check_zeros
 from tests.export.tiny import WORDS, save_tiny_llama
 from tests.retrain.runs import exports_once
 
 from sparsepass.export.report.document import read_report
 from sparsepass.export.stages.recipe import read_recipe
 from sparsepass.export.stages.retraining import default_run_folder, retrain_program
+from sparsepass.graph import Program
 from sparsepass.retrain.run.metrics import METRICS, read_metrics
 
 STEPS = 30
@@ -192,6 +194,31 @@ def test_the_page_of_a_full_run_tells_its_story_in_a_browser(target: str, finish
 def test_the_training_pays(finished: Path) -> None:
     perplexity = [entry["perplexity"] for entry in read_report(finished / "eval")["accuracy"]["measurements"]]
     assert perplexity[2] < 0.5 * perplexity[1], "on the text that it was trained on"
+
+
+def test_two_four_and_integers_from_the_dense_model_to_what_is_measured(place: Path, tmp_path: Path) -> None:
+    """What the recipe smollm2-small does, on a tiny model."""
+    document = yaml.safe_load((place / "recipe.yaml").read_text())
+    document["prune"]["passes"] = "nm_sparsify{criterion=sparsegpt},quantize{group_size=16},quantize_embedding"
+    document["retrain"]["train"] |= {"quantize": True, "behind": "zeros", "frozen": ["*embed_tokens*"]}
+    document["export"] = [{"target": "packed"}, {"target": "onnx"}]
+    document["measure"] = {"target": "packed", "bench": BENCH}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(document | {"out": str(tmp_path / "out")}, sort_keys=False))
+    result = run("run", tmp_path / "small.yaml")
+    assert result.exit_code == 0, result.output
+    report = read_report(tmp_path / "out" / "packed")
+    dense, pruned, healed = (entry["perplexity"] for entry in report["accuracy"]["measurements"])
+    assert dense < healed < pruned
+    assert report["verification"]["held"] is True
+    assert report["retraining"]["runs"][0]["settings"]["quantize"] is True
+    assert [side["name"] for side in report["speed"]["sides"]] == ["packed", "tiny"]
+    first, *exported = report["size"]["files"]
+    assert [entry["source"] for entry in exported] == [str(tmp_path / "out" / name) for name in ("packed", "onnx")]
+    assert exported[0]["form"] == "2:4 int4, embedding int8"
+    assert exported[0]["bytes"] < first["bytes"]
+    program = Program.load(tmp_path / "out" / "retrained")
+    assert check_zeros(program) > 0
+    assert read_report(tmp_path / "out" / "onnx")["verification"]["held"] is True
 
 
 def test_run_again_runs_nothing(place: Path, finished: Path) -> None:

@@ -1,6 +1,8 @@
 """Real models in 2:4 and int4, in every form that holds their integers: what is read back is the program, and loses no zero."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.targets import Check, LoweringContext, parse_target, state_of
 from sparsepass.export.targets.onnx import generate_greedy
-from sparsepass.graph import Program
+from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.equivalence import OnnxFile
 from sparsepass.graph.load import LoadedModel, load_model
 from sparsepass.passes import apply_passes
@@ -169,6 +171,49 @@ def check_verification(found: Real, form: str, folder: Path, verify: Callable[[]
     failed = {check.name: check for check in checks if check.held is False}
     assert "weights" in failed
     assert re.search(r"has lost [1-9][0-9]* zeros", failed["weights"].summary)
+
+
+STOCK = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, given, dtype, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+with torch.no_grad():
+    logits = model(input_ids=load_file(given)["ids"]).logits
+assert not [name for name in sys.modules if name.startswith("sparsepass")]
+save_file({"logits": logits.contiguous()}, out)
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_without_this_library_gives_the_same_logits(
+    dtype: torch.dtype, smollm2: Real, words: Words, tmp_path: Path
+) -> None:
+    """bfloat16: the program's weights are rounded, and multiplied in the same order."""
+    pytest.importorskip("compressed_tensors")
+    (tmp_path / "hf").mkdir()
+    parse_target("hf").lower(smollm2.program, tmp_path / "hf", smollm2.context)
+    safetensors.torch.save_file({"ids": words.ids}, tmp_path / "given.safetensors")
+    (tmp_path / "stock.py").write_text(STOCK)
+    name = str(dtype).removeprefix("torch.")
+    arguments = [str(tmp_path / each) for each in ("stock.py", "hf", "given.safetensors")]
+    command = [sys.executable, "-P", *arguments, name, str(tmp_path / "out.safetensors")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")["logits"]
+    plain: Any = smollm2.program.to_model().eval().to(dtype)
+    with torch.no_grad():
+        assert distance(found, plain(input_ids=words.ids).logits.float()) < 1e-6
+
+
+def test_what_hf_holds_as_integers_is_refused_for_pruning(minilm: Real, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    parse_target("hf").lower(minilm.program, tmp_path, minilm.context)
+    with pytest.raises(SparsepassError, match=r"compressed \(compressed-tensors\).*start from the checkpoint it was made from"):
+        load_model(tmp_path)
 
 
 def distance(output: Tensor, wanted: Tensor) -> float:

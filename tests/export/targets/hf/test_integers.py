@@ -21,14 +21,9 @@ from sparsepass.graph.program import masked_weight
 from sparsepass.passes import apply_passes
 
 UP = "model.layers.0.mlp.up_proj"
-# Weights that are no nn.Linear of their own: GPT-2's Conv1D, experts, convolutions.
-REFUSED = {
-    "gpt2": "no nn.Linear",
-    "mixtral": "no nn.Linear",
-    "qwen3_moe": "no nn.Linear",
-    "vit": "no nn.Linear",
-    "whisper": "no nn.Linear",
-}
+# Weights that are no nn.Linear of their own: GPT-2's Conv1D, experts.
+REFUSED = {"gpt2": "no nn.Linear", "mixtral": "no nn.Linear", "qwen3_moe": "no nn.Linear"}
+CONVOLUTIONS = ("vit", "whisper")
 
 
 def _program(name: str, options: str = "") -> Program:
@@ -48,16 +43,21 @@ def test_every_family_is_loaded_by_stock_transformers_or_refused(name: str, opti
         with pytest.raises(SparsepassError, match=f"cannot be stored as {numbers}: it is {REFUSED[name]}.*form=dense"):
             HuggingFace().lower(program, tmp_path, LoweringContext())
         assert not (tmp_path / "model.safetensors").exists()
+        target = HuggingFace(form="dense")
+        dense = target.lower(program, tmp_path, LoweringContext())
+        found = target.verify(program, tmp_path, dense, LoweringContext())
+        assert all(check.held for check in found), found
         return
     lowered = HuggingFace().lower(program, tmp_path, LoweringContext())
     checks = _checks(program, tmp_path, lowered)
     assert all(check.held for check in checks.values()), checks
     assert "zeros included" in checks["weights"].summary
+    assert any("floating-point values on the grid" in note for note in lowered.notes) == (name in CONVOLUTIONS)
     model = load_plain(tmp_path)
     with torch.no_grad():
-        found = tensors_of(model(**BY_NAME[name].inputs(3, 6)))[0]
+        output = tensors_of(model(**BY_NAME[name].inputs(3, 6)))[0]
         expected = tensors_of(program(**BY_NAME[name].inputs(3, 6)))[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,17 @@ def test_files_hold_fp8(options: str, strategy: str, dtype: str | None, tmp_path
         assert all(check.held for check in _checks(program, tmp_path, lowered).values())
 
 
+@pytest.mark.parametrize(("size", "strategy"), [(16, "group"), (32, "group"), (64, "channel"), (128, "channel")])
+def test_groups_that_fill_some_rows_are_one_grid_for_the_reader(size: int, strategy: str, tmp_path: Path) -> None:
+    """Rows of 32 and of 64. With zero points, several grids would be refused."""
+    pytest.importorskip("compressed_tensors")
+    program = _program("llama", f"{{group_size={size},symmetric=false}}")
+    checks = _checks(program, tmp_path, HuggingFace().lower(program, tmp_path, LoweringContext()))
+    assert all(check.held for check in checks.values()), checks
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["strategy"] for group in groups.values()] == [strategy]
+
+
 def test_layers_of_fp8_beside_layers_of_integers(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     program = _program("llama", "{targets=*.mlp.*,format=fp8}")
@@ -141,11 +152,12 @@ def test_callers_of_both_types_get_the_programs_weights(dtype: torch.dtype, opti
         ("weight_scale", "the program's own integers and scales"),
         ("weight_zero_point", "has lost [1-9][0-9]* zeros"),
         ("weight", "has lost 1 zeros"),
+        ("bytes", "has lost 1 zeros"),
     ],
 )
 def test_a_lost_zero_and_a_changed_scale_are_found(part: str, told: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    program = _program("llama", "{format=fp8}" if part == "weight" else "{symmetric=false}")
+    program = _program("llama", {"weight": "{format=fp8}", "bytes": "{bits=8}"}.get(part, "{symmetric=false}"))
     lowered = HuggingFace().lower(program, tmp_path, LoweringContext())
     file = tmp_path / "model.safetensors"
     stored = safetensors.torch.load_file(file)
@@ -153,6 +165,9 @@ def test_a_lost_zero_and_a_changed_scale_are_found(part: str, told: str, tmp_pat
         mask = program.tensor(program.sparse[f"{UP}.weight"].mask)  # type: ignore[arg-type]
         column = int((~mask[0]).nonzero()[0])
         stored[f"{UP}.{part}"][0, column // 8] ^= 1 << 4 * (column % 8) if column % 8 < 7 else -(1 << 28)
+    elif part == "bytes":  # the same, where a word holds four
+        mask = program.tensor(program.sparse[f"{UP}.weight"].mask)  # type: ignore[arg-type]
+        stored[f"{UP}.weight_packed"][0, 0] ^= 1 << 8 * int((~mask[0]).nonzero()[0])
     elif part == "weight":  # the least number that is not 0
         mask = program.tensor(program.sparse[f"{UP}.weight"].mask)  # type: ignore[arg-type]
         stored[f"{UP}.{part}"].view(torch.uint8)[0, int((~mask[0]).nonzero()[0])] = 1

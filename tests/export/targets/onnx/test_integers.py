@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsepass.export.pattern import check_pattern
 from sparsepass.export.stages.exporting import export
-from sparsepass.export.targets.onnx import Onnx, OnnxArtifact, lower_onnx, verify_onnx
+from sparsepass.export.targets.onnx import Onnx, OnnxArtifact, generate_greedy, lower_onnx, verify_onnx
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.equivalence import OnnxFile
 from sparsepass.graph.integers import integers_of
@@ -341,6 +341,27 @@ def test_a_language_model_with_folded_branches(tmp_path: Path) -> None:
     artifact, _ = written(program, tmp_path, form="matmulnbits", fold_slorb=True)
     assert artifact.kind == "decoder-with-past"
     assert set(forms(artifact).values()) >= {"matmulnbits"}
+    (tmp_path / "unfolded").mkdir()
+    lower_onnx(program, tmp_path / "unfolded", form="matmulnbits")
+    ids = BY_NAME["llama"].inputs(2, 6)["input_ids"]
+    folded, unfolded = (generate_greedy(folder, ids, 8) for folder in (tmp_path, tmp_path / "unfolded"))
+    assert np.array_equal(folded.tokens, unfolded.tokens)
+    assert np.abs(folded.margins - unfolded.margins).max() < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("options", ["group_size=16", "group_size=16,symmetric=false", "group_size=32"])
+def test_folded_branches_equal_the_graph_that_has_operators_for_them(
+    options: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    program = layers(options, passes="slorb{k=32},", dtype=dtype)
+    outputs = []
+    for name in ("folded", "unfolded"):
+        (tmp_path / name).mkdir()
+        lower_onnx(program, tmp_path / name, form="matmulnbits", fold_slorb=name == "folded")
+        (output,) = OnnxFile(tmp_path / name / "model.onnx").run(program.example_inputs).values()
+        outputs.append(output.double())
+    assert float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()) < tolerance
 
 
 def test_zero_points_that_are_no_integers_need_the_file_to_say_why(tmp_path: Path) -> None:

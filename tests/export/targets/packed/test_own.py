@@ -57,6 +57,12 @@ def test_every_family_keeps_its_integers(name: str, tmp_path: Path) -> None:
     assert float((mine.float() - theirs).norm() / theirs.norm()) < 0.1, "the kernels round activations to bytes"
 
 
+def test_experts_are_on_their_grids_and_the_notes_say_so(tmp_path: Path) -> None:
+    artifact = Packed().lower(apply_passes(sparse("mixtral"), "quantize", validate=False), tmp_path, LoweringContext()).artifact
+    assert all(".experts." in name for name in artifact.rounded)
+    assert any(f"{len(artifact.rounded)} weights that are quantized and not packed" in note for note in artifact.notes)
+
+
 @pytest.mark.parametrize("options", ["{bits=8,group_size=0}", "{group_size=128}", "{bits=8,group_size=32}"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_grids_and_types(options: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -96,11 +102,11 @@ def _quantized(passes: str) -> Program:
     ("passes", "options", "told"),
     [
         (",quantize{symmetric=false}", {}, "no zero points.*symmetric=true"),
-        (",quantize{format=fp8}", {}, "quantized to fp8; quantize with format=int, or write the target hf or onnx"),
+        (",quantize{format=fp8}", {}, "is fp8; quantize with format=int, or write the target hf or onnx"),
         (",quantize{targets=q_proj},quantize{targets=up_proj,bits=8}", {}, "holds integers of one grid.*several"),
-        (",quantize", {"values": "int8"}, "values=int8 with group_size=64 would round its weights again"),
-        (",quantize", {"values": "bf16"}, "values=bf16 .*would round its weights again"),
-        (",quantize{group_size=16}", {"values": "int4"}, "group_size=64 would round its weights again"),
+        (",quantize", {"values": "int8"}, "values=int8 with group_size=64 would round it again"),
+        (",quantize", {"values": "bf16"}, "values=bf16 .*would round it again"),
+        (",quantize{group_size=16}", {"values": "int4"}, "group_size=64 would round it again"),
     ],
 )
 def test_what_packed_layers_do_not_take_is_refused(passes: str, options: dict[str, str], told: str, tmp_path: Path) -> None:

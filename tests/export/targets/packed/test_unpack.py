@@ -16,6 +16,8 @@ from tests.families import tensors_of
 from sparsepass.export import export
 from sparsepass.export.targets.packed import check_packed_folder, unpack_folder
 from sparsepass.graph import SparsepassError
+from sparsepass.graph.program import masked_weight
+from sparsepass.passes import apply_passes
 
 pytestmark = [
     pytest.mark.filterwarnings(NO_KERNELS),
@@ -52,6 +54,18 @@ def test_the_plain_folder_holds_the_weights_with_their_zeros(name: str, values: 
     with torch.no_grad():
         mine, theirs = (tensors_of(model(**inputs(name, torch.bfloat16)))[0].float() for model in (packed, plain))
     assert float((mine - theirs).norm() / theirs.norm()) < 3e-2
+
+
+@pytest.mark.parametrize("options", ["{group_size=16}", "{bits=8,group_size=0}"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_the_plain_folder_holds_the_programs_integers_times_their_scales(name: str, options: str, tmp_path: Path) -> None:
+    program = apply_passes(sparse(name), f"quantize{options},quantize_embedding", validate=False)
+    artifact = write(program, tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "plain")
+    plain = getattr(transformers, artifact.auto_class).from_pretrained(tmp_path / "plain").state_dict()
+    assert artifact.packed
+    for layer in artifact.packed:
+        assert torch.equal(plain[layer.weight], masked_weight(program, layer.weight).bfloat16()), layer.weight
 
 
 @pytest.mark.parametrize("projection", ["fixed", "trainable"])
