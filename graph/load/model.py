@@ -216,8 +216,8 @@ def check_model(
         return
     check_inside(folder)
     if not (folder / PROGRAM_FILE).is_file() and (gguf_file or _lone_gguf(folder, name)) is None:
-        read_config(folder, name, trust_remote_code=trust_remote_code)
-        check_weights(folder, name)
+        config = read_config(folder, name, trust_remote_code=trust_remote_code)
+        check_weights(folder, name, is_packed_already=is_packed(getattr(config, "quantization_config", None)))
 
 
 def _check_is_gguf(path: Path, name: str) -> None:

@@ -207,8 +207,8 @@ def test_two_four_and_integers_from_the_dense_model_to_what_is_measured(place: P
     result = run("run", tmp_path / "small.yaml")
     assert result.exit_code == 0, result.output
     report = read_report(tmp_path / "out" / "packed")
-    dense, pruned, healed = (entry["perplexity"] for entry in report["accuracy"]["measurements"])
-    assert dense < healed < pruned
+    _, pruned, healed = (entry["perplexity"] for entry in report["accuracy"]["measurements"])
+    assert healed < 0.5 * pruned, "the tiny model itself is not trained"
     assert report["verification"]["held"] is True
     assert report["retraining"]["runs"][0]["settings"]["quantize"] is True
     assert [side["name"] for side in report["speed"]["sides"]] == ["packed", "tiny"]

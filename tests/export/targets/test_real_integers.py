@@ -192,10 +192,11 @@ save_file({"logits": logits.contiguous()}, out)
 def test_transformers_without_this_library_gives_the_same_logits(
     dtype: torch.dtype, smollm2: Real, words: Words, tmp_path: Path
 ) -> None:
-    """bfloat16: the program's weights are rounded, and multiplied in the same order."""
+    """In float32 the program's; in both types those of a folder with the program's values as floating-point numbers."""
     pytest.importorskip("compressed_tensors")
-    (tmp_path / "hf").mkdir()
-    parse_target("hf").lower(smollm2.program, tmp_path / "hf", smollm2.context)
+    for form in ("hf", "hf{form=dense}"):
+        (tmp_path / form).mkdir()
+        parse_target(form).lower(smollm2.program, tmp_path / form, smollm2.context)
     safetensors.torch.save_file({"ids": words.ids}, tmp_path / "given.safetensors")
     (tmp_path / "stock.py").write_text(STOCK)
     name = str(dtype).removeprefix("torch.")
@@ -204,9 +205,11 @@ def test_transformers_without_this_library_gives_the_same_logits(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = safetensors.torch.load_file(tmp_path / "out.safetensors")["logits"]
-    plain: Any = smollm2.program.to_model().eval().to(dtype)
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf{form=dense}", dtype=dtype).eval()
     with torch.no_grad():
         assert distance(found, plain(input_ids=words.ids).logits.float()) < 1e-6
+    if dtype == torch.float32:
+        assert distance(found, words.logits) < 1e-5
 
 
 def test_what_hf_holds_as_integers_is_refused_for_pruning(minilm: Real, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sparsepass.export.targets import LoweringContext
 from sparsepass.export.targets.packed import Packed
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.integers import integers_of
+from sparsepass.graph.load import check_model
 from sparsepass.graph.packed import PackedWeight, unpack
 from sparsepass.passes import apply_passes
 
@@ -50,6 +51,7 @@ def test_every_family_keeps_its_integers(name: str, tmp_path: Path) -> None:
     checks = target.verify(program, tmp_path, lowered, LoweringContext())
     assert all(check.held for check in checks), checks
     assert any("the program's own int4, zeros included" in check.summary for check in checks)
+    check_model(tmp_path)  # as `bench` and recipes do before anything runs
     model = getattr(transformers, artifact.auto_class).from_pretrained(tmp_path)
     with torch.no_grad():
         mine = tensors_of(model(**inputs(name, torch.bfloat16)))[0]

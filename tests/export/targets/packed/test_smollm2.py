@@ -78,6 +78,8 @@ def test_a_packed_folder_of_2_4_and_int4_takes_what_is_promised_and_unpacks_bit_
     assert packed.form == "2:4 int4, embedding int8"
     assert packed.promised_bytes is not None
     assert 1 <= packed.bytes / packed.promised_bytes < 1.03
+    readme = (Path(__file__).parents[4] / "README.md").read_text()
+    assert f"| packed, 2:4 and int4 | {packed.bytes / 1e6:.1f} MB |" in readme
     unpack_folder(tmp_path / "packed", tmp_path / "plain")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
     assert len(artifact.packed) == 210
