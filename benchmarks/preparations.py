@@ -11,43 +11,54 @@ from one_shot import measure
 
 from sparsepass.export.stages import Job
 
+CRITERIA = {"magnitude": "wanda", "wanda": "wanda", "sparsegpt": "sparsegpt", "alps": "sparsegpt"}
+"""Criterion -> the importance that `rotate` learns for it: magnitudes have none of their own."""
+PREPARATIONS = {
+    "": "",
+    ", folded": "fold_norms,",
+    ", permuted": "permute_channels{{criterion={criterion}}},",
+    ", folded and permuted": "fold_norms,permute_channels{{criterion={criterion}}},",
+    ", rotated": "rotate{{salience={salience}}},",
+    ", rotated block by block": "rotate{{salience={salience},form=blocks}},",
+    ", rotated and permuted": "rotate{{salience={salience}}},permute_channels{{criterion={criterion}}},",
+}
+"""Rotations of the whole model fold the norms themselves."""
+SOLVERS = {
+    ", by energy": "order=energy",
+    ", own damping": "damping_of=own",
+    ", by energy, own damping": "order=energy,damping_of=own",
+    ", refined": "refine=10",
+    ", refined, by energy, own damping of 5%": "refine=10,order=energy,damping_of=own,damping=0.05",
+}
+
+
+def prepared(name: str, criterion: str, before: str, options: str = "", after: str = "") -> Job:
+    """A row: passes that leave the outputs as they are, then pruning."""
+    # SparseGPT and ALPS have no score of a weight alone, so RIA's chooses the permutation for them.
+    scored = {
+        "criterion": "ria" if criterion in ("sparsegpt", "alps") else criterion,
+        "salience": CRITERIA.get(criterion, "wanda"),
+    }
+    chosen = ",".join(filter(None, (f"criterion={criterion}", options)))
+    return Job(name=name, passes=f"{before.format(**scored)}nm_sparsify{{{chosen}}}{after}")
+
+
 JOBS = [
+    *(prepared(f"{one}{name}", one, before) for one in CRITERIA for name, before in PREPARATIONS.items()),
+    *(prepared(f"ria{name}", "ria", PREPARATIONS[name]) for name in ("", ", permuted")),
     *(
-        Job(name=f"{criterion}{name}", passes=passes.format(criterion) + f"nm_sparsify{{criterion={criterion}}}")
-        for criterion in ("magnitude", "wanda", "ria")
-        for name, passes in {
-            "": "",
-            ", permuted": "permute_channels{{criterion={}}},",
-            ", permuted greedily": "permute_channels{{criterion={},method=greedy}},",
-        }.items()
+        prepared(f"{one}, permuted greedily", one, "permute_channels{{criterion={criterion},method=greedy}},")
+        for one in ("magnitude", "wanda", "ria")
     ),
     *(
-        Job(name=f"sparsegpt{name}{before}", passes=f"{passes}nm_sparsify{{criterion=sparsegpt{options}}}")
-        for name, options in {
-            "": "",
-            ", by energy": ",order=energy",
-            ", own damping": ",damping_of=own",
-            ", by energy, own damping": ",order=energy,damping_of=own",
-            ", refined": ",refine=10",
-            ", refined, by energy, own damping of 5%": ",refine=10,order=energy,damping_of=own,damping=0.05",
-        }.items()
-        for before, passes in {
-            "": "",
-            ", folded": "fold_norms,",
-            ", permuted": "permute_channels,",
-            ", folded and permuted": "fold_norms,permute_channels,",
-        }.items()
+        prepared(f"sparsegpt{solver}{name}", "sparsegpt", PREPARATIONS[name], options)
+        for solver, options in SOLVERS.items()
+        for name in ("", ", folded")
     ),
+    prepared("sparsegpt, rotated, 1000 steps", "sparsegpt", "rotate{{salience={salience},steps=1000}},"),
     *(
-        Job(name=f"{criterion}{name}", passes=f"{passes}nm_sparsify{{criterion={criterion}}}")
-        for criterion in ("wanda", "sparsegpt", "alps")
-        for name, passes in {
-            **({"": "", ", folded": "fold_norms,"} if criterion == "alps" else {}),
-            ", rotated": "rotate{{salience={0}}},",
-            ", rotated block by block": "rotate{{salience={0},form=blocks}},",
-            ", rotated and permuted": "rotate{{salience={0}}},permute_channels,",
-        }.items()
-        for passes in [passes.format("wanda" if criterion == "wanda" else "sparsegpt")]
+        prepared(f"sparsegpt{name}, reconstructed", "sparsegpt", PREPARATIONS[name], after=",reconstruct")
+        for name in ("", ", folded", ", folded and permuted", ", rotated")
     ),
 ]
 
