@@ -280,7 +280,7 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Along an axis of channels they stand side by side; along another, all parts hold the same channels."""
-    parts, sources = list(args[0]), list(walk.node.args[0])  # type: ignore[call-overload]
+    parts, sources = list(args[0]), list(walk.node.args[0])  # type: ignore[arg-type]
     stack = op_name(walk.node) == "stack"
     rank = len(shape_of(parts[0])) + stack
     axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank

@@ -8,7 +8,7 @@ from tests.families import BY_NAME, tensors_of
 from tests.graph.channels.test_flow import distance
 from torch import Tensor
 
-from sparsepass.graph import Program, capture
+from sparsepass.graph import PassError, Program, capture
 from sparsepass.passes import apply_passes
 
 PASSES = ("fold_norms", "permute_channels{criterion=wanda}", "awq_scale{group_size=16}", "rotate{steps=2}")
@@ -60,3 +60,10 @@ def test_nothing_is_lost_but_by_rounding(name: str, text: str) -> None:
     validation = after.history[-1].validation
     assert validation is not None
     assert validation["relative_error"] < 10 * explained, "what the report says"
+
+
+def test_a_defect_is_told_in_16_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may move the outputs, and other outputs are no rounding."""
+    monkeypatch.setattr("sparsepass.passes.fold_norms.scaled", lambda tensor, place, factors: -tensor)
+    with pytest.raises(PassError, match="it promises to be exact, and the outputs moved by"):
+        apply_passes(in_both("mistral")[0], "fold_norms")
