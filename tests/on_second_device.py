@@ -1,7 +1,7 @@
 """What is computed on a second device, as functions for a process of its own; see `tests.second_device`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -31,7 +31,7 @@ def passes() -> None:
         _compare("llama", text)
     _compare("mixtral", "nm_sparsify{criterion=ria}")
     for name, text in (("opt", "fold_norms"), ("llama", "rotate{steps=2}"), ("llama", "permute_channels")):
-        _compare(name, text)
+        _compare(name, text, program=_uneven)
     with SecondDevice():
         first = captured("llama")
         held = dict(first.tensors())
@@ -40,11 +40,11 @@ def passes() -> None:
         assert all(now[name] is tensor for name, tensor in held.items()), "in place, the tensors are the ones that were there"
 
 
-def _compare(name: str, text: str) -> None:
+def _compare(name: str, text: str, program: Callable[[str], Program] = captured) -> None:
     options: dict[str, Any] = {"calibration": _CALIBRATION, "compute": "float32"}
-    here = apply_passes(_uneven(name), text, **options)
+    here = apply_passes(program(name), text, **options)
     with SecondDevice():
-        there = apply_passes(_uneven(name), text, **options, device=DEVICE)
+        there = apply_passes(program(name), text, **options, device=DEVICE)
     _same(here, there, f"{name}, {text}")
 
 
