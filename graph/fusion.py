@@ -84,7 +84,7 @@ def fuse(program: Program, sites: Sequence[Site]) -> Site:
     Args:
         program: Changed in place. The new weight is a copy.
         sites: Two or more linear layers, in the graph's order, with the same input, dtype, kind of mask and branch, all with a
-            bias or none. Each is the only reader of its weight.
+            bias or none, all trained or frozen. Each is the only reader of its weight.
 
     Returns:
         The fused layer.
@@ -277,8 +277,7 @@ def _join(program: Program, names: Sequence[str], new: str) -> None:
     """Put tensors below each other as a new one."""
     old = [program.tensor(name) for name in names]
     whole = torch.cat([tensor.detach() for tensor in old])
-    is_trained = any(tensor.requires_grad for tensor in old)
-    program.set_tensor(new, nn.Parameter(whole, is_trained) if isinstance(old[0], nn.Parameter) else whole)
+    program.set_tensor(new, nn.Parameter(whole, old[0].requires_grad) if isinstance(old[0], nn.Parameter) else whole)
 
 
 def _one_for_many(graph: fx.Graph, linears: Sequence[fx.Node], parts: Sequence[FusedPart], name: str, depth: int) -> fx.Node:

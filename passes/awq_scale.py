@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsepass.graph import Program, Site
 from sparsepass.graph.channels import ScaleGroup, channel_flow, scaled, taken
-from sparsepass.graph.program import masked_weight, with_sparse
+from sparsepass.graph.program import masked_weight, write_weight
 from sparsepass.graph.rounding import RoundingGrid
 from sparsepass.graph.support import item_to_text
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
@@ -87,7 +87,7 @@ class AWQScale(Pass):
             unscaled = channel_flow(program).unscaled.items()
             reasons = [why for (tensor, axes), why in unscaled if tensor == site.weight and site.nm_axis in axes]
             return reasons[0] if reasons else "nothing that makes its input can carry factors"
-        if self._has_searched(site, program):
+        if self.has_run(site, program, _NOT_LOWERED):
             return f"an earlier {self.name} has searched its factors"
         touched = {place.tensor for scaling in scalings for place in scaling.places}
         for other in program.sites() if self.ignore else ():
@@ -150,18 +150,8 @@ class AWQScale(Pass):
         """Multiply what makes the channels, and divide what reads them."""
         for place in scaling.places:
             tensor = program.tensor(place.tensor).detach()
-            program.write_tensor(place.tensor, scaled(tensor.double(), place, factors_F.double()).to(tensor.dtype))
-            state = program.sparse.get(place.tensor)
-            if state is not None and state.mask is not None and state.changed_by is None:
-                with_sparse(program, place.tensor, changed_by=item_to_text(self.name, self))
-
-    def _has_searched(self, site: Site, program: Program) -> bool:
-        return any(
-            outcome.site == site.name and (outcome.action == "rewritten" or outcome.reason.startswith(_NOT_LOWERED))
-            for record in program.history
-            if record.text.partition("{")[0] == self.name
-            for outcome in record.outcomes
-        )
+            values = scaled(tensor.double(), place, factors_F.double()).to(tensor.dtype)
+            write_weight(program, place.tensor, values, item_to_text(self.name, self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
+from sparsepass.graph.fusion import layers_of
 from sparsepass.graph.support import name_matches, nearest
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import BlockRun, SiteGroup, site_groups
@@ -206,6 +207,22 @@ class Pass(ABC):
     def reason(self, site: Site, program: Program) -> str | None:
         """Why this site is not rewritten, or None if it is."""
         return self.left_out(site) or self.refusal(site, program)
+
+    def has_run(self, site: Site, program: Program, found_nothing: str) -> bool:
+        """Whether the pass has been here before: over this layer, or one of those that it stands for since they were fused.
+
+        Args:
+            site: The layer.
+            program: Whose history tells.
+            found_nothing: How the reason begins where an earlier run left a layer as it was since that was best.
+        """
+        names = {layer.name for layer in layers_of(program, site)}
+        return any(
+            outcome.site in names and (outcome.action == "rewritten" or outcome.reason.startswith(found_nothing))
+            for record in program.history
+            if record.text.partition("{")[0] == self.name
+            for outcome in record.outcomes
+        )
 
     def left_out(self, site: Site) -> str | None:
         """Why `targets`, `ignore` or the site itself leave the site alone, or None if they do not."""

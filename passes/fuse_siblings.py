@@ -30,9 +30,9 @@ class FuseSiblings(Pass):
     1. Rewrites linear layers whose input is one and the same node of the graph, whatever they are called, within one block.
        The weights are stacked; masks, folded zeros, masks that are being learned, SLoRB branches and scales with them. One
        split cuts the result.
-    2. Fuses those of one kind: of one dtype, all with a bias or none, all dense or all of one N:M pattern, with branches of
-       one k or none, rounded to one grid or none. So a layer may be left out while its siblings are fused; the reason names the
-       difference.
+    2. Fuses those of one kind: of one dtype, all with a bias or none, all trained or all frozen, all dense or all of one N:M
+       pattern, with branches of one k or none, rounded to one grid or none. So a layer may be left out while its siblings are
+       fused; the reason names the difference.
     3. Leaves alone experts, convolutions, weights that are tied or read twice, branches with a trained projection (each is
        for one layer), and what is changed in place.
 
@@ -210,12 +210,19 @@ def _kind(program: Program, site: Site, facts: _Facts) -> Kind:
         f"stands in {block}" if block else "stands in no block",
         f"is {str(weight.dtype).removeprefix('torch.')}",
         f"is {'a parameter' if isinstance(weight, nn.Parameter) else 'no parameter'}",
-        f"has {'no' if site.bias is None and not facts.as_modules else 'a'} bias",
+        f"has {_bias(program, site, facts)} bias",
+        f"is {'trained' if facts.as_modules or weight.requires_grad else 'frozen'}",
         f"is {pattern}",
         f"has {'no SLoRB branch' if branch is None else f'a SLoRB branch with k={branch.k}'}{rounded}",
         f"is {'not quantized' if grid is None else f'quantized ({grid.grid.text})'}",
         f"reads it after {num_writes} changes in place",
     )
+
+
+def _bias(program: Program, site: Site, facts: _Facts) -> str:
+    if facts.as_modules:
+        return "a"
+    return "no" if site.bias is None else "a" if program.tensor(site.bias).requires_grad else "a frozen"
 
 
 def _difference(kind: Kind, kinds: Mapping[Kind, Sequence[Site]]) -> str:

@@ -4,7 +4,7 @@ Shape suffixes: O out, I in, C channels of a rotation, N times that they lie in 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError
-from sparsepass.graph.channels import ChannelPlace, RotationGroup, ScaleGroup, channel_flow, rotated, uneven_gains
+from sparsepass.graph.channels import ChannelPlace, RotationGroup, ScaleGroup, channel_flow, rotated, scaled, uneven_gains
 from sparsepass.graph.rewrite import shared_copy
 from sparsepass.graph.stream import matrices_between, untie_head
+from sparsepass.graph.support import item_to_text
 from sparsepass.passes.base import Facts, GroupContext, Pass, matches
 from sparsepass.passes.conditions import Condition
 from sparsepass.passes.engine import Block, SiteGroup, find_blocks, site_groups
-from sparsepass.passes.fold_norms import fold_gain, norms_with_gain
+from sparsepass.passes.fold_norms import fold_gain, norm_gain, norms_with_gain
 from sparsepass.passes.maths import TurnedLayer, dampings, entropies, learn_rotations
 
 Form = Literal["model", "blocks"]
@@ -42,8 +43,9 @@ class Rotate(Pass):
        model's own class has no place for these; the program has.
     4. Matrices are learned from the identity, on the entropy of the normalised salience of weights: within rows where a layer's
        input is rotated, within columns where its output is, both where both are. The statistics are those of calibration.
-    5. Leaves channels alone where the learned matrix does not lower the entropy, and where a layer to be ignored makes or reads
-       them. Experts and convolutions take matrices up, but do not count in the entropy.
+    5. Leaves channels alone, and folds and unties nothing for them, where the learned matrix does not lower the entropy, and
+       where a layer to be ignored makes or reads them. Experts and convolutions take matrices up, and do not count in the
+       entropy.
     6. Refuses programs with masks, whose pattern it would destroy, and layers that it has rotated before.
 
     Args:
@@ -107,11 +109,7 @@ class Rotate(Pass):
 
     def refusal(self, site: Site, program: Program) -> str | None:
         """Layers none of whose channels can be mixed."""
-        earlier = [record for record in program.history if record.text.partition("{")[0] == self.name]
-        done = [
-            each for record in earlier for each in record.outcomes if each.action == "rewritten" or each.reason == _NOT_LOWERED
-        ]
-        if any(each.site == site.name for each in done):
+        if self.has_run(site, program, _NOT_LOWERED):
             return f"an earlier {self.name} has rotated it"
         plan = _plan(program, self.form)
         if isinstance(plan, str):
@@ -127,21 +125,23 @@ class Rotate(Pass):
         return [SiteGroup(sites=tuple(sites))] if sites else []
 
     def rewrite(self, program: Program, group: SiteGroup, context: GroupContext) -> dict[str, Facts]:
-        """Untie, fold, learn the matrices, and put them in their places."""
+        """Learn the matrices; then untie, fold, and put them in their places, as far as some are better than none."""
         plan = _plan(program, self.form)
         assert isinstance(plan, _RotationPlan)
         turning = [found for found in plan.groups if self._stays(found, plan, program) is None]
-        if plan.unties and any(uneven_gains(program, found) for found in turning):
-            untie_head(program)
-        _put_matrices(program, plan.width, program.device)
-        norms = norms_with_gain(program)
         gains: dict[str, tuple[ChannelPlace, Tensor]] = {}
-        for tensor in sorted({tensor for found in turning for tensor in uneven_gains(program, found)}):
-            norm = norms[tensor]
-            gain = fold_gain(program, norm)
-            gains |= {place.tensor: (place, gain) for place in norm.places if place.reads}
+        for tensor in {tensor for found in turning for tensor in uneven_gains(program, found)}:
+            norm = plan.foldable[tensor]
+            gains |= {place.tensor: (place, norm_gain(program, norm)) for place in norm.places if place.reads}
         layers, names = self._layers(program, group.sites, turning, gains, context)
         found = self._learned(turning, layers, context)
+        folding = sorted({tensor for number in found for tensor in uneven_gains(program, turning[number])})
+        if plan.unties and folding:
+            untie_head(program)
+        if any(place.tensor in plan.between for number in found for place in turning[number].places):
+            _put_matrices(program, plan.width, program.device)
+        for tensor in folding:
+            fold_gain(program, plan.foldable[tensor], item_to_text(self.name, self))
         none = {number: torch.eye(its.num_channels) for number, its in enumerate(turning)}
         before, after = entropies(layers, none), entropies(layers, none | found)
         changes: dict[str, list[tuple[ChannelPlace, Tensor]]] = {}
@@ -188,8 +188,13 @@ class Rotate(Pass):
         for stack in stacks.values():
             statistics = context.by_weight[stack[0].weight][0]
             device, gram_II = statistics.device, statistics.mean_gram()
-            if stack[0].weight in gains:  # gathered before the gain was folded; a bias of the norm that moved is left in
+            weights = [program.tensor(site.weight).detach() for site in stack]
+            if stack[0].weight in gains:  # as if the gain were folded; a bias of the norm that would move is left in
                 place, gain = gains[stack[0].weight]
+                weights = [
+                    scaled(weight.double(), replace(gains[site.weight][0], reads=False), gain).to(weight.dtype)
+                    for site, weight in zip(stack, weights, strict=True)
+                ]
                 factors_I = torch.ones(len(gram_II), device=device)
                 each = torch.where(gain == 0, 1.0, gain).float().to(device)
                 factors_I[torch.from_numpy(place.positions[:, 0]).to(device)] = each
@@ -207,11 +212,11 @@ class Rotate(Pass):
                             known = [makes[number]] if number in makes else []
                             makes[number] = torch.cat([*known, positions_CN + start], dim=1)
                 start += site.out_features
-            weights = [site.to_matrix(program.tensor(site.weight).detach()).to(device, torch.float32) for site in stack]
+            matrices = [site.to_matrix(each).to(device, torch.float32) for site, each in zip(stack, weights, strict=True)]
             metric_II = _inverse(gram_II) if self.salience == "sparsegpt" else gram_II
             layers.append(
                 TurnedLayer(
-                    weight_OI=torch.cat(weights) if len(weights) > 1 else weights[0],
+                    weight_OI=torch.cat(matrices) if len(matrices) > 1 else matrices[0],
                     metric_II=metric_II if reads else metric_II.diagonal().clone(),
                     divides=self.salience == "sparsegpt",
                     reads=reads,
@@ -258,6 +263,7 @@ class _RotationPlan:
         foldable: Gains that can be folded.
         unties: Whether the head has to be untied.
         width: Channels of the residual stream that matrices between blocks lead on, 0 for none.
+        between: Names of these matrices.
     """
 
     groups: tuple[RotationGroup, ...]
@@ -265,6 +271,7 @@ class _RotationPlan:
     foldable: Mapping[str, ScaleGroup]
     unties: bool
     width: int
+    between: frozenset[str]
 
     def held_by_gain(self, group: RotationGroup, program: Program) -> str | None:
         """Which gain keeps the channels of a group from being mixed, in words."""
@@ -301,9 +308,14 @@ def _planned(program: Program, form: Form) -> _RotationPlan | str:
     if form == "blocks" and not (names and {(name, (axis,)) for name in names for axis in (0, 1)} <= between):
         return "the blocks of this model are no single chain with a residual stream that can be rotated; use form=model"
     plan = _RotationPlan(
-        groups=flow.rotations, unmixed=flow.unmixed, foldable=norms_with_gain(copy), unties=unties, width=width
+        groups=flow.rotations,
+        unmixed=flow.unmixed,
+        foldable=norms_with_gain(copy),
+        unties=unties,
+        width=width,
+        between=frozenset(names or ()),
     )
-    stream = [group for group in plan.groups if {place.tensor for place in group.places} & set(names or ())]
+    stream = [group for group in plan.groups if {place.tensor for place in group.places} & plan.between]
     held = [reason for group in stream if (reason := plan.held_by_gain(group, copy))]
     return f"its residual stream cannot be rotated: {held[0]}; use form=model" if held else plan
 

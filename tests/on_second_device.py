@@ -1,7 +1,7 @@
 """What is computed on a second device, as functions for a process of its own; see `tests.second_device`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -30,6 +30,8 @@ def passes() -> None:
     for text in _PASSES:
         _compare("llama", text)
     _compare("mixtral", "nm_sparsify{criterion=ria}")
+    for name, text in (("opt", "fold_norms"), ("llama", "rotate{steps=2}"), ("llama", "permute_channels")):
+        _compare(name, text, program=_uneven)
     with SecondDevice():
         first = captured("llama")
         held = dict(first.tensors())
@@ -38,12 +40,21 @@ def passes() -> None:
         assert all(now[name] is tensor for name, tensor in held.items()), "in place, the tensors are the ones that were there"
 
 
-def _compare(name: str, text: str) -> None:
+def _compare(name: str, text: str, program: Callable[[str], Program] = captured) -> None:
     options: dict[str, Any] = {"calibration": _CALIBRATION, "compute": "float32"}
-    here = apply_passes(captured(name), text, **options)
+    here = apply_passes(program(name), text, **options)
     with SecondDevice():
-        there = apply_passes(captured(name), text, **options, device=DEVICE)
+        there = apply_passes(program(name), text, **options, device=DEVICE)
     _same(here, there, f"{name}, {text}")
+
+
+def _uneven(name: str) -> Program:
+    """A tiny program whose gains and biases differ from channel to channel."""
+    program, generator = captured(name), torch.Generator().manual_seed(4)
+    for which, tensor in program.tensors().items():
+        if tensor.dim() == 1 and isinstance(tensor, torch.nn.Parameter):
+            program.write_tensor(which, tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator))
+    return program
 
 
 def _same(here: Program, there: Program, what: str) -> None:

@@ -10,6 +10,7 @@ from sparsepass.graph.channels.flow import (
     uneven_gains,
 )
 from sparsepass.graph.channels.places import ChannelPlace, permuted, rotated, scaled, taken, without
+from sparsepass.graph.channels.vectors import sums_with
 
 __all__ = [
     "ChannelFlow",
@@ -22,6 +23,7 @@ __all__ = [
     "permuted",
     "rotated",
     "scaled",
+    "sums_with",
     "taken",
     "uneven_gains",
     "without",

@@ -28,6 +28,11 @@ def bar(walk: Walk, labels: Tensor, reason: str, *, mixing: bool = True, removal
         walk.places.bar("removal", labels.numpy(), reason)
 
 
+def only_positive(walk: Walk, scales: Tensor) -> None:
+    """Factors have to be positive to go through."""
+    walk.scales.bar("negative factors", scales.numpy(), f"{op_name(walk.node)} lets only positive factors through{walk.here}")
+
+
 def squares(walk: Walk, args: Sequence[Any]) -> bool:
     """Whether an operation squares the channels that it gets."""
     name, node = op_name(walk.node), walk.node

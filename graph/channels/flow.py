@@ -45,9 +45,15 @@ class ScaleGroup:
 
     Attributes:
         places: Every stored tensor that takes it up; ``positions`` have one row a factor.
+        gains: Those of them that are multiplied into what they meet, element by element, as the gain of a norm is.
+        terms: Those that are only added to what they meet, element by element, as the bias of a norm is.
+        positive: Why no factor may be negative or zero, as where a ReLU is on the way; None where it may.
     """
 
     places: tuple[ChannelPlace, ...]
+    gains: tuple[ChannelPlace, ...]
+    terms: tuple[ChannelPlace, ...]
+    positive: str | None
 
     @property
     def num_factors(self) -> int:
@@ -119,7 +125,7 @@ class ChannelFlow:
     def lines(self) -> list[str]:
         """A line for each group: what may be done, how many channels, who makes them, and who reads them."""
         found = [f"permute, {group.order}: {_line(group.places)}" for group in self.permutations]
-        found += [f"scale: {_line(group.places)}" for group in self.scalings]
+        found += [f"scale{', positive' * bool(group.positive)}: {_line(group.places)}" for group in self.scalings]
         for group in self.rotations:
             gains = ", ".join(place.tensor for place in group.gains)
             words = ", keeping the mean" * group.keeps_mean + f", if even: {gains}" * bool(gains)
@@ -169,7 +175,7 @@ def _walked(program: Program) -> ChannelFlow:
     removals, kept = _removals(walk, slots, places)
     return ChannelFlow(
         permutations=tuple(groups),
-        scalings=tuple(ScaleGroup(places=found) for found in factors),
+        scalings=tuple(_scaling(walk, found, scales) for found in factors),
         rotations=rotations,
         removals=removals,
         refused=_reasons(slots, places, [slot.places for slot in slots]),
@@ -180,6 +186,17 @@ def _walked(program: Program) -> ChannelFlow:
 
 
 _Reasons = dict[tuple[str, tuple[int, ...]], str]
+
+
+def _scaling(walk: Walk, places: tuple[ChannelPlace, ...], classes: Classes) -> ScaleGroup:
+    """Factors, with what is asked of them, and how what makes the channels is applied."""
+    first = places[0]
+    its = classes.of_label[walk.slots[first.tensor, first.axes, first.reads].scales[first.positions[:, 0]]].tolist()
+    known = classes.barred["negative factors"]
+    makers = [place for place in places if not place.reads]
+    gains = tuple(place for place in makers if (place.tensor, place.axes) in walk.factors)
+    terms = tuple(place for place in makers if (place.tensor, place.axes) in walk.terms - walk.factors)
+    return ScaleGroup(places=places, gains=gains, terms=terms, positive=next((known[one] for one in its if one in known), None))
 
 
 def _rotations(walk: Walk, slots: Sequence[Slot], classes: Classes) -> tuple[tuple[RotationGroup, ...], _Reasons]:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
-Barred = Literal["mixing", "mixing off the mean", "removal"]
-"""What channels may not bear that change places: an orthogonal matrix, one that moves their mean, being taken out."""
+Barred = Literal["mixing", "mixing off the mean", "removal", "negative factors"]
+"""What channels may not bear that change places: an orthogonal matrix, one that moves their mean, being taken out; and
+what those may not that carry factors."""
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -128,7 +129,7 @@ class Labels:
         for labels, reason in self._pins:
             for found in np.unique(of_label[labels]).tolist():
                 pinned.setdefault(found, reason)
-        barred: dict[Barred, dict[int, str]] = {"mixing": {}, "mixing off the mean": {}, "removal": {}}
+        barred: dict[Barred, dict[int, str]] = {"mixing": {}, "mixing off the mean": {}, "removal": {}, "negative factors": {}}
         for what, labels, reason in self._bars:
             for found in np.unique(of_label[labels]).tolist():
                 barred[what].setdefault(found, reason)

@@ -42,6 +42,11 @@ LINEAR_REDUCTIONS = {"mean", "sum"}
 KEEP_SQUARES = LAYOUT | SAME | LINEAR_REDUCTIONS
 """What squares of channels may meet before they are added up, if the channels are to be mixed."""
 
+BY_SHAPE = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "sym_size",
+}  # fmt: skip
+"""What they give depends on the shape of what they get alone."""
+
 SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
 
 POINTWISE_WITH_LAYER = {"layer_norm", "native_layer_norm", "rms_norm"}

@@ -70,6 +70,7 @@ def _positive(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     if not isinstance(args[0], Channels) or len(args) > 1:
         return _curved(walk, args, kwargs)
     bars.curved(walk, args[0], (), kwargs)
+    bars.only_positive(walk, args[0].scales)
     return args[0]
 
 
@@ -85,10 +86,8 @@ def _curved(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     return replace(value.without_scales(), is_squared=bars.squares(walk, args))
 
 
-def _operands(
-    walk: Walk, args: Sequence[Any], *, are_factors: bool = False
-) -> tuple[list[Channels], list[Tensor], list[float]]:
-    """Channels, data and numbers that an operation meets element by element; parameters take the others' channels."""
+def _operands(walk: Walk, args: Sequence[Any], *, are_factors: bool = False) -> tuple[list[Channels], list[float]]:
+    """Channels and numbers that an operation meets element by element; parameters take the others' channels."""
     tensors = [leaf for leaf in args if is_tensor(leaf)]
     shape = torch.broadcast_shapes(*(shape_of(leaf) for leaf in tensors))
     places = torch.zeros(shape, dtype=torch.int64)
@@ -101,13 +100,13 @@ def _operands(
     channels: list[Channels] = []
     for leaf in tensors:
         if isinstance(leaf, Leaf):
-            channels.append(walk.adopt(leaf, places, is_gain=are_factors and any(isinstance(one, Channels) for one in tensors)))
+            is_gain = are_factors and any(isinstance(one, Channels) for one in tensors)
+            channels.append(walk.adopt(leaf, places, is_factor=are_factors, is_gain=is_gain))
         elif isinstance(leaf, Channels):
             channels.append(Channels(places, leaf.scales.expand(shape)))
         else:
             walk.meet_data(places, leaf)
-    data = [leaf for leaf in tensors if isinstance(leaf, Tensor)]
-    return channels, data, [leaf for leaf in args if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
+    return channels, [leaf for leaf in args if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
 
 
 def _stored_alone(walk: Walk, args: tuple[Any, ...]) -> Any:
@@ -128,9 +127,10 @@ def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     condition = args[0] if name == "where" else args[1] if name == "masked_fill" else None
     if name in ("addcmul", "addcdiv", "lerp") or isinstance(condition, Channels | Leaf):
         return NotImplemented
-    channels, data, numbers = _operands(walk, args)
+    channels, numbers = _operands(walk, args)
     places = channels[0].places
-    fixed = any(numbers) or any(bool(leaf.any()) for leaf in data if leaf is not condition)
+    terms = [pair for pair in zip(args, walk.node.args, strict=True) if pair[0] is not condition]
+    fixed = any(numbers) or any(walk.may_hold_numbers(leaf, source) for leaf, source in terms)
     bars.added(walk, places, [leaf for leaf in args if isinstance(leaf, Channels | Leaf)], has_constant=fixed)
     scales = channels[0].scales
     for other in channels[1:]:
@@ -138,6 +138,8 @@ def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         _pin_beside(walk, scales, other.scales)
         _pin_beside(walk, other.scales, scales)
         scales = torch.where(other.scales > 0, scales, 0)
+    if name in ("maximum", "minimum"):
+        bars.only_positive(walk, scales)
     result = Channels(places, scales)
     if fixed:
         walk.pin_scales(result, "a constant is added to it")
@@ -156,7 +158,7 @@ def _product(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
         return NotImplemented
     if (alone := _stored_alone(walk, args)) is not None:
         return alone
-    channels, _, _ = _operands(walk, args, are_factors=True)
+    channels, _ = _operands(walk, args, are_factors=True)
     bars.multiplied(walk, channels[0].places, args)
     squared = bars.squares(walk, args)
     channels = [Channels(v.places, torch.from_numpy(walk.scales.unpinned(v.scales.numpy()))) for v in channels]
@@ -262,7 +264,7 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             return NotImplemented
         bars.normalized(walk, value)
     gain = args[2] if len(args) > 2 else None
-    taken = [walk.adopt(leaf, places, is_gain=leaf is gain) for leaf in stored]
+    taken = [walk.adopt(leaf, places, is_factor=leaf is gain, is_gain=leaf is gain) for leaf in stored]
     if any(leaf.offset != 0 for leaf in stored):
         bars.bar(walk, places, "a gain or bias is not applied as it is stored")
     scales = torch.zeros_like(places)
@@ -278,7 +280,7 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Along an axis of channels they stand side by side; along another, all parts hold the same channels."""
-    parts = list(args[0])
+    parts, sources = list(args[0]), list(walk.node.args[0])  # type: ignore[arg-type]
     stack = op_name(walk.node) == "stack"
     rank = len(shape_of(parts[0])) + stack
     axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
@@ -290,7 +292,7 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     along = any(axis in varying(part.places) for part in known) or (stack and len(known) > 1)
     first = next((part for part in known if varying(part.places)), known[0])
     found: list[Channels] = []
-    for part in parts:
+    for part, source in zip(parts, sources, strict=True):
         like = torch.zeros(shape_of(part), dtype=torch.int64)
         if along:
             if isinstance(part, Channels):
@@ -303,12 +305,13 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             found.append(Channels(places, like))
             continue
         like = first.places.narrow(axis, 0, 1).expand(like.shape)
-        bars.added(walk, like, [part], has_constant=isinstance(part, Tensor) and bool(part.any()))
+        has_numbers = walk.may_hold_numbers(part, source)
+        bars.added(walk, like, [part], has_constant=has_numbers)
         if isinstance(part, Leaf):
             part = walk.adopt(part, like)
         elif isinstance(part, Tensor):
             walk.meet_data(like, part)
-            if bool(part.any()):
+            if has_numbers:
                 walk.pin_scales(first, "it stands beside data")
                 part = Channels(like, torch.zeros_like(like))
             else:
@@ -368,7 +371,7 @@ def _index_put(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         return NotImplemented
     if any(isinstance(index, Channels | Leaf) for index in indices):
         return NotImplemented
-    if isinstance(base, Tensor) and bool(base.any()):
+    if walk.may_hold_numbers(base, walk.node.args[0]):
         return NotImplemented
     nothing = torch.zeros(shape_of(base), dtype=torch.int64)
     base = base if isinstance(base, Channels) else Channels(nothing, nothing)

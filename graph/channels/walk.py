@@ -64,8 +64,11 @@ class Walk:
         masks: Weight -> the mask that it stands behind.
         salt: Another number at each operation.
         gains: Slots whose channels' numbers are multiplied into others, tensor and axes.
+        factors: Slots that are multiplied into anything element by element, data included.
+        terms: Slots that are added element by element.
         vectors: Slots that make channels by themselves.
         even: Parts of one value that have to stay equally long.
+        given: Nodes whose values come from the inputs of the model: what they hold is an example, and says nothing of others.
     """
 
     def __init__(self, program: Program) -> None:
@@ -77,8 +80,11 @@ class Walk:
         self._lost: dict[str, str] = {}
         self.salt = 0
         self.gains: set[tuple[str, tuple[int, ...]]] = set()
+        self.factors: set[tuple[str, tuple[int, ...]]] = set()
+        self.terms: set[tuple[str, tuple[int, ...]]] = set()
         self.vectors: set[tuple[str, tuple[int, ...]]] = set()
         self.even: list[tuple[Ints, ...]] = []
+        self.given: set[fx.Node] = set()
 
     def run(self, rules: Mapping[str, Callable[..., Any]]) -> None:
         """Walk the whole graph, each operation by the rule of its name."""
@@ -86,6 +92,9 @@ class Walk:
         last = {source: node for node in self.program.graph_module.graph.nodes for source in node.all_input_nodes}
         for node in self.program.graph_module.graph.nodes:
             self.node, self.salt = node, self.salt + 1
+            of_inputs = op_name(node) not in ops.BY_SHAPE and not self.given.isdisjoint(node.all_input_nodes)
+            if node.op == "placeholder" or of_inputs:
+                self.given.add(node)
             if node.op == "placeholder":
                 env[node] = _standing_in(self.program.example_inputs[str(node.target)])
             elif node.op == "get_attr":
@@ -97,6 +106,7 @@ class Walk:
                 env[node] = self._call(rules, node, args, kwargs)
                 if is_mutable(node.target):
                     env[node.args[0]] = env[node]
+                    self.given |= {node.args[0]} if node in self.given else set()
             for source in node.all_input_nodes:
                 if last[source] is node:
                     env.pop(source, None)
@@ -146,11 +156,20 @@ class Walk:
             elif isinstance(leaf, Leaf):
                 self.lose(leaf, reason)
             else:
-                return leaf
+                return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
             return torch.rand(shape_of(leaf))
 
         args, kwargs = torch.utils._pytree.tree_map(as_data, (args, kwargs), is_leaf=is_tensor)
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def may_hold_numbers(self, value: Any, source: Any) -> bool:
+        """Whether data may be something else than zeros.
+
+        Args:
+            value: What stands for it here.
+            source: The node's argument that gives it.
+        """
+        return isinstance(value, Tensor) and (source in self.given or bool(value.any()))
 
     def slot(self, name: str, axes: tuple[int, ...], *, reads: bool, offset: float = 0.0) -> Slot:
         """The slot of a stored tensor, made when it is met first. Two uses of one slot share their labels."""
@@ -194,13 +213,14 @@ class Walk:
         self.vectors.add((slot.tensor, slot.axes))
         return Channels(places, torch.from_numpy(slot.scales).expand(*shape))
 
-    def adopt(self, stored: Leaf, like: Tensor, *, is_gain: bool = False) -> Channels:
+    def adopt(self, stored: Leaf, like: Tensor, *, is_factor: bool = False, is_gain: bool = False) -> Channels:
         """A parameter that meets labelled channels element by element, in their shape: it holds the same channels.
 
         Args:
             stored: The parameter.
             like: Labels of what it meets.
-            is_gain: Whether it is multiplied with them.
+            is_factor: Whether it is multiplied with what it meets; otherwise it is added to that.
+            is_gain: Whether it is a factor, and what it meets is made by parameters.
         """
         shape = torch.broadcast_shapes(stored.index.shape, like.shape)
         index, like = stored.index.expand(shape), like.expand(shape)
@@ -214,6 +234,7 @@ class Walk:
             return Channels(torch.zeros_like(like), torch.zeros_like(like))
         slot = self.slot(stored.name, tuple(names), reads=False, offset=stored.offset or 0.0)
         (self.gains if is_gain else self.vectors).add((slot.tensor, slot.axes))
+        (self.factors if is_factor else self.terms).add((slot.tensor, slot.axes))
         flat = np.ravel_multi_index([where[axis] for axis in names], [size[axis] for axis in names])
         self.places.join(slot.places[flat], like.numpy())
         scales = slot.scales[flat]

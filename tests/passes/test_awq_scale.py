@@ -212,6 +212,9 @@ def test_a_second_run_is_refused() -> None:
     program = apply_passes(captured("llama"), "awq_scale", calibration=batch)
     with pytest.raises(PassError, match="an earlier awq_scale has searched its factors"):
         apply_passes(program, "awq_scale{bits=8}", calibration=batch)
+    fused = apply_passes(program, "fuse_siblings")
+    with pytest.raises(PassError, match="an earlier awq_scale has searched its factors"):
+        apply_passes(fused, "awq_scale{bits=8}", calibration=batch)
 
 
 @pytest.mark.parametrize(("options", "told"), [("bits=3", "8 or 4 bits"), ("group_size=-1", "whole row")])

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.families import BY_NAME, FAMILIES, tensors_of
+from tests.graph.channels.random_net import STEPS, RandomNet
 from torch import nn
 
 from sparsepass.graph import PassError, Program, capture
@@ -111,3 +113,79 @@ def test_the_model_is_not_changed() -> None:
 def test_pruning_after_it_sees_weights_that_say_how_much_they_count() -> None:
     program = apply_passes(with_gains("llama"), "fold_norms,nm_sparsify")
     assert program.recipe.startswith("fold_norms,nm_sparsify{")
+
+
+def of_steps(*steps: str) -> tuple[Program, torch.Tensor]:
+    """A program of steps, and inputs of another shape than those that it was captured with."""
+    torch.manual_seed(0)
+    net = RandomNet(list(steps)).double().eval()
+    return capture(net, example_inputs=torch.arange(12).reshape(2, 6) % 11), torch.arange(15).reshape(3, 5) % 11
+
+
+def relative(before: Program, after: Program, inputs: torch.Tensor) -> float:
+    with torch.no_grad():
+        expected, found = before(inputs), after(inputs)
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+MOVED = {"pre_norm": True, "norm_by_hand": True, "norm_scaled": False, "norm_masked": False, "norm_summed": False,
+         "bias_twice": False}  # fmt: skip
+"""Step whose norm is folded -> whether its bias moves into the reader's, too."""
+
+
+@pytest.mark.parametrize("step", MOVED)
+def test_a_bias_moves_only_where_its_reader_meets_it_as_it_is(step: str) -> None:
+    before, inputs = of_steps(step)
+    after = apply_passes(before, "fold_norms")
+    assert relative(before, after, inputs) < 1e-9
+    gain = "gains.0" if step == "norm_by_hand" else "norms.0.weight"
+    assert bool((after.tensor(gain) == 1).all())
+    assert bool((after.tensor("norms.0.bias") == 0).all()) == MOVED[step]
+    assert torch.equal(before.tensor("layers.0.bias"), after.tensor("layers.0.bias")) != MOVED[step]
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ("norm_relu", r"relu lets only positive factors through, and some in norms.0.weight are not"),
+        ("norm_maximum", r"maximum lets only positive factors through, and some in norms.0.weight are not"),
+        ("two_norms", r"several norms: norms.0.weight, others.0.weight"),
+        ("joined_norms", r"several norms: norms.0.weight, others.0.weight"),
+    ],
+)
+def test_norms_that_cannot_be_folded_say_why(step: str, told: str) -> None:
+    before, _ = of_steps(step)
+    with pytest.raises(PassError, match=rf"no layer can be rewritten .*{told}"):
+        apply_passes(before, "fold_norms")
+
+
+@pytest.mark.parametrize("step", ["norm_relu", "norm_maximum"])
+def test_positive_gains_go_through_what_lets_only_these_through(step: str) -> None:
+    before, inputs = of_steps(step)
+    before.write_tensor("norms.0.weight", before.tensor("norms.0.weight").detach().abs())
+    after = apply_passes(before, "fold_norms")
+    assert relative(before, after, inputs) < 1e-9
+    assert bool((after.tensor("norms.0.weight") == 1).all())
+    assert bool((after.tensor("norms.0.bias") != 0).any())
+
+
+@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=3), st.sampled_from([*MOVED, "norm_relu", "two_norms"]))
+def test_random_graphs_are_folded_or_refused_in_words(steps: list[str], last: str) -> None:
+    before, inputs = of_steps(*steps, last)
+    try:
+        after = apply_passes(before, "fold_norms")
+    except PassError as error:
+        assert "no layer can be rewritten" in str(error)  # noqa: PT017
+        return
+    assert relative(before, after, inputs) < 1e-9
+    with pytest.raises(PassError, match="no layer can be rewritten"):  # a second run has nothing left to do
+        apply_passes(after, "fold_norms")
+
+
+def test_masked_readers_that_are_no_targets_are_noted_as_changed() -> None:
+    before = apply_passes(with_gains("qwen2"), "nm_sparsify")
+    after = apply_passes(before, "fold_norms{targets=q_proj}")
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert after.sparse[f"model.layers.0.self_attn.{name}.weight"].changed_by == after.history[-1].text
+    assert after.sparse["model.layers.0.self_attn.o_proj.weight"].changed_by is None

@@ -124,6 +124,19 @@ def test_experts_and_routers_are_left_with_the_reason() -> None:
     assert "but this layer has no bias: that one has a bias" in whisper["model.encoder.layers.0.self_attn.k_proj"]
 
 
+def test_what_is_frozen_is_not_fused_with_what_is_trained() -> None:
+    before = captured("llama")
+    before.tensor(f"{ATTENTION}.q_proj.weight").requires_grad_(False)
+    for name in ("gate_proj", "up_proj"):
+        before.tensor(f"{MLP}.{name}.weight").requires_grad_(False)
+    after = apply_passes(before, "fuse_siblings")
+    assert reasons(after)[f"{ATTENTION}.q_proj"].endswith("read the same input, but this layer is frozen: that one is trained")
+    assert not after.tensor(f"{GATE_UP}.weight").requires_grad
+    apart = split_siblings(after)
+    for name, tensor in before.tensors().items():
+        assert apart.tensor(name).requires_grad == tensor.requires_grad, name
+
+
 class Three(nn.Module):
     """Three layers that read one input."""
 

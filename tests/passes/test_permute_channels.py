@@ -30,6 +30,17 @@ def kept(program: Program, site: Site) -> float:
     return kept_score(matrix.T, NMPattern(2, 4)) / float(matrix.double().sum())
 
 
+def assert_no_group_loses(before: Program, after: Program, item: PermuteChannels) -> None:
+    """Layers that read the same channels keep at least as much together, and somewhere more."""
+    facts = {outcome.site: outcome.facts for outcome in after.history[0].outcomes if outcome.facts}
+    shares = []
+    for group in item.groups(before, item.choose(before)[0]):
+        moved = [facts[site.name] for site in group.sites if site.name in facts]
+        shares.append([sum(float(its[key]) for its in moved) for key in ("kept_before", "kept_after")])
+    assert all(new >= old for old, new in shares)
+    assert any(new > old for old, new in shares)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["assignment", "greedy"])
 def test_every_family_keeps_its_outputs_and_more_score(name: str, method: str) -> None:
@@ -44,6 +55,7 @@ def test_every_family_keeps_its_outputs_and_more_score(name: str, method: str) -
     sites = {site.name: site for site in before.sites()}
     shares = [(kept(before, sites[site]), kept(after, sites[site])) for site in done]
     assert sum(new for _, new in shares) > sum(old for old, _ in shares)
+    assert_no_group_loses(before, after, PermuteChannels(criterion="magnitude"))
     for facts, (old, new) in zip(done.values(), shares, strict=True):
         assert facts["kept_before"] == pytest.approx(old, abs=1e-6)
         assert facts["kept_after"] == pytest.approx(new, abs=1e-6)
@@ -65,6 +77,7 @@ def test_calibrated_criteria_in_float32(name: str, criterion: str) -> None:
     assert after.recipe.startswith(f"permute_channels{{pattern=2:4,criterion={criterion},method=assignment}},nm_sparsify{{")
     for outcome in after.history[0].outcomes:
         assert outcome.reason or outcome.facts
+    assert_no_group_loses(before, after, PermuteChannels(criterion=criterion))
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria"])
@@ -75,6 +88,7 @@ def test_the_mask_keeps_what_was_promised(criterion: str) -> None:
         captured("llama"), f"permute_channels{{criterion={criterion}}}", calibration=inputs, compute="float32"
     )
     facts = {outcome.site: outcome.facts for outcome in permuted.history[0].outcomes if outcome.facts}
+    totals = dict.fromkeys(("kept_before", "kept_after"), 0.0)
     for program, key in ((captured("llama"), "kept_before"), (permuted, "kept_after")):
         gathered = _statistics(program, inputs)
         for site in program.sites():
@@ -84,6 +98,8 @@ def test_the_mask_keeps_what_was_promised(criterion: str) -> None:
                 found = score(program.tensor(site.weight).detach(), gathered[site.weight])
                 share = kept_score(found.T, NMPattern(2, 4)) / float(found.double().sum())
                 assert share == pytest.approx(facts[site.name][key], abs=2e-6), site.name
+                totals[key] += share
+    assert totals["kept_after"] > totals["kept_before"]
 
 
 def _statistics(program: Program, inputs: dict[str, Tensor]) -> dict[str, InputStatistics]:

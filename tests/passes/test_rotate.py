@@ -181,6 +181,43 @@ def test_what_cannot_be_concentrated_stays() -> None:
     assert all(torch.equal(tensor, after.tensor(name)) for name, tensor in before.tensors().items())
 
 
+@pytest.mark.parametrize("form", ["model", "blocks"])
+def test_nothing_is_left_behind_where_nothing_is_better(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head stays tied, gains stay where they are, and no matrix stands between blocks."""
+
+    def none(sizes: dict[int, tuple[int, bool]], *_: Any, **__: Any) -> dict[int, torch.Tensor]:
+        return {number: torch.eye(size) for number, (size, _) in sizes.items()}
+
+    monkeypatch.setattr("sparsepass.passes.rotate.learn_rotations", none)
+    before = with_gains("llama")
+    after = apply_passes(before, f"rotate{{form={form}}}", calibration=BY_NAME["llama"].inputs(4, 8))
+    assert after.history[0].num_rewritten == 0
+    assert after.aliases == before.aliases
+    assert [node.name for node in after.graph_module.graph.nodes] == [node.name for node in before.graph_module.graph.nodes]
+    assert after.tensors().keys() == before.tensors().keys()
+    assert all(torch.equal(tensor, after.tensor(name)) for name, tensor in before.tensors().items())
+
+
+def test_a_second_run_is_refused_of_fused_layers_too() -> None:
+    calibration = BY_NAME["llama"].inputs(4, 8)
+    program = apply_passes(captured("llama"), "rotate{steps=1},fuse_siblings", calibration=calibration)
+    with pytest.raises(PassError, match="an earlier rotate has rotated it"):
+        apply_passes(program, "rotate{steps=1}", calibration=calibration)
+
+
+def test_a_gain_of_zero_that_stays_keeps_its_channels() -> None:
+    """It cannot be divided out of a bias that stays, as only some of the norm's readers have one."""
+    before = captured("whisper")
+    norm = "model.decoder.layers.0.self_attn_layer_norm"
+    gain = before.tensor(f"{norm}.weight").detach().clone()
+    gain[3] = 0
+    before.write_tensor(f"{norm}.weight", gain)
+    before.write_tensor(f"{norm}.bias", torch.ones_like(gain))
+    after = apply_passes(before, "rotate{steps=2}", calibration=BY_NAME["whisper"].inputs(4, 8), compute="float32")
+    told = after.report().skipped()["model.decoder.layers.0.self_attn.q_proj"]
+    assert told.startswith(f"{norm}.weight holds another number for each channel")
+
+
 def test_layers_to_be_ignored_do_not_change() -> None:
     before = captured("llama")
     item = Rotate(steps=2, ignore=("model.layers.1.mlp.down_proj",))

@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.typing import NDArray
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
+from tests.graph.channels.random_net import STEPS, RandomNet
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparsepass.graph import Program, capture, capture_without_weights
@@ -35,6 +35,8 @@ def changed(program: Program, flow: ChannelFlow, seed: int = 0) -> tuple[Program
             moved.set_tensor(place.tensor, permuted(moved.tensor(place.tensor).detach(), place, order))
     for factors in flow.scalings:
         values = torch.from_numpy(random.uniform(0.5, 2.0, factors.num_factors))
+        if factors.positive is None:
+            values *= torch.from_numpy(random.choice([-1.0, 1.0], factors.num_factors))
         for place in factors.places:
             scaled_.set_tensor(place.tensor, scaled(scaled_.tensor(place.tensor).detach(), place, values))
     return moved, scaled_
@@ -202,135 +204,6 @@ def test_masks_are_permuted_with_their_weights() -> None:
             assert distance([program(inputs)], [other(inputs)]) < 1e-9
 
 
-class RandomNet(nn.Module):
-    """Steps drawn by hypothesis, on values of 8 channels."""
-
-    def __init__(self, steps: list[str]) -> None:
-        super().__init__()
-        self.steps = steps
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3 * len(steps)))
-        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in steps)
-        self.gains = nn.ParameterList(torch.randn(8) for _ in steps)
-        self.heads = nn.ParameterList(torch.randn(2, 4) for _ in steps)
-        self.register_buffer("fixed", torch.randn(8))
-        self.square: Tensor
-        self.register_buffer("square", torch.randn(8, 8))
-        self.embedding = nn.Embedding(11, 8)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for number, step in enumerate(self.steps):
-            x = getattr(self, f"_{step}")(x, number, self.layers[3 * number : 3 * number + 3])
-        return self.head(x)  # type: ignore[no-any-return]
-
-    def _linear(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return layers[0](x)  # type: ignore[no-any-return]
-
-    def _relu(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return torch.relu(layers[0](x))
-
-    def _gated(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return layers[2](functional.silu(layers[0](x)) * layers[1](x))  # type: ignore[no-any-return]
-
-    def _residual(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return x + layers[1](torch.tanh(layers[0](self.norms[number](x))))  # type: ignore[no-any-return]
-
-    def _rms(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.gains[number])  # type: ignore[no-any-return]
-
-    def _gain(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return x * self.gains[number]  # type: ignore[no-any-return]
-
-    def _squared(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return y * y  # type: ignore[no-any-return]
-
-    def _fixed(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return layers[1](layers[0](x) * self.fixed)  # type: ignore[no-any-return]
-
-    def _swapped(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        first, second = layers[0](x).chunk(2, -1)
-        return torch.cat([second, -first], -1)
-
-    def _picked(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return y + y[..., :1]  # type: ignore[no-any-return]
-
-    def _rolled(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return y + y.flip(-1)  # type: ignore[no-any-return]
-
-    def _parts(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return torch.cat([torch.relu(y[..., :3]), torch.sigmoid(y[..., 3:])], -1)
-
-    def _in_heads(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x).view(*x.shape[:-1], 2, 4)
-        y = y / (y.pow(2).sum(-1, keepdim=True) + 1) * self.heads[number]
-        return layers[1](y.flatten(-2))  # type: ignore[no-any-return]
-
-    def _head_softmax(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x).view(*x.shape[:-1], 2, 4)
-        return layers[1](torch.softmax(y, -1).flatten(-2))  # type: ignore[no-any-return]
-
-    def _attention(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        q, k, v = (layer(x).view(*x.shape[:-1], 2, 4).transpose(1, 2) for layer in layers)
-        weights = torch.softmax(q @ k.transpose(-1, -2), -1)
-        return x + (weights @ v).transpose(1, 2).flatten(-2)  # type: ignore[no-any-return]
-
-    def _shared(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return layers[0](torch.relu(layers[0](x)))  # type: ignore[no-any-return]
-
-    def _mean(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return x + layers[0](x).mean(1, keepdim=True)  # type: ignore[no-any-return]
-
-    def _outer(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        first, second = layers[0](x)[..., :4], layers[1](x)[..., :2]
-        return layers[2]((first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2))  # type: ignore[no-any-return]
-
-    def _by_numbers(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return layers[1](layers[0](x) * (x @ self.square))  # type: ignore[no-any-return]
-
-    def _scaled(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x) * 0.5
-        return layers[1](y * torch.sigmoid(layers[2](x)[..., :1]) - x.mean(-1, keepdim=True) * y)  # type: ignore[no-any-return]
-
-    def _unit(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return layers[1](y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1))  # type: ignore[no-any-return]
-
-    def _norm(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return layers[1](functional.layer_norm(layers[0](x), (8,)))  # type: ignore[no-any-return]
-
-    def _centred(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return layers[1](y - y.mean(-1, keepdim=True))  # type: ignore[no-any-return]
-
-    def _cubed(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)
-        return layers[1](y * (y.pow(2) * y).mean(-1, keepdim=True))  # type: ignore[no-any-return]
-
-    def _halves(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        first, second = layers[0](x).chunk(2, -1)
-        return layers[1](torch.cat([torch.relu(first) * second, second], -1))  # type: ignore[no-any-return]
-
-    def _twice(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        y = layers[0](x)[..., [0, 1, 1, 2, 3, 4, 5, 6]]
-        return layers[1](layers[0](x) / (1 + y.pow(2).mean(-1, keepdim=True)))  # type: ignore[no-any-return]
-
-    def _shared_heads(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        v = layers[0](x)[..., :4].unsqueeze(1)
-        weights = torch.softmax(layers[1](x).view(*x.shape[:-1], 2, 4).transpose(1, 2) @ v.transpose(-1, -2), -1)
-        return layers[2]((weights @ v).transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
-
-    def _unknown(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
-        return x + torch.cumsum(layers[0](x), -1)
-
-
-STEPS = sorted(name[1:] for name in vars(RandomNet) if name.startswith("_") and not name.startswith("__"))
-
-
 @settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=4))
 def test_random_graphs(steps: list[str]) -> None:
@@ -346,6 +219,43 @@ def test_random_graphs(steps: list[str]) -> None:
         assert distance([even(inputs)], [turned(even, flow)(inputs)]) < 1e-9
         cleared, cut = cleared_and_cut(program, flow)
         assert distance([cleared(inputs)], [cut(inputs)]) < 1e-9
+
+
+class Padded(nn.Module):
+    """A number is added where the mask is 0, which it is nowhere in the example."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.second(torch.tanh(self.first(x)))
+        away = (1 - mask).unsqueeze(-1).to(y.dtype)
+        if self.step == "add":
+            y = y + away * 3.0
+        elif self.step == "cat":
+            y = torch.cat([y, away.expand(-1, -1, 8)], 1)
+        else:
+            y = away.expand(-1, -1, 8).index_put((torch.tensor([0, 1]),), y[:2])
+        return self.head(torch.tanh(self.last(y)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("step", ["add", "cat", "index_put"])
+def test_zeros_of_an_example_are_no_zeros_of_the_graph(step: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    net = Padded(step).double().eval()
+    program = capture(net, example_inputs={"x": x, "mask": torch.ones(3, 4, dtype=torch.int64)})
+    inputs = {"x": x, "mask": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]])}
+    with torch.no_grad():
+        expected, flow = [program(**inputs)], channel_flow(program)
+        for other in (*changed(program, flow), turned(program, flow)):
+            assert distance(expected, [other(**inputs)]) < 1e-9
+        cleared, cut = cleared_and_cut(program, flow)
+        assert distance([cleared(**inputs)], [cut(**inputs)]) < 1e-9
+    assert flow.scalings == ()
 
 
 def test_each_step_by_itself_lets_something_through() -> None:
