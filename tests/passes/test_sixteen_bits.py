@@ -17,7 +17,7 @@ PASSES = ("fold_norms", "permute_channels{criterion=wanda}", "awq_scale{group_si
 
 @functools.cache
 def in_both(name: str) -> tuple[Program, Program, dict[str, Tensor]]:
-    """A tiny program in bfloat16 whose gains and biases differ, the same in float32, and inputs of the latter: not to be changed."""
+    """A tiny program in bfloat16 whose gains and biases differ, the same in float32, and its inputs. None is to be changed."""
     family = BY_NAME[name]
     model = family.model()
     for parameter in model.parameters():
