@@ -53,7 +53,7 @@ class FoldNorms(Pass):
         moving = _moving(program, group)
         moved = [bias for bias in group.terms if bias.tensor in moving]
         if bool((_folded(program, group, moving) == 1).all()) and not any(_vector(program, bias).any() for bias in moved):
-            return "the norm before it has a gain of 1 already, wherever it can"
+            return "the norm before it has nothing left to fold"
         readers = {place.tensor for place in group.places if place.reads}
         for other in program.sites():
             if other.weight in readers and any(matches(pattern, other) for pattern in self.ignore):

@@ -169,7 +169,7 @@ def test_positive_gains_go_through_what_lets_only_these_through(step: str) -> No
     assert bool((after.tensor("norms.0.bias") != 0).any())
 
 
-@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=3), st.sampled_from([*MOVED, "norm_relu", "two_norms"]))
 def test_random_graphs_are_folded_or_refused_in_words(steps: list[str], last: str) -> None:
     before, inputs = of_steps(*steps, last)

@@ -1,6 +1,7 @@
 """Exact passes on weights of 16 bits: nothing is lost but what rounding the new weights once explains."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from sparsepass.passes import apply_passes
 PASSES = ("fold_norms", "permute_channels{criterion=wanda}", "awq_scale{group_size=16}", "rotate{steps=2}")
 
 
+@functools.cache
 def in_both(name: str) -> tuple[Program, Program, dict[str, Tensor]]:
-    """A tiny program in bfloat16 whose gains and biases differ, the same in float32, and inputs of the latter."""
+    """A tiny program in bfloat16 whose gains and biases differ, the same in float32, and its inputs. None is to be changed."""
     family = BY_NAME[name]
     model = family.model()
     for parameter in model.parameters():
