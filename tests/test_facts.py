@@ -39,8 +39,8 @@ FACTS: dict[str, tuple[str, set[str]]] = {
     ),  # the latter is its own file
     "whether a weight is the original one": (
         r"\bchanged_by=|history\b.*\bslorb|record\.text\.startswith",
-        {"graph/program.py", "graph/fusion.py", "passes/manager.py", "passes/awq_scale.py", "retrain/trainee.py"},
-    ),  # fusion carries it over; awq_scale changes layers that make channels, which are not its own
+        {"graph/program.py", "graph/fusion.py", "passes/manager.py", "retrain/trainee.py"},
+    ),  # fusion carries it over
     "version of a package that may be missing": (r"PackageNotFoundError", {"graph/support/machine.py"}),
     "reading parquet": (r"parquet\.\w*(File|read)|pq\.|import pyarrow\.parquet", {"graph/texts/rows.py"}),
 }
