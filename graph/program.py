@@ -401,9 +401,10 @@ def with_sparse(program: Program, weight: str, **changes: Any) -> None:
 def write_weight(program: Program, name: str, value: Tensor, changed_by: str) -> None:
     """Write values into a tensor; where it is a weight behind a mask, note what has changed it, unless something had before."""
     program.write_tensor(name, value)
-    state = program.sparse.get(program.aliases.get(name, name))
+    weight = program.aliases.get(name, name)
+    state = program.sparse.get(weight)
     if state is not None and state.mask is not None and state.changed_by is None:
-        with_sparse(program, program.aliases.get(name, name), changed_by=changed_by)
+        with_sparse(program, weight, changed_by=changed_by)
 
 
 def masked_weight(program: Program, name: str) -> Tensor:
