@@ -178,8 +178,8 @@ def _walked(program: Program) -> ChannelFlow:
         scalings=tuple(_scaling(walk, found, scales) for found in factors),
         rotations=rotations,
         removals=removals,
-        refused=_reasons(slots, places, [slot.places for slot in slots]),
-        unscaled=_reasons(slots, scales, [slot.scales for slot in slots]),
+        refused=_reasons(slots, places, [slot.places for slot in slots], orders),
+        unscaled=_reasons(slots, scales, [slot.scales for slot in slots], factors),
         unmixed=unmixed,
         kept=kept,
     )
@@ -338,11 +338,17 @@ def _groups(
     return groups
 
 
-def _reasons(slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints]) -> dict[tuple[str, tuple[int, ...]], str]:
-    found = {}
+def _reasons(
+    slots: Sequence[Slot], classes: Classes, labels: Sequence[Ints], groups: Sequence[Sequence[ChannelPlace]]
+) -> _Reasons:
+    """A reason for each tensor and axes that have a channel that is held, or that no group has."""
+    taking_part = {(place.tensor, place.axes) for places in groups for place in places}
+    found: _Reasons = {}
     for slot, its in zip(slots, labels, strict=True):
-        for one in np.unique(classes.of_label[its]).tolist():
-            if one in classes.pinned:
-                found[slot.tensor, slot.axes] = classes.pinned[one]
-                break
+        key = slot.tensor, slot.axes
+        held = [classes.pinned[one] for one in np.unique(classes.of_label[its]).tolist() if one in classes.pinned]
+        if held:
+            found[key] = held[0]
+        elif key not in taking_part:
+            found.setdefault(key, _NO_REASON)
     return found

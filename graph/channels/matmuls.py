@@ -215,6 +215,7 @@ def attention(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     bound = dict(zip(names, args, strict=False)) | dict(kwargs)
     query, key, value, mask = bound["query"], bound["key"], bound["value"], bound.get("attn_mask")
+    sources = dict(zip(names, walk.node.args, strict=False)) | dict(walk.node.kwargs)
     if any(isinstance(one, Leaf) or not isinstance(one, Channels | Tensor) for one in (query, key, value)):
         return NotImplemented
     if isinstance(mask, Leaf):
@@ -229,7 +230,7 @@ def attention(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
         places = walk.combine(places, mask.places)
         walk.pin_scales(mask, "softmax is not linear")
     elif isinstance(mask, Tensor):
-        walk.meet_data(places, mask)
+        walk.meet_data(places, mask, sources["attn_mask"])
     walk.pin_scales(scores, "softmax is not linear")
     return product(walk, Channels(places, torch.zeros_like(places)), value)
 

@@ -12,6 +12,9 @@ LAYOUT = {
 PICKING = {"index", "index_select", "gather", "take_along_dim", "repeat_interleave"}
 """Some of these elements may be there more often than others."""
 
+PICKING_EACH = {"gather", "take_along_dim"}
+"""Each element of the result chooses for itself."""
+
 WRAPPERS = {"masked_weight"}
 """A weight behind its mask is the weight."""
 

@@ -10,42 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from sparsepass.graph.channels import bars, ops
+from sparsepass.graph.channels.layouts import layout
 from sparsepass.graph.channels.matmuls import attention, convolution, embedding, grouped, linear, matmul
 from sparsepass.graph.channels.values import Channels, Leaf, shape_of, varying
 from sparsepass.graph.channels.walk import Walk, is_tensor
 from sparsepass.graph.nodes import op_name
 
 Rule = Callable[[Walk, tuple[Any, ...], Mapping[str, Any]], Any]
-
-
-def _layout(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Elements move: labels move with them."""
-    value, *others = args
-    leaves = torch.utils._pytree.tree_leaves((others, dict(kwargs)), is_leaf=is_tensor)
-    if any(isinstance(leaf, Channels | Leaf) for leaf in leaves):
-        if op_name(walk.node) not in ("expand_as", "view_as", "reshape_as"):
-            return NotImplemented
-        others = [torch.empty(shape_of(others[0]))]
-
-    def moved(labels: Tensor) -> Any:
-        return walk.node.target(labels.contiguous(), *others, **kwargs)  # type: ignore[operator]
-
-    if isinstance(value, Leaf):
-        found = moved(value.index)
-        return (
-            Leaf(value.name, found, value.offset)
-            if isinstance(found, Tensor)
-            else [Leaf(value.name, part, value.offset) for part in found]
-        )
-    places, scales = moved(value.places), moved(value.scales)
-    if isinstance(places, Tensor):
-        walk.meet_part(places, value.places, 0)
-        bars.laid_out(walk, value, others, kwargs, [places])
-        return replace(value, places=places, scales=scales)
-    for number, part in enumerate(places):
-        walk.meet_part(part, value.places, number)
-    bars.laid_out(walk, value, others, kwargs, places)
-    return [replace(value, places=place, scales=scale) for place, scale in zip(places, scales, strict=True)]
 
 
 def _wrapper(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -62,7 +33,7 @@ def _same(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if isinstance(args[0], Tensor):
         return walk.node.target(args[0], *(torch.empty(shape_of(x)) if is_tensor(x) else x for x in args[1:]), **kwargs)  # type: ignore[operator]
     if isinstance(args[0], Leaf) and op_name(walk.node) == "neg":
-        return Leaf(args[0].name, args[0].index, None)
+        return replace(args[0], offset=None)
     return args[0]
 
 
@@ -80,7 +51,7 @@ def _curved(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     if any(is_tensor(leaf) for leaf in others):
         return NotImplemented
     if isinstance(value, Leaf):
-        return Leaf(value.name, value.index, None)
+        return replace(value, offset=None)
     walk.pin_scales(value, f"{op_name(walk.node)} is not linear")
     bars.curved(walk, value, others, kwargs)
     return replace(value.without_scales(), is_squared=bars.squares(walk, args))
@@ -98,14 +69,14 @@ def _operands(walk: Walk, args: Sequence[Any], *, are_factors: bool = False) -> 
     if stored is not None and not varying(places):
         places = walk.of_itself(stored, shape)
     channels: list[Channels] = []
-    for leaf in tensors:
+    for leaf, source in [pair for pair in zip(args, walk.node.args, strict=True) if is_tensor(pair[0])]:
         if isinstance(leaf, Leaf):
             is_gain = are_factors and any(isinstance(one, Channels) for one in tensors)
             channels.append(walk.adopt(leaf, places, is_factor=are_factors, is_gain=is_gain))
         elif isinstance(leaf, Channels):
             channels.append(Channels(places, leaf.scales.expand(shape)))
         else:
-            walk.meet_data(places, leaf)
+            walk.meet_data(places, leaf, source)
     return channels, [leaf for leaf in args if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
 
 
@@ -116,7 +87,7 @@ def _stored_alone(walk: Walk, args: tuple[Any, ...]) -> Any:
         return None
     number = next((leaf for leaf in args if isinstance(leaf, int | float)), None)
     known = op_name(walk.node) == "add" and number is not None and stored[0].offset is not None
-    return Leaf(stored[0].name, stored[0].index, float(stored[0].offset or 0) + float(number or 0) if known else None)
+    return replace(stored[0], offset=float(stored[0].offset or 0) + float(number or 0) if known else None)
 
 
 def _sum(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -255,7 +226,7 @@ def _norm(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not stored:
             return NotImplemented
         places = walk.of_itself(stored[0], value.shape)
-        walk.meet_data(places, value)
+        walk.meet_data(places, value, walk.node.args[0])
         bars.bar(walk, places, "it is multiplied by an input of the model")
     else:
         places = value.places
@@ -310,7 +281,7 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(part, Leaf):
             part = walk.adopt(part, like)
         elif isinstance(part, Tensor):
-            walk.meet_data(like, part)
+            walk.meet_data(like, part, source)
             if has_numbers:
                 walk.pin_scales(first, "it stands beside data")
                 part = Channels(like, torch.zeros_like(like))
@@ -326,7 +297,7 @@ def _cat(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _unsqueezed(part: Any, axis: int) -> Any:
     if isinstance(part, Leaf):
-        return Leaf(part.name, part.index.unsqueeze(axis), part.offset)
+        return part.moved(lambda parameter: parameter.unsqueeze(axis))
     return part.each(lambda labels: labels.unsqueeze(axis)) if isinstance(part, Channels) else part.unsqueeze(axis)
 
 
@@ -397,7 +368,7 @@ def _all(rule: Rule, names: set[str]) -> dict[str, Rule]:
 
 
 RULES: Final[dict[str, Rule]] = {
-    **_all(_layout, ops.LAYOUT),
+    **_all(layout, ops.LAYOUT),
     **_all(_wrapper, ops.WRAPPERS),
     **_all(_same, ops.SAME),
     **_all(_positive, ops.POSITIVE),

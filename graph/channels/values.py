@@ -1,5 +1,6 @@
 """What a value is to the walk that follows channels: data, a parameter as it is stored, or something that has channels."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,10 @@ from torch import Tensor
 from sparsepass.graph.channels.labels import Hashes, Ints, mixed
 
 
+def _as_stored(parameter: Tensor) -> Tensor:
+    return parameter
+
+
 @dataclass(frozen=True)
 class Leaf:
     """A parameter, or what is made of one element by element.
@@ -19,11 +24,18 @@ class Leaf:
         name: Of the parameter.
         index: For each element of the value, the flat index of the parameter's element that it is made of.
         offset: What has been added to the parameter, as in ``1 + weight``; None where it was changed in another way.
+        layout: Moves what stands where the parameter does to where the value has it.
     """
 
     name: str
     index: Tensor
     offset: float | None = 0.0
+    layout: Callable[[Tensor], Tensor] = _as_stored
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Leaf":
+        """The same elements in another place."""
+        before = self.layout
+        return replace(self, index=move(self.index), layout=lambda parameter: move(before(parameter)))
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,24 @@ def _as_integers(data: Tensor) -> Hashes:
     if data.is_complex():
         return _as_integers(torch.view_as_real(data).sum(-1))
     return data.to(torch.int64).contiguous().numpy().view(np.uint64)
+
+
+def fits_fewer(stored: Leaf, size: Sequence[int], axis: int) -> bool:
+    """Whether a parameter with one channel less along an axis is laid out as now, but for that channel, by trying.
+
+    Args:
+        stored: The parameter.
+        size: Its shape.
+        axis: Of the parameter.
+    """
+    every = torch.arange(math.prod(size)).reshape(*size)
+    gone = every.select(axis, size[axis] - 1)
+    try:
+        found = stored.layout(every.narrow(axis, 0, size[axis] - 1))
+    except (RuntimeError, IndexError):
+        return False
+    expected = stored.index.flatten()
+    return found.dim() == stored.index.dim() and torch.equal(found.flatten(), expected[~torch.isin(expected, gone)])
 
 
 def shape_of(value: Any) -> torch.Size:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from sparsepass.graph.channels import ops
 from sparsepass.graph.channels.labels import Ints, Labels
-from sparsepass.graph.channels.values import Channels, Leaf, distinct, rows_met, shape_of, varying
+from sparsepass.graph.channels.values import Channels, Leaf, distinct, fits_fewer, rows_met, shape_of, varying
 from sparsepass.graph.nodes import is_mutable, module_path, op_name, tensor_of
 from sparsepass.graph.placement import moved
 from sparsepass.graph.program import Program
@@ -237,6 +237,8 @@ class Walk:
         (self.factors if is_factor else self.terms).add((slot.tensor, slot.axes))
         flat = np.ravel_multi_index([where[axis] for axis in names], [size[axis] for axis in names])
         self.places.join(slot.places[flat], like.numpy())
+        if len(names) == 1 and not fits_fewer(stored, size, names[0]):
+            self.places.bar("removal", like.numpy(), f"{stored.name} is laid out by the number of its channels{self.here}")
         scales = slot.scales[flat]
         if stored.offset is None:
             self.scales.pin(scales, f"{stored.name} is not applied as it is stored")
@@ -253,8 +255,16 @@ class Walk:
         self.vectors.add((slot.tensor, slot.axes))
         return torch.from_numpy(slot.places[stored.index.expand(shape).numpy()])
 
-    def meet_data(self, labels: Tensor, data: Tensor) -> None:
-        """Channels meet data element by element: those that meet different values are told apart."""
+    def meet_data(self, labels: Tensor, data: Tensor, source: Any) -> None:
+        """Channels meet data element by element: those that meet different values, or may with other inputs, are told apart.
+
+        Args:
+            labels: Of the channels.
+            data: What they meet.
+            source: The node's argument that gives it.
+        """
+        if source in self.given:
+            data = torch.rand(data.shape, generator=torch.Generator().manual_seed(self.salt))
         shape = torch.broadcast_shapes(labels.shape, data.shape)
         sizes = [1] * (len(shape) - data.dim()) + list(data.shape)
         labels, data = labels.expand(shape), data.expand(shape)

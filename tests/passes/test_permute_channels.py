@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
-from tests.graph.channels.test_flow import CASTS_TO_FLOAT32, distance, family_program
+from tests.graph.channels.test_flow import CASTS_TO_FLOAT32, family_program
+from tests.graph.channels.trying import distance
 from torch import Tensor, nn
 
 from sparsepass.graph import PassError, Program, Site, SparsepassError, capture

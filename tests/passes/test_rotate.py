@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
-from tests.graph.channels.test_flow import CASTS_TO_FLOAT32, distance, family_program
+from tests.graph.channels.test_flow import CASTS_TO_FLOAT32, family_program
+from tests.graph.channels.trying import distance
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from tests.families import BY_NAME, tensors_of
-from tests.graph.channels.test_flow import distance
+from tests.graph.channels.trying import distance
 from torch import Tensor
 
 from sparsepass.graph import PassError, Program, capture

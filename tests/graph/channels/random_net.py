@@ -13,6 +13,13 @@ def signed_norm() -> nn.LayerNorm:
     return norm
 
 
+def turned(x: Tensor, frequencies: Tensor) -> Tensor:
+    """Channels i and i + 4 turned by an angle that grows with the position, as rotary embeddings do."""
+    angles = torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(-1) * frequencies.to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+
 class RandomNet(nn.Module):
     """Steps drawn by hypothesis, on values of 8 channels."""
 
@@ -170,6 +177,12 @@ class RandomNet(nn.Module):
         y = layers[0](torch.cat([self.norms[number](x), self.others[number](layers[1](x))], 1))
         first, second = y.chunk(2, 1)
         return first + second  # type: ignore[no-any-return]
+
+    def _turned(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        return layers[1](turned(layers[0](x), torch.ones(8)))  # type: ignore[no-any-return]
+
+    def _turned_apart(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        return layers[1](turned(layers[0](x), torch.tensor([1.0, 0.5, 0.25, 0.125]).repeat(2)))  # type: ignore[no-any-return]
 
     def _unknown(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
         return x + torch.cumsum(layers[0](x), -1)

@@ -1,6 +1,5 @@
 """Channel flow: what it allows changes no result, on every family and on random graphs; what it refuses has a reason."""
 
-import copy
 import os
 from pathlib import Path
 
@@ -8,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from numpy.typing import NDArray
 from tests.families import BY_NAME, FAMILIES, captured, tensors_of
 from tests.graph.channels.random_net import STEPS, RandomNet
+from tests.graph.channels.trying import changed, cleared_and_cut, distance, largest_error, turned, with_even_gains
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsepass.graph import Program, capture, capture_without_weights
-from sparsepass.graph.channels import ChannelFlow, ChannelPlace, channel_flow, permuted, rotated, scaled, uneven_gains, without
+from sparsepass.graph.channels import ChannelFlow, channel_flow, uneven_gains
 from sparsepass.passes import apply_passes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,84 +22,6 @@ IN_FLOAT32 = ("mixtral", "qwen3_moe")
 """Families whose experts do not run in float64."""
 CASTS_TO_FLOAT32 = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", *IN_FLOAT32)
 """Families whose norms compute in float32 whatever the model's type."""
-
-
-def changed(program: Program, flow: ChannelFlow, seed: int = 0) -> tuple[Program, Program]:
-    """The program with random permutations, and with random factors, wherever the flow allows them."""
-    random = np.random.default_rng(seed)
-    moved, scaled_ = copy.deepcopy(program), copy.deepcopy(program)
-    for group in flow.permutations:
-        order = random.permutation(group.num_channels)
-        for place in group.places:
-            moved.set_tensor(place.tensor, permuted(moved.tensor(place.tensor).detach(), place, order))
-    for factors in flow.scalings:
-        values = torch.from_numpy(random.uniform(0.5, 2.0, factors.num_factors))
-        if factors.positive is None:
-            values *= torch.from_numpy(random.choice([-1.0, 1.0], factors.num_factors))
-        for place in factors.places:
-            scaled_.set_tensor(place.tensor, scaled(scaled_.tensor(place.tensor).detach(), place, values))
-    return moved, scaled_
-
-
-def turned(program: Program, flow: ChannelFlow, seed: int = 0) -> Program:
-    """The program with random orthogonal matrices wherever the flow allows them, whatever gains hold."""
-    moved = copy.deepcopy(program)
-    for number, group in enumerate(flow.rotations):
-        assert not uneven_gains(program, group)
-        matrix = orthogonal(group.num_channels, seed + number, keeps_mean=group.keeps_mean)
-        for place in group.places:
-            stored = moved.tensor(place.tensor).detach()
-            moved.set_tensor(place.tensor, rotated(stored.double(), place, matrix).to(stored.dtype))
-    return moved
-
-
-def orthogonal(size: int, seed: int, *, keeps_mean: bool) -> Tensor:
-    """A random orthogonal matrix; one that has ones for a fixed point, if it keeps the mean."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(size - keeps_mean, size - keeps_mean, generator=generator, dtype=torch.float64)
-    free: Tensor = torch.linalg.qr(start).Q
-    if not keeps_mean:
-        return free
-    start = torch.cat([torch.ones(size, 1), torch.randn(size, size - 1, generator=generator)], 1).double()
-    basis: Tensor = torch.linalg.qr(start).Q
-    one = torch.ones(1, 1, dtype=torch.float64)
-    turned_: Tensor = basis @ torch.block_diag(one, free) @ basis.T
-    return turned_
-
-
-def with_even_gains(program: Program, flow: ChannelFlow) -> Program:
-    """The program with one number for all channels in every gain that rotations ask it of."""
-    even = copy.deepcopy(program)
-    for place in [place for group in flow.rotations for place in group.gains]:
-        even.set_tensor(place.tensor, torch.full_like(even.tensor(place.tensor).detach(), 0.7))
-    return even
-
-
-def cleared_and_cut(program: Program, flow: ChannelFlow, seed: int = 0) -> tuple[Program, Program]:
-    """The program with a third of the channels zero that can be taken out, and with them taken out."""
-    random = np.random.default_rng(seed)
-    cleared, cut = copy.deepcopy(program), copy.deepcopy(program)
-    gone: dict[str, list[tuple[ChannelPlace, NDArray[np.int64]]]] = {}
-    for group in flow.removals:
-        channels = random.permutation(group.num_channels)[: max(1, group.num_channels // 3)]
-        for place in group.places:
-            gone.setdefault(place.tensor, []).append((place, channels))
-            if not place.reads:
-                zeros = torch.from_numpy(place.positions[channels].reshape(-1))
-                stored = cleared.tensor(place.tensor).detach().clone()
-                cleared.set_tensor(place.tensor, stored.index_fill_(place.axes[0], zeros, -place.offset))
-    for name, its in gone.items():
-        cut.set_tensor(name, without(cleared.tensor(name).detach(), its))
-    return cleared, cut
-
-
-def distance(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest error, relative to the largest value of each tensor."""
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
-        for a, b in zip(expected, found, strict=True)
-        if a.is_floating_point()
-    )
 
 
 def family_program(name: str) -> tuple[Program, dict[str, Tensor]]:
@@ -148,6 +69,9 @@ def test_factors_that_a_residual_reader_forbids_are_refused() -> None:
     assert not [name for name in makers if "LayerNorm" in name]
     reason = flow.unscaled["encoder.layer.0.attention.output.LayerNorm.weight", (0,)]
     assert reason == "layer_norm divides it by its own size (encoder.layer.0.output.LayerNorm)"
+    for reader in ("query", "key", "value"):  # what they read is read by the sum that the next norm takes, too
+        reason = flow.unscaled[f"encoder.layer.1.attention.self.{reader}.weight", (1,)]
+        assert reason == "layer_norm divides it by its own size (encoder.layer.1.attention.output.LayerNorm)"
 
 
 def test_what_is_not_mixed_or_taken_out_says_why() -> None:
@@ -166,16 +90,30 @@ def test_what_is_not_mixed_or_taken_out_says_why() -> None:
 
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
-def test_every_axis_is_mixed_or_taken_out_or_says_why_not(name: str) -> None:
-    flow = channel_flow(captured(name))
-    places = [[place for group in flow.rotations for place in (*group.places, *group.gains)],
+def test_every_axis_has_an_answer_or_says_why_not(name: str) -> None:
+    """Each axis of each tensor that channels run along, of every parameter that is used: four questions, four answers."""
+    program = captured(name)
+    flow = channel_flow(program)
+    places = [[place for group in flow.permutations for place in group.places],
+              [place for group in flow.scalings for place in group.places],
+              [place for group in flow.rotations for place in (*group.places, *group.gains)],
               [place for group in flow.removals for place in group.places]]  # fmt: skip
-    moving = [group.places for group in flow.permutations] + [group.places for group in flow.scalings]
-    every = {(place.tensor, place.axes) for its in moving for place in its}
-    for its, reasons in zip(places, (flow.unmixed, flow.kept), strict=True):
-        assert {(place.tensor, place.axes) for place in its}.isdisjoint(reasons)
-        assert every <= {(place.tensor, place.axes) for place in its} | reasons.keys()
+    answers = (flow.refused, flow.unscaled, flow.unmixed, flow.kept)
+    given_axes = [{(place.tensor, place.axes) for place in its} for its in places]
+    every = set.union(*given_axes, *map(set, answers))
+    for its, reasons in zip(given_axes, answers, strict=True):
+        assert every <= its | reasons.keys()
         assert all(reasons.values())
+    for its, reasons in zip(given_axes[2:], answers[2:], strict=True):  # of the others, a part of an axis may be held
+        assert its.isdisjoint(reasons)
+    axes_of = {tensor: {axis for name, axes in every if name == tensor for axis in axes} for tensor, _ in every}
+    for site in program.sites():  # rows of a table are looked up by numbers, and are nobody's channels
+        rows = {0} if site.layout == "embedding" else set()
+        kernel = {2, 3} if site.layout.startswith("conv") else set()
+        several = {axis for axis, size in enumerate(site.shape) if size > 1} - rows - kernel
+        assert several <= axes_of[site.weight]
+    unused = [name for name, tensor in program.tensors().items() if isinstance(tensor, nn.Parameter) and name not in axes_of]
+    assert unused == []
 
 
 def test_an_uneven_gain_is_named() -> None:
@@ -210,52 +148,25 @@ def test_random_graphs(steps: list[str]) -> None:
     torch.manual_seed(0)
     net = RandomNet(steps).double().eval()
     program = capture(net, example_inputs=torch.arange(12).reshape(2, 6) % 11)
-    inputs = torch.arange(15).reshape(3, 5) % 11
-    with torch.no_grad():
-        expected, flow = [program(inputs)], channel_flow(program)
-        for other in changed(program, flow):
-            assert distance(expected, [other(inputs)]) < 1e-9
-        even = with_even_gains(program, flow)
-        assert distance([even(inputs)], [turned(even, flow)(inputs)]) < 1e-9
-        cleared, cut = cleared_and_cut(program, flow)
-        assert distance([cleared(inputs)], [cut(inputs)]) < 1e-9
+    assert largest_error(program, channel_flow(program), {"ids": torch.arange(15).reshape(3, 5) % 11}) < 1e-9
 
 
-class Padded(nn.Module):
-    """A number is added where the mask is 0, which it is nowhere in the example."""
+def test_what_turns_together_stays_together() -> None:
+    """Rotary embeddings: a channel and its partner move as one, and only to where the angle is the same."""
 
-    def __init__(self, step: str) -> None:
-        super().__init__()
-        self.step = step
-        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.head = nn.Linear(8, 5)
+    def flow(step: str) -> ChannelFlow:
+        net = RandomNet([step]).double().eval()
+        return channel_flow(capture(net, example_inputs=torch.arange(12).reshape(2, 6) % 11))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        y = self.second(torch.tanh(self.first(x)))
-        away = (1 - mask).unsqueeze(-1).to(y.dtype)
-        if self.step == "add":
-            y = y + away * 3.0
-        elif self.step == "cat":
-            y = torch.cat([y, away.expand(-1, -1, 8)], 1)
-        else:
-            y = away.expand(-1, -1, 8).index_put((torch.tensor([0, 1]),), y[:2])
-        return self.head(torch.tanh(self.last(y)))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("step", ["add", "cat", "index_put"])
-def test_zeros_of_an_example_are_no_zeros_of_the_graph(step: str) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 4, 8, dtype=torch.float64)
-    net = Padded(step).double().eval()
-    program = capture(net, example_inputs={"x": x, "mask": torch.ones(3, 4, dtype=torch.int64)})
-    inputs = {"x": x, "mask": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]])}
-    with torch.no_grad():
-        expected, flow = [program(**inputs)], channel_flow(program)
-        for other in (*changed(program, flow), turned(program, flow)):
-            assert distance(expected, [other(**inputs)]) < 1e-9
-        cleared, cut = cleared_and_cut(program, flow)
-        assert distance([cleared(**inputs)], [cut(**inputs)]) < 1e-9
-    assert flow.scalings == ()
+    (pairs,) = [group for group in flow("turned").permutations if group.order == "pairs"]
+    made = pairs.places[0]
+    assert made.tensor == "layers.0.weight"
+    assert [tuple(row) for row in np.sort(made.positions).tolist()] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    (factors,) = [group for group in flow("turned").scalings if group.places[0].tensor == made.tensor]
+    assert [tuple(row) for row in np.sort(factors.places[0].positions).tolist()] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    apart = flow("turned_apart")
+    assert (made.tensor, (0,)) not in {(place.tensor, place.axes) for group in apart.permutations for place in group.places}
+    assert apart.refused[made.tensor, (0,)].startswith("it is not both made and read by weights, or no other channel")
 
 
 def test_each_step_by_itself_lets_something_through() -> None:
