@@ -1,7 +1,8 @@
 """What a model takes in each form, counted from the shapes of its tensors, and what files take beside it."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +20,8 @@ _BITS: Final[Mapping[Values, int]] = {"fp32": 32, "bf16": 16, "int8": 8, "int4":
 _SCALE_BYTES: Final = 2
 _ENDINGS: Final = (".safetensors", ".gguf", ".onnx", ".data", ".engine", ".plan")
 """Of files with weights."""
+_OF_INTEGERS: Final = ("pack-quantized", "int-quantized", "naive-quantized")
+"""Formats of compressed-tensors."""
 _FLOATS: Final[Mapping[str, Values]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
 
 
@@ -67,6 +70,7 @@ class _Matrix:
     rows: int
     columns: int
     experts: int
+    is_linear: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,20 +142,20 @@ def sizes(
     )
 
 
-def promised(shapes: _Tensors, form: StoredForm, only: Collection[str] | None = None) -> FormEntry:
+def promised(shapes: _Tensors, form: StoredForm, has_form: Callable[[_Matrix], bool] = lambda layer: True) -> FormEntry:
     """Bytes of a model in a form.
 
     Args:
         shapes: Its tensors.
         form: The form.
-        only: Names of the layers that have it; the others are as embedding and head would be. By default all have it.
+        has_form: Which layers have it; the others are as embedding and head would be. By default all have it.
     """
     rest = 4 if form.values == "fp32" else 2
     kept = indices = scales = branches = tables = 0.0
     others = shapes.num_others * rest
     for layer in shapes.layers:
         number = layer.rows * layer.columns * layer.experts
-        if only is not None and layer.name not in only:
+        if not has_form(layer):
             others += number * rest
             continue
         share = 1.0 if form.pattern is None else form.pattern.n / form.pattern.m
@@ -186,7 +190,9 @@ def _shapes(program: Program, pattern: NMPattern) -> _Tensors:
             continue
         experts = site.shape[0] if site.layout.startswith("experts") else 1
         columns = site.num_weights // experts // site.out_features
-        matrix = _Matrix(name=site.name, rows=site.out_features, columns=columns, experts=experts)
+        matrix = _Matrix(
+            name=site.name, rows=site.out_features, columns=columns, experts=experts, is_linear=site.layout == "linear"
+        )
         if site.role in ("embedding", "head"):
             tables.append(matrix)
         elif site.left_alone is None and columns % pattern.m == 0:
@@ -217,8 +223,8 @@ def _measured(path: Path, shapes: _Tensors) -> FileSizeEntry | None:
     )
 
 
-def _known_form(path: Path) -> Iterator[tuple[StoredForm, Collection[str] | None]]:
-    """The form that a folder's configuration states, and the layers that have it."""
+def _known_form(path: Path) -> Iterator[tuple[StoredForm, Callable[[_Matrix], bool]]]:
+    """The form that a folder's configuration states, and which layers have it."""
     if not (path / "config.json").is_file():
         return
     config = read_object(path / "config.json", allowed=INFINITIES)
@@ -226,7 +232,7 @@ def _known_form(path: Path) -> Iterator[tuple[StoredForm, Collection[str] | None
     if not isinstance(stated, dict):
         dtype = config.get("dtype") or config.get("torch_dtype")
         if isinstance(dtype, str) and dtype in _FLOATS:
-            yield StoredForm(values=_FLOATS[dtype]), None
+            yield StoredForm(values=_FLOATS[dtype]), lambda layer: True
     elif stated.get("quant_method") == QUANT_METHOD:
         settings = PackedSettings.from_dict(stated)
         values: Any = settings.values if settings.values.startswith("int") else "bf16"
@@ -240,18 +246,23 @@ def _known_form(path: Path) -> Iterator[tuple[StoredForm, Collection[str] | None
                 is_trained=branch is not None and branch.projection == "trained",
                 tables=settings.embedding,
             ),
-            set(settings.layers),
+            lambda layer: layer.name in settings.layers,
         )
-    elif stated.get("format") == "pack-quantized":
+    elif stated.get("quant_method") == "compressed-tensors" and stated.get("format") in _OF_INTEGERS:
         groups = stated.get("config_groups")
         weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
         if len(weights) == 1 and isinstance(weights[0], dict) and weights[0].get("num_bits") in (4, 8):
-            given = weights[0]
+            given, ignored = weights[0], [entry for entry in stated.get("ignore") or () if isinstance(entry, str)]
             yield (
                 StoredForm(
                     values=f"int{given['num_bits']}",  # type: ignore[arg-type]
                     group_size=given.get("group_size") or 0,
                     has_zero_points=given.get("symmetric") is False,
                 ),
-                None,
+                lambda layer: layer.is_linear and not any(_is_ignored(layer.name, entry) for entry in ignored),
             )
+
+
+def _is_ignored(name: str, entry: str) -> bool:
+    """Whether an entry of a compressed-tensors folder's list names a module: by its path, or by a pattern behind ``re:``."""
+    return re.match(entry[3:], name) is not None if entry.startswith("re:") else name == entry

@@ -102,6 +102,33 @@ def test_a_packed_folder_takes_what_is_promised(folder: Path) -> None:
         assert 1 <= taken / file.promised_bytes < 1.06, file  # headers: much of a file as small as these
 
 
+def test_layers_that_a_folder_leaves_alone_are_promised_as_they_are(tmp_path: Path) -> None:
+    """Convolutions, layers that were not asked for, and those that a pattern in the folder's list names."""
+    torch.manual_seed(0)
+    sized: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.ViTConfig(image_size=32, patch_size=16, **sized)
+    model = hf.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    quantized = apply_passes(model, 'quantize{ignore=["*fc1"]}', validate=False)
+    export(quantized, "hf{dtype=bfloat16}", tmp_path / "hf", verify=False)
+
+    def share() -> float:
+        (found,) = sizes(tmp_path / "model", [tmp_path / "hf"]).files[1:]
+        assert found.promised_bytes is not None
+        return found.bytes / found.promised_bytes
+
+    assert 1 <= share() < 1.06
+    file = tmp_path / "hf" / "config.json"
+    stated = json.loads(file.read_text())
+    assert any("fc1" in name for name in stated["quantization_config"]["ignore"])
+    stated["quantization_config"]["ignore"] = ["re:.*fc1", "classifier"]
+    file.write_text(json.dumps(stated))
+    assert 1 <= share() < 1.06
+    stated["quantization_config"]["ignore"] = []
+    file.write_text(json.dumps(stated))
+    assert share() > 1.2
+
+
 def test_a_file_without_a_known_form_is_measured(folder: Path) -> None:
     save_file({"weight": torch.zeros(10)}, folder / "some.safetensors")
     found = sizes(folder / "model", [folder / "some.safetensors"])
