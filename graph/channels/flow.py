@@ -323,18 +323,18 @@ def _groups(
             continue
         number_of = np.full(count, -1, dtype=np.int64)
         number_of[group] = np.arange(len(group))
-        places, known = [], set()
+        known: dict[tuple[str, tuple[int, ...]], ChannelPlace] = {}
         for slot, found in zip(slots, members, strict=True):
             numbers = number_of[found]
             positions = np.flatnonzero(numbers >= 0)
-            if not positions.size or (slot.tensor, slot.axes) in known:
-                continue  # a tied embedding lies there twice
-            known.add((slot.tensor, slot.axes))
+            if not positions.size:
+                continue
             ordered = positions[np.argsort(numbers[positions], kind="stable")].reshape(len(group), -1)
-            places.append(
-                ChannelPlace(tensor=slot.tensor, axes=slot.axes, reads=slot.reads, offset=slot.offset, positions=ordered)
-            )
-        groups.append(tuple(places))
+            place = ChannelPlace(tensor=slot.tensor, axes=slot.axes, reads=slot.reads, offset=slot.offset, positions=ordered)
+            if not known.setdefault((slot.tensor, slot.axes), place).reads or slot.reads:
+                continue
+            known[slot.tensor, slot.axes] = place  # a tied embedding lies there twice: it makes them, too
+        groups.append(tuple(known.values()))
     return groups
 
 

@@ -1,6 +1,6 @@
 """What operations that sum over channels do to them: linear layers, convolutions, tables, attention, experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,11 +139,19 @@ def matmul(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return linear(walk, args, kwargs)
     if isinstance(args[0], Leaf) or min(len(shape_of(arg)) for arg in args[:2]) < 2:
         return NotImplemented
-    return product(walk, args[0], args[1])
+    return product(walk, args[0], args[1], walk.node.args[:2])
 
 
-def product(walk: Walk, first: Channels | Tensor, second: Channels | Tensor) -> Channels:
-    """``first [.., M, K] @ second [.., K, N]`` of two values."""
+def product(walk: Walk, first: Channels | Tensor, second: Channels | Tensor, sources: Sequence[Any]) -> Channels:
+    """``first [.., M, K] @ second [.., K, N]`` of two values.
+
+    Args:
+        walk: Where the reasons go.
+        first: Channels or data.
+        second: Channels or data.
+        sources: The node's arguments that give them, None for what the rule has made itself.
+    """
+    first, second = (walk.any_data(one, source) for one, source in zip((first, second), sources, strict=True))
     one, two = _labelled(first), _labelled(second)
     batch = torch.broadcast_shapes(one.shape[:-2], two.shape[:-2])
     one = one.each(lambda labels: labels.expand(*batch, *labels.shape[-2:]))
@@ -151,6 +159,10 @@ def product(walk: Walk, first: Channels | Tensor, second: Channels | Tensor) -> 
     rank = len(batch) + 2
     ours, theirs = varying(one.places), varying(two.places)
     left, right = one.places[..., :1], two.places[..., :1, :]
+    if isinstance(first, Tensor) and not isinstance(second, Tensor):  # each block, such as a head, meets its own
+        walk.meet_data(right, first.flatten(-2).unsqueeze(-1), None)
+    if isinstance(second, Tensor) and not isinstance(first, Tensor):
+        walk.meet_data(left, second.flatten(-2).unsqueeze(-2), None)
     if rank - 1 in ours or rank - 2 in theirs:
         left, right = _summed(walk, one, two, first, second)
     places = walk.combine(left, right).expand(*batch, one.shape[-2], two.shape[-1])
@@ -224,7 +236,7 @@ def attention(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
         times = shape_of(query)[-3] // shape_of(key)[-3]
         key, value = (_repeated(one, times) for one in (key, value))
     turned = key.each(lambda labels: labels.transpose(-1, -2)) if isinstance(key, Channels) else key.transpose(-1, -2)
-    scores = product(walk, query, turned)
+    scores = product(walk, query, turned, (sources["query"], sources["key"]))
     places = scores.places
     if isinstance(mask, Channels):
         places = walk.combine(places, mask.places)
@@ -232,7 +244,7 @@ def attention(walk: Walk, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     elif isinstance(mask, Tensor):
         walk.meet_data(places, mask, sources["attn_mask"])
     walk.pin_scales(scores, "softmax is not linear")
-    return product(walk, Channels(places, torch.zeros_like(places)), value)
+    return product(walk, Channels(places, torch.zeros_like(places)), value, (None, sources["value"]))
 
 
 def _repeated(value: Any, times: int) -> Any:

@@ -255,6 +255,17 @@ class Walk:
         self.vectors.add((slot.tensor, slot.axes))
         return torch.from_numpy(slot.places[stored.index.expand(shape).numpy()])
 
+    def any_data(self, value: Any, source: Any) -> Any:
+        """What an argument may hold: numbers that all differ, where the inputs of the model decide; otherwise what it holds.
+
+        Args:
+            value: What stands for it here.
+            source: The node's argument that gives it.
+        """
+        if not isinstance(value, Tensor) or source not in self.given:
+            return value
+        return torch.rand(value.shape, generator=torch.Generator().manual_seed(self.salt))
+
     def meet_data(self, labels: Tensor, data: Tensor, source: Any) -> None:
         """Channels meet data element by element: those that meet different values, or may with other inputs, are told apart.
 
@@ -263,8 +274,7 @@ class Walk:
             data: What they meet.
             source: The node's argument that gives it.
         """
-        if source in self.given:
-            data = torch.rand(data.shape, generator=torch.Generator().manual_seed(self.salt))
+        data = self.any_data(data, source)
         shape = torch.broadcast_shapes(labels.shape, data.shape)
         sizes = [1] * (len(shape) - data.dim()) + list(data.shape)
         labels, data = labels.expand(shape), data.expand(shape)
