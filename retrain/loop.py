@@ -46,6 +46,7 @@ class TrainingStoppedError(SparsepassError):
     """A signal asked the run to stop; its state has been saved."""
 
 
+@torch.inference_mode(False)
 def retrain(
     program: Program,
     teacher: nn.Module | Teacher | None,

@@ -23,10 +23,11 @@ _TRACING = RLock()
 
 
 def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Let a function wait until no other thread is in it, or in another one marked so.
+    """Let a function wait until no other thread is in it, or in another one marked so, and run in torch's ordinary mode.
 
     torch.export keeps its state for the whole process, and so do the filters of warnings, the default dtype and the patches
-    of transformers' exporters: two traces at once would meet each other's.
+    of transformers' exporters: two traces at once would meet each other's. What is learned needs gradients, and what is made
+    has to be trained later, whether the caller is in `torch.no_grad` or `torch.inference_mode` or not.
 
     Example:
         >>> one_at_a_time(len)([1, 2])
@@ -35,7 +36,7 @@ def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
     @functools.wraps(function)
     def waiting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with _TRACING:
+        with _TRACING, torch.inference_mode(False):
             return function(*args, **kwargs)
 
     return waiting

@@ -47,3 +47,18 @@ def test_a_trained_program_can_be_prepared(text: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(mask, masks(after)[name]) for name, mask in masks(trained).items())
     assert {state.changed_by for state in after.sparse.values()} == {"retrain"}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_is_his_own(mode: type[torch.no_grad]) -> None:
+    """What learns needs gradients, and what is made is trained later, wherever the caller stands."""
+    recipe = "rotate{steps=2},nm_sparsify{criterion=wanda},slorb{k=16},reconstruct{steps=2}"
+    model, teacher = BY_NAME["llama"].model(), dense()
+    with mode():
+        program = apply_passes(model, recipe, calibration=CALIBRATION)
+        trained = train(program, teacher, settings(max_steps=2))
+        assert not torch.is_grad_enabled()
+    assert not any(tensor.is_inference() for tensor in trained.tensors().values())
+    assert all(record.num_rewritten for record in program.history)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(trained.tensor(name), program.tensor(name))
