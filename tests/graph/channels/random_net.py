@@ -184,6 +184,101 @@ class RandomNet(nn.Module):
     def _turned_apart(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
         return layers[1](turned(layers[0](x), torch.tensor([1.0, 0.5, 0.25, 0.125]).repeat(2)))  # type: ignore[no-any-return]
 
+    def _einsum_heads(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)) for layer in layers)
+        weights = torch.softmax(torch.einsum("bthd,bshd->bhts", q, k), -1)
+        return x + (weights @ v.transpose(1, 2)).transpose(1, 2).flatten(-2)  # type: ignore[no-any-return]
+
+    def _by_distance(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:-1], 2, 4).transpose(1, 2) for layer in layers)
+        places = torch.arange(x.shape[1], dtype=x.dtype)
+        slopes = torch.tensor([0.5, 0.25], dtype=x.dtype).view(2, 1, 1)
+        weights = torch.softmax(q @ k.transpose(-1, -2) - (places - places.unsqueeze(1)).abs() * slopes, -1)
+        return x + (weights @ v).transpose(1, 2).flatten(-2)  # type: ignore[no-any-return]
+
+    def _head_gains(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x).view(*x.shape[:-1], 2, 4) * self.heads[number][:, :1]
+        return layers[1](y.flatten(-2))  # type: ignore[no-any-return]
+
+    def _without_softmax(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:-1], 2, 4).transpose(1, 2) for layer in layers)
+        return x + (q @ (k.transpose(-1, -2) @ v)).transpose(1, 2).flatten(-2)  # type: ignore[no-any-return]
+
+    def _interleaved(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)
+        return layers[1](torch.cat([functional.silu(y[..., 0::2]) * (y[..., 1::2] + 1), y[..., 1::2]], -1))  # type: ignore[no-any-return]
+
+    def _grouped_alike(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x).unflatten(-1, (4, 2)).amax(-1)
+        return layers[1](torch.cat([y, y], -1))  # type: ignore[no-any-return]
+
+    def _there_and_back(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        weight = layers[0].weight
+        return torch.tanh(functional.linear(x, weight)) @ weight
+
+    def _weight_in_parts(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        weight = layers[0].weight
+        y = torch.cat([functional.linear(x, weight[:4]).relu(), torch.tanh(functional.linear(x, weight[4:]))], -1)
+        return functional.linear(y[..., :4], layers[1].weight[:, :4]) + functional.linear(y[..., 4:], layers[1].weight[:, 4:])
+
+    def _weights_joined(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        first, second = functional.linear(x, torch.cat([layers[0].weight, layers[1].weight])).chunk(2, -1)
+        return layers[2](torch.tanh(first) * second)  # type: ignore[no-any-return]
+
+    def _weight_scaled(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        return layers[1](functional.linear(x, layers[0].weight * self.gains[number].unsqueeze(1)))  # type: ignore[no-any-return]
+
+    def _weight_added(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        weight = layers[0].weight + layers[1].weight[:, :2] @ layers[2].weight[:2]
+        return x + torch.tanh(functional.linear(x, weight))
+
+    def _low_rank(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        low = functional.linear(x, layers[0].weight[:2])
+        return x + functional.linear(low, layers[1].weight[:, :2]) + torch.tanh(layers[2](x))  # type: ignore[no-any-return]
+
+    def _depthwise(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        kernel = layers[2].weight[:, :3].unsqueeze(1)
+        y = functional.conv1d(layers[0](x).transpose(1, 2), kernel, padding=1, groups=8).transpose(1, 2)
+        return layers[1](functional.silu(y))  # type: ignore[no-any-return]
+
+    def _shifted(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)
+        before = functional.pad(y[:, :-1], (0, 0, 1, 0))
+        return layers[1](before * self.gains[number] + y * (1 - self.gains[number]))  # type: ignore[no-any-return]
+
+    def _scanned(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y, step, seen = (layer(x) for layer in layers)
+        decay = torch.exp(-functional.softplus(step).unsqueeze(-1) * self.heads[number].flatten()[:4].exp())
+        state = torch.cumsum(decay * seen[..., None, :4] * y.unsqueeze(-1), 1)
+        return (state * seen[..., None, 4:]).sum(-1) + y * self.gains[number]  # type: ignore[no-any-return]
+
+    def _in_groups(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        norm = self.norms[number]
+        y = functional.group_norm(layers[0](x).transpose(1, 2), 2, norm.weight, norm.bias)
+        return layers[1](y.transpose(1, 2))  # type: ignore[no-any-return]
+
+    def _mixed_experts(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        experts = torch.stack([layers[0].weight, layers[1].weight])
+        shares = torch.softmax(layers[2](x)[..., :2], -1)
+        return (torch.einsum("btd,efd->btef", x, experts).relu() * shares.unsqueeze(-1)).sum(-2)  # type: ignore[no-any-return]
+
+    def _chosen_expert(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        experts = torch.stack([layers[0].weight, layers[1].weight])
+        chosen = experts[layers[2](x)[..., :2].argmax(-1)]
+        return x + (x.unsqueeze(-2) @ chosen).squeeze(-2)  # type: ignore[no-any-return]
+
+    def _alpha(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        return layers[0](torch.add(self.norms[number](x), self.others[number](layers[1](x)), alpha=3))  # type: ignore[no-any-return]
+
+    def _largest_alone(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = layers[0](x)
+        return layers[1](y * functional.one_hot(y.argmax(-1), 8).to(y.dtype))  # type: ignore[no-any-return]
+
+    def _complex(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
+        y = torch.view_as_complex(layers[0](x).unflatten(-1, (4, 2)))
+        angles = torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(-1)
+        return layers[1](torch.view_as_real(y * torch.polar(torch.ones_like(angles), angles)).flatten(-2))  # type: ignore[no-any-return]
+
     def _unknown(self, x: Tensor, number: int, layers: nn.ModuleList) -> Tensor:
         return x + torch.cumsum(layers[0](x), -1)
 

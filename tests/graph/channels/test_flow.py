@@ -151,6 +151,17 @@ def test_random_graphs(steps: list[str]) -> None:
     assert largest_error(program, channel_flow(program), {"ids": torch.arange(15).reshape(3, 5) % 11}) < 1e-9
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_by_itself(step: str) -> None:
+    torch.manual_seed(0)
+    program = capture(RandomNet([step]).double().eval(), example_inputs=torch.arange(12).reshape(2, 6) % 11)
+    flow = channel_flow(program)
+    assert ("head.weight", (0,)) in flow.refused
+    for batch, tokens in ((3, 5), (2, 9)):
+        ids = torch.arange(batch * tokens).reshape(batch, tokens) * 7 % 11
+        assert largest_error(program, flow, {"ids": ids}) < 1e-9
+
+
 def test_what_turns_together_stays_together() -> None:
     """Rotary embeddings: a channel and its partner move as one, and only to where the angle is the same."""
 
