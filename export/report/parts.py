@@ -1,6 +1,7 @@
 """What all sections of report.json are made of: objects whose fields are known, and numbers that JSON may lack."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
@@ -15,6 +16,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def _number(value: object) -> object:
+    if isinstance(value, Mapping) and value.keys() == {"float"}:  # as records of a program hold what JSON lacks
+        value = value["float"]
     if (isinstance(value, int | float) and not isinstance(value, bool)) or value in _TEXTS:
         return value
     raise PydanticCustomError("number_type", "expected a number, or one of the texts inf, -inf and nan")

@@ -23,6 +23,7 @@ from sparsepass.graph.binding import FLAGS_WITHOUT_EFFECT
 from sparsepass.graph.capture.examples import example_inputs_for
 from sparsepass.graph.capture.faithful import check_against
 from sparsepass.graph.capture.untouched import untouched
+from sparsepass.graph.configuration import FETCHED
 from sparsepass.graph.limits import end_before, limits_of, position_limit
 from sparsepass.graph.ops import ASSERTIONS
 from sparsepass.graph.program import Program
@@ -378,10 +379,9 @@ def _origin(model: Any) -> Origin:
 
 
 def _written(config: Any) -> dict[str, Any]:
-    """A configuration as JSON; it describes plain weights, so that what it said of quantized ones before goes."""
+    """A configuration as JSON. It describes plain weights and a class of transformers: what it said of others goes."""
     facts: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))  # to_dict() has keys that JSON turns into others
-    facts.pop("quantization_config", None)
-    return facts
+    return {key: value for key, value in facts.items() if key not in ("quantization_config", *FETCHED)}
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -58,6 +58,8 @@ def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> "Pretrai
     check_numbers(document, path)
     check_not_quantized(document.get("quantization_config") or document.get("compression_config"), name)
     known: Mapping[str, object] = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")  # noqa: B009  # not declared public
+    if not isinstance(document.get("auto_map", {}), dict):
+        raise SparsepassError(f"{path}: auto_map is {document['auto_map']!r}, no table of classes; take the key out")
     if document.get("auto_map") and not trust_remote_code and document.get("model_type") not in known:
         raise SparsepassError(
             f"model {name} brings its own code ({document['auto_map']}); if you trust it, pass trust_remote_code"
@@ -170,7 +172,9 @@ def check_complete(info: Mapping[str, Any], class_name: str, name: str) -> list[
     if poolers:
         notes.append(f"the checkpoint has no pooler, so {', '.join(poolers)} are random; its hidden states are whole")
     if info["unexpected_keys"]:
-        notes.append(f"{len(info['unexpected_keys'])} weights of the checkpoint are not used by {class_name}")
+        names = sorted(info["unexpected_keys"])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"{len(names)} weights of the checkpoint are not used by {class_name}: {', '.join(names[:3])}{more}")
     return notes
 
 
@@ -195,6 +199,26 @@ TASKS: dict[str, tuple[tuple[str, str], ...]] = {
         ("MODEL_FOR_CTC_MAPPING_NAMES", "AutoModelForCTC"),
     ),
 }
+
+
+def choose_attention(config: "PretrainedConfig") -> str | None:
+    """Let transformers choose among the implementations of attention that are always there, if a configuration names another.
+
+    Args:
+        config: Changed, with all that it contains.
+
+    Returns:
+        What it named, such as ``flash_attention_2``; None if it may stay.
+    """
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    named = [
+        one for part in (config, *parts) if (one := getattr(part, "_attn_implementation", None)) not in (None, "eager", "sdpa")
+    ]
+    if not named:
+        return None
+    for part in (config, *(part for part in parts if part is not None)):
+        part._attn_implementation = None
+    return str(named[0])
 
 
 def model_class_of(config: "PretrainedConfig", task: str | None, name: str, *, trust_remote_code: bool) -> Any:

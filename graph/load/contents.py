@@ -100,12 +100,37 @@ def check_all_used(model: nn.Module, info: Mapping[str, Any], name: str) -> None
     """
     for key in sorted(info["unexpected_keys"]):
         owner = _owner(model, key)
+        block = _block(model, key)
+        if block and not owner and not _ADAPTED.search(key):
+            raise SparsepassError(
+                f"model {name} holds {key}, which {type(model).__name__} does not read: a part of the block {block}, so the "
+                "model would compute something else; load the checkpoint by the class that wrote it"
+            )
         if owner or _ADAPTED.search(key):
             what = "an adapter that is not merged" if _ADAPTED.search(key) else f"a part of the layer {owner}"
             raise SparsepassError(
                 f"model {name} holds {key}, which {type(model).__name__} does not read: {what}, so the model would compute "
                 "something else; merge it (merge_and_unload of peft), or load the checkpoint by the class that wrote it"
             )
+
+
+def _block(model: nn.Module, key: str) -> str:
+    """The numbered block of the model that a weight belongs to by its name; empty if none, or if it is no weight."""
+    parts = key.split(".")
+    if parts[-1] != "weight":
+        return ""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for end in range(len(parts) - 1, 1, -1):
+        if not parts[end - 1].isdigit():
+            continue
+        path = ".".join(parts[:end])
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            try:
+                model.get_submodule(candidate)
+            except (AttributeError, IndexError, KeyError):
+                continue
+            return candidate
+    return ""
 
 
 def _owner(model: nn.Module, key: str) -> str:

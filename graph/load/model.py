@@ -19,6 +19,7 @@ from sparsepass.graph.load.checkpoint import (
     check_complete,
     check_not_quantized,
     check_weights,
+    choose_attention,
     companions_in,
     model_class_of,
     read_config,
@@ -321,6 +322,7 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
     packed = is_packed(getattr(config, "quantization_config", None))
     if not packed and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # stored plainly, as `read_config` has found: no quantizer has to read it
+    asked = choose_attention(config)
     weights = check_weights(folder, name, is_packed_already=packed)
     model_class = model_class_of(config, wanted.task, name, trust_remote_code=trust)
     headers = [check_tensors(folder / shard) for shard in weights]
@@ -329,6 +331,8 @@ def _from_folder(folder: Path, kind: Kind, wanted: _Wanted, facts: Mapping[str, 
         check_described(model_class, config, num_stored * (_PACKED_VALUES if packed else 1), name)
     options: dict[str, Any] = {"dtype": wanted.dtype or "auto", "use_safetensors": True}
     model, notes = _built(model_class, folder, name, trust_remote_code=trust, config=config, **options)
+    if asked is not None:
+        notes.append(f"the configuration names {asked}; attention is computed by {model.config._attn_implementation} here")
     tokenizer, processor, more_notes = companions_in(folder, name, trust_remote_code=trust)
     return LoadedModel(
         model=model,

@@ -1,10 +1,13 @@
 """Files beside a model that decide how it is used, or may be used: they go with it wherever it goes."""
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
@@ -12,7 +15,8 @@ from sparsepass.graph.support import quiet_loading, read_as
 
 SIDECARS: Final = (
     # What may be done with it.
-    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
+    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*", "license*", "*_LICENSE*", "Notice*", "THIRD_PARTY_NOTICES*",
+    "SOURCE_README.md",
     # How sentence-transformers makes a vector of its outputs; the folders that modules.json names belong to it.
     "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "router_config.json",
     # How its inputs are made, and its outputs generated.
@@ -20,6 +24,15 @@ SIDECARS: Final = (
     "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 """Patterns of file names. What a target writes itself stands before them."""
+
+
+CARD: Final = "README.md"
+SOURCE_CARD: Final = "SOURCE_README.md"
+"""The card of the model that a folder was made of, which has its licence."""
+_LICENCES: Final = "LICENSES"
+"""A folder of them, as reuse.software has it."""
+_OF_A_SNAPSHOT: Final = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]")
+_FRONT: Final = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 
 
 class _Module(TypedDict):
@@ -63,7 +76,48 @@ def copy_sidecars(source: Path, folder: Path) -> tuple[str, ...]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         copied.append(str(name))
+    if not (folder / SOURCE_CARD).exists() and (card := _card_of(source)) is not None:
+        (folder / SOURCE_CARD).write_text(card, encoding="utf-8")
+        copied.append(SOURCE_CARD)
     return tuple(copied)
+
+
+def card_facts(folder: Path) -> dict[str, Any]:
+    """What the card of the model that a folder was made of says of its origin and of its use.
+
+    Args:
+        folder: With `SOURCE_CARD`, or without.
+
+    Returns:
+        Of ``base_model``, ``license``, ``license_name`` and ``license_link`` those that it has.
+    """
+    file = folder / SOURCE_CARD
+    front = _front(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else {}
+    return {key: front[key] for key in ("base_model", "license", "license_name", "license_link") if front.get(key)}
+
+
+def _card_of(source: Path) -> str | None:
+    """The card of a source, whose base is the source itself where it comes from the hub; None for folders of our own."""
+    file = source / CARD
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    front = _front(text)
+    found = _OF_A_SNAPSHOT.search(str(source) + os.sep)
+    if "sparsepass" in (front.get("tags") or ()) or not (text or found):
+        return None
+    if found is None:
+        return text
+    front["base_model"] = "/".join(found.groups())
+    return f"---\n{yaml.safe_dump(front, allow_unicode=True, sort_keys=False)}---\n{_FRONT.sub('', text, count=1)}"
+
+
+def _front(text: str) -> dict[str, Any]:
+    """The fields at the top of a card; none where they cannot be read."""
+    found = _FRONT.match(text)
+    try:
+        fields = yaml.safe_load(found.group(1)) if found else None
+    except yaml.YAMLError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def save_companions(folder: Path, *, tokenizer: Any, processor: Any, source: Path | None) -> None:
@@ -86,5 +140,6 @@ def save_companions(folder: Path, *, tokenizer: Any, processor: Any, source: Pat
 def _found(source: Path) -> Iterator[Path]:
     for pattern in SIDECARS:
         yield from sorted(path for path in source.glob(pattern) if path.is_file())
+    yield from sorted(path for path in (source / _LICENCES).rglob("*") if path.is_file())
     for name in module_folders(source):
         yield from sorted(path for path in (source / name).rglob("*") if path.is_file() and path.suffix in OF_MODULES)

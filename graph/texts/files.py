@@ -73,14 +73,40 @@ def row_text(value: object, tokenizer: "PreTrainedTokenizerBase | None", where: 
             f"{where} holds {type(value).__name__}, not text (nor a chat, a list of messages); "
             "name the one that holds the text with text_column"
         )
+    chat = [_message(each, where) for each in value]
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise SparsepassError(f"{where} holds a chat, and the tokenizer has no chat template; give the chats as text")
     try:
-        return whole_text(str(tokenizer.apply_chat_template(value, tokenize=False)), where)
+        return whole_text(str(tokenizer.apply_chat_template(chat, tokenize=False)), where)
     except SparsepassError:
         raise
     except Exception as error:  # of a template, a program that comes with the model
         raise SparsepassError(f"{where}: the chat template does not take this chat: {first_line(error)}") from error
+
+
+_ROLES: Final = {"human": "user", "gpt": "assistant"}
+"""What ShareGPT calls them."""
+
+
+def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message as templates expect it: of ``role`` and ``content``, which may be in parts, or of ``from`` and ``value``.
+
+    Raises:
+        SparsepassError: If it is of something else, or in parts that are no text.
+    """
+    keys = ("from", "value") if {"from", "value"} <= given.keys() else ("role", "content")
+    if not set(keys) <= given.keys():
+        raise SparsepassError(
+            f"{where} holds a message of {', '.join(map(str, given)) or 'nothing'}; expected role and content (or from, value)"
+        )
+    role, content = (given[key] for key in keys)
+    if isinstance(content, list):
+        parts = [part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise SparsepassError(f"{where} holds a message with a part that is no text; leave rows with images and sound out")
+        content = "".join(map(str, parts))
+    others = {key: value for key, value in given.items() if key not in keys}
+    return others | {"role": _ROLES.get(role, role) if keys[0] == "from" else role, "content": content}
 
 
 def check_text_file(path: Path, what: str, *, column: str | None = None) -> None:

@@ -7,12 +7,13 @@ the folder `adapter/` in peft's own format.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+import yaml
 from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
@@ -20,7 +21,7 @@ from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write
 from sparsepass.export.targets.hf.integers import IntegerLayer, integer_layers, quantization_config, with_integers
 from sparsepass.export.targets.older import add_older_keys
 from sparsepass.graph.fusion import split_siblings
-from sparsepass.graph.load import check_fits, parse_dtype
+from sparsepass.graph.load import card_facts, check_fits, parse_dtype
 from sparsepass.graph.model import skeleton, to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
@@ -192,7 +193,7 @@ def lower_hf(
         write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
-    card = _card(program, loads_with, kept_in, integers, is_read_by_4=is_read_by_4)
+    card = _card(program, folder, loads_with, kept_in, integers, is_read_by_4=is_read_by_4)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return HfArtifact(
         folder=folder,
@@ -264,18 +265,26 @@ def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] 
     return add_older_keys(folder)
 
 
-def _card(program: Program, loads_with: str, dtype: str, integers: tuple[IntegerLayer, ...], *, is_read_by_4: bool) -> str:
+def _card(
+    program: Program, folder: Path, loads_with: str, dtype: str, integers: tuple[IntegerLayer, ...], *, is_read_by_4: bool
+) -> str:
     report = program.report()
     patterns = Counter(state.pattern for state in program.sparse.values())
-    said = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items()) or "no sparse weight"
+    weights = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items())
+    said = [
+        f"Made by sparsepass. {report.num_sparse} of {len(report.sites)} linear layers are sparse ({weights}; N:M along the",
+        "input features of each layer); the zeros are in the weights.",
+    ]
+    if not patterns:
+        said = [f"Made by sparsepass. None of its {len(report.sites)} linear layers is sparse."]
     branches = branched(program)
     skipped = Counter(report.skipped().values())
     lines = [
-        *front_matter(loads_with, patterns),
-        f"# {(program.origin.model_class or '').removeprefix('transformers.')}, N:M sparse",
+        *front_matter(loads_with, patterns, folder),
+        f"# {(program.origin.model_class or '').removeprefix('transformers.')}, {'N:M sparse' if patterns else 'dense'}",
         "",
-        f"Made by sparsepass. {report.num_sparse} of {len(report.sites)} linear layers are sparse ({said}; N:M along the",
-        f"input features of each layer); the zeros are in the weights. Type of the weights: {dtype}.",
+        *said,
+        f"Type of the weights: {dtype}.",
         "",
         "Recipe (takes a dense model to this one, with the same calibration data):",
         "",
@@ -283,7 +292,7 @@ def _card(program: Program, loads_with: str, dtype: str, integers: tuple[Integer
         program.recipe or "(no pass was applied)",
         "```",
         "",
-        *(["Layers left dense:", "", *(f"- {number}: {reason}" for reason, number in skipped.most_common()), ""]),
+        *(["Layers left dense:", "", *(f"- {n}: {reason}" for reason, n in skipped.most_common()), ""] if patterns else []),
         "## Loading",
         "",
         *([] if is_read_by_4 else ["Needs transformers >= 5: older versions would read another position embedding.", ""]),
@@ -324,20 +333,22 @@ def _card(program: Program, loads_with: str, dtype: str, integers: tuple[Integer
     return "\n".join(lines)
 
 
-def front_matter(loads_with: str, patterns: Iterable[str]) -> list[str]:
-    """The lines that the hub reads at the top of a model card.
+def front_matter(loads_with: str, patterns: Collection[str], folder: Path) -> list[str]:
+    """The lines that the hub reads at the top of a model card. Licence and base model are those of the source's card.
 
     Args:
         loads_with: The Auto class that loads the model.
         patterns: Its patterns.
+        folder: The model's, with what came with its source; see `sparsepass.graph.load.card_facts`.
 
     Example:
-        >>> front_matter("AutoModel", ["2:4"])[-4:]
-        ['- sparse', '- "2:4"', '---', '']
+        >>> front_matter("AutoModel", ["2:4"], Path("some/folder"))
+        ['---', 'library_name: transformers', 'tags:', '- sparsepass', '- sparse', '- "2:4"', '---', '']
     """
+    facts = yaml.safe_dump(found, allow_unicode=True).splitlines() if (found := card_facts(folder)) else []
     pipeline = [f"pipeline_tag: {_PIPELINES[loads_with]}"] if loads_with in _PIPELINES else []
-    tags = ["tags:", "- sparsepass", "- sparse", *(f'- "{pattern}"' for pattern in patterns)]
-    return ["---", "library_name: transformers", *pipeline, *tags, "---", ""]
+    tags = ["tags:", "- sparsepass", *(["- sparse"] if patterns else []), *(f'- "{pattern}"' for pattern in patterns)]
+    return ["---", *facts, "library_name: transformers", *pipeline, *tags, "---", ""]
 
 
 def auto_class(kind: type, config: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from sparsepass.export.targets.hf import front_matter
 from sparsepass.export.targets.packed.survey import LayerChoice
@@ -10,7 +11,12 @@ from sparsepass.graph.program import Program
 
 
 def card(
-    program: Program, settings: PackedSettings, layers: Iterable[LayerChoice], loads_with: str, errors: Mapping[str, float]
+    program: Program,
+    settings: PackedSettings,
+    layers: Iterable[LayerChoice],
+    folder: Path,
+    loads_with: str,
+    errors: Mapping[str, float],
 ) -> str:
     """The content of README.md.
 
@@ -18,7 +24,8 @@ def card(
         program: What was lowered.
         settings: How its layers are packed.
         layers: What became of each.
-        loads_with: The Auto class that loads the folder.
+        folder: With what came with the model's source.
+        loads_with: The Auto class that loads it.
         errors: Relative errors of the rounded weights.
     """
     listed = list(layers)
@@ -26,7 +33,7 @@ def card(
     scales = "" if not settings.group_size else f", one scale for {settings.group_size} input features"
     rounding = f" Rounding moved a weight by {max(errors.values()):.2g} of its size at most." if errors else ""
     lines = [
-        *front_matter(loads_with, ["2:4"]),
+        *front_matter(loads_with, ["2:4"], folder),
         f"# {(program.origin.model_class or '').removeprefix('transformers.')}, 2:4 sparse and packed",
         "",
         f"Made by sparsepass. {len(settings.layers)} of {len(listed)} linear layers are stored without their zeros:",

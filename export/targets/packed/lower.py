@@ -262,7 +262,7 @@ def lower_packed(
         tables=embeddings,
         rounded=_left_rounded(program, (*packed, *(f"{path}.weight" for path in embeddings))),
     )
-    (folder / "README.md").write_text(card(program, artifact.settings, layers, loads_with, errors), encoding="utf-8")
+    (folder / "README.md").write_text(card(program, artifact.settings, layers, folder, loads_with, errors), encoding="utf-8")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return replace(artifact, files=files)
 

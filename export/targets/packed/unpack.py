@@ -96,7 +96,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, force: bool = False) -
         model = _skeleton(staging)
         if stored.settings.branches:
             _write_adapter(stored, model, staging / ADAPTER_FOLDER, dtype)
-        card = _card(auto_class(type(model), model.config), bool(stored.settings.branches))
+        card = _card(auto_class(type(model), model.config), staging, bool(stored.settings.branches))
         (staging / "README.md").write_text(card, encoding="utf-8")
     return Unpacked(
         folder=Path(out),
@@ -172,9 +172,9 @@ def _write_adapter(stored: StoredFolder, model: "PreTrainedModel", folder: Path,
     write_branches(paths, tensors, model, folder, task=PEFT_TASKS.get(auto_class(type(model), model.config)))
 
 
-def _card(loads_with: str, has_branches: bool) -> str:
+def _card(loads_with: str, folder: Path, has_branches: bool) -> str:
     lines = [
-        *front_matter(loads_with, ["2:4"]),
+        *front_matter(loads_with, ["2:4"], folder),
         "# A 2:4 sparse model, unpacked",
         "",
         "Written by `sparsepass unpack` from a packed folder: the weights have their zeros again, and plain transformers loads",

@@ -1,9 +1,10 @@
 """Checkpoints whose weights are not what a plain class would take them for."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsepass.export.pattern import check_pattern
-from sparsepass.graph import SparsepassError
+from sparsepass.graph import SparsepassError, capture
 from sparsepass.graph.load import load_model
 from sparsepass.passes import apply_passes
 
@@ -122,6 +123,61 @@ def with_config(folder: Path, **changes: Any) -> Path:
 def test_a_configuration_that_cannot_be_used_says_what_of_it(folder: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(SparsepassError, match=said):
         load_model(with_config(folder, **changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.q_norm.weight", "post_feedforward_layernorm.weight", "mlp.experts.0.up_proj.weight"]
+)
+def test_a_weight_of_a_block_that_nobody_reads_is_refused(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {f"model.layers.0.{name}": torch.ones(8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        SparsepassError, match=rf"holds model\.layers\.0\.{re.escape(name)}, .*a part of the block model\.layers\.0"
+    ):
+        load_model(folder)
+
+
+def test_other_tensors_that_nobody_reads_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    more = {name: torch.ones(4, 8) for name in ("vision.a", "vision.b", "vision.c", "vision.d")}
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+    [note] = cast("list[str]", load_model(folder).provenance["notes"])
+    assert note == ("4 weights of the checkpoint are not used by LlamaForCausalLM: vision.a, vision.b, vision.c and 1 more")
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize(
+    "named", ["flash_attention_2", "kernels-community/flash-attn", "flex_attention", {"": "flash_attention_3"}]
+)
+def test_attention_that_is_not_everywhere_is_computed_by_another(folder: Path, key: str, named: Any) -> None:
+    loaded = load_model(with_config(folder, **{key: named}))
+    [note] = cast("list[str]", loaded.provenance["notes"])
+    text = named if isinstance(named, str) else named[""]
+    assert note == f"the configuration names {text}; attention is computed by sdpa here"
+    capture(loaded.model)
+
+
+def test_flex_attention_of_a_model_in_memory(folder: Path) -> None:
+    model: Any = load_model(folder).model
+    model.config._attn_implementation = "flex_attention"
+    capture(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize(
+    "more", [{"auto_map": {"AutoConfig": "own.Config"}}, {"trust_remote_code": True}, {"custom_pipelines": {"a": {}}}]
+)
+def test_words_of_code_do_not_go_along(folder: Path, more: dict[str, Any]) -> None:
+    """Classes that transformers has now: what their folder said of code of its own is of no use any more."""
+    program = capture(load_model(with_config(folder, **more)).model)
+    assert program.origin.config is not None
+    assert program.origin.config.keys().isdisjoint(more)
+    program.to_model()
+
+
+def test_a_table_of_classes_that_is_none(folder: Path) -> None:
+    with pytest.raises(SparsepassError, match="auto_map is None, no table of classes"):
+        load_model(with_config(folder, auto_map=None))
 
 
 def test_fewer_layers_than_the_weights_have_are_noted(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_task_chooses_the_class(checkpoint: Path, tmp_path: Path) -> None:
     assert type(load_model(checkpoint, task="text-generation").model) is LlamaForCausalLM
     base = load_model(checkpoint, task="feature-extraction")
     assert type(base.model) is transformers.LlamaModel
-    assert base.provenance["notes"] == ["1 weights of the checkpoint are not used by LlamaModel"]
+    assert base.provenance["notes"] == ["1 weights of the checkpoint are not used by LlamaModel: lm_head.weight"]
     with pytest.raises(SparsepassError, match=r"lacks 1 weights that LlamaForSequenceClassification needs \(such as score"):
         load_model(checkpoint, task="text-classification")
     with pytest.raises(SparsepassError, match=r"is a llama model, and transformers .* no class for the task image-class"):

@@ -61,6 +61,22 @@ def test_chats_go_through_the_template(tmp_path: Path) -> None:
         row_text(CHAT, tokenizer, "row 0")
 
 
+def test_messages_as_others_write_them() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}"
+    assert (
+        row_text([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "you"}], tokenizer, "")
+        == "<user> hi<assistant> you"
+    )
+    parts = [{"type": "text", "text": "one "}, "two"]
+    assert row_text([{"role": "user", "content": parts, "name": "me"}], tokenizer, "") == "<user> one two"
+    for message in ({"role": "user"}, {"speaker": "a", "said": "b"}, {}):
+        with pytest.raises(SparsepassError, match=r"row 0 holds a message of .*expected role and content"):
+            row_text([message], tokenizer, "row 0")
+    with pytest.raises(SparsepassError, match="a part that is no text"):
+        row_text([{"role": "user", "content": [{"type": "image"}]}], tokenizer, "row 0")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
