@@ -9,11 +9,11 @@ if TYPE_CHECKING:
         read_adapter as read_adapter,
         write_branches as write_branches,
     )
+    from sparsepass.export.targets.hf.card import front_matter as front_matter
     from sparsepass.export.targets.hf.lower import (
         PEFT_TASKS as PEFT_TASKS,
         HfArtifact as HfArtifact,
         auto_class as auto_class,
-        front_matter as front_matter,
         lower_hf as lower_hf,
         save_model as save_model,
         settle_config as settle_config,

@@ -7,21 +7,21 @@ the folder `adapter/` in peft's own format.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-import yaml
 from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
+from sparsepass.export.targets.hf.card import hf_card
 from sparsepass.export.targets.hf.integers import IntegerLayer, integer_layers, quantization_config, with_integers
 from sparsepass.export.targets.older import add_older_keys
 from sparsepass.graph.fusion import split_siblings
-from sparsepass.graph.load import card_facts, check_fits, parse_dtype
+from sparsepass.graph.load import check_fits, parse_dtype
 from sparsepass.graph.model import skeleton, to_model
 from sparsepass.graph.program import Program
 from sparsepass.graph.records import SparseState
@@ -49,16 +49,6 @@ _AUTO_CLASSES = (
 )
 # peft wraps these in classes of its own; for others its plain wrapper passes every argument through.
 PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
-_PIPELINES = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForImageClassification": "image-classification",
-    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
-    "AutoModelForImageTextToText": "image-text-to-text",
-}
 
 
 @final
@@ -103,7 +93,7 @@ class HfArtifact:
         if self.integers:
             forms = ", ".join(sorted({layer.form for layer in self.integers}))
             said.append(
-                f"{_told(self.integers)} ({grids}; compressed-tensors, {forms}): loading them needs "
+                f"{told_integers(self.integers)} ({grids}; compressed-tensors, {forms}): loading them needs "
                 "`pip install compressed-tensors`, and nothing else"
             )
         if self.rounded:
@@ -193,7 +183,7 @@ def lower_hf(
         write_adapter(program, model, adapter, base_name=base_name, task=PEFT_TASKS.get(loads_with))
     stored = stored_weights(program, model, folder)
     kept_in = str(model.dtype).removeprefix("torch.")
-    card = _card(program, folder, loads_with, kept_in, integers, is_read_by_4=is_read_by_4)
+    card = hf_card(program, folder, loads_with, kept_in, integers, is_read_by_4=is_read_by_4)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return HfArtifact(
         folder=folder,
@@ -209,11 +199,6 @@ def lower_hf(
         integers=integers,
         rounded=tuple(name for name in program.quantized if name not in {layer.weight for layer in integers}),
     )
-
-
-def _told(integers: tuple[IntegerLayer, ...]) -> str:
-    kinds = " and ".join(sorted({layer.numbers for layer in integers}))
-    return f"{len(integers)} layers are stored as {kinds}"
 
 
 def _without_branches(program: Program) -> Program:
@@ -263,92 +248,6 @@ def save_model(model: "PreTrainedModel", folder: Path, state: dict[str, Tensor] 
     if as_it_came is not None:
         (folder / "generation_config.json").write_text(as_it_came, encoding="utf-8")
     return add_older_keys(folder)
-
-
-def _card(
-    program: Program, folder: Path, loads_with: str, dtype: str, integers: tuple[IntegerLayer, ...], *, is_read_by_4: bool
-) -> str:
-    report = program.report()
-    patterns = Counter(state.pattern for state in program.sparse.values())
-    weights = ", ".join(f"{number} weights {pattern}" for pattern, number in patterns.items())
-    said = [
-        f"Made by sparsepass. {report.num_sparse} of {len(report.sites)} linear layers are sparse ({weights}; N:M along the",
-        "input features of each layer); the zeros are in the weights.",
-    ]
-    if not patterns:
-        said = [f"Made by sparsepass. None of its {len(report.sites)} linear layers is sparse."]
-    branches = branched(program)
-    skipped = Counter(report.skipped().values())
-    lines = [
-        *front_matter(loads_with, patterns, folder),
-        f"# {(program.origin.model_class or '').removeprefix('transformers.')}, {'N:M sparse' if patterns else 'dense'}",
-        "",
-        *said,
-        f"Type of the weights: {dtype}.",
-        "",
-        "Recipe (takes a dense model to this one, with the same calibration data):",
-        "",
-        "```",
-        program.recipe or "(no pass was applied)",
-        "```",
-        "",
-        *(["Layers left dense:", "", *(f"- {n}: {reason}" for reason, n in skipped.most_common()), ""] if patterns else []),
-        "## Loading",
-        "",
-        *([] if is_read_by_4 else ["Needs transformers >= 5: older versions would read another position embedding.", ""]),
-        "```python",
-        f"from transformers import {loads_with}",
-        "",
-        f'model = {loads_with}.from_pretrained("PATH/OF/THIS/FOLDER")',
-        "```",
-        "",
-    ]
-    if integers:
-        lines += [
-            f"{_told(integers)}, by compressed-tensors: `pip install compressed-tensors` first. A",
-            "weight that was dropped has the number that stands for 0.",
-            "",
-        ]
-    if branches:
-        k = sorted({state.branch.k for state in branches.values() if state.branch is not None})
-        lines += [
-            f"That alone is the model **without** its SLoRB branches ({len(branches)} layers, k = {', '.join(map(str, k))}),",
-            "and less accurate than what was measured. With them:",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            "",
-            f'model = PeftModel.from_pretrained(model, "PATH/OF/THIS/FOLDER/{ADAPTER_FOLDER}")',
-            "```",
-            "",
-            "**Do not merge the adapter** (`merge_and_unload` and the like): it would fill the zeros, and the weights would",
-            "no longer be N:M. Any other LoRA merged into these weights does the same.",
-            "",
-        ]
-    lines += [
-        "Fine-tuning without a mask fills the zeros again: mask the weights while training, or train an adapter and keep it",
-        "apart.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def front_matter(loads_with: str, patterns: Collection[str], folder: Path) -> list[str]:
-    """The lines that the hub reads at the top of a model card. Licence and base model are those of the source's card.
-
-    Args:
-        loads_with: The Auto class that loads the model.
-        patterns: Its patterns.
-        folder: The model's, with what came with its source; see `sparsepass.graph.load.card_facts`.
-
-    Example:
-        >>> front_matter("AutoModel", ["2:4"], Path("some/folder"))
-        ['---', 'library_name: transformers', 'tags:', '- sparsepass', '- sparse', '- "2:4"', '---', '']
-    """
-    facts = yaml.safe_dump(found, allow_unicode=True).splitlines() if (found := card_facts(folder)) else []
-    pipeline = [f"pipeline_tag: {_PIPELINES[loads_with]}"] if loads_with in _PIPELINES else []
-    tags = ["tags:", "- sparsepass", *(["- sparse"] if patterns else []), *(f'- "{pattern}"' for pattern in patterns)]
-    return ["---", *facts, "library_name: transformers", *pipeline, *tags, "---", ""]
 
 
 def auto_class(kind: type, config: Any) -> str:
