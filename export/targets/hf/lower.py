@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsepass.export.pattern import safetensors_files
 from sparsepass.export.targets.hf.adapter import ADAPTER_FOLDER, branched, write_adapter
-from sparsepass.export.targets.hf.card import hf_card
+from sparsepass.export.targets.hf.card import hf_card, told_integers
 from sparsepass.export.targets.hf.integers import IntegerLayer, integer_layers, quantization_config, with_integers
 from sparsepass.export.targets.older import add_older_keys
 from sparsepass.graph.fusion import split_siblings
