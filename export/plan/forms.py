@@ -1,7 +1,6 @@
 """What a model takes in each form, counted from the shapes of its tensors, and what files take beside it."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from sparsepass.export.report import FileSizeEntry, FormEntry, SizeSection
 from sparsepass.graph import Program, SparsepassError
 from sparsepass.graph.packed_folder import QUANT_METHOD, PackedSettings
 from sparsepass.graph.rounding import num_groups
-from sparsepass.graph.support import INFINITIES, check_inside, path_named, read_object
+from sparsepass.graph.support import INFINITIES, check_inside, name_matches, path_named, read_object
 from sparsepass.passes.maths import NMPattern
 
 Values = Literal["fp32", "bf16", "int8", "int4"]
@@ -259,10 +258,5 @@ def _known_form(path: Path) -> Iterator[tuple[StoredForm, Callable[[_Matrix], bo
                     group_size=given.get("group_size") or 0,
                     has_zero_points=given.get("symmetric") is False,
                 ),
-                lambda layer: layer.is_linear and not any(_is_ignored(layer.name, entry) for entry in ignored),
+                lambda layer: layer.is_linear and not any(name_matches(entry, [layer.name]) for entry in ignored),
             )
-
-
-def _is_ignored(name: str, entry: str) -> bool:
-    """Whether an entry of a compressed-tensors folder's list names a module: by its path, or by a pattern behind ``re:``."""
-    return re.match(entry[3:], name) is not None if entry.startswith("re:") else name == entry
